@@ -1,0 +1,1 @@
+"""Everything computed with models and distributions: functions over arrays and tensors, no files, no configuration."""

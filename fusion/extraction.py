@@ -1,0 +1,91 @@
+"""What a source model yields at every position: its top-k log-probabilities, the mass outside them, the gold nats."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusion.errors import UserError
+
+Backbone = Callable[[Tensor], Tensor]
+Projection = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Externalised:
+    """One sequence of M tokens as a model reads it (paper section 3.1); everything in nats or mass."""
+
+    ids: np.ndarray  # int32[M, k] token ids, most probable first
+    log_p: np.ndarray  # float32[M, k]
+    tail: np.ndarray  # float32[M], 1 - sum of the top k
+    nats: np.ndarray  # float32[M], -log p(next token); 0 at M - 1
+
+
+def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices grouped into batches of at most `max_tokens` padded tokens, sorted by length so that little is padding.
+
+    A sequence longer than `max_tokens` gets a batch of its own. The grouping depends on the lengths alone.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+@torch.inference_mode()
+def externalise(
+    backbone: Backbone,
+    project: Projection,
+    sequences: Sequence[Sequence[int]],
+    *,
+    k: int,
+    device: torch.device,
+    chunk: int = 256,
+) -> list[Externalised]:
+    """Reads one batch of sequences (prefix first, no padding).
+
+    `backbone(input_ids[B, L])` gives hidden states [B, L, D] and `project(hidden[N, D])` logits [N, V]; logits exist
+    for `chunk` positions at a time, in float32. Sequences are padded on the right, which a causal model cannot see.
+
+    Raises:
+        UserError: k exceeds the vocabulary, or a logit is not finite (naming the sequence's index in the batch).
+    """
+    lengths = [len(s) for s in sequences]
+    input_ids = torch.zeros(len(sequences), max(lengths), dtype=torch.long)
+    following = torch.full_like(input_ids, -1)
+    real = torch.zeros_like(input_ids, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        tokens = torch.tensor(sequence)
+        input_ids[row, : len(sequence)] = tokens
+        following[row, : len(sequence) - 1] = tokens[1:]
+        real[row, : len(sequence)] = True
+    hidden = backbone(input_ids.to(device))[real.to(device)]
+    gold = following[real].to(device)
+
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for start in range(0, len(gold), chunk):
+        logits = project(hidden[start : start + chunk]).float()
+        if k > logits.shape[-1]:
+            raise UserError(f"k = {k} exceeds the source's vocabulary of {logits.shape[-1]}: lower extraction.k.")
+        total = logits.logsumexp(-1, keepdim=True)
+        top, ids = logits.topk(k, -1)
+        log_p = top - total
+        # Summed in float64: the tail is a small difference of numbers near one.
+        tail = (1 - log_p.double().exp().sum(-1)).clamp(min=0).float()
+        g = gold[start : start + chunk]
+        nats = (total - logits.gather(-1, g.clamp(min=0)[:, None]))[:, 0].masked_fill(g < 0, 0)
+        parts.append((ids.int().cpu(), log_p.cpu(), tail.cpu(), nats.cpu()))
+    ids, log_p, tail, nats = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+
+    results = []
+    for index, (end, length) in enumerate(zip(np.cumsum(lengths), lengths, strict=True)):
+        span = slice(end - length, end)
+        if not (np.isfinite(log_p[span]).all() and np.isfinite(nats[span]).all()):
+            raise UserError(f"sequence {index} of the batch has logits that are not finite")
+        results.append(Externalised(ids[span], log_p[span], tail[span], nats[span]))
+    return results

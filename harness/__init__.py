@@ -1,0 +1,1 @@
+"""The front door: command line, configuration, experiments, artifacts, corpora, training, suites."""

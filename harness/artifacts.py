@@ -1,0 +1,227 @@
+"""The artifact store: folders named by what made them, complete or absent, refused when their bytes have changed.
+
+An artifact's fingerprint covers its inputs, its parameters and its stage's VERSION. It is built in a hidden folder
+beside its place and renamed into place when complete, so that whatever is found under its name is whole. What a
+killed stage had finished stays in the hidden folder for the next start.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fusion.errors import UserError
+
+MANIFEST = "manifest.json"
+_LIBRARIES = ("fusellm-harness", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What an artifact is made of.
+
+    `inputs` holds fingerprints of what it is made from, `params` every parameter that can change its bytes. `info` is
+    written to the manifest and is no part of the fingerprint (batch sizes, labels, the resolved configuration).
+    """
+
+    kind: str
+    label: str
+    version: int
+    inputs: Mapping[str, Any]
+    params: Mapping[str, Any]
+    info: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": self.kind, "version": self.version, "inputs": self.inputs, "params": self.params}
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.identity())
+
+    @property
+    def folder_name(self) -> str:
+        safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.label)
+        return f"{safe}-{self.fingerprint[:16]}"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a stage is expected to cost: bytes on disk, bytes of memory, seconds."""
+
+    disk: float = 0
+    memory: float = 0
+    seconds: float = 0
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One line of a plan: an artifact, what is there of it, and what making it costs."""
+
+    spec: Spec
+    path: Path
+    state: str  # "there", "begun" or "to do"
+    estimate: Estimate
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 (hexadecimal) of a JSON value."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes beside `path`, syncs and renames: a reader sees the old text or the new, never a part."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def library_versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in _LIBRARIES}
+
+
+class Store:
+    """All artifacts below one folder. With `dry=True` nothing is made: `ensure` only notes what it would make."""
+
+    def __init__(self, root: Path, *, dry: bool = False) -> None:
+        self.root = root
+        self.dry = dry
+        self.planned: dict[str, Planned] = {}
+        self._verified: set[Path] = set()
+
+    def path(self, spec: Spec) -> Path:
+        return self.root / spec.kind / spec.folder_name
+
+    def _begun(self, spec: Spec) -> Path:
+        return self.root / spec.kind / f".{spec.folder_name}.partial"
+
+    def ensure(self, spec: Spec, build: Callable[[Path], None], estimate: Estimate | None = None) -> Path:
+        """The artifact's folder, made by `build(folder)` when it is not there.
+
+        `build` may find what an interrupted run left in the folder and must go on from there. Raises UserError when
+        the artifact's bytes do not match its manifest or the folder cannot be written.
+        """
+        path = self.path(spec)
+        state = "there" if path.exists() else "begun" if self._begun(spec).exists() else "to do"
+        self.planned.setdefault(spec.fingerprint, Planned(spec, path, state, estimate or Estimate()))
+        if self.dry:
+            return path
+        if not path.exists():
+            self._make(spec, path, build)
+        self.verify(path, spec)
+        return path
+
+    def _make(self, spec: Spec, path: Path, build: Callable[[Path], None]) -> None:
+        from filelock import FileLock
+
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path.parent / f".{spec.folder_name}.lock")
+            with lock:
+                if path.exists():  # another process finished it while we waited
+                    return
+                folder = self._begun(spec)
+                resumed = folder.exists()
+                folder.mkdir(exist_ok=True)
+                started = time.time()
+                build(folder)
+                self._complete(spec, folder, path, started, resumed)
+        except PermissionError as error:
+            raise UserError(f"{error.filename} cannot be written: make it writable or choose another --root.") from None
+        except OSError as error:
+            if error.errno == 28:
+                raise UserError(
+                    f"the disk below {self.root} is full: free space or choose another --root; finished parts are kept."
+                ) from None
+            raise
+
+    def _complete(self, spec: Spec, folder: Path, path: Path, started: float, resumed: bool) -> None:
+        files = {
+            str(file.relative_to(folder)): {"sha256": file_sha256(file), "bytes": file.stat().st_size}
+            for file in sorted(folder.rglob("*"))
+            if file.is_file() and file.name != MANIFEST
+        }
+        manifest = {
+            **spec.identity(),
+            "label": spec.label,
+            "fingerprint": spec.fingerprint,
+            "info": spec.info,
+            "files": files,
+            "libraries": library_versions(),
+            "duration_s": round(time.time() - started, 2),
+            "resumed": resumed,
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        }
+        write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False))
+        folder.replace(path)
+
+    def verify(self, path: Path, spec: Spec | None = None) -> dict[str, Any]:
+        """Checks every file against the manifest (once a process) and returns the manifest.
+
+        Raises UserError naming the first file that is missing, added or changed.
+        """
+        manifest = read_manifest(path)
+        if spec is not None and manifest["fingerprint"] != spec.fingerprint:
+            raise UserError(f"{path} holds another artifact than its name says: remove that folder and run again.")
+        if path in self._verified:
+            return manifest
+        remedy = "remove that artifact's folder to have it made again"
+        found = {str(f.relative_to(path)) for f in path.rglob("*") if f.is_file() and f.name != MANIFEST}
+        if strange := sorted(found ^ set(manifest["files"])):
+            raise UserError(f"{path / strange[0]} is not as the artifact's manifest lists it: {remedy}.")
+        for name, expected in manifest["files"].items():
+            file = path / name
+            if file.stat().st_size != expected["bytes"] or file_sha256(file) != expected["sha256"]:
+                raise UserError(f"{file} does not match its SHA-256 in the manifest: {remedy}.")
+        self._verified.add(path)
+        return manifest
+
+    def artifacts(self) -> Iterator[Path]:
+        """Every complete artifact's folder, in order of kind and name."""
+        for manifest in sorted(self.root.glob(f"*/*/{MANIFEST}")):
+            if not manifest.parent.name.startswith("."):
+                yield manifest.parent
+
+    def leftovers(self) -> Iterator[Path]:
+        """What interrupted stages left behind."""
+        yield from sorted(self.root.glob("*/.*.partial"))
+
+    def remove(self, path: Path) -> None:
+        """Removes an artifact or a leftover; first renamed, so that no half-removed artifact is ever found."""
+        beside = path.with_name(f".{path.name.lstrip('.')}.removed")
+        path.replace(beside)
+        shutil.rmtree(beside)
+        with contextlib.suppress(FileNotFoundError):
+            (path.parent / f".{path.name}.lock").unlink()
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """An artifact's manifest. Raises UserError when there is none or it cannot be read."""
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is no complete artifact: it has no {MANIFEST}.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{path / MANIFEST} cannot be read: remove that folder to have it made again.") from None
+    return manifest

@@ -1,0 +1,206 @@
+"""A corpus that every Python carries: the text of its own standard library, in three domains that differ strongly.
+
+`code`        the statements of a module, written out by `ast.unparse`: no comment and no docstring
+`docstrings`  the docstrings of a module, and nothing else of it
+`manual`      the language reference as `help()` shows it (`pydoc_data.topics`), a document a section
+
+The same patch version of Python gives the same documents. Folders that some distributions leave out or change (`test`,
+`idlelib`, `distutils`, ...) are never read, so that a Python from a distribution gives nearly what the original gives.
+"""
+
+import ast
+import hashlib
+import importlib
+import math
+import re
+import sysconfig
+import tokenize
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fusion.errors import UserError
+
+DOMAINS = ("code", "docstrings", "manual")
+SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
+MIN_DOCUMENT_BYTES = 300
+MAX_DOCUMENT_BYTES = 12_000  # no module gives more, so that none dominates its domain
+SECTION_BYTES = 1_200  # sections of the manual are cut at a paragraph near this size, which gives some 300 of them
+
+# Tests and tables are not prose or code to learn from; the others are missing or changed in some distributions.
+_SKIPPED_FOLDERS = frozenset(
+    ["__phello__", "__pycache__", "config", "distutils", "encodings", "ensurepip", "idlelib", "lib-dynload", "lib2to3"]
+    + ["pydoc_data", "site-packages", "dist-packages", "test", "tests", "tkinter", "turtledemo"]
+)
+_SKIPPED_MODULES = re.compile(r"_sysconfigdata.*|sitecustomize|sysconfig|_sysconfig|__hello__|site")
+_HEADING = re.compile(r"\n(?=[^\n]+\n(?:\*{3,}|={3,}|-{3,}|~{3,}|\^{3,}|\"{3,})\n)")
+
+Split = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class TinyDocument:
+    """One document: `name` starts with its domain, as in `code/asyncio/queues.py`; `split` follows from the name alone."""
+
+    name: str
+    domain: str
+    split: Split
+    text: str
+
+
+def stdlib_corpus(
+    max_bytes: int | None = None, *, max_document_bytes: int = MAX_DOCUMENT_BYTES, min_test: int = 20
+) -> list[TinyDocument]:
+    """The documents of the running Python, by name, no two with the same text.
+
+    About 80, 10 and 10 % of a domain are `train`, `validation` and `test`, by a hash of the name. `max_bytes` is the size of
+    each domain in bytes of UTF-8, shared out in the same way and overstepped by less than a document a split (None: all
+    there is, some 3.5 MB); which documents it keeps follows from their names, too.
+    Raises UserError where a domain has fewer than `min_test` test documents, or no validation or training document.
+    """
+    domains = {domain: _Domain(domain, max_bytes) for domain in DOMAINS}
+    seen_docstrings: set[str] = set()
+    for path, module in _modules():
+        if domains["code"].full and domains["docstrings"].full:
+            break
+        docstrings = _docstrings(module, seen_docstrings)
+        domains["docstrings"].add(path, _first_parts(docstrings, max_document_bytes))
+        domains["code"].add(path, _first_parts(_statements(module), max_document_bytes))
+    for name, text in _manual(min(SECTION_BYTES, max_document_bytes)):
+        domains["manual"].add(name, text)
+    for domain in domains.values():
+        domain.check(min_test)
+    documents = [document for domain in domains.values() for document in domain.documents]
+    return sorted(documents, key=lambda document: document.name)
+
+
+class _Domain:
+    """Collects the documents of one domain until each split has its share of `max_bytes`."""
+
+    def __init__(self, name: str, max_bytes: int | None) -> None:
+        self.name = name
+        self.documents: list[TinyDocument] = []
+        self.left = {split: math.inf if max_bytes is None else max_bytes * share for split, share in SHARES.items()}
+        self.texts: set[str] = set()
+
+    @property
+    def full(self) -> bool:
+        return all(left <= 0 for left in self.left.values())
+
+    def add(self, name: str, text: str) -> None:
+        """Takes the document, unless it is too short, has lone surrogates (no UTF-8), is there or its split is full."""
+        name = f"{self.name}/{name}"
+        split = _split(name)
+        text = text.strip("\n") + "\n"
+        if self.left[split] <= 0 or text in self.texts or any("\ud800" <= letter <= "\udfff" for letter in text):
+            return
+        size = len(text.encode())
+        if size >= MIN_DOCUMENT_BYTES:
+            self.texts.add(text)
+            self.left[split] -= size
+            self.documents.append(TinyDocument(name=name, domain=self.name, split=split, text=text))
+
+    def check(self, min_test: int) -> None:
+        count = Counter(document.split for document in self.documents)
+        if count["test"] < min_test or not count["validation"] or not count["train"]:
+            raise UserError(
+                f"this Python carries too little text of the domain '{self.name}' ({count['train']} training, "
+                f"{count['validation']} validation and {count['test']} test documents, {min_test} test documents are "
+                f"needed): use a Python with its whole standard library (on Debian the package libpython3-stdlib)"
+            )
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+
+
+def _split(name: str) -> Split:
+    bucket = _hash("split of " + name) % 10
+    return "test" if bucket == 0 else "validation" if bucket == 1 else "train"
+
+
+def _modules() -> Iterator[tuple[str, ast.Module]]:
+    """(path below the library, syntax tree) of every module, by hash of the path; parsed when it is asked for."""
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = []
+    for path in root.rglob("*.py"):
+        relative = path.relative_to(root)
+        folders = {part.partition("-")[0] for part in relative.parts[:-1]}
+        if not folders & _SKIPPED_FOLDERS and not _SKIPPED_MODULES.fullmatch(path.stem):
+            paths.append(relative.as_posix())
+    for name in sorted(paths, key=lambda path: (_hash(path), path)):
+        with tokenize.open(root / name) as file:  # heeds the coding line
+            yield name, ast.parse(file.read())
+
+
+def _docstring_owners(
+    module: ast.Module,
+) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(module):
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            and ast.get_docstring(node, clean=False) is not None
+        ):
+            yield node
+
+
+def _docstrings(module: ast.Module, seen: set[str]) -> list[str]:
+    """The docstrings of a module in the order of `ast.walk`; those in `seen` are left out, the others join it."""
+    texts = dict.fromkeys(ast.get_docstring(node) or "" for node in _docstring_owners(module))
+    fresh = [text for text in texts if text not in seen]
+    seen.update(fresh)
+    return fresh
+
+
+def _statements(module: ast.Module) -> Iterator[str]:
+    """The module's statements without docstrings (and comments, which no syntax tree holds); takes them out of `module`."""
+    for node in _docstring_owners(module):
+        del node.body[0]
+        if not node.body and not isinstance(node, ast.Module):
+            node.body.append(ast.Pass())
+    for statement in module.body:
+        definition = isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        yield ast.unparse(statement) + ("\n" if definition else "")
+
+
+def _first_parts(parts: Iterable[str], max_bytes: int) -> str:
+    """Whole parts, each on its own lines, as many as fit; empty where the first one does not."""
+    taken: list[str] = []
+    size = 0
+    for part in parts:
+        size += len(part.encode("utf-8", errors="replace")) + 1
+        if size > max_bytes:
+            break
+        taken.append(part)
+    return "\n".join(taken)
+
+
+def _manual(section_bytes: int) -> list[tuple[str, str]]:
+    """(topic/number, text) of the language reference, by hash of the name, cut near `section_bytes`.
+
+    Topics overlap (`typesseq` has all of `typesmutable`): a paragraph is kept where it comes first, so that
+    no test document stands in a training document.
+    """
+    try:
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:
+        return []
+    seen: set[str] = set()
+    sections: list[tuple[str, str]] = []
+    for topic in sorted(topics):
+        parts: list[list[str]] = []
+        for section in re.split(_HEADING, "\n" + topics[topic]):
+            size = section_bytes
+            for paragraph in section.strip("\n").split("\n\n"):
+                if paragraph in seen:
+                    continue
+                seen.add(paragraph)
+                if size >= section_bytes:
+                    parts.append([])
+                    size = 0
+                parts[-1].append(paragraph)
+                size += len(paragraph)
+        sections += [(f"{topic}/{number:02d}", "\n\n".join(part)) for number, part in enumerate(parts)]
+    return sorted(sections, key=lambda section: (_hash(section[0]), section[0]))

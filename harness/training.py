@@ -1,0 +1,290 @@
+"""One trainer for every trained method, on the Hugging Face Trainer.
+
+What is ours: the objective inside the model's forward (so that data-parallel wrappers see it), one denominator over
+the whole global batch, checkpoints that are complete or not there, and the held-out curve.
+"""
+
+import json
+import os
+import shutil
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from fusion.errors import UserError
+from fusion.heads import Split, fused_forward, split
+from fusion.packing import check_packing
+from harness.artifacts import write_atomically
+from harness.progress import say, track
+from harness.rows import Rows, collate
+
+VERSION = 1
+MODEL_FOLDER = "model"
+CURVE_FILE = "curve.jsonl"
+_COMPLETE = "complete"
+
+
+class TrainingConfig(BaseModel):
+    """How a target is trained; the same for every trained method of an experiment."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    row_length: int = Field(2048, gt=1, description="positions a row (tokens)")
+    rows_per_step: int = Field(128, gt=0, description="rows an optimiser step, over all ranks")
+    micro_rows: int = Field(1, gt=0, description="rows at once on a device; does not change the result")
+    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.1, ge=0)
+    gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    warmup_ratio: float = Field(0.008, ge=0, lt=1, description="share of the steps that warm up")
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    epochs: float = Field(1, gt=0, description="passes over the corpus")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where it is native")
+    gradient_checkpointing: bool = False
+    save_every: int = Field(500, gt=0, description="steps between checkpoints")
+    curve_points: int = Field(8, ge=0, description="held-out measurements along the training, the start not counted")
+    workers: int = Field(0, ge=0, description="data loader processes")
+    deepspeed: str | None = Field(None, description="a DeepSpeed configuration file")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Held-out text measured during training: `measure(model)` gives one record a document."""
+
+    measure: Callable[[PreTrainedModel], list[dict[str, Any]]]
+
+
+def compute_dtype(dtype: str, device: str) -> str:
+    """What `auto` means on this machine: bfloat16 only where the hardware multiplies it natively."""
+    if dtype != "auto":
+        return dtype
+    if device.startswith("cuda"):
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    # Emulated bfloat16 products on a CPU are several times slower than float32.
+    capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if capable else "float32"
+
+
+def steps_of(config: TrainingConfig, rows: int) -> int:
+    """Optimiser steps of a whole training on so many rows."""
+    per_epoch = -(-rows // config.rows_per_step)
+    return max(1, int(per_epoch * config.epochs))
+
+
+class FusionTrainer(Trainer):
+    """The Trainer with a loss that is a sum over tokens divided by the tokens of the whole global batch."""
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # have the tokens of the accumulated batch counted
+        self._loss_shifts_labels = False  # labels stand at the position that predicts them
+        self.sums = {"clm": 0.0, "fusion": 0.0, "tokens": 0.0}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        if num_items_in_batch is None:
+            raise RuntimeError("the Trainer did not count the tokens of the batch; the loss would be scaled wrongly")
+        total, clm, fusion = model(**inputs)
+        for name, value in (("clm", clm), ("fusion", fusion), ("tokens", inputs["labels"].ne(-100).sum())):
+            self.sums[name] += float(value)
+        # Ranks' gradients are averaged afterwards, so each gives its share of the global sum times their number.
+        return total * self.accelerator.num_processes / num_items_in_batch
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir or "") / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / _COMPLETE).touch()
+
+
+class _Follow(TrainerCallback):
+    """Progress, TensorBoard values and the held-out curve."""
+
+    def __init__(self, folder: Path, curve: Curve | None, at: set[int], advance: Callable[[float], None]) -> None:
+        self.trainer: FusionTrainer | None = None
+        self._folder, self._curve, self._at, self._advance = folder, curve, at, advance
+        self._tokens = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._tokens = next((e["tokens"] for e in reversed(state.log_history) if "tokens" in e), 0.0)
+        path = self._folder / CURVE_FILE
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= state.global_step]
+        write_atomically(path, "".join(kept))
+        if state.global_step == 0:
+            self._measure(state, kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer is not None
+        sums = self.trainer.sums
+        self.trainer.sums = dict.fromkeys(sums, 0.0)
+        self._tokens += sums["tokens"]
+        self._advance(sums["tokens"])
+        per_token = {name: sums[name] / sums["tokens"] for name in ("clm", "fusion")}
+        self.trainer.log({"tokens": self._tokens, **{f"{n}_nats_per_token": v for n, v in per_token.items()}})
+        if state.global_step in self._at:
+            self._measure(state, kwargs["model"])
+
+    def _measure(self, state: Any, model: PreTrainedModel) -> None:
+        if self._curve is None or not state.is_world_process_zero:
+            return
+        training = model.training
+        model.eval()
+        records = self._curve.measure(model)
+        model.train(training)
+        with (self._folder / CURVE_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, "tokens": self._tokens, "records": records}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines of a file; the last one may have been cut short by a kill."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _replace_forward(model: PreTrainedModel, parts: Split, lam: float) -> None:
+    """Puts the objective inside the model's forward, where wrappers for data parallel training call it."""
+
+    def forward(self: PreTrainedModel, **inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        labels = inputs["labels"]
+        loss = fused_forward(
+            parts,
+            inputs["input_ids"],
+            inputs["position_ids"],
+            gold=labels.clamp(min=-1),
+            clm_weight=(labels >= 0).float(),
+            ids=inputs.get("fused_ids"),
+            p=inputs.get("fused_p"),
+            tail=inputs.get("fused_tail"),
+            fusion_weight=inputs.get("fusion_weight"),
+            lam=lam,
+        )
+        return loss.total, loss.clm, loss.fusion
+
+    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint; half-written ones are removed."""
+    complete = []
+    for path in folder.glob("checkpoint-*"):
+        if (path / _COMPLETE).exists():
+            complete.append(path)
+        else:
+            shutil.rmtree(path)
+    return max(complete, key=lambda p: int(p.name.split("-")[1]), default=None)
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    rows: Rows,
+    config: TrainingConfig,
+    *,
+    lam: float,
+    seed: int,
+    device: str,
+    folder: Path,
+    label: str,
+    card: str,
+    curve: Curve | None = None,
+) -> None:
+    """Trains `model` on `rows` and leaves `folder/model`, which plain `AutoModelForCausalLM.from_pretrained` loads.
+
+    Goes on from the last complete checkpoint in `folder`, bit for bit. `lam` is the weight of the CLM term
+    (paper section 3.3, equation 5). Raises UserError when packed pieces would see each other or the loss diverges.
+    """
+    final = folder / MODEL_FOLDER
+    if (final / _COMPLETE).exists():  # killed between the end of training and the artifact's rename
+        _finish(folder)
+        return
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    accumulation, rest = divmod(config.rows_per_step, config.micro_rows * world)
+    if rest or not accumulation:
+        raise UserError(
+            f"training.rows_per_step = {config.rows_per_step} is no multiple of micro_rows x ranks = "
+            f"{config.micro_rows} x {world}: change one of them."
+        )
+    check_packing(model)
+    steps = steps_of(config, len(rows))
+    at = {round(steps * i / config.curve_points) for i in range(1, config.curve_points + 1)} if curve else set()
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
+    arguments = TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        per_device_train_batch_size=config.micro_rows,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=config.learning_rate,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.gradient_clip,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup_ratio,
+        num_train_epochs=config.epochs,
+        bf16=compute_dtype(config.dtype, device) == "bfloat16",
+        use_cpu=device == "cpu",
+        gradient_checkpointing=config.gradient_checkpointing,
+        save_strategy="steps",
+        save_steps=config.save_every,
+        save_total_limit=2,
+        logging_strategy="no",
+        report_to=["tensorboard"],
+        seed=seed,
+        data_seed=seed,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_num_workers=config.workers,
+        dataloader_persistent_workers=config.workers > 0,
+        deepspeed=config.deepspeed,
+    )
+    _replace_forward(model, split(model), lam)
+    checkpoint = _last_checkpoint(folder / "checkpoints")
+    done = 0.0
+    if checkpoint is not None:
+        history = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        done = next((e["tokens"] for e in reversed(history) if "tokens" in e), 0.0)
+        say(f"{label}: going on from {checkpoint.name}")
+    with track(f"train {label}", rows.n_tokens * config.epochs, "tokens", done=done) as advance:
+        follow = _Follow(folder, curve, at, advance)
+        trainer = FusionTrainer(
+            model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[follow]
+        )
+        follow.trainer = trainer
+        trainer.remove_callback("PrinterCallback")
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    for entry in trainer.state.log_history:
+        if not all(torch.isfinite(torch.tensor(v)) for v in entry.values() if isinstance(v, float)):
+            raise UserError(f"{label}: the loss is not finite at step {entry['step']}: lower training.learning_rate.")
+    del model.forward  # the class's own again
+    model.save_pretrained(final)
+    tokenizer.save_pretrained(final)
+    (final / "README.md").write_text(card, encoding="utf-8")
+    write_atomically(folder / "log.json", json.dumps(trainer.state.log_history, indent=1))
+    (final / _COMPLETE).touch()
+    _finish(folder)
+
+
+def _finish(folder: Path) -> None:
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def read_curve(folder: Path) -> list[dict[str, Any]]:
+    """The held-out measurements of a training: step, tokens seen, and one record a document."""
+    return [json.loads(line) for line in _lines(folder / CURVE_FILE)]

@@ -1,0 +1,1 @@
+"""Records, statistics, tables and figures; the paper's published numbers as data."""
