@@ -4,6 +4,8 @@ Everything is an integer gather through the vocabulary map and a scan over the f
 [T, V] array and no Python loop over positions.
 """
 
+from collections.abc import Callable
+
 import numba
 import numpy as np
 
@@ -14,7 +16,7 @@ MASS_SLACK = 0.01
 """By how much the entries of a position may exceed 1 before it is an error and not storage rounding."""
 
 _FAULTS = {
-    1: "a token id lies outside its vocabulary map: the map and the reading come from different models, make the map again",
+    1: "a token id lies outside its vocabulary map: map and reading come from different models, make the map again",
     2: "the vocabulary map has no answer for a token that occurs (a lazy map): compute it for the ids in the readings",
     3: "the vocabulary map names an id that the target vocabulary lacks: it was made for another target, make it again",
 }
@@ -109,20 +111,21 @@ def complete(
     gold: np.ndarray,
     current: np.ndarray,
     switches: Switches,
-    own: "Sparse | None" = None,
+    own: Callable[[], Sparse] | None = None,
 ) -> tuple[Sparse, np.ndarray]:
     """A distribution for every target position out of what was carried over, by `switches`.
 
-    Where mass must go to a next token that does not exist (`gold` -1: a piece's last position), `tail: gold` scales what
-    is kept to 1, and an unpaired position has no distribution: no entries, no tail.
+    Where mass is to go to a next token that does not exist (`gold` -1: a piece's last position), `tail: gold` scales
+    what is kept to 1, and an unpaired position has no distribution: no entries, no tail.
 
     Args:
-        ids, p: int32[N, k] and float64[N, k] of `carry`.
+        ids: int32[N, k] of `carry`.
+        p: float64[N, k] of `carry`.
         partner: int32[N], -1 where unpaired.
         gold: int32[N] the next token, -1 for none.
         current: int32[N] the token read at the position.
-        own: N distributions of the target itself, for positions where nothing is left (`empty: target`);
-            None only where they cannot be needed.
+        own: gives the N distributions of the target itself, for positions where nothing is left (`empty: target`); None
+            for the target itself.
 
     Returns:
         The N distributions, and bool[N] whether each stems from a partner.
@@ -131,33 +134,32 @@ def complete(
         UserError: the probabilities of a position are not a distribution.
     """
     kept = p.sum(axis=1)
-    if not np.all((kept >= 0) & (kept <= 1 + MASS_SLACK)):
-        row = int(np.argmin((kept >= 0) & (kept <= 1 + MASS_SLACK)))
+    sound = (kept >= 0) & (kept <= 1 + MASS_SLACK)
+    if not sound.all():
+        row = int(sound.argmin())
         raise UserError(
             f"the top-k probabilities at target position {row} of the row sum to {kept[row]:g}, which no distribution "
-            "has: the extraction is damaged, extract again."
+            "does: the extraction is damaged, extract again."
         )
     p = p / np.maximum(kept, 1.0)[:, None]  # rounded log-probabilities may sum to a little over 1
-    lost = np.maximum(1.0 - kept, 0.0)
-    nothing = kept <= 0
-    paired = partner >= 0
-    tail = np.zeros(len(p))
-    if switches.tail == "bucket":
-        tail = lost
-    else:
-        if switches.tail == "gold":
-            ids, p = _add(ids, p, gold, np.where(gold >= 0, lost, 0.0))
+    tail = np.maximum(1.0 - kept, 0.0)
+    if switches.tail == "gold":
+        ids, p = _add(ids, p, gold, np.where(gold >= 0, tail, 0.0))
+    if switches.tail != "bucket":
         total = p.sum(axis=1)
         p = p / np.where(total > 0, total, 1.0)[:, None]
-        if switches.empty == "tail" and switches.tail == "renormalise":
-            paired = paired & ~nothing
-    if switches.empty == "target" and own is not None:
-        ids, p, tail = _replace(ids, p, tail, paired & nothing, own)
-    token = np.where(paired, -1, gold if switches.unpaired == "next" else current)
-    ids, p = (_widen(a, 1, fill) for a, fill in ((ids, -1), (p, 0.0)))
-    ids[~paired], p[~paired], tail = -1, 0.0, np.where(paired, tail, 0.0)
-    one_hot = np.flatnonzero(token >= 0)
-    ids[one_hot, 0], p[one_hot, 0] = token[one_hot], 1.0
+        tail = np.zeros(len(p))
+    paired = partner >= 0
+    nothing = paired & (kept <= 0)
+    if switches.empty == "target" and own is not None and nothing.any():
+        ids, p, tail = _replace(ids, p, tail, nothing, own())
+    elif switches.tail == "renormalise":  # there is no tail that could take the mass
+        paired &= ~nothing
+    one_hot = np.where(paired, -1, gold if switches.unpaired == "next" else current)
+    ids, p = _widen(ids, 1, -1), _widen(p, 1, 0.0)
+    ids[~paired], p[~paired], tail[~paired] = -1, 0.0, 0.0
+    rows = np.flatnonzero(one_hot >= 0)
+    ids[rows, 0], p[rows, 0] = one_hot[rows], 1.0
     return Sparse(ids, p.astype(np.float32), tail.astype(np.float32)), paired
 
 

@@ -2,15 +2,33 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusion.errors import UserError
+from fusion.heads import find_head
+from fusion.objective import logits_of
 
 Backbone = Callable[[Tensor], Tensor]
 Projection = Callable[[Tensor], Tensor]
+
+
+def reader(model: nn.Module) -> tuple[Backbone, Projection]:
+    """A causal LM as `backbone(input_ids[B, L])` -> hidden[B, L, D] and `project(hidden[N, D])` -> logits[N, V].
+
+    For a model whose head is not understood (`heads.split` warns) the backbone gives the model's own logits, dense.
+    """
+    head = find_head(model)
+    if head is None:
+        return lambda tokens: model(input_ids=tokens, use_cache=False).logits, lambda logits: logits
+    backbone: Any = model.base_model
+    return (
+        lambda tokens: backbone(input_ids=tokens, use_cache=False).last_hidden_state,
+        lambda hidden: logits_of(hidden, head),
+    )
 
 
 @dataclass(frozen=True)

@@ -133,18 +133,19 @@ def _disagreement(model: nn.Module, output: nn.Linear, found: Split) -> str | No
         hidden = getattr(_backbone(model)(**inputs), "last_hidden_state", None)
         if hidden is None or hidden.ndim != 3:
             return "its backbone gives no last hidden state"
-        tolerance = max(1e-4, 4 * torch.finfo(hidden.dtype).eps)
         stretch = 1.0
         for _ in range(2):
-            own = _stretched(model, output, inputs, stretch).float()
+            own = _stretched(model, output, inputs, stretch)
             with _instead(output, lambda h: logits_of(h, _head(output, found))):
-                ours = output(hidden * stretch).float()
+                ours = output(hidden * stretch)
             if ours.shape != own.shape:
                 return f"its logits are {list(own.shape)}, those of its output projection {list(ours.shape)}"
-            apart = float((ours - own).abs().max() / own.abs().max())
+            tolerance = max(1e-4, 4 * torch.finfo(ours.dtype).eps)
+            size = float(own.abs().max())
+            apart = float((ours.float() - own.float()).abs().max()) / size
             if not apart <= tolerance:
                 return f"its logits are not those of its output projection (apart by {apart:.2g} of the greatest)"
-            stretch = 100 / float(own.abs().max())
+            stretch = 100 / size
     return None
 
 
@@ -178,10 +179,10 @@ def _number(config: Any, name: str) -> float | None:
 def _instead(module: nn.Module, forward: Callable[[Tensor], Any]) -> Iterator[None]:
     """Calls of `module` run `forward` in place of its own, between the module's hooks."""
     before = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
         del module.forward
         if before is not None:  # the training loop's wrapper had replaced it on the instance
-            module.forward = before  # type: ignore[method-assign]
+            module.forward = before

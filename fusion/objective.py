@@ -14,7 +14,8 @@ silent renormalisation. With tail = 0 it is the plain -sum p log q with gradient
 
 1 - Q is never formed by subtraction. The logits outside the kept ids are summed by themselves, which costs nothing
 (each logit is exponentiated once either way) and keeps log(1 - Q) = logsumexp(outside) - logsumexp(all) exact however
-near Q is to 1. Writing R for 1 - Q and c for the softmax over the outside alone (q = R c), the gradient on the logits is
+near Q is to 1. Writing R for 1 - Q and c for the softmax over the outside alone (q = R c), the gradient on the
+logits is
 
     (S + tail) q - p       on the kept ids
     (S R - tail Q) c       outside
@@ -171,26 +172,31 @@ class _Projected(torch.autograd.Function):
         # Autocast is honoured by `dtype`, once; left on, it would cast the whole weight anew in every chunk.
         with torch.autocast(hidden.device.type, enabled=False):
             w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
-            for start in range(0, len(hidden), chunk):
-                part = slice(start, start + chunk)
+
+            def project(
+                part: slice,
+            ) -> None:  # a function, so that a chunk's buffers are gone before the next's are made
                 h = hidden[part].to(dtype)
                 logits = F.linear(h, w, b).to(exact)
                 slope = _scale_and_cap(logits, head, any(wants))
                 clm[part], fusion[part] = _terms(logits, targets[part], lam, floor, any(wants))
                 if not any(wants):
-                    continue
+                    return
                 d_logits = logits if slope is None else logits.mul_(slope)
                 if head.scale != 1:
                     d_logits.mul_(head.scale)
                 if d_bias is not None:
-                    d_bias += d_logits.sum(0)
+                    d_bias.add_(d_logits.sum(0))
                 d_projected = d_logits.to(dtype)
                 if d_hidden is not None:
                     d_hidden[part] = d_projected @ w
                 if d_weight is not None and dtype == exact:
                     d_weight.addmm_(d_projected.T, h)
                 elif d_weight is not None:
-                    d_weight += d_projected.T @ h
+                    d_weight.add_(d_projected.T @ h)
+
+            for start in range(0, len(hidden), chunk):
+                project(slice(start, start + chunk))
         ctx.gradients = (d_hidden, d_weight, d_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return _sums(ctx, clm, fusion, lam)
@@ -240,7 +246,10 @@ def _terms(logits: Tensor, t: _Targets, lam: float, floor: float, grad: bool) ->
     top = logits.amax(1).clamp_(min=torch.finfo(logits.dtype).min)  # finite, also where nothing is left outside
     outside = logits.sub_(top[:, None]).exp_()
     mass = outside.sum(1)
-    log_outside = top + mass.log()
+    # From here on relative to the greatest logit: a loss should not be rounded like the logits it is a difference of.
+    shift = torch.cat([kept_logits, top[:, None]], 1).amax(1)
+    gold_logit, kept_logits = gold_logit - shift, kept_logits - shift[:, None]
+    log_outside = top - shift + mass.log()
     log_all = torch.cat([kept_logits, log_outside[:, None]], 1).logsumexp(1)
 
     log_rest = log_outside - log_all  # log(1 - Q)

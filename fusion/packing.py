@@ -39,7 +39,7 @@ def packed_inputs(packing: Packing, input_ids: Tensor, position_ids: Tensor, dty
 
 
 def piece_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """The additive causal mask [B, 1, T, T] of rows whose position_ids[B, T] restart with each piece: 0 or the least."""
+    """The additive causal mask [B, 1, T, T], 0 or the least number, of rows with position_ids[B, T] as above."""
     piece = (position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1).cumsum(1)
     at = torch.arange(piece.shape[1], device=piece.device)
     seen = (piece[:, :, None] == piece[:, None, :]) & (at[:, None] >= at)

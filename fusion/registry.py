@@ -25,6 +25,7 @@ class Registry(Generic[T]):
         self.entry_point_group = entry_point_group
         self._registered: dict[str, T] = {}
         self._references: dict[str, str] = {}
+        self._loaded: set[str] = set()
         self._entries: dict[str, EntryPoint] = {}
         self._read_from: tuple[str, ...] | None = None
 
@@ -56,7 +57,7 @@ class Registry(Generic[T]):
         """What is registered under `name`; UserError names the nearest spelling and everything there is."""
         entries = self._entry_points()
         if name in self._registered:
-            if name in entries:
+            if name in entries and name not in self._loaded:
                 self._check_not_shadowed(name, entries[name])
             return self._registered[name]
         if name in entries:
@@ -67,6 +68,7 @@ class Registry(Generic[T]):
                     f"The {self.noun} {name!r} could not be imported from {entries[name].value!r} "
                     f"({type(error).__name__}: {error}): mend or uninstall the package that offers it."
                 ) from error
+            self._loaded.add(name)
             # Importing may have run a decorator that registered the name already, with its reference.
             return self._registered.setdefault(name, value)
         near = difflib.get_close_matches(name, self.names(), n=1)
@@ -95,7 +97,7 @@ class Registry(Generic[T]):
         return found
 
     def _check_not_shadowed(self, name: str, entry: EntryPoint) -> None:
-        # A package may both decorate its class and offer it by entry point, perhaps re-exported: one home is enough.
+        # A package may both decorate its class and offer it by entry point: that is one object, not two.
         package = _home(self._registered[name])[0].partition(".")[0]
         if package != entry.value.partition(":")[0].partition(".")[0]:
             raise UserError(

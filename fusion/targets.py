@@ -1,14 +1,14 @@
 """The data that fusion works on, and the switches that say how.
 
-A *piece* is a UTF-8 text. A model reads `[prefix] + its tokens`, M positions; position 0 is the prefix and the distribution
-at a position is about the text that follows it, so position M-1 has no next token in the piece.
+A *piece* is a UTF-8 text. A model reads `[prefix] + its tokens`, M positions; position 0 is the prefix and the
+distribution at a position is about the text that follows it, so position M-1 has no next token in the piece.
 
 Source: "Knowledge Fusion of Large Language Models", ICLR 2024, arXiv 2401.10491, sections 3.2 and 3.3.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
 
@@ -49,7 +49,7 @@ class Sparse:
 class Switches:
     """How distributions are aligned, carried over and fused; the defaults are the method with its defects mended.
 
-    Raises `UserError` for a value that a switch does not have.
+    Raises `UserError` for a value that a switch does not have or a name that is not registered.
     """
 
     alignment: str = "same_end"
@@ -65,14 +65,17 @@ class Switches:
     fusion: str = "mince"
     """How the sources become one distribution; a name in the registry of fusion functions (`mince`, `avgce`)."""
     level: Literal["document", "token", "row"] = "document"
-    """The stretch of text over which cross-entropy is taken and one choice is made."""
+    """The stretch of text over which cross-entropy is taken and one choice is made: a document's piece, a segment
+    between byte ends that all models share, or the row. (By token the choice sees the gold text it is to predict, which
+    draws the targets towards it and the loss towards plain language modelling.)"""
     choice: Literal["nats_per_byte", "mean_ce_bfloat16"] = "nats_per_byte"
-    """Cross-entropy per byte of text (float32), or per token of the source's own tokenizer, compared as
-    bfloat16 of exp(-CE). AvgCE weighs by the same cross-entropy."""
+    """What MinCE compares: cross-entropy per byte of text (float32, ties by source name), or exp(-CE) as bfloat16 with
+    CE per token of the source's own tokenizer (ties by the order of the sources)."""
     weights: Literal["nats_per_byte", "exp_ce"] = "nats_per_byte"
-    """AvgCE: softmax(-CE / weight_temperature), or softmax(exp(-CE)), which is nearly uniform."""
+    """AvgCE: softmax(-CE / weight_temperature) of CE in nats per byte, or softmax of `mean_ce_bfloat16`'s exp(-CE),
+    which is nearly uniform."""
     weight_temperature: float = 1.0
-    """AvgCE with `weights: nats_per_byte`: in the unit of the cross-entropy."""
+    """AvgCE with `weights: nats_per_byte`, in nats per byte."""
     positions: Literal["with_next", "all"] = "with_next"
     """Where the fusion loss is taken: positions with a next token in their piece, or every one."""
     include_target: bool = True
@@ -84,11 +87,17 @@ class Switches:
             value, allowed = getattr(self, field.name), get_args(hints[field.name])
             if allowed and value not in allowed:
                 raise UserError(f"switch {field.name} is {value!r}; it takes one of {', '.join(allowed)}.")
+        # Imported here, for the fusion functions are functions of switches.
+        from fusion.align import ALIGNMENTS
+        from fusion.choice import FUSIONS
+
+        ALIGNMENTS.get(self.alignment)
+        FUSIONS.get(self.fusion)
         if not self.weight_temperature > 0:
             raise UserError(f"switch weight_temperature is {self.weight_temperature}; it must be greater than 0.")
 
 
-PRESETS: Mapping[str, Mapping[str, str | bool]] = {
+PRESETS: Mapping[str, Mapping[str, Any]] = {
     "mended": {
         "alignment": "same_end",
         "unpaired": "next",
@@ -112,4 +121,4 @@ PRESETS: Mapping[str, Mapping[str, str | bool]] = {
         "positions": "all",
     },
 }
-"""Settings of the switches by name: the method as the published code computes it, and the same with its defects mended."""
+"""Settings of the switches by name: the method as the published code computes it, and with its defects mended."""

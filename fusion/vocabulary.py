@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,6 +61,11 @@ class Vocabulary:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @cached_property
+    def ids(self) -> Mapping[str, int]:
+        """The id of each token string; of a string that two ids have, the lower."""
+        return {token: i for i, token in reversed(list(enumerate(self.tokens))) if token}
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the strings, the bytes and the control ids: equal when the ids mean the same."""
@@ -240,7 +246,7 @@ def byte_ends(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary, text: byt
     `ids` is what `encode` gives (no prefix token). A tokenizer may be lossy (drop a character, normalise, fall back to
     an unknown token): from there on nothing is claimed. Zero-length tokens repeat the end before them. A
     dummy prefix may or may not be in the text; the reading that spells the whole text wins, else the one that
-    spells more tokens, and if they tie nothing is claimed.
+    spells more tokens, and if they tie, or spell no text at all, nothing is claimed.
     """
     size = len(vocabulary)
     pieces = [vocabulary.token_bytes[i] if 0 <= i < size else None for i in np.asarray(ids, dtype=np.int64).tolist()]
@@ -254,9 +260,11 @@ def byte_ends(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary, text: byt
         if ends[-1] == len(text):
             return ends
     matched = {shift: int((ends >= 0).sum()) for shift, ends in by_shift.items()}
-    if matched[True] == matched[False]:
+    better = by_shift[matched[True] > matched[False]]
+    # A space that nothing follows may be the tokenizer's own or what it made of the text: no way to tell.
+    if matched[True] == matched[False] or better.max() <= 0:
         return np.full(len(pieces), -1, dtype=np.int32)
-    return by_shift[matched[True] > matched[False]]
+    return better
 
 
 def _ends(pieces: Sequence[bytes | None], text: bytes) -> np.ndarray:
@@ -288,7 +296,11 @@ def prefix_id(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """The ids of `text`: no special token is added, nothing is cut, and what looks like a control token stays text."""
+    """The ids of `text`: no special token is added, nothing is cut, and what looks like a control token stays text.
+
+    The one exception: a Unigram model that counts control tokens among its pieces writes them where the text does;
+    `byte_ends` stops there.
+    """
     # verbose=False: a piece longer than the model's window is the caller's affair and not worth a warning each.
     ids: list[int] = tokenizer(
         text, add_special_tokens=False, split_special_tokens=True, truncation=False, padding=False, verbose=False

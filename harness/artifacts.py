@@ -5,7 +5,6 @@ beside its place and renamed into place when complete, so that whatever is found
 killed stage had finished stays in the hidden folder for the next start.
 """
 
-import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -110,10 +109,13 @@ class Store:
         self._verified: set[Path] = set()
 
     def path(self, spec: Spec) -> Path:
-        return self.root / spec.kind / spec.folder_name
+        """Where the artifact is or will be: the label is for people, the fingerprint alone decides."""
+        folder = self.root / spec.kind
+        made = sorted(folder.glob(f"*-{spec.fingerprint[:16]}"))
+        return made[0] if made else folder / spec.folder_name
 
     def _begun(self, spec: Spec) -> Path:
-        return self.root / spec.kind / f".{spec.folder_name}.partial"
+        return self.root / spec.kind / f".{spec.fingerprint[:16]}.partial"
 
     def ensure(self, spec: Spec, build: Callable[[Path], None], estimate: Estimate | None = None) -> Path:
         """The artifact's folder, made by `build(folder)` when it is not there.
@@ -128,6 +130,7 @@ class Store:
             return path
         if not path.exists():
             self._make(spec, path, build)
+            path = self.path(spec)
         self.verify(path, spec)
         return path
 
@@ -136,9 +139,8 @@ class Store:
 
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path.parent / f".{spec.folder_name}.lock")
-            with lock:
-                if path.exists():  # another process finished it while we waited
+            with FileLock(path.parent / f".{spec.fingerprint[:16]}.lock"):
+                if self.path(spec).exists():  # another process finished it while we waited
                     return
                 folder = self._begun(spec)
                 resumed = folder.exists()
@@ -212,8 +214,6 @@ class Store:
         beside = path.with_name(f".{path.name.lstrip('.')}.removed")
         path.replace(beside)
         shutil.rmtree(beside)
-        with contextlib.suppress(FileNotFoundError):
-            (path.parent / f".{path.name}.lock").unlink()
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -72,6 +72,11 @@ def local_path(config: CorpusConfig, data_root: Path | None) -> Path | None:
     return None
 
 
+def is_on_hub(config: CorpusConfig, data_root: Path | None) -> bool:
+    """Whether the text must be fetched from the hub."""
+    return not config.path.startswith("stdlib") and local_path(config, data_root) is None
+
+
 def content_fingerprint(config: CorpusConfig, data_root: Path | None) -> str:
     """What identifies the text itself: the file's SHA-256, the Python release for `stdlib`, else the hub id."""
     if config.path.startswith("stdlib"):
@@ -131,7 +136,11 @@ def _text_rows(path: Path, config: CorpusConfig) -> Iterator[dict[str, Any]]:
         except UnicodeDecodeError as error:
             raise UserError(f"{file} is not UTF-8 at byte {error.start}: convert the file.") from None
         domain = file.parent.name if path.is_dir() and file.parent != path else config.domain
-        yield {config.text_column: text, config.name_column or "name": file.name, config.domain_column or "domain": domain}
+        yield {
+            config.text_column: text,
+            config.name_column or "name": file.name,
+            config.domain_column or "domain": domain,
+        }
 
 
 def _hub_rows(config: CorpusConfig) -> Iterator[dict[str, Any]]:
@@ -335,5 +344,3 @@ def _batch(rows: list[dict[str, Any]], schema: "pa.Schema") -> "pa.RecordBatch":
     import pyarrow as pa
 
     return pa.RecordBatch.from_pylist(rows, schema=schema)
-
-

@@ -64,8 +64,7 @@ def _shard(folder: Path, index: int) -> Path:
 def _extract(folder: Path, spec: Spec, model: "ResolvedModel", pieces: Pieces, device: str) -> None:
     import torch
 
-    from fusion.extraction import batches_by_length, externalise
-    from fusion.heads import split
+    from fusion.extraction import batches_by_length, externalise, reader
     from harness.models import load_model, load_tokenizer
 
     size = int(spec.params["pieces_per_shard"])
@@ -76,10 +75,9 @@ def _extract(folder: Path, spec: Spec, model: "ResolvedModel", pieces: Pieces, d
     if not todo:
         return
     tokenizer = load_tokenizer(model)
-    loaded = load_model(model, dtype=str(spec.params["dtype"]), device=device)
-    vocabulary = Vocabulary.from_tokenizer(tokenizer, loaded.get_input_embeddings().num_embeddings)
-    backbone, head = split(loaded)
-    project = head.logits
+    loaded = load_model(model, dtype=spec.params["dtype"], device=device)
+    vocabulary = Vocabulary.from_tokenizer(tokenizer, loaded.get_input_embeddings().weight.shape[0])
+    backbone, project = reader(loaded)
     prefix = prefix_id(tokenizer)
     window = getattr(loaded.config, "max_position_embeddings", None)
     k = int(spec.params["k"])
@@ -92,8 +90,8 @@ def _extract(folder: Path, spec: Spec, model: "ResolvedModel", pieces: Pieces, d
             longest = max(range(len(sequences)), key=lambda i: len(sequences[i]))
             if window and len(sequences[longest]) > window:
                 raise UserError(
-                    f"{pieces.name(members[longest])} is {len(sequences[longest])} tokens for {model.name}, whose context "
-                    f"is {window}: lower pieces.max_bytes."
+                    f"{pieces.name(members[longest])} is {len(sequences[longest])} tokens for {model.name}, "
+                    f"whose context is {window}: lower pieces.max_bytes."
                 )
             results: list[Any] = [None] * len(sequences)
             for batch in batches_by_length([len(s) for s in sequences], int(spec.info["batch_tokens"])):
@@ -114,7 +112,7 @@ def _extract(folder: Path, spec: Spec, model: "ResolvedModel", pieces: Pieces, d
                 ends.append(piece_ends)
             _write_shard(_shard(folder, index), results, ends, wide=len(vocabulary.tokens) > 65536)
     if lost_pieces:
-        say(f"{model.name}: the tokens of {lost_pieces} pieces do not spell their text to the end; the rest is unpaired.")
+        say(f"{model.name}: the tokens of {lost_pieces} pieces do not spell their text; from there it is unpaired.")
 
 
 def _digest(tensors: dict[str, np.ndarray]) -> str:
@@ -152,7 +150,8 @@ def _load_shard(path: Path) -> tuple[dict[str, np.ndarray], str]:
     from safetensors import safe_open
 
     with safe_open(path, framework="numpy") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, (file.metadata() or {}).get("sha256", "")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+        return tensors, (file.metadata() or {}).get("sha256", "")
 
 
 def _is_whole(path: Path) -> bool:
@@ -203,8 +202,8 @@ class Extraction:
         tokens = np.array([self._prefix, *encode(self._tokenizer, self._pieces.text(piece))], np.int32)
         if len(tokens) != end - start:
             raise UserError(
-                f"{self._folder} holds {end - start} positions of {self._pieces.name(piece)}, but the tokenizer now gives "
-                f"{len(tokens)}: the tokenizer's library has changed; remove that folder to have it made again."
+                f"{self._folder} holds {end - start} positions of {self._pieces.name(piece)}, but the tokenizer now "
+                f"gives {len(tokens)}: the tokenizer's library has changed; remove that folder to have it made again."
             )
         steps = tensors["steps"][span].astype(np.int64)
         ends = np.cumsum(steps).astype(np.int32)
@@ -224,5 +223,3 @@ class Extraction:
         for path in sorted(self._folder.glob("shard-*.safetensors")):
             found.update(np.unique(_load_shard(path)[0]["ids"]).tolist())
         return np.array(sorted(found), np.int32)
-
-

@@ -11,68 +11,35 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fusion.errors import UserError
-from fusion.heads import Split, fused_forward, split
-from fusion.packing import check_packing
+from fusion.heads import fused_forward, split
+from fusion.packing import Packing, check_packing
 from harness.artifacts import write_atomically
+from harness.config import TrainingSection
+from harness.models import compute_dtype
 from harness.progress import say, track
 from harness.rows import Rows, collate
+from harness.training_log import CURVE_FILE, whole_lines
 
-VERSION = 1
 MODEL_FOLDER = "model"
-CURVE_FILE = "curve.jsonl"
 _COMPLETE = "complete"
-
-
-class TrainingConfig(BaseModel):
-    """How a target is trained; the same for every trained method of an experiment."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    row_length: int = Field(2048, gt=1, description="positions a row (tokens)")
-    rows_per_step: int = Field(128, gt=0, description="rows an optimiser step, over all ranks")
-    micro_rows: int = Field(1, gt=0, description="rows at once on a device; does not change the result")
-    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate")
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(0.1, ge=0)
-    gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
-    warmup_ratio: float = Field(0.008, ge=0, lt=1, description="share of the steps that warm up")
-    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    epochs: float = Field(1, gt=0, description="passes over the corpus")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where it is native")
-    gradient_checkpointing: bool = False
-    save_every: int = Field(500, gt=0, description="steps between checkpoints")
-    curve_points: int = Field(8, ge=0, description="held-out measurements along the training, the start not counted")
-    workers: int = Field(0, ge=0, description="data loader processes")
-    deepspeed: str | None = Field(None, description="a DeepSpeed configuration file")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Held-out text measured during training: `measure(model)` gives one record a document."""
+    """Held-out text measured during training, at `points` steps: `measure(model)` gives one record a document."""
 
+    points: int
     measure: Callable[[PreTrainedModel], list[dict[str, Any]]]
 
 
-def compute_dtype(dtype: str, device: str) -> str:
-    """What `auto` means on this machine: bfloat16 only where the hardware multiplies it natively."""
-    if dtype != "auto":
-        return dtype
-    if device.startswith("cuda"):
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    # Emulated bfloat16 products on a CPU are several times slower than float32.
-    capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if capable else "float32"
-
-
-def steps_of(config: TrainingConfig, rows: int) -> int:
+def steps_of(config: TrainingSection, rows: int) -> int:
     """Optimiser steps of a whole training on so many rows."""
     per_epoch = -(-rows // config.rows_per_step)
     return max(1, int(per_epoch * config.epochs))
@@ -122,7 +89,7 @@ class _Follow(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._tokens = next((e["tokens"] for e in reversed(state.log_history) if "tokens" in e), 0.0)
         path = self._folder / CURVE_FILE
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= state.global_step]
+        kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= state.global_step]
         write_atomically(path, "".join(kept))
         if state.global_step == 0:
             self._measure(state, kwargs["model"])
@@ -151,20 +118,13 @@ class _Follow(TrainerCallback):
             os.fsync(file.fileno())
 
 
-def _lines(path: Path) -> list[str]:
-    """Whole lines of a file; the last one may have been cut short by a kill."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-
-
-def _replace_forward(model: PreTrainedModel, parts: Split, lam: float) -> None:
+def _replace_forward(model: PreTrainedModel, packing: Packing, lam: float) -> None:
     """Puts the objective inside the model's forward, where wrappers for data parallel training call it."""
 
     def forward(self: PreTrainedModel, **inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         labels = inputs["labels"]
         loss = fused_forward(
-            parts,
+            self,
             inputs["input_ids"],
             inputs["position_ids"],
             gold=labels.clamp(min=-1),
@@ -174,10 +134,11 @@ def _replace_forward(model: PreTrainedModel, parts: Split, lam: float) -> None:
             tail=inputs.get("fused_tail"),
             fusion_weight=inputs.get("fusion_weight"),
             lam=lam,
+            packing=packing,
         )
         return loss.total, loss.clm, loss.fusion
 
-    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    model.forward = types.MethodType(forward, model)
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
@@ -195,7 +156,7 @@ def train(
     model: PreTrainedModel,
     tokenizer: Any,
     rows: Rows,
-    config: TrainingConfig,
+    config: TrainingSection,
     *,
     lam: float,
     seed: int,
@@ -221,9 +182,10 @@ def train(
             f"training.rows_per_step = {config.rows_per_step} is no multiple of micro_rows x ranks = "
             f"{config.micro_rows} x {world}: change one of them."
         )
-    check_packing(model)
+    packing = check_packing(model)
+    split(model)  # says before the training starts when the fused objective cannot serve this model
     steps = steps_of(config, len(rows))
-    at = {round(steps * i / config.curve_points) for i in range(1, config.curve_points + 1)} if curve else set()
+    at = {round(steps * i / curve.points) for i in range(1, curve.points + 1)} if curve else set()
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
@@ -254,7 +216,7 @@ def train(
         dataloader_persistent_workers=config.workers > 0,
         deepspeed=config.deepspeed,
     )
-    _replace_forward(model, split(model), lam)
+    _replace_forward(model, packing, lam)
     checkpoint = _last_checkpoint(folder / "checkpoints")
     done = 0.0
     if checkpoint is not None:
@@ -267,7 +229,7 @@ def train(
             model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[follow]
         )
         follow.trainer = trainer
-        trainer.remove_callback("PrinterCallback")
+        trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     for entry in trainer.state.log_history:
         if not all(torch.isfinite(torch.tensor(v)) for v in entry.values() if isinstance(v, float)):
@@ -283,8 +245,3 @@ def train(
 
 def _finish(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-
-
-def read_curve(folder: Path) -> list[dict[str, Any]]:
-    """The held-out measurements of a training: step, tokens seen, and one record a document."""
-    return [json.loads(line) for line in _lines(folder / CURVE_FILE)]

@@ -4,10 +4,12 @@ import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from results.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Metric:
     digits: int
     unit: str  # what one example is called
 
-    def value(self, numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    def value(self, numerator: "np.ndarray", denominator: "np.ndarray") -> "np.ndarray":
         """The metric's values from sums of numerators and denominators of one shape."""
         return numerator / denominator * self.scale
 

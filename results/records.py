@@ -8,7 +8,6 @@ import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -117,10 +116,10 @@ def read(paths: Path | str | Sequence[Path | str]) -> pd.DataFrame:
 
 
 def _frame(records: Iterable[Record]) -> pd.DataFrame:
-    rows = list(map(attrgetter(*COLUMNS), records))
+    rows = list(records)
     # No dtype is guessed: a file of evaluations without training tokens must read like one with them.
     dtypes = dict.fromkeys(COLUMNS, "str") | dict.fromkeys(VALUES, "float64") | {"seed": "int64", "tokens": "Int64"}
-    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(dtypes)
+    return pd.DataFrame({name: pd.Series([getattr(row, name) for row in rows], dtype=dtypes[name]) for name in COLUMNS})
 
 
 def _files(paths: Iterable[Path]) -> list[Path]:
@@ -169,8 +168,8 @@ def _checked(frame: pd.DataFrame) -> pd.DataFrame:
         bad = frame[~good].iloc[0]
         raise UserError(
             f"a record cannot be used in {bad['file']}: {_name(bad)} has numerator {bad['numerator']}, denominator "
-            f"{bad['denominator']}, weight {bad['weight']}, seed {bad['seed']}, tokens {bad['tokens']} (finite numbers, the "
-            "second and third positive, seed from -1, tokens from 0); evaluate it again"
+            f"{bad['denominator']}, weight {bad['weight']}, seed {bad['seed']}, tokens {bad['tokens']} (these must be "
+            "finite, denominator and weight positive, seed from -1, tokens from 0); evaluate it again"
         )
     return frame
 

@@ -30,9 +30,9 @@ MAX_DOCUMENT_BYTES = 12_000  # no module gives more, so that none dominates its 
 SECTION_BYTES = 1_200  # sections of the manual are cut at a paragraph near this size, which gives some 300 of them
 
 # Tests and tables are not prose or code to learn from; the others are missing or changed in some distributions.
-_SKIPPED_FOLDERS = frozenset(
-    ["__phello__", "__pycache__", "config", "distutils", "encodings", "ensurepip", "idlelib", "lib-dynload", "lib2to3"]
-    + ["pydoc_data", "site-packages", "dist-packages", "test", "tests", "tkinter", "turtledemo"]
+_SKIPPED_FOLDERS = re.compile(
+    "__phello__|__pycache__|config-.*|dist-packages|distutils|encodings|ensurepip|idlelib|lib-dynload|lib2to3|"
+    "pydoc_data|site-packages|tests?|tkinter|turtledemo"
 )
 _SKIPPED_MODULES = re.compile(r"_sysconfigdata.*|sitecustomize|sysconfig|_sysconfig|__hello__|site")
 _HEADING = re.compile(r"\n(?=[^\n]+\n(?:\*{3,}|={3,}|-{3,}|~{3,}|\^{3,}|\"{3,})\n)")
@@ -42,7 +42,7 @@ Split = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True)
 class TinyDocument:
-    """One document: `name` starts with its domain, as in `code/asyncio/queues.py`; `split` follows from the name alone."""
+    """One document: `name` starts with its domain, as in `code/asyncio/queues.py`; `split` follows from the name."""
 
     name: str
     domain: str
@@ -55,9 +55,9 @@ def stdlib_corpus(
 ) -> list[TinyDocument]:
     """The documents of the running Python, by name, no two with the same text.
 
-    About 80, 10 and 10 % of a domain are `train`, `validation` and `test`, by a hash of the name. `max_bytes` is the size of
-    each domain in bytes of UTF-8, shared out in the same way and overstepped by less than a document a split (None: all
-    there is, some 3.5 MB); which documents it keeps follows from their names, too.
+    About 80, 10 and 10 % of a domain are `train`, `validation` and `test`, by a hash of the name. `max_bytes` is the
+    size of each domain in bytes of UTF-8, shared out in the same way and overstepped by less than a document a split
+    (None: all there is, some 3.5 MB in all); which documents it keeps follows from their names, too.
     Raises UserError where a domain has fewer than `min_test` test documents, or no validation or training document.
     """
     domains = {domain: _Domain(domain, max_bytes) for domain in DOMAINS}
@@ -66,8 +66,8 @@ def stdlib_corpus(
         if domains["code"].full and domains["docstrings"].full:
             break
         docstrings = _docstrings(module, seen_docstrings)
-        domains["docstrings"].add(path, _first_parts(docstrings, max_document_bytes))
-        domains["code"].add(path, _first_parts(_statements(module), max_document_bytes))
+        domains["docstrings"].add(path, _first_parts(docstrings, "\n\n", max_document_bytes))
+        domains["code"].add(path, _first_parts(_statements(module), "\n", max_document_bytes))
     for name, text in _manual(min(SECTION_BYTES, max_document_bytes)):
         domains["manual"].add(name, text)
     for domain in domains.values():
@@ -127,8 +127,7 @@ def _modules() -> Iterator[tuple[str, ast.Module]]:
     paths = []
     for path in root.rglob("*.py"):
         relative = path.relative_to(root)
-        folders = {part.partition("-")[0] for part in relative.parts[:-1]}
-        if not folders & _SKIPPED_FOLDERS and not _SKIPPED_MODULES.fullmatch(path.stem):
+        if not any(map(_SKIPPED_FOLDERS.fullmatch, relative.parts)) and not _SKIPPED_MODULES.fullmatch(path.stem):
             paths.append(relative.as_posix())
     for name in sorted(paths, key=lambda path: (_hash(path), path)):
         with tokenize.open(root / name) as file:  # heeds the coding line
@@ -155,7 +154,7 @@ def _docstrings(module: ast.Module, seen: set[str]) -> list[str]:
 
 
 def _statements(module: ast.Module) -> Iterator[str]:
-    """The module's statements without docstrings (and comments, which no syntax tree holds); takes them out of `module`."""
+    """The module's statements without docstrings, which are taken out of `module` (it holds no comments)."""
     for node in _docstring_owners(module):
         del node.body[0]
         if not node.body and not isinstance(node, ast.Module):
@@ -165,16 +164,16 @@ def _statements(module: ast.Module) -> Iterator[str]:
         yield ast.unparse(statement) + ("\n" if definition else "")
 
 
-def _first_parts(parts: Iterable[str], max_bytes: int) -> str:
-    """Whole parts, each on its own lines, as many as fit; empty where the first one does not."""
+def _first_parts(parts: Iterable[str], between: str, max_bytes: int) -> str:
+    """The first parts, as many as fit whole; empty where the first one does not."""
     taken: list[str] = []
     size = 0
     for part in parts:
-        size += len(part.encode("utf-8", errors="replace")) + 1
+        size += len(part.encode("utf-8", errors="replace")) + len(between)
         if size > max_bytes:
             break
         taken.append(part)
-    return "\n".join(taken)
+    return between.join(taken)
 
 
 def _manual(section_bytes: int) -> list[tuple[str, str]]:

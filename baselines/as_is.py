@@ -1,0 +1,24 @@
+"""The models as they are: the target before training, and every source."""
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from baselines.method import METHODS, Candidate, Context, Parameters
+
+
+class AsIsParameters(Parameters):
+    role: str = Field("target", description="target, or a source's name")
+
+
+@METHODS.register("as_is")
+class AsIs:
+    """A role's model without any change."""
+
+    Parameters: ClassVar[type[Parameters]] = AsIsParameters
+
+    def __init__(self, parameters: AsIsParameters) -> None:
+        self.parameters = parameters
+
+    def build(self, context: Context) -> Candidate:
+        return context.model(self.parameters.role)

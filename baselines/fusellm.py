@@ -1,0 +1,76 @@
+"""FuseLLM: the target learns from the aligned, fused distributions of the sources (arXiv 2401.10491)."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from baselines.method import METHODS, Candidate, Context, Fusion, Parameters
+from fusion.errors import UserError
+from fusion.targets import PRESETS, Switches
+
+# A preset names switches and nothing else; these are the two that are not fusion's own.
+MAP_PRESETS: Mapping[str, Mapping[str, str]] = {
+    "mended": {"map": "mined", "map_on": "bytes"},
+    "published": {"map": "mined", "map_on": "strings"},
+}
+
+
+class FuseLLMParameters(Parameters):
+    """A preset, and any switch set alone over it (see `fusion.targets.Switches` for what each one does)."""
+
+    preset: str = Field("mended", description="mended, or published: what the published code computes")
+    lam: float = Field(0.9, ge=0, le=1, alias="lambda", description="weight of the CLM term (paper: 0.9)")
+    sources: list[str] | None = Field(None, description="the sources that take part; all without")
+    map: str | None = Field(None, description="vocabulary map: mined, em or first_piece")
+    map_on: Literal["bytes", "strings"] | None = Field(None, description="what the map compares")
+    alignment: str | None = None
+    unpaired: str | None = None
+    empty: str | None = None
+    duplicates: str | None = None
+    tail: str | None = None
+    fusion: str | None = None
+    level: str | None = None
+    choice: str | None = None
+    weights: str | None = None
+    weight_temperature: float | None = None
+    positions: str | None = None
+    include_target: bool | None = None
+
+    @model_validator(mode="after")
+    def _switches_hold(self) -> "FuseLLMParameters":
+        self.switches()
+        return self
+
+    def _setting(self, presets: Mapping[str, Mapping[str, Any]], names: list[str]) -> dict[str, Any]:
+        if self.preset not in presets:
+            raise UserError(f"there is no preset {self.preset!r}: presets are {', '.join(presets)}.")
+        own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {**presets[self.preset], **own}
+
+    def switches(self) -> Switches:
+        """The preset's switches with those set alone over them."""
+        return Switches(**self._setting(PRESETS, list(Switches.__dataclass_fields__)))
+
+    def fused(self, sources: list[str]) -> Fusion:
+        """How these parameters fuse the given sources."""
+        return Fusion(sources=sources, switches=self.switches(), **self._setting(MAP_PRESETS, ["map", "map_on"]))
+
+
+@METHODS.register("fusellm", reference="arXiv 2401.10491")
+class FuseLLM:
+    """The target trained on lambda * CLM + (1 - lambda) * fusion."""
+
+    Parameters: ClassVar[type[Parameters]] = FuseLLMParameters
+
+    def __init__(self, parameters: FuseLLMParameters) -> None:
+        self.parameters = parameters
+
+    def build(self, context: Context) -> Candidate:
+        sources = self.parameters.sources or list(context.sources)
+        if unknown := sorted(set(sources) - set(context.sources)):
+            raise UserError(
+                f"{context.label} names the source {unknown[0]!r}, but the experiment's are {', '.join(context.sources)}."
+            )
+        fusion = self.parameters.fused(sources)
+        return context.train(lam=self.parameters.lam, fusion=fusion)

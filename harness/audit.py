@@ -1,0 +1,231 @@
+"""Before anyone pays for training: is there something to learn from the sources?
+
+At every target position that a source is paired with, three predictions of the same text are set side by side: the
+source's own next token under the source (native), the target's next token under what the map makes of the source's
+distribution, and the target's next token under the target itself. If the second does not beat the third, fusion has
+nothing to teach there, whatever the source knows.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from baselines.fusellm import FuseLLMParameters
+from baselines.method import Fusion
+from fusion.errors import UserError
+from fusion.fuse import fuse_row
+from fusion.targets import Reading, Sparse
+from harness.artifacts import write_atomically
+from harness.config import Config, method_parameters
+from harness.context import TARGET, Experiment
+from harness.corpus import Pieces
+from harness.experiment import run_folder
+from harness.progress import track
+
+LEAST_TAIL = 1e-6  # a tail is stored in float16; below this it is rounding and its logarithm means nothing
+_MEANS = ("p_next_native", "p_next_mapped", "p_next_target", "bucket_ll_native", "bucket_ll_mapped", "bucket_ll_target")
+
+
+@dataclass(frozen=True)
+class Audit:
+    """One row a source and domain (see `results.figures.audit_figure`), and what they mean in a sentence."""
+
+    measures: pd.DataFrame
+    sentence: str
+    folder: Path
+
+
+def audit(config: Config, root: Path) -> Audit:
+    """Measures the sources on the training corpus; makes extractions and maps where they are missing.
+
+    The map and the switches are those of the experiment's first FuseLLM row. Raises UserError when it has none.
+    """
+    experiment = Experiment(config, root)
+    fusion = _fusellm(config).fused(list(config.roles.sources))
+    measures = _measures(experiment, fusion)
+    sentence = _sentence(measures)
+    folder = run_folder(config, root) / "audit"
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(measures, sentence, folder, config)
+    return Audit(measures, sentence, folder)
+
+
+def _fusellm(config: Config) -> FuseLLMParameters:
+    for label, entry in config.methods.items():
+        if entry["method"] == "fusellm":
+            found = method_parameters(label, entry, FuseLLMParameters)
+            assert isinstance(found, FuseLLMParameters)
+            return found
+    raise UserError(f"The experiment {config.experiment} has no FuseLLM row to audit: add one to methods.")
+
+
+def _measures(experiment: Experiment, fusion: Fusion) -> pd.DataFrame:
+    data = experiment.fusion_data(fusion)
+    pieces = Pieces(experiment.pieces[1])
+    target_vocabulary = experiment.tokenizer(TARGET)[1]
+    alone = replace(fusion.switches, include_target=False, tail="bucket", fusion="mince", empty="tail")
+    rows: list[dict[str, Any]] = []
+    with track("audit", len(pieces), "pieces") as advance:
+        for piece in range(len(pieces)):
+            readings = {name: reader.reading(piece) for name, reader in data.extractions.items()}
+            size, domain = int(pieces.n_bytes[piece]), pieces.domain(piece)
+
+            def fuse(sources: list[Any], switches: Any, readings: Any = readings, size: int = size) -> Any:
+                return fuse_row(
+                    [readings],
+                    [size],
+                    target=TARGET,
+                    sources=sources,
+                    target_vocabulary=target_vocabulary,
+                    switches=switches,
+                )
+
+            together = fuse(data.sources, fusion.switches)
+            own = readings[TARGET]
+            for source in [None, *data.sources]:
+                name = TARGET if source is None else source.name
+                reading = readings[name]
+                row: dict[str, Any] = {"source": name, "domain": domain, "bytes": size, "pieces": 1}
+                row["nats"] = float(reading.nats.sum(dtype=np.float64))
+                row["positions"] = len(own.nats) - 1
+                row["chosen"] = _share_chosen(together, name)
+                if source is None:
+                    at = np.arange(len(own.nats) - 1)
+                    carried = Sparse(own.ids, np.exp(own.log_p), own.tail)
+                    partner = at
+                else:
+                    single = fuse([source], alone)
+                    carried = single.targets
+                    at = np.flatnonzero(single.paired[0][:-1])
+                    partner = _partners(reading, own, at, data, source, target_vocabulary, fusion)
+                row["paired"] = len(at)
+                row |= _sums(reading, own, carried, at, partner)
+                rows.append(row)
+            advance(1)
+    return _by_domain(pd.DataFrame(rows), [TARGET, *(s.name for s in data.sources)], experiment.model(TARGET).name)
+
+
+def _partners(
+    reading: Reading, own: Reading, at: np.ndarray, data: Any, source: Any, target_vocabulary: Any, fusion: Fusion
+) -> np.ndarray:
+    from fusion.align import align
+
+    partner = align(
+        fusion.switches.alignment,
+        reading.tokens,
+        reading.ends,
+        own.tokens,
+        own.ends,
+        source.vocabulary,
+        target_vocabulary,
+        source.map,
+    )
+    return partner[at]
+
+
+def _share_chosen(fused: Any, name: str) -> float:
+    chosen = fused.chosen[fused.chosen >= 0]
+    if name not in fused.names or not len(chosen):
+        return 0.0
+    return float((chosen == fused.names.index(name)).mean())
+
+
+def _bucket(p: np.ndarray, tail: np.ndarray) -> np.ndarray:
+    """Log-likelihood (nats) of what came next among k + 1 outcomes: its entry, or the tail where it has none."""
+    return np.log(np.where(p > 0, p, np.maximum(tail, LEAST_TAIL)).astype(np.float64))
+
+
+def _native(reading: Reading, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """p(next token) and bucket log-likelihood of a reading at positions that have a next token."""
+    p = np.exp(-reading.nats[at].astype(np.float64))
+    listed = (reading.ids[at] == reading.tokens[at + 1][:, None]).any(1)
+    return p, _bucket(np.where(listed, p, 0), reading.tail[at])
+
+
+def _sums(reading: Reading, own: Reading, carried: Sparse, at: np.ndarray, partner: np.ndarray) -> dict[str, float]:
+    # A source position at its own end of text has no next token to compare with.
+    has_next = partner < len(reading.nats) - 1
+    p_native, ll_native = _native(reading, partner[has_next])
+    p_target, ll_target = _native(own, at)
+    gold = own.tokens[at + 1]
+    hit = carried.ids[at] == gold[:, None]
+    p_mapped = np.where(hit, carried.p[at], 0).sum(1, dtype=np.float64)
+    columns = {
+        "p_next_native": p_native,
+        "p_next_mapped": p_mapped,
+        "p_next_target": p_target,
+        "bucket_ll_native": ll_native,
+        "bucket_ll_mapped": _bucket(p_mapped, carried.tail[at]),
+        "bucket_ll_target": ll_target,
+    }
+    return {name: float(values.sum()) for name, values in columns.items()} | {"native_positions": int(has_next.sum())}
+
+
+def _by_domain(rows: pd.DataFrame, order: list[str], target: str) -> pd.DataFrame:
+    def combined() -> Iterator[dict[str, Any]]:
+        everything = rows.assign(domain="all")
+        for name in order:
+            for domain in [*sorted(rows["domain"].unique()), "all"]:
+                part = everything if domain == "all" else rows
+                part = part[(part["source"] == name) & (part["domain"] == domain)]
+                total = part.sum(numeric_only=True)
+                row: dict[str, Any] = {
+                    "source": f"{target} (target)" if name == TARGET else name,
+                    "domain": domain,
+                    "pieces": int(total["pieces"]),
+                    "nats_per_byte": total["nats"] / total["bytes"],
+                    "paired": total["paired"] / total["positions"] if total["positions"] else np.nan,
+                    "chosen": total["chosen"] / total["pieces"],
+                }
+                for measure in _MEANS:
+                    n = total["native_positions"] if measure.endswith("native") else total["paired"]
+                    row[measure] = total[measure] / n if n else np.nan
+                yield row
+
+    return pd.DataFrame(list(combined()))
+
+
+def _sentence(measures: pd.DataFrame) -> str:
+    """What the numbers mean: which sources still know more than the target once their mass is carried over."""
+    rows = [{str(k): v for k, v in row.items()} for row in measures.to_dict("records")]
+    sources = [row for row in rows if row["domain"] == "all"][1:]
+    parts = []
+    for row in sources:
+        ahead = [
+            other["domain"]
+            for other in rows
+            if other["source"] == row["source"] and other["domain"] != "all" and _gain(other) > 0
+        ]
+        parts.append(
+            f"{row['source']} gives the true next token {row['p_next_native']:.3f} natively and "
+            f"{row['p_next_mapped']:.3f} after the map (the target itself {row['p_next_target']:.3f}), by bucket "
+            f"log-likelihood it is ahead of the target in {', '.join(ahead) or 'no domain'}, and it is chosen for "
+            f"{row['chosen']:.0%} of the pieces"
+        )
+    best = max(_gain(row) for row in sources)
+    verdict = (
+        f"at most {best:.3f} nats a position are to be learned from one source"
+        if best > 0
+        else f"overall no source beats the target once carried over (best {best:.3f} nats a position)"
+    )
+    return "; ".join(parts) + f": {verdict}."
+
+
+def _gain(row: dict[str, Any]) -> float:
+    """By how many nats a position the carried source beats the target, in bucket log-likelihood."""
+    return float(row["bucket_ll_mapped"] - row["bucket_ll_target"])
+
+
+def _write(measures: pd.DataFrame, sentence: str, folder: Path, config: Config) -> None:
+    from results.figures import audit_figure
+    from results.render import plain_table
+
+    columns, rows = list(measures.columns), measures.values.tolist()
+    for form in ("md", "csv", "json"):
+        write_atomically(folder / f"audit.{form}", plain_table(columns, rows, form))
+    write_atomically(folder / "audit.txt", sentence + "\n")
+    audit_figure(measures, folder / "audit", title=config.title, banner=config.banner or "")

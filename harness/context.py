@@ -1,0 +1,406 @@
+"""An experiment at work: roles become models, models become extractions and maps, methods become candidates.
+
+Everything goes through the store, so that nothing is made twice; with a dry store the same code only plans.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from baselines.method import Candidate, Fusion
+from fusion.errors import UserError
+from fusion.vocabulary import Vocabulary, encode
+from harness import corpus, extraction, perplexity
+from harness.artifacts import Estimate, Spec, Store, canonical, fingerprint
+from harness.config import Config, Role
+from harness.corpus import Document, Pieces
+from harness.costs import Costs
+from harness.extraction import Extraction, extraction_spec, position_bytes
+from harness.models import (
+    ModelSpec,
+    ResolvedModel,
+    compute_dtype,
+    count_parameters,
+    find_entry,
+    load_model,
+    load_tokenizer,
+    resolve,
+)
+
+MAP_VERSION = 1
+TRAIN_VERSION = 1
+TARGET = "target"
+MODEL_FOLDER = "model"
+VERSIONS = {
+    "pieces": corpus.VERSION,
+    "extraction": extraction.VERSION,
+    "map": MAP_VERSION,
+    "train": TRAIN_VERSION,
+    "perplexity": perplexity.VERSION,
+}
+
+
+@dataclass(frozen=True)
+class _Sized:
+    """What estimates need to know of a model."""
+
+    parameters: float
+    vocabulary: int
+
+
+class Experiment:
+    """The shared part of a run: models, corpus, extractions, maps and held-out documents, each looked at once."""
+
+    def __init__(self, config: Config, root: Path, *, dry: bool = False) -> None:
+        self.config = config
+        self.store = Store(root / "artifacts", dry=dry)
+        self.models_dir = root / "models"
+        self.data_root = Path(config.data.root) if config.data.root else None
+        self.device = _device(config.device)
+        self.costs = Costs(self.device)
+        self._resolved: dict[str, ResolvedModel] = {}
+        self._vocabularies: dict[str, tuple[Any, Vocabulary]] = {}
+
+    def role(self, name: str) -> Role:
+        """The role's setting. Raises UserError for a role the experiment does not have."""
+        roles = {TARGET: self.config.roles.target, **self.config.roles.sources}
+        if name not in roles:
+            raise UserError(f"There is no role {name!r}: roles are {', '.join(roles)}.")
+        return roles[name]
+
+    def model(self, name: str) -> ResolvedModel:
+        """The role's model on this machine. In a plan a model that is not here yet is known by its name alone."""
+        if name not in self._resolved:
+            role = self.role(name)
+            if role.model.startswith("tiny:"):
+                self._resolved[name] = self._tiny(role)
+            else:
+                spec = ModelSpec(
+                    name=role.model,
+                    revision=role.revision,
+                    dtype=role.dtype,
+                    trust_remote_code=role.trust_remote_code,
+                    attn_implementation=role.attn_implementation,
+                )
+                self._resolved[name] = self._resolve(spec)
+        return self._resolved[name]
+
+    def _resolve(self, spec: ModelSpec) -> ResolvedModel:
+        try:
+            return resolve(spec, self.models_dir)
+        except UserError:
+            if self.store.dry and find_entry(spec.name):
+                return ResolvedModel(self.models_dir / spec.name, spec.name, f"not fetched: {spec.name}", spec)
+            raise
+
+    def _tiny(self, role: Role) -> ResolvedModel:
+        from harness.tiny.make import make_tiny
+
+        name = role.model.removeprefix("tiny:")
+        spec, path = make_tiny(self.store, name, self.config.profile, self.device)
+        model = ModelSpec(name=str(path / MODEL_FOLDER), dtype=role.dtype)
+        return ResolvedModel(path / MODEL_FOLDER, name, spec.fingerprint, model)
+
+    def sized(self, name: str) -> _Sized:
+        """Parameters and vocabulary of a role's model, from the catalogue or the files."""
+        found = find_entry(self.role(name).model)
+        if found:
+            return _Sized(found[1].parameters, found[1].vocabulary)
+        folder = self.model(name).folder
+        return _Sized(count_parameters(folder) if folder.exists() else 1e6, 0)
+
+    @cached_property
+    def documents(self) -> list[Document]:
+        """The held-out documents. Raises UserError when one of them is in the training corpus."""
+        found = list(corpus.documents(self.config.suites.perplexity.documents, self.data_root))
+        if not self.store.dry:
+            trained = Pieces(self.pieces[1]).document_hashes()
+            if shared := [d for d in found if d.sha256 in trained]:
+                raise UserError(
+                    f"{len(shared)} held-out documents are in the training corpus (first {shared[0].name}): "
+                    "choose another split in suites.perplexity.documents."
+                )
+        return found
+
+    @cached_property
+    def curve_documents(self) -> list[Document]:
+        """The first documents of each domain, measured during training."""
+        taken: dict[str, list[Document]] = {}
+        for document in self.documents:
+            if len(taken.setdefault(document.domain, [])) < self.config.curve.per_domain:
+                taken[document.domain].append(document)
+        return [document for part in taken.values() for document in part]
+
+    def _held_out(self) -> tuple[Sequence[Document], float]:
+        """The documents and their bytes; in a plan without the text only the expected bytes."""
+        settings = self.config.suites.perplexity.documents
+        if self.store.dry and settings.expected_bytes and corpus.is_on_hub(settings, self.data_root):
+            return [], float(settings.expected_bytes)
+        return self.documents, sum(len(d.text.encode()) for d in self.documents)
+
+    @cached_property
+    def pieces(self) -> tuple[Spec, Path]:
+        return corpus.make_pieces(self.store, self.config.corpus, self.config.pieces.max_bytes, self.data_root)
+
+    @property
+    def corpus_bytes(self) -> float:
+        """Bytes of training text: counted where it is there, else as configured."""
+        path = self.pieces[1]
+        if path.exists():
+            return float(Pieces(path).n_bytes.sum())
+        return float(self.config.corpus.max_bytes or self.config.corpus.expected_bytes or 0)
+
+    def extract(self, name: str) -> tuple[Spec, Path]:
+        """The stored extraction of a role's model."""
+        role, model, settings = self.role(name), self.model(name), self.config.extraction
+        pieces_spec, pieces_folder = self.pieces
+        spec = extraction_spec(
+            model,
+            pieces_spec,
+            k=settings.k,
+            dtype=compute_dtype(role.dtype, self.device),
+            pieces_per_shard=settings.pieces_per_shard,
+            batch_tokens=role.batch_tokens,
+        )
+        sized = self.sized(name)
+        stored = position_bytes(settings.k, sized.vocabulary)
+        estimate = self.costs.forward(sized.parameters, self.corpus_bytes, disk_per_token=stored)
+        path = extraction.make_extraction(self.store, spec, model, pieces_folder, device=self.device, estimate=estimate)
+        return spec, path
+
+    def tokenizer(self, name: str) -> tuple[Any, Vocabulary]:
+        """The role's tokenizer and vocabulary."""
+        if name not in self._vocabularies:
+            from transformers import AutoConfig
+
+            model = self.model(name)
+            tokenizer = load_tokenizer(model)
+            config = AutoConfig.from_pretrained(model.folder, local_files_only=True)
+            size = config.get_text_config().vocab_size
+            self._vocabularies[name] = tokenizer, Vocabulary.from_tokenizer(tokenizer, size)
+        return self._vocabularies[name]
+
+    def reader(self, name: str) -> Extraction:
+        """The role's extraction, piece by piece."""
+        tokenizer, vocabulary = self.tokenizer(name)
+        return Extraction(self.extract(name)[1], Pieces(self.pieces[1]), tokenizer, vocabulary)
+
+    def map(self, source: str, kind: str, on: Literal["bytes", "strings"]) -> tuple[Spec, Path]:
+        """The vocabulary map of a source onto the target, for the tokens that its extraction holds."""
+        extracted, _ = self.extract(source)
+        inputs = {"extraction": extracted.fingerprint, "target": self.model(TARGET).fingerprint}
+        label = f"{source}-to-{self.model(TARGET).name}-{kind}-{on}"
+        spec = Spec("map", label, MAP_VERSION, inputs, {"kind": kind, "on": on})
+
+        def build(folder: Path) -> None:
+            from fusion.maps import build_map
+            from harness.progress import track
+
+            reader = self.reader(source)
+            tokenizer, vocabulary = self.tokenizer(TARGET)
+            only = reader.occurring_ids()
+            with track(f"map {label}", len(only), "tokens") as advance:
+                last = 0
+
+                def progress(done: int, total: int) -> None:
+                    nonlocal last
+                    advance((done - last) * len(only) / max(total, 1))
+                    last = done
+
+                found = build_map(
+                    kind,
+                    reader.vocabulary,
+                    vocabulary,
+                    on=on,
+                    only=only,
+                    encode_target=lambda text: encode(tokenizer, text),
+                    progress=progress,
+                )
+            beside = folder / "map.npy.tmp"
+            with beside.open("wb") as file:
+                np.save(file, found, allow_pickle=False)
+            beside.replace(folder / "map.npy")
+
+        sized = self.sized(source)
+        return spec, self.store.ensure(spec, build, Estimate(disk=4 * sized.vocabulary, memory=1e9, seconds=10))
+
+    def fusion_data(self, fusion: Fusion) -> Any:
+        """Readers, maps and switches, for the data loader. Reads files: not for a plan."""
+        from fusion.fuse import Source
+        from harness.rows import FusionData
+
+        sources = [
+            Source(
+                name,
+                self.tokenizer(name)[1],
+                np.load(self.map(name, fusion.map, fusion.map_on)[1] / "map.npy", allow_pickle=False),
+            )
+            for name in fusion.sources
+        ]
+        readers = {name: self.reader(name) for name in [TARGET, *fusion.sources]}
+        return FusionData(target=TARGET, sources=sources, extractions=readers, switches=fusion.switches)
+
+    def train(self, label: str, seed: int, *, lam: float, fusion: Fusion | None) -> Candidate:
+        """The target trained on the corpus' rows (see `harness.training.train`)."""
+        settings, target = self.config.training, self.model(TARGET)
+        documents, n_bytes = self._curve()
+        dtype = compute_dtype(settings.dtype, self.device)
+        params: dict[str, Any] = {
+            "lambda": lam,
+            "seed": seed,
+            "dtype": dtype,
+            "curve": {"points": self.config.curve.points, "documents": perplexity.documents_fingerprint(documents)},
+            "perplexity": self.config.suites.perplexity.model_dump(exclude={"documents"}),
+            **settings.model_dump(exclude={"workers", "micro_rows", "save_every", "dtype"}),
+        }
+        inputs: dict[str, Any] = {"model": target.fingerprint, "pieces": self.pieces[0].fingerprint}
+        if fusion is not None:
+            params["fusion"] = {"sources": list(fusion.sources), **asdict(fusion.switches)}
+            inputs["extractions"] = {n: self.extract(n)[0].fingerprint for n in [TARGET, *fusion.sources]}
+            inputs["maps"] = {n: self.map(n, fusion.map, fusion.map_on)[0].fingerprint for n in fusion.sources}
+        info = {"configuration": self.config.model_dump(mode="json")}
+        spec = Spec("train", f"{label}-seed{seed}", TRAIN_VERSION, _json(inputs), _json(params), info)
+        card = self._card(label, spec)
+
+        def build(folder: Path) -> None:
+            from transformers import set_seed
+
+            from harness.rows import Rows
+            from harness.training import Curve, train
+
+            tokenizer, vocabulary = self.tokenizer(TARGET)
+            data = self.fusion_data(fusion) if fusion is not None else None
+            rows = Rows(Pieces(self.pieces[1]), tokenizer, vocabulary, settings.row_length, data)
+            set_seed(seed)
+            role, section = self.role(TARGET), self.config.suites.perplexity
+            curve = None
+            if documents:
+                curve = Curve(
+                    self.config.curve.points,
+                    lambda model: perplexity.measure(
+                        model, tokenizer, documents, section, batch_tokens=role.batch_tokens
+                    ),
+                )
+            train(
+                load_model(target, "float32", self.device),
+                tokenizer,
+                rows,
+                settings,
+                lam=lam,
+                seed=seed,
+                device=self.device,
+                folder=folder,
+                label=f"{label} (seed {seed})",
+                card=card,
+                curve=curve,
+            )
+
+        sized = self.sized(TARGET)
+        tokens = self.corpus_bytes / 4 * settings.epochs
+        estimate = self.costs.training(sized.parameters, tokens)
+        measured = self.costs.forward(sized.parameters, n_bytes * (self.config.curve.points + 1))
+        estimate = Estimate(estimate.disk, estimate.memory, estimate.seconds + measured.seconds)
+        path = self.store.ensure(spec, build, estimate)
+        return Candidate(path / MODEL_FOLDER, spec.fingerprint, True, path)
+
+    def _curve(self) -> tuple[Sequence[Document], float]:
+        if not self.config.curve.per_domain:
+            return [], 0.0
+        documents, n_bytes = self._held_out()
+        if not documents:  # a plan without the text
+            return [], min(n_bytes, 4000.0 * self.config.curve.per_domain)
+        return self.curve_documents, sum(len(d.text.encode()) for d in self.curve_documents)
+
+    def _card(self, label: str, spec: Spec) -> str:
+        import yaml
+
+        config = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return (
+            f"---\nbase_model: {self.config.roles.target.model}\nlibrary_name: transformers\n---\n\n"
+            f"# {label}\n\n`{self.config.roles.target.model}` trained by `fusellm-harness`, experiment "
+            f"`{self.config.experiment}`, profile `{self.config.profile}`; artifact `{spec.fingerprint}`.\n"
+            + (f"\n**{self.config.banner}**\n" if self.config.banner else "")
+            + f"\n## Made from\n\n```json\n{canonical(spec.identity())}\n```\n"
+            f"\n## Resolved configuration\n\n```yaml\n{config}```\n"
+        )
+
+    def evaluate(self, label: str, candidate: Candidate, role: Role) -> tuple[Spec, Path]:
+        """The candidate's nats and bytes on every held-out document."""
+        documents, n_bytes = self._held_out()
+        section = self.config.suites.perplexity
+        dtype = compute_dtype(role.dtype, self.device)
+        spec = perplexity.evaluation_spec(
+            label, candidate.fingerprint, documents, section, dtype=dtype, batch_tokens=role.batch_tokens
+        )
+        model = ModelSpec(
+            name=str(candidate.folder),
+            dtype=role.dtype,
+            trust_remote_code=role.trust_remote_code,
+            attn_implementation=role.attn_implementation,
+        )
+
+        def load() -> tuple[Any, Any]:
+            resolved = resolve(model, self.models_dir)
+            return load_model(resolved, dtype, self.device), load_tokenizer(resolved)
+
+        def build(folder: Path) -> None:
+            perplexity.evaluate(folder, load, documents, section, label=label, batch_tokens=role.batch_tokens)
+
+        role_name = next(n for n in [TARGET, *self.config.roles.sources] if self.role(n) is role)
+        estimate = self.costs.forward(self.sized(role_name).parameters, n_bytes)
+        return spec, self.store.ensure(spec, build, estimate)
+
+
+class MethodContext:
+    """What one method with one seed is given (`baselines.method.Context`)."""
+
+    def __init__(self, experiment: Experiment, label: str, seed: int) -> None:
+        self._experiment = experiment
+        self.label = label
+        self.seed = seed
+
+    @property
+    def sources(self) -> Sequence[str]:
+        return list(self._experiment.config.roles.sources)
+
+    def model(self, role: str) -> Candidate:
+        model = self._experiment.model(role)
+        return Candidate(model.folder, model.fingerprint, seeded=False)
+
+    def extract(self, role: str) -> Path:
+        return self._experiment.extract(role)[1]
+
+    def train(self, *, lam: float, fusion: Fusion | None) -> Candidate:
+        return self._experiment.train(self.label, self.seed, lam=lam, fusion=fusion)
+
+    def score(self, candidate: Candidate) -> float:
+        experiment = self._experiment
+        _, path = experiment.evaluate(self.label, candidate, experiment.role(TARGET))
+        curve = {d.sha256 for d in experiment.curve_documents}
+        rows = [r for r in perplexity.read_evaluation(path) if r["example"] in curve]
+        return float(sum(r["nats"] for r in rows) / sum(r["bytes"] for r in rows))
+
+
+def _json(value: dict[str, Any]) -> dict[str, Any]:
+    """Plain JSON values (tuples become lists), as the manifest will hold them."""
+    import json
+
+    plain: dict[str, Any] = json.loads(canonical(value))
+    return plain
+
+
+def run_fingerprint(config: Config) -> str:
+    """What names a run: the configuration without its seeds (runs with other seeds belong together) and the stages."""
+    return fingerprint({"config": config.model_dump(mode="json", exclude={"seeds", "device"}), "versions": VERSIONS})
+
+
+def _device(device: str) -> str:
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,171 @@
+"""Running an experiment: plan, candidates, records, table and figure."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from baselines.method import Candidate, method
+from fusion.errors import UserError
+from harness import perplexity
+from harness.artifacts import Planned, write_atomically
+from harness.config import Config, Role, method_parameters
+from harness.context import TARGET, Experiment, MethodContext, run_fingerprint
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from results.layout import Table
+
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate of the experiment: a method with a seed (None where the seed changes nothing)."""
+
+    label: str
+    seed: int | None
+    candidate: Candidate
+    role: Role
+
+
+def candidates(experiment: Experiment) -> Iterator[Row]:
+    """Every row of the table built in turn, for every seed."""
+    config = experiment.config
+    for label, entry in config.methods.items():
+        kind = method(entry["method"])
+        built = kind(method_parameters(label, entry, kind.Parameters))
+        role = experiment.role(entry["role"]) if "role" in entry else experiment.role(TARGET)
+        for seed in config.seeds:
+            candidate = built.build(MethodContext(experiment, label, seed))
+            yield Row(label, seed if candidate.seeded else None, candidate, role)
+            if not candidate.seeded:
+                break
+
+
+def plan(config: Config, root: Path) -> list[Planned]:
+    """All artifacts that the experiment needs, what is there of them, and what the others cost. Makes nothing."""
+    experiment = Experiment(config, root, dry=True)
+    for row in candidates(experiment):
+        experiment.evaluate(row.label, row.candidate, row.role)
+    return list(experiment.store.planned.values())
+
+
+def run_folder(config: Config, root: Path) -> Path:
+    return root / "runs" / config.experiment / config.profile / run_fingerprint(config)[:16]
+
+
+def run(config: Config, root: Path) -> Path:
+    """Makes what is missing, then writes records, table and figure; returns the run's folder."""
+    experiment = Experiment(config, root)
+    folder = run_folder(config, root)
+    (folder / "records").mkdir(parents=True, exist_ok=True)
+    _ = experiment.documents  # refuses overlapping text before anything is trained
+    files = []
+    for row in candidates(experiment):
+        spec, path = experiment.evaluate(row.label, row.candidate, row.role)
+        files.append(_record(config, row, spec.fingerprint, perplexity.read_evaluation(path), folder))
+    description = {
+        "configuration": config.model_dump(mode="json"),
+        "artifacts": sorted(str(p.path.relative_to(root)) for p in experiment.store.planned.values()),
+        "records": sorted(set(files)),
+        "finished": time.time(),
+    }
+    write_atomically(folder / RUN_FILE, json.dumps(description, indent=1, sort_keys=True, ensure_ascii=False))
+    write_tables(folder)
+    return folder
+
+
+def _record(config: Config, row: Row, evaluation: str, rows: Sequence[dict[str, Any]], folder: Path) -> str:
+    """Stamps an evaluation and a training's curve with experiment, profile, method and seed; one file each row."""
+    from harness.training_log import read_curve
+    from results.records import NO_SEED, Record, write
+
+    def stamped(rows: Sequence[dict[str, Any]], tokens: int | None) -> Iterator[Record]:
+        for r in rows:
+            yield Record(
+                experiment=config.experiment,
+                profile=config.profile,
+                method=row.label,
+                seed=NO_SEED if row.seed is None else row.seed,
+                suite=perplexity.SUITE,
+                task=r["domain"],
+                example=r["example"],
+                metric=perplexity.METRIC[config.suites.perplexity.mode],
+                numerator=r["nats"],
+                denominator=r["bytes"],
+                tokens=tokens,
+            )
+
+    records = list(stamped(rows, None))
+    if row.candidate.training is not None:
+        for point in read_curve(row.candidate.training):
+            records += stamped(point["records"], int(point["tokens"]))
+    slug = "".join(c if c.isalnum() else "-" for c in row.label)
+    name = f"{slug}-{'as-is' if row.seed is None else row.seed}-{evaluation[:16]}.parquet"
+    provenance = {"evaluation": evaluation, "candidate": row.candidate.fingerprint, "method": config.methods[row.label]}
+    write(folder / "records" / name, records, provenance)
+    return name
+
+
+def find_run(root: Path, name: str, profile: str | None) -> Path:
+    """The newest finished run of an experiment. Raises UserError when there is none."""
+    runs = sorted((root / "runs" / name).glob(f"{profile or '*'}/*/{RUN_FILE}"))
+    if not runs:
+        wanted = f" in profile {profile}" if profile else ""
+        raise UserError(
+            f"The experiment {name!r} has no finished run{wanted} below {root}: run `fusellm experiment run {name}"
+            f"{' --profile ' + profile if profile else ''}`."
+        )
+    return max(runs, key=lambda p: json.loads(p.read_text(encoding="utf-8"))["finished"]).parent
+
+
+def _open_run(folder: Path) -> tuple[Config, "pd.DataFrame"]:
+    from results.records import read
+
+    description = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    config = Config.model_validate(description["configuration"])
+    return config, read([folder / "records" / name for name in description["records"]])
+
+
+def table(folder: Path) -> "Table":
+    """The run's table, from its records alone."""
+    from results.tables import main_table
+
+    config, records = _open_run(folder)
+    return main_table(
+        records,
+        list(config.methods),
+        config.baseline,
+        metric=perplexity.METRIC[config.suites.perplexity.mode],
+        title=f"{config.title} ({config.experiment}, {config.profile})",
+        banner=config.banner or "",
+    )
+
+
+def write_tables(folder: Path) -> None:
+    """The run's table in every format, and its figure where something was trained."""
+    from results.figures import learning_curves
+    from results.render import FORMATS, render
+
+    config, records = _open_run(folder)
+    made = table(folder)
+    for form in FORMATS:
+        write_atomically(folder / f"table.{form}", render(made, form))
+    along = set(records.loc[records["tokens"].notna(), "method"])
+    trained = [label for label in config.methods if label in along]
+    if config.baseline in trained:
+        curves = learning_curves(
+            records,
+            trained,
+            folder / "learning_curves",
+            baseline=config.baseline,
+            metric=perplexity.METRIC[config.suites.perplexity.mode],
+            title=config.title,
+            banner=config.banner or "",
+        )
+        lines = [found.sentence(curves.metric.digits) for found in curves.equal_quality]
+        write_atomically(folder / "equal_quality.txt", "\n".join(lines) + "\n")
