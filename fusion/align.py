@@ -102,7 +102,8 @@ def _path(cost: np.ndarray, rows: np.ndarray) -> np.ndarray:
     upper = np.empty(m, dtype=np.int32)
     for i in range(n):
         row, move = cost[rows[i]], moves[i]
-        # Three passes: the first and last have no dependence along the row and become vector instructions.
+        # Three passes without branches: the first and last have no dependence along the row and become vector
+        # instructions, and the path through the middle one is too irregular to be predicted.
         for j in range(m):
             diagonal, up = total[j], total[j + 1]
             upper[j] = min(diagonal, up)
@@ -110,19 +111,22 @@ def _path(cost: np.ndarray, rows: np.ndarray) -> np.ndarray:
         total[0] = far
         left = far
         for j in range(m):
-            left = np.int32(min(left, upper[j]) + row[j])
+            lead = np.int32(left - upper[j])
+            left = np.int32(upper[j] + (lead & (lead >> np.int32(31))) + row[j])  # the lesser of the two, and the cost
             total[j + 1] = left
         for j in range(m):
-            move[j] = 2 if total[j] < upper[j] else move[j]
+            move[j] |= np.uint8(total[j] < upper[j]) * np.uint8(2)
     path = np.empty((n + m, 2), dtype=np.int32)
     i, j, length = n - 1, m - 1, 0
     while i > 0 or j > 0:
         path[length, 0], path[length, 1] = i, j
         length += 1
-        move = moves[i, j]
-        if move != 2:
+        if moves[i, j] >= 2:  # left is strictly less than both others
+            j -= 1
+        elif moves[i, j] == 1:
             i -= 1
-        if move != 1:
+        else:
+            i -= 1
             j -= 1
     path[length, 0], path[length, 1] = 0, 0
     return path[: length + 1]

@@ -197,12 +197,13 @@ class Experiment:
         spec = Spec("map", label, MAP_VERSION, inputs, {"kind": kind, "on": on})
 
         def build(folder: Path) -> None:
+            from fusion.align import consulted_ids
             from fusion.maps import build_map
             from harness.progress import track
 
             reader = self.reader(source)
             tokenizer, vocabulary = self.tokenizer(TARGET)
-            only = reader.occurring_ids()
+            only = consulted_ids(reader.vocabulary, reader.occurring_ids())
             with track(f"map {label}", len(only), "tokens") as advance:
                 last = 0
 

@@ -6,7 +6,7 @@ at a character boundary, at most so many bytes, whatever the tokenizers; pieces 
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,11 @@ from fusion.errors import UserError
 from harness.artifacts import Estimate, Spec, Store, file_sha256
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    pass
 
 VERSION = 1
 PIECES_FILE = "pieces.arrow"
+_BATCH = 1024  # pieces written at once, so that memory stays bounded
 
 
 class CorpusConfig(BaseModel):
@@ -93,10 +94,12 @@ def content_fingerprint(config: CorpusConfig, data_root: Path | None) -> str:
 
 
 def _stdlib_rows(config: CorpusConfig) -> Iterator[dict[str, Any]]:
-    from harness.tiny import stdlib_corpus
+    from harness.tiny.recipe import tiny_recipe
 
-    for document in stdlib_corpus(split=config.split):
-        yield {"text": document.text, "name": document.name, "domain": document.domain}
+    recipe = tiny_recipe(config.path.partition(":")[2] or "tiny")
+    for document in recipe.documents():
+        if document.split == config.split:
+            yield {"text": document.text, "name": document.name, "domain": document.domain}
 
 
 def _parquet_rows(path: Path, config: CorpusConfig) -> Iterator[dict[str, Any]]:
@@ -285,6 +288,49 @@ class Pieces:
         return set(self._table["sha256"].to_pylist())
 
 
+def write_pieces(folder: Path, texts: Iterable[Document], max_bytes: int) -> None:
+    """Cuts documents into pieces and stores them in `folder`, however many there are."""
+    import pyarrow as pa
+
+    schema = pa.schema(
+        [
+            ("document", pa.int32()),
+            ("sha256", pa.string()),
+            ("name", pa.string()),
+            ("domain", pa.string()),
+            ("text", pa.string()),
+            ("start", pa.int64()),
+            ("n_bytes", pa.int32()),
+            ("last", pa.bool_()),
+        ]
+    )
+    with pa.OSFile(str(folder / PIECES_FILE), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        rows: list[dict[str, Any]] = []
+        for number, document in enumerate(texts):
+            start = 0
+            parts = cut(document.text, max_bytes)
+            for i, text in enumerate(parts):
+                size = len(text.encode("utf-8"))
+                rows.append(
+                    {
+                        "document": number,
+                        "sha256": document.sha256,
+                        "name": document.name,
+                        "domain": document.domain,
+                        "text": text,
+                        "start": start,
+                        "n_bytes": size,
+                        "last": i + 1 == len(parts),
+                    }
+                )
+                start += size
+            if len(rows) >= _BATCH:
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+                rows = []
+        if rows:
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+
+
 def pieces_spec(config: CorpusConfig, max_bytes: int, data_root: Path | None) -> Spec:
     params = config.model_dump(exclude={"path", "expected_bytes"}) | {"max_piece_bytes": max_bytes}
     content = content_fingerprint(config, data_root)
@@ -295,52 +341,8 @@ def make_pieces(store: Store, config: CorpusConfig, max_bytes: int, data_root: P
     """The corpus cut into pieces, as an artifact."""
 
     def build(folder: Path) -> None:
-        import pyarrow as pa
-
-        schema = pa.schema(
-            [
-                ("document", pa.int32()),
-                ("sha256", pa.string()),
-                ("name", pa.string()),
-                ("domain", pa.string()),
-                ("text", pa.string()),
-                ("start", pa.int64()),
-                ("n_bytes", pa.int32()),
-                ("last", pa.bool_()),
-            ]
-        )
-        with pa.OSFile(str(folder / PIECES_FILE), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            rows: list[dict[str, Any]] = []
-            for number, document in enumerate(documents(config, data_root)):
-                texts = cut(document.text, max_bytes)
-                start = 0
-                for i, text in enumerate(texts):
-                    size = len(text.encode("utf-8"))
-                    rows.append(
-                        {
-                            "document": number,
-                            "sha256": document.sha256,
-                            "name": document.name,
-                            "domain": document.domain,
-                            "text": text,
-                            "start": start,
-                            "n_bytes": size,
-                            "last": i + 1 == len(texts),
-                        }
-                    )
-                    start += size
-                if len(rows) >= 1024:
-                    writer.write_batch(_batch(rows, schema))
-                    rows = []
-            if rows:
-                writer.write_batch(_batch(rows, schema))
+        write_pieces(folder, documents(config, data_root), max_bytes)
 
     spec = pieces_spec(config, max_bytes, data_root)
     size = config.max_bytes or config.expected_bytes or 0
     return spec, store.ensure(spec, build, Estimate(disk=1.2 * size, seconds=size / 5e6))
-
-
-def _batch(rows: list[dict[str, Any]], schema: "pa.Schema") -> "pa.RecordBatch":
-    import pyarrow as pa
-
-    return pa.RecordBatch.from_pylist(rows, schema=schema)

@@ -64,22 +64,21 @@ def run(config: Config, root: Path) -> Path:
     folder = run_folder(config, root)
     (folder / "records").mkdir(parents=True, exist_ok=True)
     _ = experiment.documents  # refuses overlapping text before anything is trained
-    files = []
     for row in candidates(experiment):
         spec, path = experiment.evaluate(row.label, row.candidate, row.role)
-        files.append(_record(config, row, spec.fingerprint, perplexity.read_evaluation(path), folder))
+        _record(config, row, spec.fingerprint, perplexity.read_evaluation(path), folder)
     description = {
         "configuration": config.model_dump(mode="json"),
         "artifacts": sorted(str(p.path.relative_to(root)) for p in experiment.store.planned.values()),
-        "records": sorted(set(files)),
+        "records": sorted(p.name for p in (folder / "records").glob("*.parquet")),
         "finished": time.time(),
     }
-    write_atomically(folder / RUN_FILE, json.dumps(description, indent=1, sort_keys=True, ensure_ascii=False))
+    write_atomically(folder / RUN_FILE, json.dumps(description, indent=1, ensure_ascii=False))
     write_tables(folder)
     return folder
 
 
-def _record(config: Config, row: Row, evaluation: str, rows: Sequence[dict[str, Any]], folder: Path) -> str:
+def _record(config: Config, row: Row, evaluation: str, rows: Sequence[dict[str, Any]], folder: Path) -> None:
     """Stamps an evaluation and a training's curve with experiment, profile, method and seed; one file each row."""
     from harness.training_log import read_curve
     from results.records import NO_SEED, Record, write
@@ -108,7 +107,6 @@ def _record(config: Config, row: Row, evaluation: str, rows: Sequence[dict[str, 
     name = f"{slug}-{'as-is' if row.seed is None else row.seed}-{evaluation[:16]}.parquet"
     provenance = {"evaluation": evaluation, "candidate": row.candidate.fingerprint, "method": config.methods[row.label]}
     write(folder / "records" / name, records, provenance)
-    return name
 
 
 def find_run(root: Path, name: str, profile: str | None) -> Path:

@@ -218,8 +218,10 @@ class Extraction:
         )
 
     def occurring_ids(self) -> np.ndarray:
-        """int32[n], every token id that is among the top k somewhere: what a lazy vocabulary map must cover."""
-        found: set[int] = set()
+        """int64[n], every token id that is among the top k or in the text: what a lazy vocabulary map must cover."""
+        found: set[int] = {self._prefix}
+        for piece in range(len(self._pieces)):
+            found.update(encode(self._tokenizer, self._pieces.text(piece)))
         for path in sorted(self._folder.glob("shard-*.safetensors")):
             found.update(np.unique(_load_shard(path)[0]["ids"]).tolist())
-        return np.array(sorted(found), np.int32)
+        return np.array(sorted(found), np.int64)

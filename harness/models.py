@@ -290,7 +290,9 @@ def load_model(resolved: ResolvedModel, dtype: DType | None = None, device: str 
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     options: dict[str, Any] = {}
     if resolved.spec.attn_implementation is not None:
         options["attn_implementation"] = resolved.spec.attn_implementation

@@ -201,7 +201,7 @@ def train(
         num_train_epochs=config.epochs,
         bf16=compute_dtype(config.dtype, device) == "bfloat16",
         use_cpu=device == "cpu",
-        gradient_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing=config.gradient_checkpointing,
         save_strategy="steps",
         save_steps=config.save_every,
         save_total_limit=2,

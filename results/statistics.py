@@ -44,7 +44,7 @@ class Units:
 
     def by_seed(self) -> np.ndarray:
         """The metric under each seed, float64[S]: ratio of sums over the examples."""
-        return self.metric.value(self.numerator @ self.weight, self.denominator @ self.weight)
+        return self.metric.value(_sums(self.numerator, self.weight), _sums(self.denominator[None], self.weight))
 
 
 @dataclass(frozen=True)
@@ -206,10 +206,10 @@ def resample(units: Mapping[tuple[str, str], Units]) -> dict[tuple[str, str], Un
     return found
 
 
-def _sums(draws: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Sums of `values`, float64[n], over the examples of each resample in `draws`, float64[r, n]: float64[r]."""
+def _sums(rows: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """The sum of each row, float64[r, n], with its entries times `factors`, float64[n]: float64[r]."""
     # Not BLAS, whose last digits depend on the number of threads and so on the machine's load.
-    return np.einsum("rn,n->r", draws, values)
+    return np.einsum("rn,n->r", rows, factors)
 
 
 def _multinomial(task: str, n: int) -> Iterator[np.ndarray]:

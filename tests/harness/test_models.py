@@ -25,8 +25,8 @@ from harness.models import (
 )
 
 
-def make_tokenizer(folder: Path) -> None:
-    """A small byte-level tokenizer with a bos and an eos token."""
+def make_tokenizer(folder: Path) -> int:
+    """A small byte-level tokenizer with a bos and an eos token; returns the number of its tokens."""
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
@@ -38,8 +38,11 @@ def make_tokenizer(folder: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(["the cat sat on the mat and the dog sat on the log"] * 3, trainer)
+    backend.train_from_iterator(
+        ["the cat sat on the mat and the dog sat on the log while another animal stood outside"] * 3, trainer
+    )
     PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return backend.get_vocab_size()
 
 
 def make_llama(folder: Path, *, tied: bool = True) -> Path:
@@ -48,7 +51,7 @@ def make_llama(folder: Path, *, tied: bool = True) -> Path:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=300,
+        vocab_size=make_tokenizer(folder),
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -59,7 +62,6 @@ def make_llama(folder: Path, *, tied: bool = True) -> Path:
         eos_token_id=1,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    make_tokenizer(folder)
     return folder
 
 

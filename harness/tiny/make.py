@@ -1,0 +1,72 @@
+"""Making a tiny model: its text, its tokenizer and its weights, with the trainer that trains everything else."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from harness.artifacts import Estimate, Spec, Store
+from harness.config import TrainingSection
+from harness.corpus import Document, Pieces, write_pieces
+from harness.tiny.recipe import TinyModel, build_model, make_tokenizer, tiny_recipe, training_documents
+
+VERSION = 1
+
+
+def make_tiny(store: Store, name: str, profile: str, device: str) -> tuple[Spec, Path]:
+    """The tiny model `name` of a profile's recipe, as an artifact that holds `model`."""
+    recipe = tiny_recipe(profile)
+    model = recipe.model(name)
+    # The text is the running Python's own, so its release stands for it.
+    python = ".".join(str(part) for part in sys.version_info[:3])
+    params = {key: dict(value) if key == "mix" else value for key, value in asdict(_plain(model)).items()}
+    corpus = {"max_bytes": recipe.max_bytes, "max_document_bytes": recipe.max_document_bytes}
+    spec = Spec("tiny", name, VERSION, {"python": python}, {**params, "corpus": corpus})
+
+    def build(folder: Path) -> None:
+        from transformers import set_seed
+
+        from fusion.vocabulary import Vocabulary
+        from harness.rows import Rows
+        from harness.training import train
+
+        documents = recipe.documents()
+        tokenizer = make_tokenizer(model, documents)
+        texts = [Document(d.name, d.domain, d.text, "") for d in training_documents(model, documents)]
+        pieces = folder / "text"
+        pieces.mkdir(exist_ok=True)
+        # A byte is a token at most, and each piece has a prefix.
+        write_pieces(pieces, texts, model.row_length - 1)
+        rows = Rows(Pieces(pieces), tokenizer, Vocabulary.from_tokenizer(tokenizer, model.vocabulary), model.row_length)
+        settings = TrainingSection(
+            row_length=model.row_length,
+            rows_per_step=model.rows_per_step,
+            micro_rows=model.rows_per_step,
+            learning_rate=model.learning_rate,
+            warmup_ratio=model.warmup_ratio,
+            epochs=model.epochs,
+            dtype="float32",
+            save_every=100,
+        )
+        set_seed(model.seed)
+        train(
+            build_model(model, tokenizer),
+            tokenizer,
+            rows,
+            settings,
+            lam=1.0,
+            seed=model.seed,
+            device=device,
+            folder=folder,
+            label=name,
+            card=f"# {name}\n\nA model of a few hundred thousand parameters made on the spot: plumbing, not a result.\n",
+        )
+
+    tokens = model.train_bytes / 3 * model.epochs
+    return spec, store.ensure(spec, build, Estimate(disk=1e7, memory=1e9, seconds=tokens / 10_000))
+
+
+def _plain(model: TinyModel) -> TinyModel:
+    from dataclasses import replace
+
+    # asdict copies values deeply, which a mapping proxy does not allow.
+    return replace(model, mix=dict(model.mix))
