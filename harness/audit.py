@@ -27,6 +27,7 @@ from harness.experiment import run_folder
 from harness.progress import track
 
 LEAST_TAIL = 1e-6  # a tail is stored in float16; below this it is rounding and its logarithm means nothing
+OVERALL = "all domains"
 _MEANS = ("p_next_native", "p_next_mapped", "p_next_target", "bucket_ll_native", "bucket_ll_mapped", "bucket_ll_target")
 
 
@@ -167,10 +168,10 @@ def _sums(reading: Reading, own: Reading, carried: Sparse, at: np.ndarray, partn
 
 def _by_domain(rows: pd.DataFrame, order: list[str], target: str) -> pd.DataFrame:
     def combined() -> Iterator[dict[str, Any]]:
-        everything = rows.assign(domain="all")
+        everything = rows.assign(domain=OVERALL)
         for name in order:
-            for domain in [*sorted(rows["domain"].unique()), "all"]:
-                part = everything if domain == "all" else rows
+            for domain in [*sorted(rows["domain"].unique()), OVERALL]:
+                part = everything if domain == OVERALL else rows
                 part = part[(part["source"] == name) & (part["domain"] == domain)]
                 total = part.sum(numeric_only=True)
                 row: dict[str, Any] = {
@@ -192,13 +193,13 @@ def _by_domain(rows: pd.DataFrame, order: list[str], target: str) -> pd.DataFram
 def _sentence(measures: pd.DataFrame) -> str:
     """What the numbers mean: which sources still know more than the target once their mass is carried over."""
     rows = [{str(k): v for k, v in row.items()} for row in measures.to_dict("records")]
-    sources = [row for row in rows if row["domain"] == "all"][1:]
+    sources = [row for row in rows if row["domain"] == OVERALL][1:]
     parts = []
     for row in sources:
         ahead = [
             other["domain"]
             for other in rows
-            if other["source"] == row["source"] and other["domain"] != "all" and _gain(other) > 0
+            if other["source"] == row["source"] and other["domain"] != OVERALL and _gain(other) > 0
         ]
         parts.append(
             f"{row['source']} gives the true next token {row['p_next_native']:.3f} natively and "

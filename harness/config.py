@@ -17,6 +17,7 @@ from harness.corpus import CorpusConfig
 from harness.models import DType
 
 CONF = files("harness") / "conf"
+_OWN = "own"  # the profile of a user's file that names none
 
 
 class Strict(BaseModel):
@@ -175,8 +176,10 @@ def load(
     overrides: Sequence[str] = (),
     seeds: Sequence[int] = (),
 ) -> Config:
-    """The resolved configuration of an experiment's name or of a user's YAML file, which may say `extends: NAME`.
+    """The resolved configuration of an experiment's name or of a user's YAML file.
 
+    A user's file may say `extends: NAME` to start from an experiment that ships with the harness, and `profile: NAME`;
+    without either it stands alone. A source or a method that is set to null is left out.
     Raises UserError, in one sentence, for unknown names, keys and values.
     """
     from omegaconf import OmegaConf
@@ -196,22 +199,24 @@ def load(
         for item in overrides:
             if "=" not in item:
                 raise UserError(f"--set {item} has no value: write --set KEY=VALUE.")
-        first = (user or {}).get("profiles") or experiment.get("profiles") or ["small"]
-        profile = profile or (user or {}).get("profile") or first[0]
+        chosen = profile or (user or {}).get("profile") or experiment.get("profiles", [_OWN])[0]
         layers = [OmegaConf.create((CONF / "defaults.yaml").read_text(encoding="utf-8")), experiment]
-        layers.append(_shipped("profiles", str(profile)))
+        if chosen != _OWN:
+            layers.append(_shipped("profiles", str(chosen)))
         if user is not None:
             layers.append(user)
-        merged = OmegaConf.merge(*layers, dotlist, {"profile": profile})
+        merged = OmegaConf.merge(*layers, dotlist, {"profile": chosen})
         if seeds:
             merged.seeds = list(seeds)
         raw: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"The configuration of {name} does not hold: {str(error).splitlines()[0]}.") from None
-    if raw["profile"] not in raw.get("profiles", [raw["profile"]]):
+    if raw["profile"] not in raw.setdefault("profiles", [raw["profile"]]):
         raise UserError(
             f"The experiment {name} has no profile {raw['profile']!r}: its profiles are {', '.join(raw['profiles'])}."
         )
+    if isinstance(sources := (raw.get("roles") or {}).get("sources"), dict):
+        raw["roles"]["sources"] = {name: role for name, role in sources.items() if role is not None}
     raw["methods"] = _expanded(raw.get("methods") or {}, raw.get("roles") or {})
     try:
         return Config.model_validate(raw)

@@ -248,6 +248,8 @@ class Experiment:
     def train(self, label: str, seed: int, *, lam: float, fusion: Fusion | None) -> Candidate:
         """The target trained on the corpus' rows (see `harness.training.train`)."""
         settings, target = self.config.training, self.model(TARGET)
+        if lam == 1:
+            fusion = None  # nothing of it would be learnt, and plain continued training is there already
         documents, n_bytes = self._curve()
         dtype = compute_dtype(settings.dtype, self.device)
         params: dict[str, Any] = {

@@ -145,7 +145,7 @@ def resolve(spec: ModelSpec, models_dir: Path) -> ResolvedModel:
     hashes = _hashes(folder, [*names, *weights], models_dir / ".hashes.json")
     _check_manifest(folder, hashes, [*names, *weights])
     found = find_entry(spec.name)
-    return ResolvedModel(folder, found[0] if found else Path(spec.name).stem, fingerprint(hashes), spec)
+    return ResolvedModel(folder, found[0] if found else folder.name, fingerprint(hashes), spec)
 
 
 def _locate(spec: ModelSpec, models_dir: Path) -> Path:

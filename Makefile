@@ -1,0 +1,50 @@
+# One command runs the main job, one passes the tests; both make the environment from the lock file first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEEPSPEED := deepspeed==0.19.8
+
+.PHONY: help setup quickstart test lint format lock clean
+
+help:
+	@echo 'make quickstart  the main job on tiny models: environment, then about five minutes on two cores'
+	@echo 'make test        environment, then all tests'
+	@echo 'make lint        ruff and mypy'
+	@echo 'make lock        new exact versions from the ranges in pyproject.toml'
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -r requirements.lock
+	# Its source distribution imports torch, so it is built in this environment; its kernels are compiled at first use.
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --no-build-isolation --no-deps $(DEEPSPEED)
+	$(BIN)/python -m pip install --no-build-isolation --no-deps -e .
+	$(BIN)/python -m pip check
+	touch $(READY)
+
+quickstart: $(READY)
+	$(BIN)/fusellm quickstart
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock:
+	rm -rf build/lock
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install torch==2.13.0 setuptools
+	build/lock/bin/python -m pip install --no-build-isolation -e '.[dev,deepspeed]'
+	build/lock/bin/python -m pip freeze --exclude-editable | sed -e 's/+cpu//' -e '/^deepspeed==/d' > requirements.lock
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,231 @@
+"""The whole line from text to table, on random models."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fusion.errors import UserError
+from harness import context, experiment, extraction
+from harness.artifacts import Store
+from harness.audit import audit
+from harness.config import Config, load
+from harness.housekeeping import unused
+from results.records import read
+
+
+@pytest.fixture(scope="module")
+def finished(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path, Path]:
+    """Configuration, root and folder of a finished run."""
+    config = load(str(experiment_file))
+    root = tmp_path_factory.mktemp("root")
+    return config, root, experiment.run(config, root)
+
+
+def test_table_has_every_row_and_the_curve(finished: tuple[Config, Path, Path]) -> None:
+    config, _, folder = finished
+    table = json.loads((folder / "table.json").read_text())
+    assert table["rows"] == list(config.methods)
+    records = read([folder / "records"])
+    assert set(records["method"]) == {"llama", "neox", "CLM", "FuseLLM", "FuseLLM published"}
+    along = records[records["tokens"].notna()]
+    # Measured before the first step and at two later ones, on three documents.
+    assert along.groupby("method")["tokens"].nunique().to_dict() == {
+        "CLM": 3,
+        "FuseLLM": 3,
+        "FuseLLM published": 3,
+    }
+    start = along[along["tokens"] == 0].pivot(index="example", columns="method", values="numerator")
+    assert (start["CLM"] == start["FuseLLM"]).all()
+    assert (folder / "learning_curves.png").exists()
+
+
+def test_the_last_curve_point_is_the_saved_model(finished: tuple[Config, Path, Path]) -> None:
+    _, _, folder = finished
+    records = read([folder / "records"])
+    records = records[records["method"] == "FuseLLM"]
+    last = records[records["tokens"] == records["tokens"].max()].set_index("example")["numerator"]
+    final = records[records["tokens"].isna()].set_index("example")["numerator"]
+    np.testing.assert_allclose(last, final.loc[last.index], rtol=1e-5)
+
+
+def test_training_learns(finished: tuple[Config, Path, Path]) -> None:
+    _, _, folder = finished
+    records = read([folder / "records"])
+    nats = records[records["tokens"].isna()].groupby("method")["numerator"].sum()
+    assert nats["CLM"] < nats["llama"] - 1
+    assert nats["FuseLLM"] < nats["llama"] - 1
+
+
+def test_the_checkpoint_is_a_plain_one(finished: tuple[Config, Path, Path]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _, root, _ = finished
+    (trained,) = (root / "artifacts" / "train").glob("FuseLLM-seed0-*/model")
+    model, info = AutoModelForCausalLM.from_pretrained(trained, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert AutoTokenizer.from_pretrained(trained)("a fox")["input_ids"]
+    assert "Resolved configuration" in (trained / "README.md").read_text()
+
+
+def test_a_second_run_makes_nothing_and_gives_the_same_bytes(finished: tuple[Config, Path, Path]) -> None:
+    config, root, folder = finished
+    before = {p: p.stat().st_mtime_ns for p in (root / "artifacts").rglob("*") if p.is_file()}
+    tables = {p.name: p.read_bytes() for p in folder.glob("table.*")}
+    assert experiment.run(config, root) == folder
+    after = {p: p.stat().st_mtime_ns for p in (root / "artifacts").rglob("*") if p.is_file()}
+    assert {p: t for p, t in after.items() if p.suffix != ".lock"} == {
+        p: t for p, t in before.items() if p.suffix != ".lock"
+    }
+    assert {p.name: p.read_bytes() for p in folder.glob("table.*")} == tables
+
+
+def test_plan_knows_what_is_there(finished: tuple[Config, Path, Path], tmp_path: Path) -> None:
+    config, root, _ = finished
+    assert {p.state for p in experiment.plan(config, root)} == {"there"}
+    fresh = experiment.plan(config, tmp_path)
+    assert {p.state for p in fresh} == {"to do"}
+    assert not (tmp_path / "artifacts").exists()
+    assert sum(p.spec.kind == "train" for p in fresh) == 3
+    # Another lambda extracts nothing again.
+    other = config.model_copy(deep=True)
+    other.methods["FuseLLM"]["lambda"] = 0.7
+    todo = [p.spec for p in experiment.plan(other, root) if p.state == "to do"]
+    assert sorted(s.kind for s in todo) == ["perplexity", "train"]
+
+
+def test_lambda_one_is_clm(finished: tuple[Config, Path, Path], experiment_file: Path) -> None:
+    """The same code at lambda = 1: not a digit differs, whatever the sources say."""
+    _, root, _ = finished
+    config = load(str(experiment_file), overrides=["methods.FuseLLM.lambda=1.0", "experiment=lambda-one"])
+    records = read([experiment.run(config, root) / "records"])
+    nats = records[records["tokens"].isna()].pivot(index="example", columns="method", values="numerator")
+    assert (nats["FuseLLM"] == nats["CLM"]).all()
+    assert (nats["FuseLLM published"] != nats["CLM"]).any()
+
+
+def test_rows_at_once_do_not_change_the_training(finished: tuple[Config, Path, Path], experiment_file: Path) -> None:
+    """Token-exact accumulation: two rows at once, or one after the other, are one step."""
+    _, root, _ = finished
+    config = load(str(experiment_file), overrides=["training.micro_rows=2", "seeds=[5]", "experiment=micro-rows"])
+    single = load(str(experiment_file), overrides=["training.micro_rows=1", "seeds=[5]", "experiment=micro-rows"])
+    # The number of rows at once is no part of an artifact's identity, so each gets a store of its own.
+    nats = []
+    for i, c in enumerate((config, single)):
+        c.methods = {k: v for k, v in c.methods.items() if k in ("CLM", "FuseLLM")}
+        own = root / f"micro-rows-{i}"
+        records = read([experiment.run(c, own) / "records"])
+        nats.append(records[records["tokens"].isna()].pivot(index="example", columns="method", values="numerator"))
+    pd.testing.assert_frame_equal(nats[0], nats[1], rtol=1e-5)
+
+
+class _Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def _interrupt(monkeypatch: pytest.MonkeyPatch, place: object, name: str, calls: int) -> None:
+    original, seen = getattr(place, name), 0
+
+    def dying(*args: object, **kwargs: object) -> object:
+        nonlocal seen
+        seen += 1
+        if seen > calls:
+            raise _Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(place, name, dying)
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.safetensors"))}
+
+
+def test_a_resumed_extraction_has_the_same_bytes(
+    finished: tuple[Config, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, root, _ = finished
+    with monkeypatch.context() as patch:
+        _interrupt(patch, extraction, "_write_shard", 2)
+        with pytest.raises(_Killed):
+            context.Experiment(config, tmp_path).extract("neox")
+    (begun,) = Store(tmp_path / "artifacts").leftovers()
+    assert len(list(begun.glob("shard-*"))) == 2
+    spec, resumed = context.Experiment(config, tmp_path).extract("neox")
+    assert _bytes(resumed) == _bytes(Store(root / "artifacts").path(spec))
+    assert len(_bytes(resumed)) > 3
+
+
+def test_a_damaged_shard_of_an_interrupted_extraction_is_refused(
+    finished: tuple[Config, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _, _ = finished
+    with monkeypatch.context() as patch:
+        _interrupt(patch, extraction, "_write_shard", 2)
+        with pytest.raises(_Killed):
+            context.Experiment(config, tmp_path).extract("neox")
+    (shard, _) = sorted(next(Store(tmp_path / "artifacts").leftovers()).glob("shard-*"))
+    raw = bytearray(shard.read_bytes())
+    raw[-3] ^= 1
+    shard.write_bytes(raw)
+    with pytest.raises(UserError, match="does not match its checksum"):
+        context.Experiment(config, tmp_path).extract("neox")
+
+
+def test_a_resumed_training_is_bit_identical(
+    finished: tuple[Config, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from harness.training import FusionTrainer
+
+    config, root, _ = finished
+    for kind in ("pieces", "extraction", "map", "perplexity"):
+        shutil.copytree(root / "artifacts" / kind, tmp_path / "artifacts" / kind)
+    only = config.model_copy(deep=True)
+    only.methods = {k: v for k, v in only.methods.items() if k in ("FuseLLM", "CLM")}
+    with monkeypatch.context() as patch:
+        _interrupt(patch, FusionTrainer, "compute_loss", 7)  # in the middle of the fourth step of the CLM row
+        with pytest.raises(_Killed):
+            experiment.run(only, tmp_path)
+    (begun,) = Store(tmp_path / "artifacts").leftovers()
+    assert (begun / "checkpoints" / "checkpoint-2" / "complete").exists()
+    experiment.run(only, tmp_path)
+    for trained in (tmp_path / "artifacts" / "train").glob("*-seed0-*"):
+        twin = root / "artifacts" / "train" / trained.name
+        assert _bytes(trained) == _bytes(twin), trained.name
+        assert (trained / "curve.jsonl").read_bytes() == (twin / "curve.jsonl").read_bytes()
+
+
+def test_changed_bytes_are_refused_by_name(finished: tuple[Config, Path, Path], tmp_path: Path) -> None:
+    config, root, _ = finished
+    shutil.copytree(root / "artifacts", tmp_path / "artifacts")
+    (shard, *_) = sorted((tmp_path / "artifacts" / "extraction").glob("*/shard-000001.safetensors"))
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    shard.write_bytes(raw)
+    with pytest.raises(UserError, match=r"shard-000001\.safetensors does not match its SHA-256"):
+        experiment.run(config, tmp_path)
+
+
+def test_text_in_both_corpora_is_refused(experiment_file: Path, made: Path, tmp_path: Path) -> None:
+    config = load(str(experiment_file), overrides=[f"suites.perplexity.documents.path={made / 'train'}"])
+    with pytest.raises(UserError, match="held-out documents are in the training corpus"):
+        experiment.run(config, tmp_path)
+
+
+def test_audit(finished: tuple[Config, Path, Path]) -> None:
+    config, root, _ = finished
+    found = audit(config, root)
+    m = found.measures.set_index(["source", "domain"])
+    target, neox = m.loc[("llama (target)", "all domains")], m.loc[("neox", "all domains")]
+    assert target["paired"] == 1 and 0.2 < neox["paired"] <= 1
+    assert target["p_next_native"] == pytest.approx(target["p_next_mapped"], abs=1e-6)
+    assert target["chosen"] + neox["chosen"] == pytest.approx(1)
+    assert (found.folder / "audit.png").exists() and "neox" in found.sentence
+
+
+def test_unused_lists_what_no_run_names(finished: tuple[Config, Path, Path]) -> None:
+    config, root, _ = finished
+    used = set(json.loads((experiment.run_folder(config, root) / "run.json").read_text())["artifacts"])
+    assert not used & {str(p.relative_to(root)) for p, _ in unused(root)}
