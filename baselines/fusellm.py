@@ -70,7 +70,7 @@ class FuseLLM:
         sources = self.parameters.sources or list(context.sources)
         if unknown := sorted(set(sources) - set(context.sources)):
             raise UserError(
-                f"{context.label} names the source {unknown[0]!r}, but the experiment's are {', '.join(context.sources)}."
+                f"{context.label} names the source {unknown[0]!r}; the experiment's are {', '.join(context.sources)}."
             )
         fusion = self.parameters.fused(sources)
         return context.train(lam=self.parameters.lam, fusion=fusion)

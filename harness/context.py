@@ -105,6 +105,13 @@ class Experiment:
         model = ModelSpec(name=str(path / MODEL_FOLDER), dtype=role.dtype)
         return ResolvedModel(path / MODEL_FOLDER, name, spec.fingerprint, model)
 
+    def check(self) -> None:
+        """Refuses what would fail later: models that are not here, text that is not here, held-out text trained on."""
+        for name in [TARGET, *self.config.roles.sources]:
+            if not self.role(name).model.startswith("tiny:"):
+                self.model(name)
+        _ = self.documents
+
     def sized(self, name: str) -> _Sized:
         """Parameters and vocabulary of a role's model, from the catalogue or the files."""
         found = find_entry(self.role(name).model)

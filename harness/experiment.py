@@ -63,7 +63,7 @@ def run(config: Config, root: Path) -> Path:
     experiment = Experiment(config, root)
     folder = run_folder(config, root)
     (folder / "records").mkdir(parents=True, exist_ok=True)
-    _ = experiment.documents  # refuses overlapping text before anything is trained
+    experiment.check()
     for row in candidates(experiment):
         spec, path = experiment.evaluate(row.label, row.candidate, row.role)
         _record(config, row, spec.fingerprint, perplexity.read_evaluation(path), folder)

@@ -58,7 +58,7 @@ def make_tiny(store: Store, name: str, profile: str, device: str) -> tuple[Spec,
             device=device,
             folder=folder,
             label=name,
-            card=f"# {name}\n\nA model of a few hundred thousand parameters made on the spot: plumbing, not a result.\n",
+            card=f"# {name}\n\nA model of a few hundred thousand parameters made on the spot: plumbing.\n",
         )
 
     tokens = model.train_bytes / 3 * model.epochs

@@ -59,7 +59,9 @@ def test_a_killed_run_ends_in_the_same_table(quickstart: Path, tmp_path: Path) -
     command += ["experiment", "run", "quickstart", "--profile", "micro", "--root", str(tmp_path)]
     kills = 0
     while not list(tmp_path.glob("runs/*/*/*/run.json")) and kills < 12:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         deadline = time.monotonic() + generator.uniform(4, 14)
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -82,12 +84,12 @@ def _answer(arguments: list[str]) -> tuple[int, str]:
 
     out = io.StringIO()
     status = 0
-    with mock.patch.object(sys, "argv", ["fusellm", *arguments]), contextlib.redirect_stdout(out):
-        with contextlib.redirect_stderr(out):
-            try:
-                cli.main()
-            except SystemExit as end:
-                status = int(end.code or 0)
+    argv = mock.patch.object(sys, "argv", ["fusellm", *arguments])
+    with argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = int(end.code or 0)
     return status, out.getvalue()
 
 
@@ -108,7 +110,7 @@ def _answer(arguments: list[str]) -> tuple[int, str]:
         (["experiment", "show", "nowhere.yaml"], "There is no file nowhere.yaml"),
         (["experiment", "show", "main", "--seed", "1", "--seed", "1"], "names one twice"),
         (["experiment", "run", "main", "--set", "data.root=/nowhere"], "fusellm models fetch"),
-        (["experiment", "run", "main", "--set", "roles.target.model=SmolLM-135M"], "There is no model"),
+        (["experiment", "run", "main", "--set", "roles.target.model=SmolLM-135M"], "There is no model 'SmolLM-135M'"),
         (["tables", "main"], "has no finished run"),
         (["tables", "paper/table99"], "table99"),
         (["models", "fetch", "SmolLM2"], "There is no model"),

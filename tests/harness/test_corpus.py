@@ -31,7 +31,7 @@ def test_first_bytes_end_at_a_character(text: str, limit: int) -> None:
 
 
 def test_cuts_fall_after_lines_and_before_spaces() -> None:
-    assert cut("one line here\nand another one here", 20) == ["one line here\n", "and another one", " here"]
+    assert cut("one line here\nand another one here", 19) == ["one line here\n", "and another one", " here"]
 
 
 def test_stored_pieces_are_the_text(tmp_path: Path) -> None:

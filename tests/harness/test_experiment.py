@@ -65,7 +65,7 @@ def test_the_checkpoint_is_a_plain_one(finished: tuple[Config, Path, Path]) -> N
 
     _, root, _ = finished
     (trained,) = (root / "artifacts" / "train").glob("FuseLLM-seed0-*/model")
-    model, info = AutoModelForCausalLM.from_pretrained(trained, output_loading_info=True)
+    _, info = AutoModelForCausalLM.from_pretrained(trained, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert AutoTokenizer.from_pretrained(trained)("a fox")["input_ids"]
     assert "Resolved configuration" in (trained / "README.md").read_text()
@@ -220,7 +220,9 @@ def test_audit(finished: tuple[Config, Path, Path]) -> None:
     m = found.measures.set_index(["source", "domain"])
     target, neox = m.loc[("llama (target)", "all domains")], m.loc[("neox", "all domains")]
     assert target["paired"] == 1 and 0.2 < neox["paired"] <= 1
-    assert target["p_next_native"] == pytest.approx(target["p_next_mapped"], abs=1e-6)
+    # The target carried over onto itself loses only what lies outside its top k.
+    assert target["bucket_ll_native"] == pytest.approx(target["bucket_ll_mapped"], abs=1e-3)
+    assert target["p_next_mapped"] <= target["p_next_native"] + 1e-6
     assert target["chosen"] + neox["chosen"] == pytest.approx(1)
     assert (found.folder / "audit.png").exists() and "neox" in found.sentence
 

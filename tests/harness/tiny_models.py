@@ -12,15 +12,34 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-WORDS = "the quick brown fox jumps over lazy dogs while seven wizards brew potent ale and über-cool naïve 猫 sleeps".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "lazy",
+    "dogs",
+    "while",
+    "seven",
+    "wizards",
+    "brew",
+    "potent",
+    "ale",
+    "and",
+    "über-cool",
+    "naïve",
+    "猫",
+    "sleeps",
+]
 
 
 def sentences(n: int, seed: int = 0) -> list[str]:
     """Lines of random words, the same for one seed."""
     generator = torch.Generator().manual_seed(seed)
     return [
-        " ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (12,), generator=generator)) + ".\n"
-        for _ in range(n)
+        " ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (12,), generator=generator)) + ".\n" for _ in range(n)
     ]
 
 
