@@ -4,6 +4,10 @@ At every target position that a source is paired with, three predictions of the 
 source's own next token under the source (native), the target's next token under what the map makes of the source's
 distribution, and the target's next token under the target itself. If the second does not beat the third, fusion has
 nothing to teach there, whatever the source knows.
+
+The bucket log-likelihood takes every distribution as what is stored of it, k entries and the mass of the rest, and
+spreads that mass evenly over the rest of the vocabulary. Without the spreading a distribution that knows less would
+look better: the true token falls into its tail more often, and a large tail is an easy outcome to be right about.
 """
 
 from collections.abc import Iterator
@@ -17,7 +21,7 @@ import pandas as pd
 from baselines.fusellm import FuseLLMParameters
 from baselines.method import Fusion
 from fusion.errors import UserError
-from fusion.fuse import fuse_row
+from fusion.fuse import UNPAIRED, fuse_row
 from fusion.targets import Reading, Sparse
 from harness.artifacts import write_atomically
 from harness.config import Config, method_parameters
@@ -28,6 +32,7 @@ from harness.progress import track
 
 LEAST_TAIL = 1e-6  # a tail is stored in float16; below this it is rounding and its logarithm means nothing
 OVERALL = "all domains"
+CHOSEN = "fused"
 _MEANS = ("p_next_native", "p_next_mapped", "p_next_target", "bucket_ll_native", "bucket_ll_mapped", "bucket_ll_target")
 
 
@@ -68,6 +73,7 @@ def _measures(experiment: Experiment, fusion: Fusion) -> pd.DataFrame:
     data = experiment.fusion_data(fusion)
     pieces = Pieces(experiment.pieces[1])
     target_vocabulary = experiment.tokenizer(TARGET)[1]
+    sizes = {name: len(reader.vocabulary) for name, reader in data.extractions.items()}
     alone = replace(fusion.switches, include_target=False, tail="bucket", fusion="mince", empty="tail")
     rows: list[dict[str, Any]] = []
     with track("audit", len(pieces), "pieces") as advance:
@@ -104,10 +110,13 @@ def _measures(experiment: Experiment, fusion: Fusion) -> pd.DataFrame:
                     at = np.flatnonzero(single.paired[0][:-1])
                     partner = _partners(reading, own, at, data, source, target_vocabulary, fusion)
                 row["paired"] = len(at)
-                row |= _sums(reading, own, carried, at, partner)
+                row |= _sums(reading, own, carried, at, partner, (sizes[name], sizes[TARGET]))
                 rows.append(row)
+            rows.append(_chosen(together, own, {"domain": domain, "bytes": size, "pieces": 1}, sizes[TARGET]))
             advance(1)
-    return _by_domain(pd.DataFrame(rows), [TARGET, *(s.name for s in data.sources)], experiment.model(TARGET).name)
+    return _by_domain(
+        pd.DataFrame(rows), [TARGET, *(s.name for s in data.sources), CHOSEN], experiment.model(TARGET).name
+    )
 
 
 def _partners(
@@ -128,6 +137,15 @@ def _partners(
     return partner[at]
 
 
+def _chosen(fused: Any, own: Reading, row: dict[str, Any], vocabulary: int) -> dict[str, Any]:
+    """The row of what the target is really taught: the fused distribution, wherever it is one of the sources'."""
+    at = np.flatnonzero(fused.chosen[:-1] != UNPAIRED)
+    # Nobody's own reading is behind it, so nothing is native.
+    sums = _sums(own, own, fused.targets, at, np.full(len(at), len(own.nats) - 1), (vocabulary, vocabulary))
+    whole = {"source": CHOSEN, "nats": np.nan, "positions": len(own.nats) - 1, "paired": len(at), "chosen": 1.0}
+    return row | whole | sums
+
+
 def _share_chosen(fused: Any, name: str) -> float:
     chosen = fused.chosen[fused.chosen >= 0]
     if name not in fused.names or not len(chosen):
@@ -135,23 +153,30 @@ def _share_chosen(fused: Any, name: str) -> float:
     return float((chosen == fused.names.index(name)).mean())
 
 
-def _bucket(p: np.ndarray, tail: np.ndarray) -> np.ndarray:
-    """Log-likelihood (nats) of what came next among k + 1 outcomes: its entry, or the tail where it has none."""
-    return np.log(np.where(p > 0, p, np.maximum(tail, LEAST_TAIL)).astype(np.float64))
+def _bucket(p: np.ndarray, tail: np.ndarray, rest: np.ndarray | int) -> np.ndarray:
+    """Log-likelihood (nats) of the next token: that of its entry, or of its share of the tail over `rest` tokens."""
+    return np.log(np.where(p > 0, p, np.maximum(tail, LEAST_TAIL) / rest).astype(np.float64))
 
 
-def _native(reading: Reading, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _native(reading: Reading, at: np.ndarray, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
     """p(next token) and bucket log-likelihood of a reading at positions that have a next token."""
     p = np.exp(-reading.nats[at].astype(np.float64))
     listed = (reading.ids[at] == reading.tokens[at + 1][:, None]).any(1)
-    return p, _bucket(np.where(listed, p, 0), reading.tail[at])
+    return p, _bucket(np.where(listed, p, 0), reading.tail[at], vocabulary - reading.ids.shape[1])
 
 
-def _sums(reading: Reading, own: Reading, carried: Sparse, at: np.ndarray, partner: np.ndarray) -> dict[str, float]:
+def _sums(
+    reading: Reading,
+    own: Reading,
+    carried: Sparse,
+    at: np.ndarray,
+    partner: np.ndarray,
+    vocabularies: tuple[int, int],
+) -> dict[str, float]:
     # A source position at its own end of text has no next token to compare with.
     has_next = partner < len(reading.nats) - 1
-    p_native, ll_native = _native(reading, partner[has_next])
-    p_target, ll_target = _native(own, at)
+    p_native, ll_native = _native(reading, partner[has_next], vocabularies[0])
+    p_target, ll_target = _native(own, at, vocabularies[1])
     gold = own.tokens[at + 1]
     hit = carried.ids[at] == gold[:, None]
     p_mapped = np.where(hit, carried.p[at], 0).sum(1, dtype=np.float64)
@@ -160,7 +185,7 @@ def _sums(reading: Reading, own: Reading, carried: Sparse, at: np.ndarray, partn
         "p_next_mapped": p_mapped,
         "p_next_target": p_target,
         "bucket_ll_native": ll_native,
-        "bucket_ll_mapped": _bucket(p_mapped, carried.tail[at]),
+        "bucket_ll_mapped": _bucket(p_mapped, carried.tail[at], vocabularies[1] - (carried.ids[at] >= 0).sum(1)),
         "bucket_ll_target": ll_target,
     }
     return {name: float(values.sum()) for name, values in columns.items()} | {"native_positions": int(has_next.sum())}
@@ -178,7 +203,7 @@ def _by_domain(rows: pd.DataFrame, order: list[str], target: str) -> pd.DataFram
                     "source": f"{target} (target)" if name == TARGET else name,
                     "domain": domain,
                     "pieces": int(total["pieces"]),
-                    "nats_per_byte": total["nats"] / total["bytes"],
+                    "nats_per_byte": total["nats"] / total["bytes"] if name != CHOSEN else np.nan,
                     "paired": total["paired"] / total["positions"] if total["positions"] else np.nan,
                     "chosen": total["chosen"] / total["pieces"],
                 }
@@ -193,7 +218,7 @@ def _by_domain(rows: pd.DataFrame, order: list[str], target: str) -> pd.DataFram
 def _sentence(measures: pd.DataFrame) -> str:
     """What the numbers mean: which sources still know more than the target once their mass is carried over."""
     rows = [{str(k): v for k, v in row.items()} for row in measures.to_dict("records")]
-    sources = [row for row in rows if row["domain"] == OVERALL][1:]
+    *sources, fused = [row for row in rows if row["domain"] == OVERALL][1:]
     parts = []
     for row in sources:
         ahead = [
@@ -207,13 +232,13 @@ def _sentence(measures: pd.DataFrame) -> str:
             f"log-likelihood it is ahead of the target in {', '.join(ahead) or 'no domain'}, and it is chosen for "
             f"{row['chosen']:.0%} of the pieces"
         )
-    best = max(_gain(row) for row in sources)
+    gain = _gain(fused)
     verdict = (
-        f"at most {best:.3f} nats a position are to be learned from one source"
-        if best > 0
-        else f"overall no source beats the target once carried over (best {best:.3f} nats a position)"
+        f"the fused distribution is ahead of the target by {gain:.3f} nats a position, which is what there is to learn"
+        if gain > 0
+        else f"the fused distribution is behind the target ({gain:.3f} nats a position): there is nothing to learn"
     )
-    return "; ".join(parts) + f": {verdict}."
+    return f"{'; '.join(parts)}: {verdict} ({fused['p_next_mapped']:.3f} against {fused['p_next_target']:.3f})."
 
 
 def _gain(row: dict[str, Any]) -> float:

@@ -3,6 +3,7 @@
 Everything goes through the store, so that nothing is made twice; with a dry store the same code only plans.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -413,4 +414,8 @@ def _device(device: str) -> str:
         return device
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    # DeepSpeed would look for an accelerator by itself and warn on standard output, where tables go.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return "cpu"

@@ -5,6 +5,7 @@ the whole global batch, checkpoints that are complete or not there, and the held
 """
 
 import json
+import math
 import os
 import shutil
 import types
@@ -41,8 +42,7 @@ class Curve:
 
 def steps_of(config: TrainingSection, rows: int) -> int:
     """Optimiser steps of a whole training on so many rows."""
-    per_epoch = -(-rows // config.rows_per_step)
-    return max(1, int(per_epoch * config.epochs))
+    return max(1, math.ceil(math.ceil(rows / config.rows_per_step) * config.epochs))
 
 
 class FusionTrainer(Trainer):

@@ -4,6 +4,7 @@ Readable in black and white and by colour-blind eyes: every series has its own m
 colour of the Okabe-Ito set.
 """
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -273,7 +274,8 @@ def _bars(axes: "Axes", groups: Sequence[str], series: dict[str, list[float]], l
 def _entitle(figure: "Figure", title: str, banner: str) -> None:
     text = ": ".join(part for part in (banner.upper(), title) if part)
     if text:
-        figure.suptitle(text, fontsize=11)
+        # About 11 characters an inch at this size.
+        figure.suptitle(textwrap.fill(text, int(11 * figure.get_figwidth())), fontsize=11)
 
 
 def _new(size: tuple[float, float]) -> "Figure":
