@@ -15,7 +15,7 @@ class AsIsParameters(Parameters):
 class AsIs:
     """A role's model without any change."""
 
-    Parameters: ClassVar[type[Parameters]] = AsIsParameters
+    schema: ClassVar[type[Parameters]] = AsIsParameters
 
     def __init__(self, parameters: AsIsParameters) -> None:
         self.parameters = parameters

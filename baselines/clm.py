@@ -9,7 +9,7 @@ from baselines.method import METHODS, Candidate, Context, Parameters
 class CLM:
     """The objective at lambda = 1."""
 
-    Parameters: ClassVar[type[Parameters]] = Parameters
+    schema: ClassVar[type[Parameters]] = Parameters
 
     def __init__(self, parameters: Parameters) -> None:
         self.parameters = parameters

@@ -61,7 +61,7 @@ class FuseLLMParameters(Parameters):
 class FuseLLM:
     """The target trained on lambda * CLM + (1 - lambda) * fusion."""
 
-    Parameters: ClassVar[type[Parameters]] = FuseLLMParameters
+    schema: ClassVar[type[Parameters]] = FuseLLMParameters
 
     def __init__(self, parameters: FuseLLMParameters) -> None:
         self.parameters = parameters

@@ -70,7 +70,7 @@ class Context(Protocol):
 class Method(Protocol):
     """One row of a table. Registered in `METHODS` or by the entry-point group `fusellm.methods`."""
 
-    Parameters: ClassVar[type[Parameters]]
+    schema: ClassVar[type[Parameters]]
 
     def __init__(self, parameters: Any) -> None: ...
 

@@ -98,12 +98,13 @@ def externalise(
         g = gold[start : start + chunk]
         nats = (total - logits.gather(-1, g.clamp(min=0)[:, None]))[:, 0].masked_fill(g < 0, 0)
         parts.append((ids.int().cpu(), log_p.cpu(), tail.cpu(), nats.cpu()))
-    ids, log_p, tail, nats = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    columns = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
 
     results = []
     for index, (end, length) in enumerate(zip(np.cumsum(lengths), lengths, strict=True)):
         span = slice(end - length, end)
-        if not (np.isfinite(log_p[span]).all() and np.isfinite(nats[span]).all()):
+        result = Externalised(*(column[span] for column in columns))
+        if not (np.isfinite(result.log_p).all() and np.isfinite(result.nats).all()):
             raise UserError(f"sequence {index} of the batch has logits that are not finite")
-        results.append(Externalised(ids[span], log_p[span], tail[span], nats[span]))
+        results.append(result)
     return results

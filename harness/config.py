@@ -123,7 +123,7 @@ class Config(Strict):
         for label, entry in self.methods.items():
             if "method" not in entry:
                 raise UserError(f"methods.{label} does not say which method it is: add `method: NAME`.")
-            method_parameters(label, entry, method(entry["method"]).Parameters)
+            method_parameters(label, entry, method(entry["method"]).schema)
         if self.baseline not in self.methods:
             raise UserError(f"baseline {self.baseline!r} is no row: rows are {', '.join(self.methods)}.")
         return self

@@ -37,7 +37,7 @@ def candidates(experiment: Experiment) -> Iterator[Row]:
     config = experiment.config
     for label, entry in config.methods.items():
         kind = method(entry["method"])
-        built = kind(method_parameters(label, entry, kind.Parameters))
+        built = kind(method_parameters(label, entry, kind.schema))
         role = experiment.role(entry["role"]) if "role" in entry else experiment.role(TARGET)
         for seed in config.seeds:
             candidate = built.build(MethodContext(experiment, label, seed))

@@ -76,7 +76,7 @@ def _extract(folder: Path, spec: Spec, model: "ResolvedModel", pieces: Pieces, d
         return
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, dtype=spec.params["dtype"], device=device)
-    vocabulary = Vocabulary.from_tokenizer(tokenizer, loaded.get_input_embeddings().weight.shape[0])
+    vocabulary = Vocabulary.from_tokenizer(tokenizer, loaded.config.get_text_config().vocab_size)
     backbone, project = reader(loaded)
     prefix = prefix_id(tokenizer)
     window = getattr(loaded.config, "max_position_embeddings", None)

@@ -36,7 +36,7 @@ def _bar(description: str, total: float, unit: str, done: float) -> Iterator[Adv
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=False) as progress:
-        task = progress.add_task(description, total=total, completed=done, unit=unit, rate="")
+        task = progress.add_task(description, total=total, completed=int(done), unit=unit, rate="")
         started, fresh = time.monotonic(), 0.0
 
         def advance(amount: float) -> None:
