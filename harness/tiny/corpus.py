@@ -18,6 +18,7 @@ import tokenize
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -50,9 +51,10 @@ class TinyDocument:
     text: str
 
 
+@lru_cache(maxsize=4)  # reading the library takes some ten seconds, and each tiny model asks for it
 def stdlib_corpus(
     max_bytes: int | None = None, *, max_document_bytes: int = MAX_DOCUMENT_BYTES, min_test: int = 20
-) -> list[TinyDocument]:
+) -> tuple[TinyDocument, ...]:
     """The documents of the running Python, by name, no two with the same text.
 
     About 80, 10 and 10 % of a domain are `train`, `validation` and `test`, by a hash of the name. `max_bytes` is the
@@ -73,7 +75,7 @@ def stdlib_corpus(
     for domain in domains.values():
         domain.check(min_test)
     documents = [document for domain in domains.values() for document in domain.documents]
-    return sorted(documents, key=lambda document: document.name)
+    return tuple(sorted(documents, key=lambda document: document.name))
 
 
 class _Domain:

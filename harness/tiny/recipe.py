@@ -81,9 +81,9 @@ _PROSE = {"docstrings": 0.7, "manual": 0.3}
 _TINY = TinyRecipe(
     name="tiny",
     models=(
-        TinyModel("target", "llama", "gpt2", 1_280, 128, 2, 4, _EVERYTHING, train_bytes=350_000, seed=1),
-        TinyModel("coder", "qwen2", "qwen2", 1_024, 128, 2, 4, _CODE, train_bytes=750_000, seed=2),
-        TinyModel("reader", "gemma3_text", "gemma", 1_536, 128, 2, 4, _PROSE, train_bytes=750_000, seed=3),
+        TinyModel("target", "llama", "gpt2", 1_280, 96, 2, 4, _EVERYTHING, train_bytes=300_000, seed=1),
+        TinyModel("coder", "qwen2", "qwen2", 1_024, 96, 2, 4, _CODE, train_bytes=600_000, seed=2),
+        TinyModel("reader", "gemma3_text", "gemma", 1_536, 96, 2, 4, _PROSE, train_bytes=600_000, seed=3),
     ),
 )
 

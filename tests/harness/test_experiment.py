@@ -122,6 +122,28 @@ def test_rows_at_once_do_not_change_the_training(finished: tuple[Config, Path, P
     pd.testing.assert_frame_equal(nats[0], nats[1], rtol=1e-5)
 
 
+def test_a_stored_reading_is_what_the_model_says(finished: tuple[Config, Path, Path]) -> None:
+    import torch
+
+    from harness.corpus import Pieces
+    from harness.models import load_model
+
+    config, root, _ = finished
+    small = context.Experiment(config, root)
+    model, reader, pieces = load_model(small.model("neox")), small.reader("neox"), Pieces(small.pieces[1])
+    for piece in range(0, len(pieces), 7):
+        reading = reader.reading(piece)
+        with torch.no_grad():
+            log_q = model(torch.tensor(reading.tokens[None]).long()).logits[0].log_softmax(-1)
+        top = log_q.topk(5, -1)
+        np.testing.assert_allclose(reading.log_p, top.values.numpy(), rtol=1e-3)
+        np.testing.assert_allclose(reading.nats[:-1], -log_q[range(len(log_q) - 1), reading.tokens[1:]], rtol=1e-4)
+        assert reading.ends[0] == 0 and reading.ends[-1] == pieces.n_bytes[piece]
+        text = pieces.text(piece).encode()
+        for token, start, end in zip(reading.tokens[1:], reading.ends[:-1], reading.ends[1:], strict=True):
+            assert reader.vocabulary.token_bytes[token] == text[start:end]
+
+
 class _Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
