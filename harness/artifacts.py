@@ -137,25 +137,16 @@ class Store:
     def _make(self, spec: Spec, path: Path, build: Callable[[Path], None]) -> None:
         from filelock import FileLock
 
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.parent / f".{spec.fingerprint[:16]}.lock"):
-                if self.path(spec).exists():  # another process finished it while we waited
-                    return
-                folder = self._begun(spec)
-                resumed = folder.exists()
-                folder.mkdir(exist_ok=True)
-                started = time.time()
-                build(folder)
-                self._complete(spec, folder, path, started, resumed)
-        except PermissionError as error:
-            raise UserError(f"{error.filename} cannot be written: make it writable or choose another --root.") from None
-        except OSError as error:
-            if error.errno == 28:
-                raise UserError(
-                    f"the disk below {self.root} is full: free space or choose another --root; finished parts are kept."
-                ) from None
-            raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.parent / f".{spec.fingerprint[:16]}.lock"):
+            if self.path(spec).exists():  # another process finished it while we waited
+                return
+            folder = self._begun(spec)
+            resumed = folder.exists()
+            folder.mkdir(exist_ok=True)
+            started = time.time()
+            build(folder)
+            self._complete(spec, folder, path, started, resumed)
 
     def _complete(self, spec: Spec, folder: Path, path: Path, started: float, resumed: bool) -> None:
         files = {

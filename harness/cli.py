@@ -1,5 +1,6 @@
 """The command line. Heavy libraries are imported where they are used: `--help` must answer at once."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -311,7 +312,22 @@ def main() -> None:
     except Exception as error:
         from results.errors import UserError as RecordsError
 
-        if os.environ.get("FUSELLM_DEBUG") or not isinstance(error, UserError | RecordsError):
+        sentence = str(error) if isinstance(error, UserError | RecordsError) else _of_the_system(error)
+        if os.environ.get("FUSELLM_DEBUG") or sentence is None:
             raise
-        typer.echo(f"fusellm: {error}", err=True)
+        typer.echo(f"fusellm: {sentence}", err=True)
         sys.exit(2)
+
+
+def _of_the_system(error: Exception) -> str | None:
+    """The sentence for what the operating system refused and the user can mend; None for our own mistakes."""
+    refusals = {
+        errno.EACCES: "cannot be read or written: change its permissions or choose another --root.",
+        errno.EROFS: "lies on a read-only file system: choose another --root.",
+        errno.ENOSPC: "does not fit on the disk: free space and run again; what is finished is kept.",
+        errno.ENOTDIR: "is no folder, or lies below a file: choose another --root.",
+        errno.EEXIST: "is a file where a folder is needed: choose another --root.",
+    }
+    if not isinstance(error, OSError) or error.errno not in refusals:
+        return None
+    return f"{error.filename or 'A file'} {refusals[error.errno]}"

@@ -102,6 +102,7 @@ class Config(Strict):
     profiles: list[str] = Field(min_length=1, description="the profiles the experiment can run in")
     banner: str | None = Field(None, description="a warning printed above every table of the profile")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    threads: int | None = Field(None, gt=0, description="CPU threads of a process; as many as there are cores without")
     seeds: list[int] = Field(min_length=1)
     data: DataConfig = DataConfig()
     roles: Roles

@@ -62,6 +62,10 @@ class Experiment:
         self.models_dir = root / "models"
         self.data_root = Path(config.data.root) if config.data.root else None
         self.device = _device(config.device)
+        if config.threads is not None:
+            import torch
+
+            torch.set_num_threads(config.threads)
         self.costs = Costs(self.device)
         self._resolved: dict[str, ResolvedModel] = {}
         self._vocabularies: dict[str, tuple[Any, Vocabulary]] = {}

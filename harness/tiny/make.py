@@ -7,7 +7,7 @@ from pathlib import Path
 from harness.artifacts import Estimate, Spec, Store
 from harness.config import TrainingSection
 from harness.corpus import Document, Pieces, write_pieces
-from harness.tiny.recipe import TinyModel, build_model, make_tokenizer, tiny_recipe, training_documents
+from harness.tiny.recipe import build_model, make_tokenizer, tiny_recipe, training_documents
 
 VERSION = 1
 
@@ -18,9 +18,8 @@ def make_tiny(store: Store, name: str, profile: str, device: str) -> tuple[Spec,
     model = recipe.model(name)
     # The text is the running Python's own, so its release stands for it.
     python = ".".join(str(part) for part in sys.version_info[:3])
-    params = {key: dict(value) if key == "mix" else value for key, value in asdict(_plain(model)).items()}
     corpus = {"max_bytes": recipe.max_bytes, "max_document_bytes": recipe.max_document_bytes}
-    spec = Spec("tiny", name, VERSION, {"python": python}, {**params, "corpus": corpus})
+    spec = Spec("tiny", name, VERSION, {"python": python}, {**asdict(model), "corpus": corpus})
 
     def build(folder: Path) -> None:
         from transformers import set_seed
@@ -63,10 +62,3 @@ def make_tiny(store: Store, name: str, profile: str, device: str) -> tuple[Spec,
 
     tokens = model.train_bytes / 3 * model.epochs
     return spec, store.ensure(spec, build, Estimate(disk=1e7, memory=1e9, seconds=tokens / 10_000))
-
-
-def _plain(model: TinyModel) -> TinyModel:
-    from dataclasses import replace
-
-    # asdict copies values deeply, which a mapping proxy does not allow.
-    return replace(model, mix=dict(model.mix))

@@ -29,7 +29,7 @@ def build_tokenizer(kind: TokenizerKind, texts: Sequence[str], size: int) -> "Pr
     """A tokenizer of `size` ids, the control tokens among them, trained on `texts`.
 
     `gpt2`   byte-level BPE with `<|bos|>`, `<|eos|>` and `<|pad|>`
-    `qwen2`  byte-level BPE, digits one by one, `<|endoftext|>` at the end of text and no bos
+    `qwen2`  byte-level BPE of NFC-normalised text, digits one by one, `<|endoftext|>` at its end and no bos
     `gemma`  BPE over characters with "▁" for a space, `<0xNN>` for the bytes of rare characters, and a bos that it puts
              before the text by itself
 
@@ -49,14 +49,17 @@ def build_tokenizer(kind: TokenizerKind, texts: Sequence[str], size: int) -> "Pr
 
 
 def _byte_level(kind: TokenizerKind, texts: Sequence[str], size: int) -> tuple[Any, dict[str, str]]:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     if kind == "gpt2":
         roles = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     else:
-        roles = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+        # Exactly Qwen2's: beside a model of that type, transformers puts the vocabulary and merges of any tokenizer
+        # into its own Qwen2Tokenizer, whatever else tokenizer.json says.
+        roles = dict.fromkeys(("eos_token", "pad_token", "unk_token"), "<|endoftext|>")
+        tokenizer.normalizer = normalizers.NFC()
         words = pre_tokenizers.Split(Regex(_QWEN2_WORDS), behavior="isolated")
         bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_of_words])

@@ -128,6 +128,13 @@ def test_mistakes_end_in_one_sentence(arguments: list[str], sentence: str, tmp_p
     assert "Traceback" not in printed
 
 
+def test_a_root_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "root").write_text("")
+    arguments = ["experiment", "run", "quickstart", "--profile", "micro", "--root", str(tmp_path / "root")]
+    status, printed = _answer(arguments)
+    assert status == 2 and "choose another --root" in printed and len(printed.strip().splitlines()) == 1, printed
+
+
 def test_show_prints_what_was_set() -> None:
     arguments = ["experiment", "show", "main", "--set", "methods.FuseLLM.lambda=0.5", "--seed", "3", "--seed", "4"]
     shown = yaml.safe_load(_answer(arguments)[1])
