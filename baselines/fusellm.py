@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from baselines.method import METHODS, Candidate, Context, Fusion, Parameters
 from fusion.errors import UserError
+from fusion.maps import MAPS
 from fusion.targets import PRESETS, Switches
 
 # A preset names switches and nothing else; these are the two that are not fusion's own.
@@ -40,6 +41,10 @@ class FuseLLMParameters(Parameters):
     @model_validator(mode="after")
     def _switches_hold(self) -> "FuseLLMParameters":
         self.switches()
+        setting = self._setting(MAP_PRESETS, ["map", "map_on"])
+        MAPS.get(setting["map"])
+        if setting["map"] == "first_piece" and setting["map_on"] != "bytes":
+            raise UserError("the map first_piece compares bytes: set map_on to bytes.")
         return self
 
     def _setting(self, presets: Mapping[str, Mapping[str, Any]], names: list[str]) -> dict[str, Any]:

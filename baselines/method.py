@@ -63,9 +63,6 @@ class Context(Protocol):
     def train(self, *, lam: float, fusion: Fusion | None) -> Candidate:
         """The target trained on the corpus with lam * CLM + (1 - lam) * fusion; the same rows for every method."""
 
-    def score(self, candidate: Candidate) -> float:
-        """Held-out nats per byte of a candidate, on the documents of the learning curve."""
-
 
 class Method(Protocol):
     """One row of a table. Registered in `METHODS` or by the entry-point group `fusellm.methods`."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fusion.errors import UserError
 from fusion.heads import find_head
 from fusion.objective import logits_of
+from fusion.packing import own_forward
 
 Backbone = Callable[[Tensor], Tensor]
 Projection = Callable[[Tensor], Tensor]
@@ -23,7 +24,8 @@ def reader(model: nn.Module) -> tuple[Backbone, Projection]:
     """
     head = find_head(model)
     if head is None:
-        return lambda tokens: model(input_ids=tokens, use_cache=False).logits, lambda logits: logits
+        # Not the instance's forward, which the training loop may have replaced by the objective.
+        return lambda tokens: own_forward(model, input_ids=tokens, use_cache=False).logits, lambda logits: logits
     backbone: Any = model.base_model
     return (
         lambda tokens: backbone(input_ids=tokens, use_cache=False).last_hidden_state,

@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import os
 import resource
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -197,14 +196,16 @@ class Store:
                 yield manifest.parent
 
     def leftovers(self) -> Iterator[Path]:
-        """What interrupted stages left behind."""
-        yield from sorted(self.root.glob("*/.*.partial"))
+        """What interrupted stages and clean-ups left behind; not what a stage is working on now."""
+        from filelock import FileLock, Timeout
 
-    def remove(self, path: Path) -> None:
-        """Removes an artifact or a leftover; first renamed, so that no half-removed artifact is ever found."""
-        beside = path.with_name(f".{path.name.lstrip('.')}.removed")
-        path.replace(beside)
-        shutil.rmtree(beside)
+        for folder in sorted([*self.root.glob("*/.*.partial"), *self.root.glob("*/.*.removed")]):
+            try:
+                with FileLock(folder.with_suffix(".lock"), timeout=0):
+                    pass
+            except Timeout:
+                continue
+            yield folder
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -215,4 +216,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no complete artifact: it has no {MANIFEST}.") from None
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise UserError(f"{path / MANIFEST} cannot be read: remove that folder to have it made again.") from None
+    if not isinstance(manifest, dict) or not {"files", "fingerprint", "kind"} <= manifest.keys():
+        raise UserError(f"{path / MANIFEST} is no manifest of ours: remove that folder to have it made again.")
     return manifest

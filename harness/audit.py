@@ -48,13 +48,15 @@ class Audit:
 def audit(config: Config, root: Path) -> Audit:
     """Measures the sources on the training corpus; makes extractions and maps where they are missing.
 
-    The map and the switches are those of the experiment's first FuseLLM row. Raises UserError when it has none.
+    The sources, the map and the switches are those of the experiment's first FuseLLM row; pieces are looked at one by
+    one, so that under `level: row` a choice can differ from the training's. Raises UserError when it has none.
     """
     experiment = Experiment(config, root)
-    fusion = _fusellm(config).fused(list(config.roles.sources))
+    parameters = _fusellm(config)
+    fusion = parameters.fused(parameters.sources or list(config.roles.sources))
     measures = _measures(experiment, fusion)
     sentence = _sentence(measures)
-    folder = run_folder(config, root) / "audit"
+    folder = run_folder(experiment, root) / "audit"
     folder.mkdir(parents=True, exist_ok=True)
     _write(measures, sentence, folder, config)
     return Audit(measures, sentence, folder)

@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -18,6 +18,7 @@ from harness.models import DType
 
 CONF = files("harness") / "conf"
 _OWN = "own"  # the profile of a user's file that names none
+_TAKEN = ("target", "fused")  # what a source cannot be called: the other role, and the audit's sum of all
 
 
 class Strict(BaseModel):
@@ -101,9 +102,9 @@ class Config(Strict):
     profile: str
     profiles: list[str] = Field(min_length=1, description="the profiles the experiment can run in")
     banner: str | None = Field(None, description="a warning printed above every table of the profile")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(None, gt=0, description="CPU threads of a process; as many as there are cores without")
-    seeds: list[int] = Field(min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(min_length=1)
     data: DataConfig = DataConfig()
     roles: Roles
     corpus: CorpusConfig
@@ -121,10 +122,24 @@ class Config(Strict):
 
         if len(set(self.seeds)) != len(self.seeds):
             raise UserError(f"seeds {self.seeds} names one twice: give each seed once.")
+        for name in self.roles.sources:
+            if name in _TAKEN:
+                raise UserError(f"roles.sources has a source called {name!r}, which means something else: rename it.")
         for label, entry in self.methods.items():
             if "method" not in entry:
                 raise UserError(f"methods.{label} does not say which method it is: add `method: NAME`.")
-            method_parameters(label, entry, method(entry["method"]).schema)
+            parameters = method_parameters(label, entry, method(entry["method"]).schema)
+            for name in [*(getattr(parameters, "sources", None) or []), getattr(parameters, "role", "target")]:
+                if name not in ("target", *self.roles.sources):
+                    raise UserError(
+                        f"methods.{label} names {name!r}, which is no role: roles are target and "
+                        f"{', '.join(self.roles.sources)}."
+                    )
+        if self.training.rows_per_step % self.training.micro_rows:
+            raise UserError(
+                f"training.rows_per_step = {self.training.rows_per_step} is no multiple of training.micro_rows = "
+                f"{self.training.micro_rows}: change one of them."
+            )
         if self.baseline not in self.methods:
             raise UserError(f"baseline {self.baseline!r} is no row: rows are {', '.join(self.methods)}.")
         return self
@@ -163,6 +178,8 @@ def _user_file(path: Path) -> Any:
         loaded = OmegaConf.load(path)
     except FileNotFoundError:
         raise UserError(f"There is no file {path}: correct the path of the experiment.") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder: give an experiment's name or a YAML file.") from None
     except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from None
     if not OmegaConf.is_dict(loaded):
@@ -185,6 +202,7 @@ def load(
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     user = None
     if name.endswith((".yaml", ".yml")):
@@ -210,19 +228,31 @@ def load(
         if seeds:
             merged.seeds = list(seeds)
         raw: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, YAMLError) as error:
         raise UserError(f"The configuration of {name} does not hold: {str(error).splitlines()[0]}.") from None
     if raw["profile"] not in raw.setdefault("profiles", [raw["profile"]]):
         raise UserError(
             f"The experiment {name} has no profile {raw['profile']!r}: its profiles are {', '.join(raw['profiles'])}."
         )
-    if isinstance(sources := (raw.get("roles") or {}).get("sources"), dict):
+    for place in ("roles", "roles.sources", "roles.target", "methods"):
+        _check_mapping(raw, place, name)
+    if sources := (raw.get("roles") or {}).get("sources"):
         raw["roles"]["sources"] = {name: role for name, role in sources.items() if role is not None}
     raw["methods"] = _expanded(raw.get("methods") or {}, raw.get("roles") or {})
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
         raise _sentence(error, Config, name) from None
+
+
+def _check_mapping(raw: Mapping[str, Any], place: str, where: str) -> None:
+    """Raises UserError where `place` (a dotted path) holds something else than keys and values."""
+    value: Any = raw
+    for part in place.split("."):
+        value = (value or {}).get(part)
+    values = [value, *value.values()] if isinstance(value, dict) and place in ("methods", "roles.sources") else [value]
+    if any(v is not None and not isinstance(v, dict) for v in values):
+        raise UserError(f"The configuration of {where} has {place} = {value!r}, which must hold keys and values.")
 
 
 def _expanded(methods: Mapping[str, Any], roles: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,11 +262,15 @@ def _expanded(methods: Mapping[str, Any], roles: Mapping[str, Any]) -> dict[str,
         if entry is None:
             continue
         if label == "{target}":
-            rows[_short(str(roles.get("target", {}).get("model", "target")))] = {**entry, "role": "target"}
+            model = str((roles.get("target") or {}).get("model", "target"))
+            found = {_short(model): {**entry, "role": "target"}}
         elif label == "{sources}":
-            rows |= {source: {**entry, "role": source} for source in roles.get("sources", {})}
+            found = {source: {**entry, "role": source} for source in roles.get("sources") or {}}
         else:
-            rows[str(label)] = dict(entry)
+            found = {str(label): dict(entry)}
+        if taken := sorted(rows.keys() & found.keys()):
+            raise UserError(f"Two rows of the table would be called {taken[0]!r}: rename the source or the method.")
+        rows |= found
     return rows
 
 

@@ -16,10 +16,10 @@ from baselines.method import Candidate, Fusion
 from fusion.errors import UserError
 from fusion.vocabulary import Vocabulary, encode
 from harness import corpus, extraction, perplexity
-from harness.artifacts import Estimate, Spec, Store, canonical, fingerprint
+from harness.artifacts import Estimate, Spec, Store, canonical, file_sha256, fingerprint
 from harness.config import Config, Role
 from harness.corpus import Document, Pieces
-from harness.costs import Costs
+from harness.costs import BYTES_PER_TOKEN, Costs
 from harness.extraction import Extraction, extraction_spec, position_bytes
 from harness.models import (
     ModelSpec,
@@ -72,7 +72,7 @@ class Experiment:
 
     def role(self, name: str) -> Role:
         """The role's setting. Raises UserError for a role the experiment does not have."""
-        roles = {TARGET: self.config.roles.target, **self.config.roles.sources}
+        roles = {**self.config.roles.sources, TARGET: self.config.roles.target}
         if name not in roles:
             raise UserError(f"There is no role {name!r}: roles are {', '.join(roles)}.")
         return roles[name]
@@ -116,6 +116,22 @@ class Experiment:
             if not self.role(name).model.startswith("tiny:"):
                 self.model(name)
         _ = self.documents
+
+    def run_fingerprint(self) -> str:
+        """What names a run: all that its numbers come from but the seeds, since runs with other seeds belong together.
+
+        Beside the configuration these are what it only names: texts, models, computing precision, stages.
+        """
+        roles = [TARGET, *self.config.roles.sources]
+        identity = {
+            "config": self.config.model_dump(mode="json", exclude={"seeds", "device", "threads"}),
+            "versions": VERSIONS,
+            "pieces": self.pieces[0].fingerprint,
+            "documents": perplexity.documents_fingerprint(self._held_out()[0]),
+            "models": {name: self.model(name).fingerprint for name in roles},
+            "dtypes": {name: compute_dtype(self.role(name).dtype, self.device) for name in roles},
+        }
+        return fingerprint(identity)
 
     def sized(self, name: str) -> _Sized:
         """Parameters and vocabulary of a role's model, from the catalogue or the files."""
@@ -191,7 +207,9 @@ class Experiment:
 
             model = self.model(name)
             tokenizer = load_tokenizer(model)
-            config = AutoConfig.from_pretrained(model.folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(
+                model.folder, local_files_only=True, trust_remote_code=model.spec.trust_remote_code
+            )
             size = config.get_text_config().vocab_size
             self._vocabularies[name] = tokenizer, Vocabulary.from_tokenizer(tokenizer, size)
         return self._vocabularies[name]
@@ -264,6 +282,7 @@ class Experiment:
             fusion = None  # nothing of it would be learnt, and plain continued training is there already
         documents, n_bytes = self._curve()
         dtype = compute_dtype(settings.dtype, self.device)
+        deepspeed = file_sha256(Path(settings.deepspeed)) if settings.deepspeed else None
         params: dict[str, Any] = {
             "lambda": lam,
             "seed": seed,
@@ -271,6 +290,7 @@ class Experiment:
             "curve": {"points": self.config.curve.points, "documents": perplexity.documents_fingerprint(documents)},
             "perplexity": self.config.suites.perplexity.model_dump(exclude={"documents"}),
             **settings.model_dump(exclude={"workers", "micro_rows", "save_every", "dtype"}),
+            "deepspeed": deepspeed,
         }
         inputs: dict[str, Any] = {"model": target.fingerprint, "pieces": self.pieces[0].fingerprint}
         if fusion is not None:
@@ -315,7 +335,7 @@ class Experiment:
             )
 
         sized = self.sized(TARGET)
-        tokens = self.corpus_bytes / 4 * settings.epochs
+        tokens = self.corpus_bytes / BYTES_PER_TOKEN * settings.epochs
         estimate = self.costs.training(sized.parameters, tokens)
         measured = self.costs.forward(sized.parameters, n_bytes * (self.config.curve.points + 1))
         estimate = Estimate(estimate.disk, estimate.memory, estimate.seconds + measured.seconds)
@@ -392,13 +412,6 @@ class MethodContext:
     def train(self, *, lam: float, fusion: Fusion | None) -> Candidate:
         return self._experiment.train(self.label, self.seed, lam=lam, fusion=fusion)
 
-    def score(self, candidate: Candidate) -> float:
-        experiment = self._experiment
-        _, path = experiment.evaluate(self.label, candidate, experiment.role(TARGET))
-        curve = {d.sha256 for d in experiment.curve_documents}
-        rows = [r for r in perplexity.read_evaluation(path) if r["example"] in curve]
-        return float(sum(r["nats"] for r in rows) / sum(r["bytes"] for r in rows))
-
 
 def _json(value: dict[str, Any]) -> dict[str, Any]:
     """Plain JSON values (tuples become lists), as the manifest will hold them."""
@@ -408,18 +421,17 @@ def _json(value: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def run_fingerprint(config: Config) -> str:
-    """What names a run: the configuration without its seeds (runs with other seeds belong together) and the stages."""
-    return fingerprint({"config": config.model_dump(mode="json", exclude={"seeds", "device"}), "versions": VERSIONS})
-
-
 def _device(device: str) -> str:
-    if device != "auto":
-        return device
     import torch
 
-    if torch.cuda.is_available():
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("A run is one process: start fusellm without torchrun or deepspeed.")
+    if device != "cpu" and torch.cuda.is_available():
+        if torch.cuda.device_count() > 1:
+            raise UserError("A run uses one GPU and several are visible: set CUDA_VISIBLE_DEVICES to one of them.")
         return "cuda"
+    if device == "cuda":
+        raise UserError("device is cuda, but this machine has no CUDA device that torch can use: set device=cpu.")
     # DeepSpeed would look for an accelerator by itself and warn on standard output, where tables go.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return "cpu"

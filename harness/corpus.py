@@ -32,6 +32,7 @@ class CorpusConfig(BaseModel):
     path: str = Field(description="hub dataset id, Parquet, .jsonl or .txt file, folder of .txt files, or 'stdlib'")
     configuration: str = Field("default", description="the hub dataset's configuration")
     split: str = Field("train", description="the split that is read")
+    revision: str = Field("main", description="the hub dataset's revision; a commit keeps the text from changing")
     text_column: str = "text"
     name_column: str | None = Field(None, description="the document's name; its number in the file without")
     domain_column: str | None = Field(None, description="column that gives the domain")
@@ -75,18 +76,22 @@ def local_path(config: CorpusConfig, data_root: Path | None) -> Path | None:
 
 def is_on_hub(config: CorpusConfig, data_root: Path | None) -> bool:
     """Whether the text must be fetched from the hub."""
-    return not config.path.startswith("stdlib") and local_path(config, data_root) is None
+    return not _is_stdlib(config) and local_path(config, data_root) is None
+
+
+def _is_stdlib(config: CorpusConfig) -> bool:
+    return config.path == "stdlib" or config.path.startswith("stdlib:")
 
 
 def content_fingerprint(config: CorpusConfig, data_root: Path | None) -> str:
     """What identifies the text itself: the file's SHA-256, the Python release for `stdlib`, else the hub id."""
-    if config.path.startswith("stdlib"):
+    if _is_stdlib(config):
         import sys
 
         return f"{config.path}:{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
     path = local_path(config, data_root)
     if path is None:
-        return f"hub:{config.path}:{config.configuration}:{config.split}"
+        return f"hub:{config.path}:{config.configuration}:{config.split}:{config.revision}"
     if path.is_dir():
         files = sorted(p for p in path.rglob("*.txt"))
         return hashlib.sha256("".join(f"{p.relative_to(path)}:{file_sha256(p)};" for p in files).encode()).hexdigest()
@@ -150,7 +155,9 @@ def _hub_rows(config: CorpusConfig) -> Iterator[dict[str, Any]]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(config.path, config.configuration, split=config.split, streaming=True)
+        rows = datasets.load_dataset(
+            config.path, config.configuration, split=config.split, revision=config.revision, streaming=True
+        )
         yield from rows
     except (OSError, ValueError, ConnectionError) as error:
         raise UserError(
@@ -161,7 +168,7 @@ def _hub_rows(config: CorpusConfig) -> Iterator[dict[str, Any]]:
 
 
 def _rows(config: CorpusConfig, data_root: Path | None) -> Iterator[dict[str, Any]]:
-    if config.path.startswith("stdlib"):
+    if _is_stdlib(config):
         return _stdlib_rows(config)
     path = local_path(config, data_root)
     if path is None:
@@ -219,7 +226,7 @@ def _draw(config: CorpusConfig, data_root: Path | None) -> set[str]:
     for d in _all_documents(config, data_root):
         size = len(first_bytes(d.text, config.first_bytes).encode()) if config.first_bytes else len(d.text.encode())
         key = hashlib.sha256(f"{config.seed}:{d.sha256}".encode()).hexdigest()
-        sizes[d.sha256] = (key, d.domain, size)
+        sizes.setdefault(d.sha256, (key, d.domain, size))
     chosen: set[str] = set()
     per_domain: dict[str, int] = {}
     total = 0
@@ -245,18 +252,20 @@ def cut(text: str, max_bytes: int) -> list[str]:
     A cut falls after a line or before a space where one lies in the second half of the piece, since a word torn in two
     is read as two rare tokens; else between any two characters.
     """
+    raw = text.encode("utf-8")
     pieces = []
-    while len(text.encode("utf-8")) > max_bytes:
-        head = first_bytes(text, max_bytes)
-        at = head.rfind("\n") + 1
+    start = 0
+    while len(raw) - start > max_bytes:
+        head = raw[start : start + max_bytes].decode("utf-8", errors="ignore").encode("utf-8")
+        at = head.rfind(b"\n") + 1
         if at <= len(head) // 2:
-            at = head.rfind(" ", 1)
+            at = head.rfind(b" ", 1)
         if at <= len(head) // 2:
             at = len(head)
-        pieces.append(text[:at])
-        text = text[at:]
-    if text:
-        pieces.append(text)
+        pieces.append(head[:at].decode("utf-8"))
+        start += at
+    if start < len(raw):
+        pieces.append(raw[start:].decode("utf-8"))
     return pieces
 
 
@@ -269,7 +278,6 @@ class Pieces:
         self._table: pa.Table = pa.ipc.open_file(pa.memory_map(str(folder / PIECES_FILE))).read_all()
         self.n_bytes = self._table["n_bytes"].to_numpy()
         self.last = self._table["last"].to_numpy()
-        self.document = self._table["document"].to_numpy()
 
     def __len__(self) -> int:
         return int(self._table.num_rows)

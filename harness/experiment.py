@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from baselines.method import Candidate, method
 from fusion.errors import UserError
 from harness import perplexity
 from harness.artifacts import Planned, write_atomically
 from harness.config import Config, Role, method_parameters
-from harness.context import TARGET, Experiment, MethodContext, run_fingerprint
+from harness.context import TARGET, Experiment, MethodContext
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from results.layout import Table
 
 RUN_FILE = "run.json"
+PLAN_FILE = "plan.json"
 
 
 @dataclass(frozen=True)
@@ -54,23 +57,31 @@ def plan(config: Config, root: Path) -> list[Planned]:
     return list(experiment.store.planned.values())
 
 
-def run_folder(config: Config, root: Path) -> Path:
-    return root / "runs" / config.experiment / config.profile / run_fingerprint(config)[:16]
+def run_folder(experiment: Experiment, root: Path) -> Path:
+    config = experiment.config
+    return root / "runs" / config.experiment / config.profile / experiment.run_fingerprint()[:16]
 
 
 def run(config: Config, root: Path) -> Path:
     """Makes what is missing, then writes records, table and figure; returns the run's folder."""
     experiment = Experiment(config, root)
-    folder = run_folder(config, root)
-    (folder / "records").mkdir(parents=True, exist_ok=True)
     experiment.check()
+    planned = plan(config, root)
+    folder = run_folder(experiment, root)
+    (folder / "records").mkdir(parents=True, exist_ok=True)
+    # Known from the beginning, so that cleaning up spares what a run under way has made.
+    artifacts = sorted(str(p.path.relative_to(root)) for p in planned)
+    write_atomically(folder / PLAN_FILE, json.dumps({"artifacts": artifacts}, indent=1))
+    files = set()
     for row in candidates(experiment):
         spec, path = experiment.evaluate(row.label, row.candidate, row.role)
-        _record(config, row, spec.fingerprint, perplexity.read_evaluation(path), folder)
+        files.add(_record(config, row, spec.fingerprint, perplexity.read_evaluation(path), folder))
+    if (folder / RUN_FILE).exists():  # other seeds that were finished before belong to the same table
+        files |= set(json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["records"])
     description = {
         "configuration": config.model_dump(mode="json"),
         "artifacts": sorted(str(p.path.relative_to(root)) for p in experiment.store.planned.values()),
-        "records": sorted(p.name for p in (folder / "records").glob("*.parquet")),
+        "records": sorted(files),
         "finished": time.time(),
     }
     write_atomically(folder / RUN_FILE, json.dumps(description, indent=1, ensure_ascii=False))
@@ -78,7 +89,7 @@ def run(config: Config, root: Path) -> Path:
     return folder
 
 
-def _record(config: Config, row: Row, evaluation: str, rows: Sequence[dict[str, Any]], folder: Path) -> None:
+def _record(config: Config, row: Row, evaluation: str, rows: Sequence[dict[str, Any]], folder: Path) -> str:
     """Stamps an evaluation and a training's curve with experiment, profile, method and seed; one file each row."""
     from harness.training_log import read_curve
     from results.records import NO_SEED, Record, write
@@ -107,10 +118,12 @@ def _record(config: Config, row: Row, evaluation: str, rows: Sequence[dict[str, 
     name = f"{slug}-{'as-is' if row.seed is None else row.seed}-{evaluation[:16]}.parquet"
     provenance = {"evaluation": evaluation, "candidate": row.candidate.fingerprint, "method": config.methods[row.label]}
     write(folder / "records" / name, records, provenance)
+    return name
 
 
 def find_run(root: Path, name: str, profile: str | None) -> Path:
     """The newest finished run of an experiment. Raises UserError when there is none."""
+    name = Path(name).stem if name.endswith((".yaml", ".yml")) else name
     runs = sorted((root / "runs" / name).glob(f"{profile or '*'}/*/{RUN_FILE}"))
     if not runs:
         wanted = f" in profile {profile}" if profile else ""
@@ -125,7 +138,10 @@ def _open_run(folder: Path) -> tuple[Config, "pd.DataFrame"]:
     from results.records import read
 
     description = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    config = Config.model_validate(description["configuration"])
+    try:
+        config = Config.model_validate(description["configuration"])
+    except ValidationError:
+        raise UserError(f"{folder} was made by another version of fusellm-harness: run the experiment again.") from None
     return config, read([folder / "records" / name for name in description["records"]])
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.artifacts import Store
-from harness.experiment import RUN_FILE
+from harness.experiment import PLAN_FILE, RUN_FILE
 
 
 def _size(path: Path) -> int:
@@ -14,11 +14,12 @@ def _size(path: Path) -> int:
 
 
 def unused(root: Path) -> Iterator[tuple[Path, int]]:
-    """Leftovers of interrupted stages, and artifacts that no finished run lists; with their sizes in bytes."""
+    """Leftovers of interrupted stages, and artifacts that no run lists; with their sizes in bytes."""
     store = Store(root / "artifacts")
     used = {
         root / name
-        for run in (root / "runs").glob(f"*/*/*/{RUN_FILE}")
+        for pattern in (RUN_FILE, PLAN_FILE)
+        for run in (root / "runs").glob(f"*/*/*/{pattern}")
         for name in json.loads(run.read_text(encoding="utf-8"))["artifacts"]
     }
     for path in [*store.leftovers(), *(p for p in store.artifacts() if p not in used)]:

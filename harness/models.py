@@ -215,8 +215,11 @@ def count_parameters(folder: Path) -> int:
     total = 0
     for name in weight_files(folder):
         if name.endswith(".safetensors"):
-            with (folder / name).open("rb") as file:
-                header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+            try:
+                with (folder / name).open("rb") as file:
+                    header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+            except (struct.error, ValueError, MemoryError, OverflowError):
+                raise UserError(f"{folder / name} is no safetensors file: fetch or copy the model again.") from None
             total += sum(math.prod(entry["shape"]) for key, entry in header.items() if key != "__metadata__")
     return total
 
@@ -226,7 +229,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         return {}
-    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path} cannot be read: fetch or convert the model again.") from None
     return manifest
 
 
@@ -345,11 +351,13 @@ def load_tokenizer(resolved: ResolvedModel) -> "PreTrainedTokenizerFast":
 
 
 def _with_sentence(resolved: ResolvedModel, load: Callable[[], Any]) -> Any:
+    from safetensors import SafetensorError
+
     try:
         return load()
     except UserError:
         raise
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"The model {resolved.name} in {resolved.folder} cannot be loaded: {reason}") from error
 

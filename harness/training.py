@@ -89,10 +89,11 @@ class _Follow(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._tokens = next((e["tokens"] for e in reversed(state.log_history) if "tokens" in e), 0.0)
         path = self._folder / CURVE_FILE
-        kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= state.global_step]
+        # Without a checkpoint the training starts again, and so does its curve.
+        kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= state.global_step > 0]
         write_atomically(path, "".join(kept))
         if state.global_step == 0:
-            self._measure(state, kwargs["model"])
+            self._measure(args, state, kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer is not None
@@ -101,16 +102,19 @@ class _Follow(TrainerCallback):
         self._tokens += sums["tokens"]
         self._advance(sums["tokens"])
         per_token = {name: sums[name] / sums["tokens"] for name in ("clm", "fusion")}
+        if not all(math.isfinite(value) for value in per_token.values()):  # before a checkpoint keeps it
+            raise UserError(f"the loss is not finite at step {state.global_step}: lower training.learning_rate.")
         self.trainer.log({"tokens": self._tokens, **{f"{n}_nats_per_token": v for n, v in per_token.items()}})
         if state.global_step in self._at:
-            self._measure(state, kwargs["model"])
+            self._measure(args, state, kwargs["model"])
 
-    def _measure(self, state: Any, model: PreTrainedModel) -> None:
+    def _measure(self, args: Any, state: Any, model: PreTrainedModel) -> None:
         if self._curve is None or not state.is_world_process_zero:
             return
         training = model.training
         model.eval()
-        records = self._curve.measure(model)
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+            records = self._curve.measure(model)
         model.train(training)
         with (self._folder / CURVE_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, "tokens": self._tokens, "records": records}) + "\n")
@@ -175,13 +179,6 @@ def train(
     if (final / _COMPLETE).exists():  # killed between the end of training and the artifact's rename
         _finish(folder)
         return
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    accumulation, rest = divmod(config.rows_per_step, config.micro_rows * world)
-    if rest or not accumulation:
-        raise UserError(
-            f"training.rows_per_step = {config.rows_per_step} is no multiple of micro_rows x ranks = "
-            f"{config.micro_rows} x {world}: change one of them."
-        )
     packing = check_packing(model)
     split(model)  # says before the training starts when the fused objective cannot serve this model
     steps = steps_of(config, len(rows))
@@ -190,7 +187,7 @@ def train(
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         per_device_train_batch_size=config.micro_rows,
-        gradient_accumulation_steps=accumulation,
+        gradient_accumulation_steps=config.rows_per_step // config.micro_rows,
         learning_rate=config.learning_rate,
         adam_beta1=config.betas[0],
         adam_beta2=config.betas[1],
@@ -231,9 +228,6 @@ def train(
         follow.trainer = trainer
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    for entry in trainer.state.log_history:
-        if not all(torch.isfinite(torch.tensor(v)) for v in entry.values() if isinstance(v, float)):
-            raise UserError(f"{label}: the loss is not finite at step {entry['step']}: lower training.learning_rate.")
     del model.forward  # the class's own again
     model.save_pretrained(final)
     tokenizer.save_pretrained(final)

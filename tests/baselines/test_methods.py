@@ -34,9 +34,6 @@ class _Context:
         self.asked.append((lam, fusion))
         return Candidate(Path("trained"), "trained", True)
 
-    def score(self, candidate: Candidate) -> float:
-        return 1.0
-
 
 def _asked(**parameters: Any) -> tuple[float, Fusion]:
     context = _Context()
@@ -65,7 +62,7 @@ def test_presets_set_switches_and_nothing_else() -> None:
 
 @given(st.sampled_from(["mended", "published"]), st.sampled_from(["bucket", "renormalise", "gold"]))
 def test_a_switch_set_alone_goes_before_the_preset(preset: str, tail: str) -> None:
-    _, fusion = _asked(preset=preset, tail=tail, **{"lambda": 0.5}, map="first_piece", sources=["b"])
+    _, fusion = _asked(preset=preset, tail=tail, **{"lambda": 0.5}, map="first_piece", map_on="bytes", sources=["b"])
     assert fusion.switches == Switches(**{**PRESETS[preset], "tail": tail})
     assert fusion.map == "first_piece" and list(fusion.sources) == ["b"]
 

@@ -250,6 +250,47 @@ def test_audit(finished: tuple[Config, Path, Path]) -> None:
 
 
 def test_unused_lists_what_no_run_names(finished: tuple[Config, Path, Path]) -> None:
-    config, root, _ = finished
-    used = set(json.loads((experiment.run_folder(config, root) / "run.json").read_text())["artifacts"])
+    _, root, _ = finished
+    used = set(json.loads((finished[2] / "run.json").read_text())["artifacts"])
     assert not used & {str(p.relative_to(root)) for p, _ in unused(root)}
+
+
+def test_records_of_other_text_are_never_pooled(experiment_file: Path, made: Path, tmp_path: Path) -> None:
+    """The same configuration on another text is another run, though every path is the same."""
+    shutil.copytree(made / "test", tmp_path / "text")
+    settings = [f"suites.perplexity.documents.path={tmp_path / 'text'}", "methods.CLM.method=as_is"]
+    settings += ["methods.FuseLLM=null", "methods.FuseLLM published=null"]
+    config = load(str(experiment_file), overrides=settings)
+    first = experiment.run(config, tmp_path / "root")
+    (tmp_path / "text" / "000.txt").write_text("quite another text", encoding="utf-8")
+    second = experiment.run(config, tmp_path / "root")
+    assert first != second
+    assert len(read([second / "records"]).query("method == 'neox'")) == 24
+
+
+def test_seeds_of_finished_runs_are_pooled(experiment_file: Path, tmp_path: Path) -> None:
+    settings = ["methods.FuseLLM=null", "methods.FuseLLM published=null", "curve.per_domain=0"]
+    for seed in (0, 1):
+        folder = experiment.run(load(str(experiment_file), overrides=settings, seeds=[seed]), tmp_path)
+    assert set(read([folder / "records"]).query("method == 'CLM'")["seed"]) == {0, 1}
+    assert "| CLM | 2 |" in (folder / "table.md").read_text()
+
+
+def test_a_head_that_cannot_be_fused_is_trained_all_the_same(
+    finished: tuple[Config, Path, Path], experiment_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loud fallback: the model's own logits, in training and at the points of the curve."""
+    import fusion.heads
+
+    _, root, _ = finished
+    monkeypatch.setattr(fusion.heads, "_find", lambda model: fusion.heads.Split(False, "it is a test"))
+    config = load(str(experiment_file), overrides=["experiment=dense", "seeds=[7]"])
+    config.methods = {k: v for k, v in config.methods.items() if k in ("CLM", "FuseLLM")}
+    with pytest.warns(UserWarning, match="it is a test"):
+        dense = read([experiment.run(config, root / "dense") / "records"])
+    monkeypatch.undo()
+    fused = read([experiment.run(config, root / "fused") / "records"])
+    keys = ["method", "example", "tokens"]
+    merged = dense.merge(fused, on=keys, suffixes=("_dense", "_fused"))
+    assert len(merged) == len(dense) > 0
+    np.testing.assert_allclose(merged["numerator_dense"], merged["numerator_fused"], rtol=1e-4)
