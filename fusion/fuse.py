@@ -50,6 +50,8 @@ class FusedRow:
     """int16[N], index into `names` of the source chosen, -1 for a one-hot for want of a partner, -2 for a mixture."""
     paired: np.ndarray
     """bool[S, N], whether source s has a partner at the position."""
+    partner: np.ndarray
+    """int32[S, N], that partner, counted over the source's positions in the whole row; -1 where there is none."""
     names: tuple[str, ...]
     """The S sources that take part: the target first where it does and is not listed, then the others as given."""
 
@@ -94,9 +96,12 @@ def fuse_row(
     gold = np.concatenate([np.append(reading.tokens[1:], -1) for reading in own]).astype(np.int32)
 
     @cache
+    def partners(name: str) -> np.ndarray:
+        return _partners(taking_part.get(name, itself), target, readings, target_vocabulary, switches.alignment)
+
+    @cache
     def distributions(name: str) -> tuple[Sparse, np.ndarray]:
-        source = taking_part.get(name, itself)
-        partner = _partners(source, target, readings, target_vocabulary, switches.alignment)
+        source, partner = taking_part.get(name, itself), partners(name)
         ids, log_p = _entries(name, readings)
         ids, p = carry(
             ids,
@@ -133,6 +138,7 @@ def fuse_row(
         gold=gold,
         chosen=np.where(has_partner, which, UNPAIRED).astype(np.int16),
         paired=paired_by_source,
+        partner=np.stack([partners(name) for name in names]),
         names=names,
     )
 

@@ -110,7 +110,7 @@ def _measures(experiment: Experiment, fusion: Fusion) -> pd.DataFrame:
                     single = fuse([source], alone)
                     carried = single.targets
                     at = np.flatnonzero(single.paired[0][:-1])
-                    partner = _partners(reading, own, at, data, source, target_vocabulary, fusion)
+                    partner = single.partner[0][at]
                 row["paired"] = len(at)
                 row |= _sums(reading, own, carried, at, partner, (sizes[name], sizes[TARGET]))
                 rows.append(row)
@@ -119,24 +119,6 @@ def _measures(experiment: Experiment, fusion: Fusion) -> pd.DataFrame:
     return _by_domain(
         pd.DataFrame(rows), [TARGET, *(s.name for s in data.sources), CHOSEN], experiment.model(TARGET).name
     )
-
-
-def _partners(
-    reading: Reading, own: Reading, at: np.ndarray, data: Any, source: Any, target_vocabulary: Any, fusion: Fusion
-) -> np.ndarray:
-    from fusion.align import align
-
-    partner = align(
-        fusion.switches.alignment,
-        reading.tokens,
-        reading.ends,
-        own.tokens,
-        own.ends,
-        source.vocabulary,
-        target_vocabulary,
-        source.map,
-    )
-    return partner[at]
 
 
 def _chosen(fused: Any, own: Reading, row: dict[str, Any], vocabulary: int) -> dict[str, Any]:

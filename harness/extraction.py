@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from harness.models import ResolvedModel
 
 VERSION = 1
+_OPEN_SHARDS = 128  # file handles kept, not memory: a piece is read from the map
 _LOST = np.uint16(65535)  # a byte end where the tokens no longer spell the text
 
 
@@ -168,14 +169,12 @@ def _is_whole(path: Path) -> bool:
 
 
 class Extraction:
-    """A stored extraction, read piece by piece; a few shards are kept in memory.
+    """A stored extraction, read piece by piece from memory-mapped shards.
 
     Token ids are not stored: they are the tokenizer's, and `reading` refuses when their number is not the stored one.
     """
 
-    def __init__(
-        self, folder: Path, pieces: Pieces, tokenizer: Any, vocabulary: Vocabulary, *, keep_shards: int = 64
-    ) -> None:
+    def __init__(self, folder: Path, pieces: Pieces, tokenizer: Any, vocabulary: Vocabulary) -> None:
         self._folder = folder
         self._pieces = pieces
         self._tokenizer = tokenizer
@@ -183,38 +182,45 @@ class Extraction:
         self.vocabulary = vocabulary
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         self._size = int(manifest["params"]["pieces_per_shard"])
-        self._cache: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
-        self._keep = keep_shards
+        self._open: OrderedDict[int, tuple[Any, np.ndarray]] = OrderedDict()
 
-    def _tensors(self, shard: int) -> dict[str, np.ndarray]:
-        if shard not in self._cache:
-            self._cache[shard], _ = _load_shard(_shard(self._folder, shard))
-            if len(self._cache) > self._keep:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(shard)
-        return self._cache[shard]
+    def _shard(self, shard: int) -> tuple[Any, np.ndarray]:
+        """An open (memory-mapped) shard and where its pieces begin."""
+        from safetensors import safe_open
+
+        if shard not in self._open:
+            file = safe_open(_shard(self._folder, shard), framework="numpy")
+            self._open[shard] = file, file.get_tensor("offsets")
+            if len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(shard)
+        return self._open[shard]
 
     def reading(self, piece: int) -> Reading:
         """What the model says about a piece (see `Reading`)."""
-        tensors = self._tensors(piece // self._size)
-        start, end = tensors["offsets"][piece % self._size : piece % self._size + 2]
-        span = slice(int(start), int(end))
+        file, offsets = self._shard(piece // self._size)
+        start, end = (int(x) for x in offsets[piece % self._size : piece % self._size + 2])
+
+        def part(name: str) -> np.ndarray:
+            values: np.ndarray = file.get_slice(name)[start:end]
+            return values
+
         tokens = np.array([self._prefix, *encode(self._tokenizer, self._pieces.text(piece))], np.int32)
         if len(tokens) != end - start:
             raise UserError(
                 f"{self._folder} holds {end - start} positions of {self._pieces.name(piece)}, but the tokenizer now "
                 f"gives {len(tokens)}: the tokenizer's library has changed; remove that folder to have it made again."
             )
-        steps = tensors["steps"][span].astype(np.int64)
+        steps = part("steps").astype(np.int64)
         ends = np.cumsum(steps).astype(np.int32)
         ends[np.maximum.accumulate(steps == int(_LOST))] = -1
         return Reading(
             tokens=tokens,
             ends=ends,
-            ids=tensors["ids"][span].astype(np.int32),
-            log_p=tensors["log_p"][span].astype(np.float32),
-            tail=tensors["tail"][span].astype(np.float32),
-            nats=tensors["nats"][span],
+            ids=part("ids").astype(np.int32),
+            log_p=part("log_p").astype(np.float32),
+            tail=part("tail").astype(np.float32),
+            nats=part("nats"),
         )
 
     def occurring_ids(self) -> np.ndarray:
