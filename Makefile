@@ -8,7 +8,7 @@ DEEPSPEED := deepspeed==0.19.8
 .PHONY: help setup quickstart test lint format lock clean
 
 help:
-	@echo 'make quickstart  the main job on tiny models: environment, then about five minutes on two cores'
+	@echo 'make quickstart  the main job on tiny models: environment, then about three minutes on two cores'
 	@echo 'make test        environment, then all tests'
 	@echo 'make lint        ruff and mypy'
 	@echo 'make lock        new exact versions from the ranges in pyproject.toml'

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -101,8 +102,10 @@ def library_versions() -> dict[str, str]:
 class Store:
     """All artifacts below one folder. With `dry=True` nothing is made: `ensure` only notes what it would make."""
 
-    def __init__(self, root: Path, *, dry: bool = False) -> None:
+    def __init__(self, root: Path, *, dry: bool = False, info: Mapping[str, Any] | None = None) -> None:
+        """`info` is written to every manifest, beside the artifact's own (the resolved configuration)."""
         self.root = root
+        self._info = info or {}
         self.dry = dry
         self.planned: dict[str, Planned] = {}
         self._verified: set[Path] = set()
@@ -157,7 +160,8 @@ class Store:
             **spec.identity(),
             "label": spec.label,
             "fingerprint": spec.fingerprint,
-            "info": spec.info,
+            "info": {**self._info, **spec.info},
+            "command": sys.argv,
             "files": files,
             "libraries": library_versions(),
             "duration_s": round(time.time() - started, 2),

@@ -58,7 +58,7 @@ class Experiment:
 
     def __init__(self, config: Config, root: Path, *, dry: bool = False) -> None:
         self.config = config
-        self.store = Store(root / "artifacts", dry=dry)
+        self.store = Store(root / "artifacts", dry=dry, info={"configuration": config.model_dump(mode="json")})
         self.models_dir = root / "models"
         self.data_root = Path(config.data.root) if config.data.root else None
         self.device = _device(config.device)
@@ -297,8 +297,7 @@ class Experiment:
             params["fusion"] = {"sources": list(fusion.sources), **asdict(fusion.switches)}
             inputs["extractions"] = {n: self.extract(n)[0].fingerprint for n in [TARGET, *fusion.sources]}
             inputs["maps"] = {n: self.map(n, fusion.map, fusion.map_on)[0].fingerprint for n in fusion.sources}
-        info = {"configuration": self.config.model_dump(mode="json")}
-        spec = Spec("train", f"{label}-seed{seed}", TRAIN_VERSION, _json(inputs), _json(params), info)
+        spec = Spec("train", f"{label}-seed{seed}", TRAIN_VERSION, _json(inputs), _json(params))
         card = self._card(label, spec)
 
         def build(folder: Path) -> None:

@@ -294,3 +294,12 @@ def test_a_head_that_cannot_be_fused_is_trained_all_the_same(
     merged = dense.merge(fused, on=keys, suffixes=("_dense", "_fused"))
     assert len(merged) == len(dense) > 0
     np.testing.assert_allclose(merged["numerator_dense"], merged["numerator_fused"], rtol=1e-4)
+
+
+def test_every_manifest_tells_how_it_was_made(finished: tuple[Config, Path, Path]) -> None:
+    config, root, _ = finished
+    manifests = [json.loads(p.read_text()) for p in (root / "artifacts").glob("*/*/manifest.json")]
+    assert {m["kind"] for m in manifests} == {"pieces", "extraction", "map", "train", "perplexity"}
+    for manifest in manifests:
+        assert manifest["info"]["configuration"]["training"] == config.model_dump(mode="json")["training"]
+        assert manifest["command"] and manifest["libraries"]["torch"] and manifest["files"]
