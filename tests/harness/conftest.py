@@ -11,11 +11,13 @@ from harness.config import Config, load
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models and two folders of text."""
-    from tests.harness.tiny_models import save_corpus, save_llama, save_neox
+    from transformers import GPTNeoXConfig, LlamaConfig
+
+    from tests.harness.tiny_models import save_corpus, save_model
 
     folder = tmp_path_factory.mktemp("made")
-    save_llama(folder / "llama")
-    save_neox(folder / "neox")
+    save_model(folder / "llama", LlamaConfig, 300, 0)
+    save_model(folder / "neox", GPTNeoXConfig, 340, 1)
     save_corpus(folder / "train", 14, 1)
     save_corpus(folder / "test", 24, 2)
     return folder

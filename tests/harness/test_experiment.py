@@ -108,10 +108,10 @@ def test_lambda_one_is_clm(finished: tuple[Config, Path, Path], experiment_file:
 
 
 def test_rows_at_once_do_not_change_the_training(finished: tuple[Config, Path, Path], experiment_file: Path) -> None:
-    """Token-exact accumulation: two rows at once, or one after the other, are one step."""
+    """Token-exact accumulation: two rows at once, or one after the other from a loader of its own, are one step."""
     _, root, _ = finished
     config = load(str(experiment_file), overrides=["training.micro_rows=2", "seeds=[5]", "experiment=micro-rows"])
-    single = load(str(experiment_file), overrides=["training.micro_rows=1", "seeds=[5]", "experiment=micro-rows"])
+    single = load(str(experiment_file), overrides=["training.workers=1", "seeds=[5]", "experiment=micro-rows"])
     # The number of rows at once is no part of an artifact's identity, so each gets a store of its own.
     nats = []
     for i, c in enumerate((config, single)):
@@ -161,6 +161,16 @@ def _interrupt(monkeypatch: pytest.MonkeyPatch, place: object, name: str, calls:
     monkeypatch.setattr(place, name, dying)
 
 
+def _interrupted_extraction(config: Config, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What an extraction leaves behind that is killed when two shards are finished."""
+    with monkeypatch.context() as patch:
+        _interrupt(patch, extraction, "_write_shard", 2)
+        with pytest.raises(_Killed):
+            context.Experiment(config, root).extract("neox")
+    (begun,) = Store(root / "artifacts").leftovers()
+    return begun
+
+
 def _bytes(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.safetensors"))}
 
@@ -169,11 +179,7 @@ def test_a_resumed_extraction_has_the_same_bytes(
     finished: tuple[Config, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, root, _ = finished
-    with monkeypatch.context() as patch:
-        _interrupt(patch, extraction, "_write_shard", 2)
-        with pytest.raises(_Killed):
-            context.Experiment(config, tmp_path).extract("neox")
-    (begun,) = Store(tmp_path / "artifacts").leftovers()
+    begun = _interrupted_extraction(config, tmp_path, monkeypatch)
     assert len(list(begun.glob("shard-*"))) == 2
     spec, resumed = context.Experiment(config, tmp_path).extract("neox")
     assert _bytes(resumed) == _bytes(Store(root / "artifacts").path(spec))
@@ -184,11 +190,8 @@ def test_a_damaged_shard_of_an_interrupted_extraction_is_refused(
     finished: tuple[Config, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, _, _ = finished
-    with monkeypatch.context() as patch:
-        _interrupt(patch, extraction, "_write_shard", 2)
-        with pytest.raises(_Killed):
-            context.Experiment(config, tmp_path).extract("neox")
-    (shard, _) = sorted(next(Store(tmp_path / "artifacts").leftovers()).glob("shard-*"))
+    begun = _interrupted_extraction(config, tmp_path, monkeypatch)
+    (shard, _) = sorted(begun.glob("shard-*"))
     raw = bytearray(shard.read_bytes())
     raw[-3] ^= 1
     shard.write_bytes(raw)

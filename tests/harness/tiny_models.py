@@ -4,13 +4,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 WORDS = [
     "the",
@@ -56,38 +50,22 @@ def tokenizer(vocabulary: int, prefix_space: bool = False) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<|end|>", eos_token="<|end|>")
 
 
-def save_llama(folder: Path, vocabulary: int = 300, seed: int = 0) -> Path:
-    """A Llama of two layers."""
-    torch.manual_seed(seed)
-    tokens = tokenizer(vocabulary)
-    config = LlamaConfig(
-        vocab_size=len(tokens),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokens.save_pretrained(folder)
-    return folder
+_SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 
 
-def save_neox(folder: Path, vocabulary: int = 340, seed: int = 1) -> Path:
-    """A GPT-NeoX of two layers, with a larger vocabulary."""
+def save_model(folder: Path, config: type[PreTrainedConfig], vocabulary: int, seed: int) -> Path:
+    """A random model of two layers and its tokenizer."""
     torch.manual_seed(seed)
     tokens = tokenizer(vocabulary)
-    config = GPTNeoXConfig(
-        vocab_size=len(tokens),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-    )
-    GPTNeoXForCausalLM(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config(vocab_size=len(tokens), **_SMALL)).save_pretrained(folder)
     tokens.save_pretrained(folder)
     return folder
 
