@@ -306,3 +306,46 @@ def test_every_manifest_tells_how_it_was_made(finished: tuple[Config, Path, Path
     for manifest in manifests:
         assert manifest["info"]["configuration"]["training"] == config.model_dump(mode="json")["training"]
         assert manifest["command"] and manifest["libraries"]["torch"] and manifest["files"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [["training.dtype=bfloat16"], ["training.gradient_checkpointing=true"], ["training.epochs=1.5"]]
+)
+def test_other_ways_of_training_come_near(
+    finished: tuple[Config, Path, Path], experiment_file: Path, tmp_path: Path, settings: list[str]
+) -> None:
+    _, root, folder = finished
+    shutil.copytree(root / "artifacts" / "extraction", tmp_path / "artifacts" / "extraction")
+    config = load(str(experiment_file), overrides=settings)
+    config.methods = {k: v for k, v in config.methods.items() if k in ("CLM", "FuseLLM")}
+    other, records = (read([f / "records"]) for f in (experiment.run(config, tmp_path), folder))
+    final, expected = (
+        r[r["tokens"].isna() & r["method"].isin(config.methods)].groupby("method")["numerator"].sum()
+        for r in (other, records)
+    )
+    start = records.query("method == 'llama'")["numerator"].sum()
+    if "epochs" in settings[0]:
+        assert (final < expected).all()
+    else:
+        np.testing.assert_allclose((start - final).to_numpy(), (start - expected).to_numpy(), rtol=1e-2)
+
+
+def test_strided_perplexity_is_another_metric(
+    finished: tuple[Config, Path, Path], experiment_file: Path, tmp_path: Path
+) -> None:
+    _, _, folder = finished
+    settings = [
+        "suites.perplexity.mode=strided",
+        "suites.perplexity.window=32",
+        "methods.FuseLLM=null",
+        "methods.FuseLLM published=null",
+    ]
+    config = load(str(experiment_file), overrides=[*settings, "curve.per_domain=0"])
+    config.methods["CLM"] = {"method": "as_is", "role": "target"}
+    strided = read([experiment.run(config, tmp_path) / "records"])
+    assert set(strided["metric"]) == {"bits_per_byte_strided"}
+    rolling = read([folder / "records"])
+    rolling = rolling[rolling["tokens"].isna()]
+    both = strided.merge(rolling, on=["method", "example"], suffixes=("", "_rolling")).query("method == 'neox'")
+    assert len(both) == 24 and (both["numerator"] != both["numerator_rolling"]).any()
