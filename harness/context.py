@@ -180,7 +180,7 @@ class Experiment:
         path = self.pieces[1]
         if path.exists():
             return float(Pieces(path).n_bytes.sum())
-        return float(self.config.corpus.max_bytes or self.config.corpus.expected_bytes or 0)
+        return corpus.expected_bytes(self.config.corpus, self.data_root)
 
     def extract(self, name: str) -> tuple[Spec, Path]:
         """The stored extraction of a role's model."""

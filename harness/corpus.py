@@ -74,6 +74,15 @@ def local_path(config: CorpusConfig, data_root: Path | None) -> Path | None:
     return None
 
 
+def expected_bytes(config: CorpusConfig, data_root: Path | None) -> float:
+    """The size of the text (bytes), for estimates: as limited or as said, else that of the files; 0 where unknown."""
+    known = config.max_bytes or config.expected_bytes
+    path = None if known or _is_stdlib(config) else local_path(config, data_root)
+    if path is None:
+        return float(known or 0)
+    return float(sum(f.stat().st_size for f in (path.rglob("*.txt") if path.is_dir() else [path])))
+
+
 def is_on_hub(config: CorpusConfig, data_root: Path | None) -> bool:
     """Whether the text must be fetched from the hub."""
     return not _is_stdlib(config) and local_path(config, data_root) is None
@@ -352,5 +361,5 @@ def make_pieces(store: Store, config: CorpusConfig, max_bytes: int, data_root: P
         write_pieces(folder, documents(config, data_root), max_bytes)
 
     spec = pieces_spec(config, max_bytes, data_root)
-    size = config.max_bytes or config.expected_bytes or 0
+    size = expected_bytes(config, data_root)
     return spec, store.ensure(spec, build, Estimate(disk=1.2 * size, seconds=size / 5e6))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fusion.errors import UserError
 from harness.artifacts import Store
-from harness.corpus import CorpusConfig, Pieces, cut, documents, first_bytes, make_pieces
+from harness.corpus import CorpusConfig, Pieces, cut, documents, expected_bytes, first_bytes, make_pieces
 
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=300)
 
@@ -32,6 +32,14 @@ def test_first_bytes_end_at_a_character(text: str, limit: int) -> None:
 
 def test_cuts_fall_after_lines_and_before_spaces() -> None:
     assert cut("one line here\nand another one here", 19) == ["one line here\n", "and another one", " here"]
+
+
+def test_the_size_is_known_before_the_text_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x" * 500)
+    assert expected_bytes(CorpusConfig(path=str(tmp_path)), None) == 500
+    assert expected_bytes(CorpusConfig(path=str(tmp_path), max_bytes=70), None) == 70
+    assert expected_bytes(CorpusConfig(path="some/set", expected_bytes=9), None) == 9
+    assert expected_bytes(CorpusConfig(path="some/set"), None) == 0
 
 
 def test_stored_pieces_are_the_text(tmp_path: Path) -> None:
