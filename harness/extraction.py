@@ -134,9 +134,15 @@ def _write_shard(path: Path, results: list[Any], ends: list[np.ndarray], *, wide
             raise UserError("a token stands for more than 65,534 bytes of text: the store cannot hold it.")
         step[piece_ends < 0] = int(_LOST)
         steps.append(np.concatenate([[0], step]).astype(np.uint16))
+    ids = np.concatenate([r.ids for r in results])
+    width = np.uint32 if wide else np.uint16
+    if ids.max() > np.iinfo(width).max:  # a cast would wrap around and name other tokens
+        raise UserError(
+            f"the model's logits name token {ids.max()}, beyond the vocabulary of its config.json: correct vocab_size."
+        )
     tensors = {
         "offsets": np.cumsum([0, *(len(r.nats) for r in results)]).astype(np.int64),
-        "ids": np.concatenate([r.ids for r in results]).astype(np.uint32 if wide else np.uint16),
+        "ids": ids.astype(width),
         "log_p": np.concatenate([r.log_p for r in results]).astype(np.float16),
         "tail": np.concatenate([r.tail for r in results]).astype(np.float16),
         "nats": np.concatenate([r.nats for r in results]).astype(np.float32),

@@ -186,6 +186,16 @@ def test_a_resumed_extraction_has_the_same_bytes(
     assert len(_bytes(resumed)) > 3
 
 
+def test_token_ids_that_the_store_would_cut_are_refused(tmp_path: Path) -> None:
+    from fusion.extraction import Externalised
+
+    one = np.ones(1, np.float32)
+    read = Externalised(np.array([[70_000]], np.int32), -one[:, None], 0 * one, 0 * one)
+    with pytest.raises(UserError, match="name token 70000, beyond the vocabulary"):
+        extraction._write_shard(tmp_path / "shard.safetensors", [read], [np.zeros(0, np.int32)], wide=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_damaged_shard_of_an_interrupted_extraction_is_refused(
     finished: tuple[Config, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
