@@ -6,6 +6,9 @@ sdpa and flex attention, any batch size, sliding windows included, but only if i
 silently see each other. Flash attention looks for pieces in batches of one row only. So the rule that holds for the
 model at hand is not assumed but found by trying, at start-up.
 
+A mask hides what has been computed for nothing: with four pieces in a row seven eighths of the attention's products are
+masked. `pieces` therefore comes first: an attention of our own over `sdpa`, which looks at one piece at a time.
+
 The padding at the end of a row is one more piece: its positions restart at 0.
 """
 
@@ -16,31 +19,95 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fusion.errors import UserError
 
-Packing = Literal["positions", "flat", "mask"]
-PACKINGS: tuple[Packing, ...] = ("positions", "flat", "mask")
+Packing = Literal["pieces", "positions", "flat", "mask"]
+PACKINGS: tuple[Packing, ...] = ("pieces", "positions", "flat", "mask")
+_BY_PIECE = "fusellm_by_piece"  # the name of `_attend_by_piece` among the attentions of transformers
 
 
 def packed_inputs(packing: Packing, input_ids: Tensor, position_ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     """What to call a model with, so that the pieces of input_ids[B, T] do not see each other.
 
-    position_ids[B, T] restart at 0 with each piece. `positions` leaves the pieces to the model's own detection; `flat`
-    joins the rows to one of B * T, for flash attention; `mask` adds an explicit mask of [B, 1, T, T] in `dtype` (the
-    model's). The hidden states come out in the same order in all three.
+    position_ids[B, T] restart at 0 with each piece. `pieces` names their lengths, for a model with our own attention
+    (`attending_by_piece`); `positions` leaves them to the model's own detection; `flat` joins the rows to one of B * T,
+    for flash attention; `mask` adds an explicit mask of [B, 1, T, T] in `dtype` (the model's). The hidden states come
+    out in the same order in all four.
     """
     if packing == "flat":
         input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
     inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
     if packing == "mask":
         inputs["attention_mask"] = piece_mask(position_ids, dtype)
+    if packing == "pieces":
+        inputs["piece_lengths"] = [
+            torch.unique_consecutive(p, return_counts=True)[1].tolist() for p in _piece_numbers(position_ids)
+        ]
     return inputs
+
+
+def _piece_numbers(position_ids: Tensor) -> Tensor:
+    """int64[B, T], which piece of its row a position belongs to, from position_ids[B, T] that restart with each."""
+    return (position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1).cumsum(1)
+
+
+@contextmanager
+def attending_by_piece(model: nn.Module, packing: Packing) -> Iterator[None]:
+    """For `pieces`, gives the model the attention that needs `piece_lengths`, and its own back at the end.
+
+    Backward must stay inside too: activation checkpointing runs the attention again there.
+    """
+    if packing != "pieces":
+        yield
+        return
+    before = model.config._attn_implementation  # type: ignore[union-attr]
+    if before != "sdpa" or not _layer_kinds(model) <= {"full_attention", "sliding_attention"}:
+        raise ValueError(f"its layers are {', '.join(sorted(_layer_kinds(model)))} under {before}")
+    AttentionInterface.register(_BY_PIECE, _attend_by_piece)
+    model.set_attn_implementation(_BY_PIECE)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)  # type: ignore[operator]
+
+
+def _attend_by_piece(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    piece_lengths: list[list[int]] | None = None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention [B, T, H, D] of query[B, H, T, D], key and value[B, Hkv, T, D] within each piece.
+
+    Without `piece_lengths` every row is one piece. A model is given no mask under an attention that it does not know,
+    so that what its masks would have said, causality and the window, is done here.
+    """
+    if attention_mask is not None or query.shape[2] != key.shape[2]:
+        raise ValueError("attention by piece serves whole rows without a mask or a cache")
+    rows = []
+    for row, parts in enumerate(zip(*(x.split(1) for x in (query, key, value)), strict=True)):
+        lengths = [query.shape[2]] if piece_lengths is None else piece_lengths[row]
+        pieces = []
+        for q, k, v in zip(*(part.split(lengths, dim=2) for part in parts), strict=True):
+            n, mask = q.shape[2], None
+            if sliding_window is not None and n > sliding_window:
+                mask = torch.ones(n, n, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)[None, None]
+            pieces.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0])
+        rows.append(torch.cat(pieces, dim=1))
+    return torch.cat(rows), None
 
 
 def piece_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
     """The additive causal mask [B, 1, T, T], 0 or the least number, of rows with position_ids[B, T] as above."""
-    piece = (position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1).cumsum(1)
+    piece = _piece_numbers(position_ids)
     at = torch.arange(piece.shape[1], device=piece.device)
     seen = (piece[:, :, None] == piece[:, None, :]) & (at[:, None] >= at)
     return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
@@ -50,12 +117,12 @@ def check_packing(model: nn.Module) -> Packing:
     """The first of `PACKINGS` under which pieces packed in rows of this causal LM do not see each other.
 
     Tried with a few random tokens on the model itself, in evaluation mode, with no gradient: what a piece gives must be
-    what it gives alone, and must not change with its neighbours' tokens. Warns unless it is `positions`, the plain way.
+    what it gives alone, and must not change with its neighbours' tokens. Warns where it has come down to the last two.
     Raises `UserError` when none holds.
     """
     failures = []
     for packing in PACKINGS:
-        if packing == "mask" and _slides(model):
+        if packing == "mask" and _layer_kinds(model) != {"full_attention"}:
             failures.append("mask: the model has sliding-window layers, which one mask for all layers would undo")
             continue
         try:
@@ -63,7 +130,7 @@ def check_packing(model: nn.Module) -> Packing:
         except Exception as error:  # whatever a model raises on inputs that it does not take
             failure = f"{type(error).__name__}: {error}".splitlines()[0]
         if failure is None:
-            if packing != "positions":
+            if packing not in ("pieces", "positions"):
                 warnings.warn(
                     f"{type(model).__name__} does not find packed pieces by their positions ({'; '.join(failures)}): "
                     f"packing is done with '{packing}'",
@@ -116,7 +183,8 @@ def _leak(model: nn.Module, packing: Packing) -> str | None:
     def logits(tokens: Tensor, lengths: tuple[tuple[int, ...], ...], how: Packing) -> Tensor:
         positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
         inputs = packed_inputs(how, tokens.to(device), positions.to(device), dtype)
-        out = own_forward(model, **inputs).logits
+        with attending_by_piece(model, how):
+            out = own_forward(model, **inputs).logits
         return out.reshape(*tokens.shape, -1).float()
 
     with trying(model) as generator:
@@ -141,9 +209,10 @@ def _leak(model: nn.Module, packing: Packing) -> str | None:
     return None
 
 
-def _slides(model: nn.Module) -> bool:
+def _layer_kinds(model: nn.Module) -> set[str]:
+    """The attentions of its layers, as transformers names them."""
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return any(kind != "full_attention" for kind in kinds)
-    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    if kinds := getattr(config, "layer_types", None):
+        return set(kinds)
+    slides = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    return {"sliding_attention" if slides else "full_attention"}

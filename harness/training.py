@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from fusion.errors import UserError
 from fusion.heads import fused_forward, split
-from fusion.packing import Packing, check_packing
+from fusion.packing import Packing, attending_by_piece, check_packing
 from harness.artifacts import write_atomically
 from harness.config import TrainingSection
 from harness.models import compute_dtype
@@ -227,7 +227,8 @@ def train(
         )
         follow.trainer = trainer
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with attending_by_piece(model, packing):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     del model.forward  # the class's own again
     model.save_pretrained(final)
     tokenizer.save_pretrained(final)

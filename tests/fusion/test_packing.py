@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from fusion.errors import UserError
-from fusion.packing import PACKINGS, check_packing, packed_inputs, piece_mask
+from fusion.packing import PACKINGS, attending_by_piece, check_packing, packed_inputs, piece_mask
 
 ARCHITECTURES = ("llama", "qwen2", "gemma3", "gpt_neox")
 VOCABULARY = 61
@@ -120,7 +120,8 @@ def test_check_passes_and_leaves_the_model_as_it_was(architecture: str, dtype: t
     model = tiny_model(architecture).to(dtype).train()
     model.get_input_embeddings().eval()
     state = torch.get_rng_state()
-    assert check_packing(model) == "positions"
+    assert check_packing(model) == "pieces"
+    assert model.config._attn_implementation == "sdpa"
     assert model.training and not model.get_input_embeddings().training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -129,7 +130,41 @@ def test_check_passes_and_leaves_the_model_as_it_was(architecture: str, dtype: t
 def test_check_sees_through_a_replaced_forward() -> None:
     model = tiny_model("llama")
     model.forward = None  # the training loop's own, which takes other inputs
-    assert check_packing(model) == "positions"
+    assert check_packing(model) == "pieces"
+
+
+def test_an_attention_that_was_asked_for_stays() -> None:
+    assert check_packing(tiny_model("llama", attn_implementation="eager")) == "positions"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_attention_by_piece_equals_detection_and_so_do_its_gradients(architecture: str, checkpointing: bool) -> None:
+    """Windows shorter than a piece, several rows, a piece of one token, layers that are run again in backward."""
+    tokens, positions = rows((7, 1, 9, 3), (12, 8))
+    hidden, gradients = {}, {}
+    for packing in ("positions", "pieces"):
+        model = tiny_model(architecture).double().train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        with attending_by_piece(model, packing):
+            inputs = packed_inputs(packing, tokens, positions, torch.float64)
+            hidden[packing] = hidden_states(model, inputs, tokens.shape)
+            hidden[packing].square().sum().backward()
+        gradients[packing] = [p.grad for p in model.base_model.parameters()]
+    assert torch.allclose(hidden["positions"], hidden["pieces"], rtol=1e-10)
+    assert all(torch.allclose(a, b, rtol=1e-8) for a, b in zip(*gradients.values(), strict=True))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_attention_by_piece_reads_rows_that_are_not_packed(architecture: str) -> None:
+    """The held-out curve is measured on the model in training, with padding on the right and no pieces named."""
+    model = tiny_model(architecture).eval()
+    inputs = {"input_ids": rows((20,), (20,))[0], "use_cache": False}
+    with torch.no_grad():
+        own = hidden_states(model, inputs, inputs["input_ids"].shape)
+        with attending_by_piece(model, "pieces"):
+            assert torch.allclose(own, hidden_states(model, inputs, inputs["input_ids"].shape), atol=1e-5)
 
 
 class Blind(LlamaForCausalLM):
@@ -138,6 +173,7 @@ class Blind(LlamaForCausalLM):
     helped = ""
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
+        kwargs.pop("piece_lengths", None)
         flat = len(input_ids) == 1 and self.helped == "flat"
         if not flat and (attention_mask is None or self.helped != "mask"):
             attention_mask = torch.ones_like(input_ids)
@@ -163,6 +199,7 @@ def test_check_refuses_what_leaks_whatever_it_is_given() -> None:
 def test_check_offers_no_single_mask_to_sliding_windows() -> None:
     class BlindGemma(Gemma3ForCausalLM):
         def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+            kwargs.pop("piece_lengths", None)
             if kwargs.get("attention_mask") is None:
                 kwargs["attention_mask"] = torch.ones_like(input_ids)
             return super().forward(input_ids=input_ids, **kwargs)
