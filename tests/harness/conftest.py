@@ -29,7 +29,11 @@ def experiment_file(made: Path) -> Path:
     raw = {
         "title": "a small experiment",
         "baseline": "CLM",
-        "roles": {"target": {"model": str(made / "llama")}, "sources": {"neox": {"model": str(made / "neox")}}},
+        # float32, so that machines with and without bfloat16 test the same thing.
+        "roles": {
+            "target": {"model": str(made / "llama"), "dtype": "float32"},
+            "sources": {"neox": {"model": str(made / "neox"), "dtype": "float32"}},
+        },
         "methods": {
             "{target}": {"method": "as_is"},
             "{sources}": {"method": "as_is"},
@@ -40,7 +44,7 @@ def experiment_file(made: Path) -> Path:
         "corpus": {"path": str(made / "train"), "first_bytes": 500},
         "pieces": {"max_bytes": 120},
         "extraction": {"k": 5, "pieces_per_shard": 4},
-        "training": {"row_length": 200, "rows_per_step": 2, "learning_rate": 0.01, "save_every": 2},
+        "training": {"row_length": 200, "rows_per_step": 2, "learning_rate": 0.01, "save_every": 2, "dtype": "float32"},
         "suites": {
             "perplexity": {
                 "documents": {"path": str(made / "test"), "first_bytes": 300, "split": "test"},
