@@ -5,6 +5,7 @@ beside its place and renamed into place when complete, so that whatever is found
 killed stage had finished stays in the hidden folder for the next start.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from fusion.errors import UserError
 
@@ -95,6 +96,38 @@ def write_atomically(path: Path, text: str) -> None:
     beside.replace(path)
 
 
+class PeakMemory:
+    """The most resident memory (bytes) of this process between entering and leaving, in `bytes`; may be nested.
+
+    Linux keeps one high-water mark a process, so that a stage after a larger one would be given the larger one's: the
+    mark is set back at the start, and what it was goes to the stage around. Elsewhere it is that of the whole process.
+    """
+
+    _open: ClassVar[list["PeakMemory"]] = []
+
+    def __enter__(self) -> "PeakMemory":
+        self._note()
+        self.bytes = 0
+        self._open.append(self)
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._note()
+        self._open.remove(self)
+
+    @classmethod
+    def _note(cls) -> None:
+        try:
+            status = Path("/proc/self/status").read_text(encoding="utf-8")
+            peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+        except (OSError, IndexError):
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        for stage in cls._open:
+            stage.bytes = max(stage.bytes, peak)
+
+
 def library_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _LIBRARIES}
 
@@ -147,10 +180,11 @@ class Store:
             resumed = folder.exists()
             folder.mkdir(exist_ok=True)
             started = time.time()
-            build(folder)
-            self._complete(spec, folder, path, started, resumed)
+            with PeakMemory() as peak:
+                build(folder)
+            self._complete(spec, folder, path, started, resumed, peak.bytes)
 
-    def _complete(self, spec: Spec, folder: Path, path: Path, started: float, resumed: bool) -> None:
+    def _complete(self, spec: Spec, folder: Path, path: Path, started: float, resumed: bool, peak_memory: int) -> None:
         files = {
             str(file.relative_to(folder)): {"sha256": file_sha256(file), "bytes": file.stat().st_size}
             for file in sorted(folder.rglob("*"))
@@ -166,7 +200,7 @@ class Store:
             "libraries": library_versions(),
             "duration_s": round(time.time() - started, 2),
             "resumed": resumed,
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_memory_bytes": peak_memory,
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         }
         write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False))

@@ -181,15 +181,15 @@ def models_convert(
 
 @artifacts.command("list")
 def artifacts_list(form: FormatOption = None, root: Root = DEFAULT_ROOT) -> None:
-    """Every complete artifact: kind, name, size, when it was made and how long that took."""
+    """Every complete artifact: kind, name, size, when it was made, how long that took and how much memory."""
     from harness.artifacts import Store, read_manifest
 
     rows: list[list[object]] = []
     for path in Store(root / "artifacts").artifacts():
         m = read_manifest(path)
         size = sum(f["bytes"] for f in m["files"].values())
-        rows.append([m["kind"], path.name, size, m["created"], m["duration_s"]])
-    _print(["kind", "artifact", "size (bytes)", "made", "duration (s)"], rows, form)
+        rows.append([m["kind"], path.name, size, m["created"], m["duration_s"], m["peak_memory_bytes"]])
+    _print(["kind", "artifact", "size (bytes)", "made", "duration (s)", "peak memory (bytes)"], rows, form)
 
 
 @artifacts.command("verify")
