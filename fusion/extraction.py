@@ -15,6 +15,7 @@ from fusion.packing import own_forward
 
 Backbone = Callable[[Tensor], Tensor]
 Projection = Callable[[Tensor], Tensor]
+_CACHED = 2**20  # logits that a CPU core works on at once: what lies in its cache is not fetched from memory five times
 
 
 def reader(model: nn.Module) -> tuple[Backbone, Projection]:
@@ -70,7 +71,7 @@ def externalise(
     """Reads one batch of sequences (prefix first, no padding).
 
     `backbone(input_ids[B, L])` gives hidden states [B, L, D] and `project(hidden[N, D])` logits [N, V]; logits exist
-    for `chunk` positions at a time, in float32. Sequences are padded on the right, which a causal model cannot see.
+    for `chunk` positions at a time. Sequences are padded on the right, which a causal model cannot see.
 
     Raises:
         UserError: k exceeds the vocabulary, or a logit is not finite (naming the sequence's index in the batch).
@@ -87,20 +88,14 @@ def externalise(
     hidden = backbone(input_ids.to(device))[real.to(device)]
     gold = following[real].to(device)
 
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for start in range(0, len(gold), chunk):
-        logits = project(hidden[start : start + chunk]).float()
+    parts = []
+    for hidden_part, gold_part in zip(hidden.split(chunk), gold.split(chunk), strict=True):
+        logits = project(hidden_part)
         if k > logits.shape[-1]:
             raise UserError(f"k = {k} exceeds the source's vocabulary of {logits.shape[-1]}: lower extraction.k.")
-        total = logits.logsumexp(-1, keepdim=True)
-        top, ids = logits.topk(k, -1)
-        log_p = top - total
-        # Summed in float64: the tail is a small difference of numbers near one.
-        tail = (1 - log_p.double().exp().sum(-1)).clamp(min=0).float()
-        g = gold[start : start + chunk]
-        nats = (total - logits.gather(-1, g.clamp(min=0)[:, None]))[:, 0].masked_fill(g < 0, 0)
-        parts.append((ids.int().cpu(), log_p.cpu(), tail.cpu(), nats.cpu()))
-    columns = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
+        rows = chunk if logits.is_cuda else max(1, _CACHED // logits.shape[-1]) * torch.get_num_threads()
+        parts += [_summary(*part, k) for part in zip(logits.split(rows), gold_part.split(rows), strict=True)]
+    columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
 
     results = []
     for index, (end, length) in enumerate(zip(np.cumsum(lengths), lengths, strict=True)):
@@ -110,3 +105,15 @@ def externalise(
             raise UserError(f"sequence {index} of the batch has logits that are not finite")
         results.append(result)
     return results
+
+
+def _summary(logits: Tensor, gold: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The columns of `Externalised` for logits[N, V] and the next tokens gold[N], -1 for none; in float32."""
+    logits = logits.float()
+    total = logits.logsumexp(-1, keepdim=True)
+    top, ids = logits.topk(k, -1)
+    log_p = top - total
+    # Summed in float64: the tail is a small difference of numbers near one.
+    tail = (1 - log_p.double().exp().sum(-1)).clamp(min=0).float()
+    nats = (total - logits.gather(-1, gold.clamp(min=0)[:, None]))[:, 0].masked_fill(gold < 0, 0)
+    return ids.int(), log_p, tail, nats
