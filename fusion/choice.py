@@ -30,13 +30,14 @@ MIXTURE = -2
 class Evidence:
     """How well S sources predicted the U stretches of text (units) of a row, each by its own tokens.
 
-    A unit is a piece, a segment of a piece, or the row, by the switch `level`.
+    A unit is a piece, a segment of a piece, or the row, by the switch `level`; of a row of which a source has not read
+    all, the pieces that the same sources have read.
     """
 
     names: tuple[str, ...]
     """The sources' names, in their order."""
     nats: np.ndarray
-    """float64[S, U], summed -log p of the unit's tokens."""
+    """float64[S, U], summed -log p of the unit's tokens; infinite where the source has not read the unit."""
     tokens: np.ndarray
     """int64[S, U], number of the source's own tokens in the unit."""
     n_bytes: np.ndarray
@@ -82,12 +83,14 @@ def avgce(members: Sequence[Sparse], evidence: Evidence, switches: Switches) -> 
 
     `weights: nats_per_byte` is softmax(-CE / weight_temperature) of CE in nats per byte; `exp_ce` is softmax(exp(-CE))
     of the bfloat16 rewards, which lie in (0, 1), so that no weight is more than e times another. Where a source has no
-    distribution the weights of the others are scaled to 1.
+    distribution, or has not read the unit, the weights of the others are scaled to 1.
     """
     if switches.weights == "nats_per_byte":
         score = -evidence.nats_per_byte() / switches.weight_temperature
     else:
         score = evidence.rewards().astype(np.float64)
+    unread = np.isinf(evidence.nats)
+    score = np.where(unread.all(axis=0), 0.0, np.where(unread, -np.inf, score))
     by_name = np.argsort(evidence.names)  # sums in one order, so that the result does not depend on the given one
     weight = np.exp(score - score.max(axis=0))[by_name]
     return mix([members[s] for s in by_name], weight[:, evidence.unit]), np.full(len(evidence.unit), MIXTURE)
@@ -153,7 +156,8 @@ def gather_evidence(
 ) -> Evidence:
     """Sum the sources' nats over the units of a row.
 
-    A source's nats are those of all its own tokens, whether or not their positions are paired with the target's. At
+    A source's nats are those of all its own tokens, whether or not their positions are paired with the target's, and
+    infinite for a piece that is left out, so that it takes no part there and the others' choice is among themselves. At
     `level: token` the segments lie between consecutive byte ends that all sources and the target have in common. A
     position belongs to the segment that its byte end begins, for its distribution and its nats are about the text
     that follows, and no source's token reaches over a common end. A piece's last position goes with the last
@@ -170,10 +174,14 @@ def gather_evidence(
     sizes: list[np.ndarray] = []
     units: list[np.ndarray] = []
     for readings, target, size in zip(pieces, targets, n_bytes, strict=True):
-        starts = _starts([*readings, target], size) if level == "token" else np.zeros(1, np.int64)
+        heard = [reading for reading in readings if not reading.left_out]
+        starts = _starts([*heard, target], size) if level == "token" else np.zeros(1, np.int64)
         count = len(starts)
         sums, counts = np.zeros((n_sources, count)), np.zeros((n_sources, count), np.int64)
         for s, reading in enumerate(readings):
+            if reading.left_out:
+                sums[s] = np.inf
+                continue
             unit = _unit(reading, starts)[:-1]  # the last position has no next token
             sums[s] = np.bincount(unit, reading.nats[:-1], count)
             counts[s] = np.bincount(unit, minlength=count)
@@ -187,12 +195,15 @@ def gather_evidence(
     )
     if level != "row":
         return evidence
+    groups, group = np.unique(np.isinf(evidence.nats), axis=1, return_inverse=True)
+    members = group == np.arange(groups.shape[1])[:, None]
+
+    def summed(values: np.ndarray) -> np.ndarray:
+        total: np.ndarray = np.where(members, values[..., None, :], 0).sum(axis=-1)
+        return total
+
     return Evidence(
-        names,
-        evidence.nats.sum(axis=1, keepdims=True),
-        evidence.tokens.sum(axis=1, keepdims=True),
-        evidence.n_bytes.sum(keepdims=True),
-        np.zeros_like(evidence.unit),
+        names, summed(evidence.nats), summed(evidence.tokens), summed(evidence.n_bytes), group[evidence.unit]
     )
 
 

@@ -36,7 +36,10 @@ def reader(model: nn.Module) -> tuple[Backbone, Projection]:
 
 @dataclass(frozen=True)
 class Externalised:
-    """One sequence of M tokens as a model reads it (paper section 3.1); everything in nats or mass."""
+    """One sequence of M tokens as a model reads it (paper section 3.1); everything in nats or mass.
+
+    M is 0 where a logit about the sequence was not finite: nothing is known of it.
+    """
 
     ids: np.ndarray  # int32[M, k] token ids, most probable first
     log_p: np.ndarray  # float32[M, k]
@@ -74,7 +77,7 @@ def externalise(
     for `chunk` positions at a time. Sequences are padded on the right, which a causal model cannot see.
 
     Raises:
-        UserError: k exceeds the vocabulary, or a logit is not finite (naming the sequence's index in the batch).
+        UserError: k exceeds the vocabulary.
     """
     lengths = [len(s) for s in sequences]
     input_ids = torch.zeros(len(sequences), max(lengths), dtype=torch.long)
@@ -98,11 +101,10 @@ def externalise(
     columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
 
     results = []
-    for index, (end, length) in enumerate(zip(np.cumsum(lengths), lengths, strict=True)):
-        span = slice(end - length, end)
-        result = Externalised(*(column[span] for column in columns))
+    for end, length in zip(np.cumsum(lengths), lengths, strict=True):
+        result = Externalised(*(column[end - length : end] for column in columns))
         if not (np.isfinite(result.log_p).all() and np.isfinite(result.nats).all()):
-            raise UserError(f"sequence {index} of the batch has logits that are not finite")
+            result = Externalised(*(column[:0] for column in columns))
         results.append(result)
     return results
 

@@ -73,7 +73,8 @@ def fuse_row(
 
     Args:
         readings: for each piece, the reading of every model by name. The target's own must be there for its tokens and
-            ends; without entries (k = 0) it serves only where `include_target` and `empty` do not call for them.
+            ends; without entries (k = 0) it serves only where `include_target` and `empty` do not call for them. A
+            model takes no part in a piece that is left out of its readings; without any, all positions are unpaired.
         n_bytes: UTF-8 bytes of each piece.
         target: the target's name; if it is listed in `sources`, its place there is its place in `names`.
         switches: see `Switches`. At a piece's last position, where `unpaired: next` or `tail: gold` find no next token,
@@ -201,7 +202,9 @@ def _partners(
     partners, first = [], 0
     for piece in readings:
         reading, own = piece[source.name], piece[target]
-        if source.name == target:
+        if reading.left_out:
+            partner = np.full(len(own.tokens), -1, dtype=np.int32)
+        elif source.name == target:
             partner = np.arange(len(own.tokens), dtype=np.int32)
         else:
             partner = align(

@@ -31,6 +31,14 @@ class Reading:
     """float32[M], probability outside the k entries."""
     nats: np.ndarray
     """float32[M], -log p(next token of the piece); 0 at M-1."""
+    left_out: bool = False
+    """Nothing is known of what the model says (its logits were not finite): only tokens and ends are meant."""
+
+    @classmethod
+    def without(cls, tokens: np.ndarray, ends: np.ndarray, k: int) -> "Reading":
+        """The reading of a piece that is left out."""
+        zeros = np.zeros((len(tokens), k), np.float32)
+        return cls(tokens, ends, zeros.astype(np.int32), zeros, zeros[:, 0], zeros[:, 0], left_out=True)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,8 +20,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fusion.errors import UserError
+from harness.claims import Claims, in_use
 
 MANIFEST = "manifest.json"
+_CLAIMS = ".claims"
 _LIBRARIES = ("fusellm-harness", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow")
 
 
@@ -152,11 +155,21 @@ class Store:
     def _begun(self, spec: Spec) -> Path:
         return self.root / spec.kind / f".{spec.fingerprint[:16]}.partial"
 
-    def ensure(self, spec: Spec, build: Callable[[Path], None], estimate: Estimate | None = None) -> Path:
+    def ensure(
+        self,
+        spec: Spec,
+        build: Callable[[Path], Mapping[str, Any] | None],
+        estimate: Estimate | None = None,
+        *,
+        share: Callable[[Path, Claims], None] | None = None,
+    ) -> Path:
         """The artifact's folder, made by `build(folder)` when it is not there.
 
-        `build` may find what an interrupted run left in the folder and must go on from there. Raises UserError when
-        the artifact's bytes do not match its manifest or the folder cannot be written.
+        `build` may find what an interrupted run left in the folder and must go on from there; what it returns is
+        written to the manifest's `info`. It runs in one process, for which others wait. `share(folder, claims)` goes
+        before it and runs in all that ask, at the same time: it makes the parts that it can claim and returns when
+        there is no other to wait for. Raises UserError when the artifact's bytes do not match its manifest or the
+        folder cannot be written.
         """
         path = self.path(spec)
         state = "there" if path.exists() else "begun" if self._begun(spec).exists() else "to do"
@@ -164,27 +177,66 @@ class Store:
         if self.dry:
             return path
         if not path.exists():
-            self._make(spec, path, build)
+            self._make(spec, path, build, share)
             path = self.path(spec)
         self.verify(path, spec)
         return path
 
-    def _make(self, spec: Spec, path: Path, build: Callable[[Path], None]) -> None:
+    def _make(
+        self,
+        spec: Spec,
+        path: Path,
+        build: Callable[[Path], Mapping[str, Any] | None],
+        share: Callable[[Path, Claims], None] | None,
+    ) -> None:
         from filelock import FileLock
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.parent / f".{spec.fingerprint[:16]}.lock"):
-            if self.path(spec).exists():  # another process finished it while we waited
-                return
-            folder = self._begun(spec)
-            resumed = folder.exists()
-            folder.mkdir(exist_ok=True)
-            started = time.time()
+        folder = self._begun(spec)
+        started, resumed = time.time(), folder.exists()
+        with contextlib.ExitStack() as held:
             with PeakMemory() as peak:
-                build(folder)
-            self._complete(spec, folder, path, started, resumed, peak.bytes)
+                if share is not None:
+                    self._share(spec, folder, share)
+                held.enter_context(FileLock(path.parent / f".{spec.fingerprint[:16]}.lock"))
+                if self.path(spec).exists():  # another process finished it while we waited
+                    return
+                if share is None:
+                    started, resumed = time.time(), folder.exists()
+                folder.mkdir(exist_ok=True)
+                found = build(folder)
+            # Renamed at once, so that nobody lays a claim while they are being removed.
+            gone = folder.with_suffix(".removed")
+            shutil.rmtree(gone, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):
+                (folder / _CLAIMS).replace(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+            self._complete(spec, folder, path, started, resumed, peak.bytes, found or {})
 
-    def _complete(self, spec: Spec, folder: Path, path: Path, started: float, resumed: bool, peak_memory: int) -> None:
+    def _share(self, spec: Spec, folder: Path, share: Callable[[Path, Claims], None]) -> None:
+        claims = folder / _CLAIMS
+        claims.mkdir(parents=True, exist_ok=True)
+        if self.path(spec).exists():  # completed before we had made the folder, which nobody wants now
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        try:
+            with Claims(claims) as ours:
+                share(folder, ours)
+        except FileNotFoundError:
+            if claims.exists():
+                raise
+            # Else every part is made, and another process is completing the artifact.
+
+    def _complete(
+        self,
+        spec: Spec,
+        folder: Path,
+        path: Path,
+        started: float,
+        resumed: bool,
+        peak_memory: int,
+        found: Mapping[str, Any],
+    ) -> None:
         files = {
             str(file.relative_to(folder)): {"sha256": file_sha256(file), "bytes": file.stat().st_size}
             for file in sorted(folder.rglob("*"))
@@ -194,7 +246,7 @@ class Store:
             **spec.identity(),
             "label": spec.label,
             "fingerprint": spec.fingerprint,
-            "info": {**self._info, **spec.info},
+            "info": {**self._info, **spec.info, **found},
             "command": sys.argv,
             "files": files,
             "libraries": library_versions(),
@@ -243,7 +295,8 @@ class Store:
                     pass
             except Timeout:
                 continue
-            yield folder
+            if not in_use(folder / _CLAIMS):
+                yield folder
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -54,8 +54,10 @@ def audit(config: Config, root: Path) -> Audit:
     experiment = Experiment(config, root)
     parameters = _fusellm(config)
     fusion = parameters.fused(parameters.sources or list(config.roles.sources))
-    measures = _measures(experiment, fusion)
+    measures, left_out = _measures(experiment, fusion)
     sentence = _sentence(measures)
+    if left_out:
+        sentence += f" {left_out} pieces are not counted: the logits of a model about them are not finite."
     folder = run_folder(experiment, root) / "audit"
     folder.mkdir(parents=True, exist_ok=True)
     _write(measures, sentence, folder, config)
@@ -71,16 +73,22 @@ def _fusellm(config: Config) -> FuseLLMParameters:
     raise UserError(f"The experiment {config.experiment} has no FuseLLM row to audit: add one to methods.")
 
 
-def _measures(experiment: Experiment, fusion: Fusion) -> pd.DataFrame:
+def _measures(experiment: Experiment, fusion: Fusion) -> tuple[pd.DataFrame, int]:
+    """The measures over the pieces that all models could read, and how many the others are."""
     data = experiment.fusion_data(fusion)
     pieces = Pieces(experiment.pieces[1])
     target_vocabulary = experiment.tokenizer(TARGET)[1]
     sizes = {name: len(reader.vocabulary) for name, reader in data.extractions.items()}
     alone = replace(fusion.switches, include_target=False, tail="bucket", fusion="mince", empty="tail")
     rows: list[dict[str, Any]] = []
+    left_out = 0
     with track("audit", len(pieces), "pieces") as advance:
         for piece in range(len(pieces)):
             readings = {name: reader.reading(piece) for name, reader in data.extractions.items()}
+            advance(1)
+            if any(reading.left_out for reading in readings.values()):
+                left_out += 1
+                continue
             size, domain = int(pieces.n_bytes[piece]), pieces.domain(piece)
 
             def fuse(sources: list[Any], switches: Any, readings: Any = readings, size: int = size) -> Any:
@@ -115,10 +123,8 @@ def _measures(experiment: Experiment, fusion: Fusion) -> pd.DataFrame:
                 row |= _sums(reading, own, carried, at, partner, (sizes[name], sizes[TARGET]))
                 rows.append(row)
             rows.append(_chosen(together, own, {"domain": domain, "bytes": size, "pieces": 1}, sizes[TARGET]))
-            advance(1)
-    return _by_domain(
-        pd.DataFrame(rows), [TARGET, *(s.name for s in data.sources), CHOSEN], experiment.model(TARGET).name
-    )
+    names = [TARGET, *(s.name for s in data.sources), CHOSEN]
+    return _by_domain(pd.DataFrame(rows), names, experiment.model(TARGET).name), left_out
 
 
 def _chosen(fused: Any, own: Reading, row: dict[str, Any], vocabulary: int) -> dict[str, Any]:

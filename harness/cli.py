@@ -142,6 +142,26 @@ def audit(
         typer.echo(f"Table and figure: {found.folder}", err=True)
 
 
+@app.command()
+def extract(
+    name: Name,
+    profile: Profile = None,
+    settings: Settings = [],  # noqa: B006
+    roles: Annotated[list[str], typer.Option("--role", help="target or a source's name; repeats. All without.")] = [],  # noqa: B006
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Only read the training corpus; start it as often as you like, on all machines that share --root."""
+    from harness.config import load
+
+    config = load(name, profile=profile, overrides=settings)
+    _quiet_libraries()
+    from harness.context import TARGET, Experiment
+
+    experiment = Experiment(config, root)
+    for role in roles or [TARGET, *config.roles.sources]:
+        typer.echo(f"{role}: {experiment.extract(role)[1]}")
+
+
 @models.command("list")
 def models_list(form: FormatOption = None, root: Root = DEFAULT_ROOT) -> None:
     """The models known by name, and where each can be had."""

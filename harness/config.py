@@ -48,6 +48,14 @@ class PiecesConfig(Strict):
 class ExtractionConfig(Strict):
     k: int = Field(10, gt=0, description="entries kept a position (paper: 10)")
     pieces_per_shard: int = Field(256, gt=0)
+    compression: Literal["zstd", "none"] = Field("zstd", description="of what is stored; the numbers are the same")
+    max_left_out: float = Field(
+        0.001,
+        ge=0,
+        le=1,
+        description="share of the pieces that may be left out, as a model's logits are not finite; 1 piece at least "
+        "may, unless it is 0",
+    )
 
 
 class DataConfig(Strict):

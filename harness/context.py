@@ -20,7 +20,7 @@ from harness.artifacts import Estimate, Spec, Store, canonical, file_sha256, fin
 from harness.config import Config, Role
 from harness.corpus import Document, Pieces
 from harness.costs import BYTES_PER_TOKEN, Costs
-from harness.extraction import Extraction, extraction_spec, position_bytes
+from harness.extraction import Extraction, extraction_spec
 from harness.models import (
     ModelSpec,
     ResolvedModel,
@@ -31,6 +31,7 @@ from harness.models import (
     load_tokenizer,
     resolve,
 )
+from harness.shards import position_bytes
 
 MAP_VERSION = 1
 TRAIN_VERSION = 2
@@ -124,7 +125,15 @@ class Experiment:
         """
         roles = [TARGET, *self.config.roles.sources]
         identity = {
-            "config": self.config.model_dump(mode="json", exclude={"seeds", "device", "threads"}),
+            "config": self.config.model_dump(
+                mode="json",
+                exclude={
+                    "seeds": True,
+                    "device": True,
+                    "threads": True,
+                    "extraction": {"compression", "max_left_out"},
+                },
+            ),
             "versions": VERSIONS,
             "pieces": self.pieces[0].fingerprint,
             "documents": perplexity.documents_fingerprint(self._held_out()[0]),
@@ -197,7 +206,9 @@ class Experiment:
         sized = self.sized(name)
         stored = position_bytes(settings.k, sized.vocabulary)
         estimate = self.costs.forward(sized.parameters, self.corpus_bytes, disk_per_token=stored)
-        path = extraction.make_extraction(self.store, spec, model, pieces_folder, device=self.device, estimate=estimate)
+        path = extraction.make_extraction(
+            self.store, spec, model, pieces_folder, settings, device=self.device, estimate=estimate
+        )
         return spec, path
 
     def tokenizer(self, name: str) -> tuple[Any, Vocabulary]:

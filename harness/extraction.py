@@ -1,8 +1,10 @@
 """The extraction stage: one source model reads every piece once, and what it says is stored for any target."""
 
-import hashlib
 import json
+import time
+import uuid
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,20 +14,25 @@ from fusion.errors import UserError
 from fusion.targets import Reading
 from fusion.vocabulary import Vocabulary, byte_ends, encode, prefix_id
 from harness.artifacts import Estimate, Spec, Store
+from harness.claims import Claims
+from harness.config import ExtractionConfig
 from harness.corpus import Pieces
-from harness.progress import say, track
+from harness.progress import Advance, say, track
+from harness.shards import LOST, Shard, checked, write_shard
 
 if TYPE_CHECKING:
+    from fusion.extraction import Externalised
     from harness.models import ResolvedModel
 
 VERSION = 1
+TOLERANCE: Mapping[str, float] = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
+"""By how many nats a position, on average over a piece, a model may differ from what is stored of it.
+
+The same text in another batch changes SmolLM2-135M by 1e-6 in float32 and 0.02 in bfloat16, another implementation of
+attention by 3e-6 and 0.04; a model that masks, scales or positions otherwise is off by tenths.
+"""
 _OPEN_SHARDS = 128  # file handles kept, not memory: a piece is read from the map
-_LOST = np.uint16(65535)  # a byte end where the tokens no longer spell the text
-
-
-def position_bytes(k: int, vocabulary: int) -> int:
-    """Bytes a stored position takes: ids, float16 log-probabilities and tail, float32 nats, uint16 step in bytes."""
-    return k * (2 if vocabulary <= 65536 else 4) + 2 * k + 2 + 4 + 2
+_POLL_S = 1.0
 
 
 def extraction_spec(
@@ -46,132 +53,184 @@ def make_extraction(
     spec: Spec,
     model: "ResolvedModel",
     pieces_folder: Path,
+    settings: ExtractionConfig,
     *,
     device: str,
     estimate: Estimate,
 ) -> Path:
-    """Lets the model read all pieces; a shard holds `pieces_per_shard` pieces and is written whole or not at all."""
+    """Lets the model read all pieces; a shard holds `pieces_per_shard` pieces and is written whole or not at all.
 
-    def build(folder: Path) -> None:
-        _extract(folder, spec, model, Pieces(pieces_folder), device)
+    Any number of processes that share a file system may be at it: each makes the shards that it can claim, and the
+    bytes do not depend on how many they were. A piece about which the model's logits are not finite is left out.
 
-    return store.ensure(spec, build, estimate)
+    Raises:
+        UserError: more pieces would be left out than `settings.max_left_out` allows, or the model reads here what was
+            read before (by other processes, or before an interruption) otherwise than `TOLERANCE` allows.
+    """
+
+    def share(folder: Path, claims: Claims) -> None:
+        _extract(folder, claims, spec, model, Pieces(pieces_folder), settings, device)
+
+    def build(folder: Path) -> dict[str, Any]:
+        return _look_over(folder, spec, model, Pieces(pieces_folder), settings)
+
+    return store.ensure(spec, build, estimate, share=share)
 
 
 def _shard(folder: Path, index: int) -> Path:
     return folder / f"shard-{index:06d}.safetensors"
 
 
-def _extract(folder: Path, spec: Spec, model: "ResolvedModel", pieces: Pieces, device: str) -> None:
-    import torch
-
-    from fusion.extraction import batches_by_length, externalise, reader
-    from harness.models import load_model, load_tokenizer
-
+def _members(pieces: Pieces, spec: Spec) -> list[range]:
+    """The pieces of each shard."""
     size = int(spec.params["pieces_per_shard"])
-    shards = [range(start, min(start + size, len(pieces))) for start in range(0, len(pieces), size)]
-    todo = [i for i, _ in enumerate(shards) if not _is_whole(_shard(folder, i))]
+    return [range(start, min(start + size, len(pieces))) for start in range(0, len(pieces), size)]
+
+
+def _extract(
+    folder: Path,
+    claims: Claims,
+    spec: Spec,
+    model: "ResolvedModel",
+    pieces: Pieces,
+    settings: ExtractionConfig,
+    device: str,
+) -> None:
+    """Makes all shards that no other process makes, and waits for those."""
+    shards = _members(pieces, spec)
     n_bytes = [int(pieces.n_bytes[s.start : s.stop].sum()) for s in shards]
-    done = sum(n_bytes) - sum(n_bytes[i] for i in todo)
-    if not todo:
+
+    def there() -> set[int]:
+        return {i for i in range(len(shards)) if _shard(folder, i).exists()}
+
+    finished = there()
+    if len(finished) == len(shards):
         return
-    tokenizer = load_tokenizer(model)
-    loaded = load_model(model, dtype=spec.params["dtype"], device=device)
-    vocabulary = Vocabulary.from_tokenizer(tokenizer, loaded.config.get_text_config().vocab_size)
-    backbone, project = reader(loaded)
-    prefix = prefix_id(tokenizer)
-    window = getattr(loaded.config, "max_position_embeddings", None)
-    k = int(spec.params["k"])
-    lost_pieces = 0
-    with track(f"extract {model.name}", sum(n_bytes), "bytes", done=done) as advance:
-        for index in todo:
-            members = shards[index]
-            tokens = [encode(tokenizer, pieces.text(p)) for p in members]
-            sequences = [[prefix, *t] for t in tokens]
-            longest = max(range(len(sequences)), key=lambda i: len(sequences[i]))
-            if window and len(sequences[longest]) > window:
-                raise UserError(
-                    f"{pieces.name(members[longest])} is {len(sequences[longest])} tokens for {model.name}, "
-                    f"whose context is {window}: lower pieces.max_bytes."
-                )
-            results: list[Any] = [None] * len(sequences)
-            for batch in batches_by_length([len(s) for s in sequences], int(spec.info["batch_tokens"])):
-                try:
-                    read = externalise(
-                        backbone, project, [sequences[i] for i in batch], k=k, device=torch.device(device)
-                    )
-                except UserError as error:
-                    names = ", ".join(pieces.name(members[i]) for i in batch)
-                    raise UserError(f"{model.name} failed on {names}: {error}") from None
-                for i, result in zip(batch, read, strict=True):
-                    results[i] = result
-                advance(sum(int(pieces.n_bytes[members[i]]) for i in batch))
-            ends = []
-            for member, ids in zip(members, tokens, strict=True):
-                piece_ends = byte_ends(ids, vocabulary, pieces.text(member).encode("utf-8"))
-                lost_pieces += bool(len(piece_ends) and piece_ends[-1] < 0)
-                ends.append(piece_ends)
-            _write_shard(_shard(folder, index), results, ends, wide=len(vocabulary.tokens) > 65536)
-    if lost_pieces:
-        say(f"{model.name}: the tokens of {lost_pieces} pieces do not spell their text; from there it is unpaired.")
+    reader = _Reader(spec, model, pieces, settings, device)
+    own: set[int] = set()
+    compared = waiting = False
+    with track(f"extract {model.name}", sum(n_bytes), "bytes", done=sum(n_bytes[i] for i in finished)) as advance:
+        while len(finished) < len(shards):
+            if finished - own and not compared:
+                first = min(finished - own)
+                reader.compare(_shard(folder, first), shards[first])
+                compared = True
+            index = next((i for i in range(len(shards)) if i not in finished and claims.take(f"shard-{i:06d}")), None)
+            if index is None:
+                if not waiting:
+                    say(f"{model.name}: other processes are reading what is left; waiting for them.")
+                    waiting = True
+                time.sleep(_POLL_S)
+            elif not (path := _shard(folder, index)).exists():
+                read = reader.read(shards[index], advance)
+                beside = claims.folder / uuid.uuid4().hex
+                write_shard(path, beside, *read, wide=reader.wide, compression=settings.compression)
+                own.add(index)
+            now = there()
+            advance(sum(n_bytes[i] for i in now - finished - own))
+            finished = now
+    if reader.lost:
+        say(f"{model.name}: the tokens of {reader.lost} pieces do not spell their text; from there it is unpaired.")
 
 
-def _digest(tensors: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name}:{tensors[name].dtype}:{tensors[name].shape};".encode())
-        digest.update(np.ascontiguousarray(tensors[name]).data)
-    return digest.hexdigest()
+def _look_over(
+    folder: Path, spec: Spec, model: "ResolvedModel", pieces: Pieces, settings: ExtractionConfig
+) -> dict[str, Any]:
+    """Checks the finished shards; returns what the manifest is to say of them."""
+    left_out = []
+    for index, members in enumerate(_members(pieces, spec)):
+        positions = np.diff(checked(_shard(folder, index)).offsets)
+        left_out += [pieces.name(p) for p, n in zip(members, positions, strict=True) if not n]
+    _check_left_out(left_out, model, pieces, settings)
+    if not left_out:
+        return {}
+    say(f"{model.name}: {len(left_out)} of {len(pieces)} pieces are left out; the manifest names them.")
+    return {"left_out": left_out}
 
 
-def _write_shard(path: Path, results: list[Any], ends: list[np.ndarray], *, wide: bool) -> None:
-    from safetensors.numpy import save_file
-
-    steps = []
-    for piece_ends in ends:
-        step = np.diff(piece_ends, prepend=0).astype(np.int64)
-        if step[piece_ends >= 0].max(initial=0) >= int(_LOST):
-            raise UserError("a token stands for more than 65,534 bytes of text: the store cannot hold it.")
-        step[piece_ends < 0] = int(_LOST)
-        steps.append(np.concatenate([[0], step]).astype(np.uint16))
-    ids = np.concatenate([r.ids for r in results])
-    width = np.uint32 if wide else np.uint16
-    if ids.max() > np.iinfo(width).max:  # a cast would wrap around and name other tokens
+def _check_left_out(names: Sequence[str], model: "ResolvedModel", pieces: Pieces, settings: ExtractionConfig) -> None:
+    share = settings.max_left_out
+    if len(names) > (max(1, int(share * len(pieces))) if share else 0):
         raise UserError(
-            f"the model's logits name token {ids.max()}, beyond the vocabulary of its config.json: correct vocab_size."
+            f"The logits of {model.name} about {len(names)} of {len(pieces)} pieces are not finite (first {names[0]}), "
+            f"more than extraction.max_left_out = {share:g} allows: set the role's dtype, or allow more."
         )
-    tensors = {
-        "offsets": np.cumsum([0, *(len(r.nats) for r in results)]).astype(np.int64),
-        "ids": ids.astype(width),
-        "log_p": np.concatenate([r.log_p for r in results]).astype(np.float16),
-        "tail": np.concatenate([r.tail for r in results]).astype(np.float16),
-        "nats": np.concatenate([r.nats for r in results]).astype(np.float32),
-        "steps": np.concatenate(steps),
-    }
-    beside = path.with_suffix(".tmp")
-    save_file(tensors, beside, {"sha256": _digest(tensors)})
-    beside.replace(path)
 
 
-def _load_shard(path: Path) -> tuple[dict[str, np.ndarray], str]:
-    from safetensors import safe_open
+class _Reader:
+    """A loaded source model, which reads pieces."""
 
-    with safe_open(path, framework="numpy") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
-        return tensors, (file.metadata() or {}).get("sha256", "")
+    def __init__(
+        self, spec: Spec, model: "ResolvedModel", pieces: Pieces, settings: ExtractionConfig, device: str
+    ) -> None:
+        from fusion.extraction import reader
+        from harness.models import load_model, load_tokenizer
 
+        self._spec, self._model, self._pieces, self._settings, self._device = spec, model, pieces, settings, device
+        self._tokenizer = load_tokenizer(model)
+        loaded = load_model(model, dtype=spec.params["dtype"], device=device)
+        self._vocabulary = Vocabulary.from_tokenizer(self._tokenizer, loaded.config.get_text_config().vocab_size)
+        self._backbone, self._project = reader(loaded)
+        self._window = getattr(loaded.config, "max_position_embeddings", None)
+        self._left_out: list[str] = []
+        self.lost = 0
+        self.wide = len(self._vocabulary.tokens) > 65536
 
-def _is_whole(path: Path) -> bool:
-    """Whether an earlier run finished this shard. Raises UserError when its bytes have changed since."""
-    if not path.exists():
-        return False
-    try:
-        tensors, sha256 = _load_shard(path)
-    except Exception:  # safetensors raises its own errors for a damaged header
-        tensors, sha256 = {}, "damaged"
-    if _digest(tensors) != sha256:
-        raise UserError(f"{path} does not match its checksum: remove that file to have it made again.")
-    return True
+    def _externalise(self, sequences: list[list[int]]) -> "list[Externalised]":
+        import torch
+
+        from fusion.extraction import externalise
+
+        k, device = int(self._spec.params["k"]), torch.device(self._device)
+        return externalise(self._backbone, self._project, sequences, k=k, device=device)
+
+    def _tokens(self, piece: int) -> list[int]:
+        tokens = [prefix_id(self._tokenizer), *encode(self._tokenizer, self._pieces.text(piece))]
+        if self._window and len(tokens) > self._window:
+            raise UserError(
+                f"{self._pieces.name(piece)} is {len(tokens)} tokens for {self._model.name}, whose context is "
+                f"{self._window}: lower pieces.max_bytes."
+            )
+        return tokens
+
+    def read(self, members: Sequence[int], advance: Advance) -> "tuple[list[Externalised], list[np.ndarray]]":
+        """What the model says about the pieces, and the byte ends of their tokens."""
+        from fusion.extraction import batches_by_length
+
+        sequences = [self._tokens(piece) for piece in members]
+        results: list[Any] = [None] * len(sequences)
+        for batch in batches_by_length([len(s) for s in sequences], int(self._spec.info["batch_tokens"])):
+            for i, result in zip(batch, self._externalise([sequences[i] for i in batch]), strict=True):
+                results[i] = result
+                if not len(result.nats):
+                    self._leave_out(members[i])
+            advance(sum(int(self._pieces.n_bytes[members[i]]) for i in batch))
+        ends = []
+        for piece, tokens in zip(members, sequences, strict=True):
+            ends.append(byte_ends(tokens[1:], self._vocabulary, self._pieces.text(piece).encode("utf-8")))
+            self.lost += bool(len(ends[-1]) and ends[-1][-1] < 0)
+        return results, ends
+
+    def _leave_out(self, piece: int) -> None:
+        self._left_out.append(self._pieces.name(piece))
+        _check_left_out(self._left_out, self._model, self._pieces, self._settings)
+        say(f"{self._model.name}: its logits about {self._left_out[-1]} are not finite; the piece is left out.")
+
+    def compare(self, path: Path, members: Sequence[int]) -> None:
+        """Reads one piece of a finished shard again. Raises UserError when other numbers come out."""
+        shard, dtype = checked(path), self._spec.params["dtype"]
+        longest = int(np.diff(shard.offsets).argmax())
+        before = shard.columns(longest)["nats"]
+        if not len(before):
+            return
+        (again,) = self._externalise([self._tokens(members[longest])])
+        apart = float(np.abs(before - again.nats).mean()) if len(before) == len(again.nats) else np.inf
+        if not apart <= TOLERANCE[dtype]:
+            raise UserError(
+                f"{self._model.name} reads {self._pieces.name(members[longest])} otherwise than when {path} was made, "
+                f"by {apart:.2g} nats a position where {TOLERANCE[dtype]:g} are allowed in {dtype}: go on with the "
+                f"machine and libraries of then, or remove {path.parent}."
+            )
 
 
 class Extraction:
@@ -188,45 +247,40 @@ class Extraction:
         self.vocabulary = vocabulary
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         self._size = int(manifest["params"]["pieces_per_shard"])
-        self._open: OrderedDict[int, tuple[Any, np.ndarray]] = OrderedDict()
+        self._open: OrderedDict[int, Shard] = OrderedDict()
 
-    def _shard(self, shard: int) -> tuple[Any, np.ndarray]:
-        """An open (memory-mapped) shard and where its pieces begin."""
-        from safetensors import safe_open
-
-        if shard not in self._open:
-            file = safe_open(_shard(self._folder, shard), framework="numpy")
-            self._open[shard] = file, file.get_tensor("offsets")
+    def _shard(self, index: int) -> Shard:
+        if index not in self._open:
+            self._open[index] = Shard(_shard(self._folder, index))
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)
-        self._open.move_to_end(shard)
-        return self._open[shard]
+        self._open.move_to_end(index)
+        return self._open[index]
 
     def reading(self, piece: int) -> Reading:
         """What the model says about a piece (see `Reading`)."""
-        file, offsets = self._shard(piece // self._size)
-        start, end = (int(x) for x in offsets[piece % self._size : piece % self._size + 2])
-
-        def part(name: str) -> np.ndarray:
-            values: np.ndarray = file.get_slice(name)[start:end]
-            return values
-
-        tokens = np.array([self._prefix, *encode(self._tokenizer, self._pieces.text(piece))], np.int32)
-        if len(tokens) != end - start:
+        columns = self._shard(piece // self._size).columns(piece % self._size)
+        text = self._pieces.text(piece)
+        tokens = np.array([self._prefix, *encode(self._tokenizer, text)], np.int32)
+        m, k = columns["ids"].shape
+        if not m:
+            ends = np.append(0, byte_ends(tokens[1:], self.vocabulary, text.encode("utf-8"))).astype(np.int32)
+            return Reading.without(tokens, ends, k)
+        if len(tokens) != m:
             raise UserError(
-                f"{self._folder} holds {end - start} positions of {self._pieces.name(piece)}, but the tokenizer now "
-                f"gives {len(tokens)}: the tokenizer's library has changed; remove that folder to have it made again."
+                f"{self._folder} holds {m} positions of {self._pieces.name(piece)}, but the tokenizer now gives "
+                f"{len(tokens)}: the tokenizer's library has changed; remove that folder to have it made again."
             )
-        steps = part("steps").astype(np.int64)
+        steps = columns["steps"].astype(np.int64)
         ends = np.cumsum(steps).astype(np.int32)
-        ends[np.maximum.accumulate(steps == int(_LOST))] = -1
+        ends[np.maximum.accumulate(steps == int(LOST))] = -1
         return Reading(
             tokens=tokens,
             ends=ends,
-            ids=part("ids").astype(np.int32),
-            log_p=part("log_p").astype(np.float32),
-            tail=part("tail").astype(np.float32),
-            nats=part("nats"),
+            ids=columns["ids"].astype(np.int32),
+            log_p=columns["log_p"].astype(np.float32),
+            tail=columns["tail"].astype(np.float32),
+            nats=columns["nats"],
         )
 
     def occurring_ids(self) -> np.ndarray:
@@ -234,6 +288,5 @@ class Extraction:
         found: set[int] = {self._prefix}
         for piece in range(len(self._pieces)):
             found.update(encode(self._tokenizer, self._pieces.text(piece)))
-        for path in sorted(self._folder.glob("shard-*.safetensors")):
-            found.update(np.unique(_load_shard(path)[0]["ids"]).tolist())
+            found.update(np.unique(self._shard(piece // self._size).columns(piece % self._size)["ids"]).tolist())
         return np.array(sorted(found), np.int64)

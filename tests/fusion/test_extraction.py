@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from fusion import extraction
 from fusion.errors import UserError
 from fusion.extraction import batches_by_length, externalise, reader
 
@@ -67,12 +68,29 @@ def test_batches_hold_every_sequence_once_and_fit(lengths: list[int], limit: int
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= limit
 
 
-def test_too_large_a_k_and_infinite_logits_are_refused() -> None:
-    model = _llama()
-    backbone, project = reader(model)
+def test_too_large_a_k_is_refused() -> None:
     with pytest.raises(UserError, match="k = 51 exceeds the source's vocabulary of 50"):
-        externalise(backbone, project, [[1, 2]], k=51, device=CPU)
+        externalise(*reader(_llama()), [[1, 2]], k=51, device=CPU)
+
+
+def test_nothing_is_said_of_a_sequence_with_logits_that_are_not_finite() -> None:
+    model = _llama()
     with torch.no_grad():
-        model.model.norm.weight[0] = float("nan")
-    with pytest.raises(UserError, match="not finite"):
-        externalise(backbone, project, [[1, 2]], k=5, device=CPU)
+        model.get_input_embeddings().weight[7] = float("nan")
+    sound, spoilt = externalise(*reader(model), [[1, 2, 3], [1, 7, 3, 4]], k=5, device=CPU)
+    assert spoilt.ids.shape == (0, 5) and not len(spoilt.nats)
+    (alone,) = externalise(*reader(model), [[1, 2, 3]], k=5, device=CPU)
+    np.testing.assert_allclose(sound.log_p, alone.log_p, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_summed_up_at_once_changes_no_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, project = reader(_llama().to(dtype))
+    sequences = [[1, 2, 3, 4, 5], [6, 7, 8]]
+    (whole, apart) = ([], [])
+    for found, cached in ((whole, 10**9), (apart, 1)):
+        monkeypatch.setattr(extraction, "_CACHED", cached)
+        found += externalise(backbone, project, sequences, k=5, device=CPU)
+    for one, other in zip(whole, apart, strict=True):
+        for field in ("ids", "log_p", "tail", "nats"):
+            np.testing.assert_array_equal(getattr(one, field), getattr(other, field))

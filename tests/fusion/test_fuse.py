@@ -457,6 +457,54 @@ def test_fusing_one_source_is_that_source(seed: int, switches: Switches) -> None
     assert (alone[0].chosen == np.where(alone[0].paired[0], 0, -1)).all()
 
 
+@settings(deadline=None, max_examples=60)
+@given(SEEDS, SWITCHES, st.lists(st.sets(st.integers(0, 3)), min_size=3, max_size=3))
+def test_a_piece_is_fused_without_those_that_left_it_out(
+    seed: int, switches: Switches, left_out: list[set[int]]
+) -> None:
+    """As if the pieces that the same models have read were a row, and only they had been asked."""
+    readings, n_bytes, sources, vocabulary = random_row(seed, 3)
+    names = ["target", *(source.name for source in sources)]
+    absent = [frozenset(names[s] for s in left_out[number]) for number in range(len(readings))]
+    readings = [
+        {n: Reading.without(r.tokens, r.ends, r.ids.shape[1]) if n in gone else r for n, r in piece.items()}
+        for piece, gone in zip(readings, absent, strict=True)
+    ]
+    piece_of = np.repeat(np.arange(len(readings)), [len(piece["target"].tokens) for piece in readings])
+
+    def fused(members: Sequence[int], gone: frozenset[str]) -> FusedRow:
+        return fuse_row(
+            [readings[m] for m in members],
+            [n_bytes[m] for m in members],
+            target="target",
+            sources=[source for source in sources if source.name not in gone],
+            target_vocabulary=vocabulary,
+            switches=replace(switches, include_target=switches.include_target and "target" not in gone),
+        )
+
+    row = fused(range(len(readings)), frozenset())
+    called = [*row.names, "mixture", "unpaired"]
+    for gone in set(absent):
+        members = [m for m, others in enumerate(absent) if others == gone]
+        at = np.flatnonzero(np.isin(piece_of, members))
+        if not set(row.names) - gone:
+            one_hot = (
+                row.gold if switches.unpaired == "next" else np.concatenate([p["target"].tokens for p in readings])
+            )
+            assert (row.chosen[at] == -1).all()
+            taught = at[row.fusion_weight[at] > 0]
+            assert (row.targets.ids[taught, 0] == one_hot[taught]).all() and (row.targets.p[taught, 0] == 1).all()
+            continue
+        part = fused(members, gone)
+        width = part.targets.ids.shape[1]
+        np.testing.assert_array_equal(row.targets.ids[at][:, :width], part.targets.ids)
+        np.testing.assert_array_equal(row.targets.p[at][:, :width], part.targets.p)
+        assert (row.targets.ids[at][:, width:] == -1).all()
+        np.testing.assert_array_equal(row.targets.tail[at], part.targets.tail)
+        np.testing.assert_array_equal(row.fusion_weight[at], part.fusion_weight)
+        assert [called[c] for c in row.chosen[at]] == [[*part.names, "mixture", "unpaired"][c] for c in part.chosen]
+
+
 @settings(deadline=None, max_examples=40)
 @given(SEEDS, st.sampled_from(["same_end", "dtw"]))
 def test_a_distribution_carried_onto_its_own_tokenizer_is_unchanged(seed: int, alignment: str) -> None:

@@ -164,7 +164,7 @@ def _interrupt(monkeypatch: pytest.MonkeyPatch, place: object, name: str, calls:
 def _interrupted_extraction(config: Config, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What an extraction leaves behind that is killed when two shards are finished."""
     with monkeypatch.context() as patch:
-        _interrupt(patch, extraction, "_write_shard", 2)
+        _interrupt(patch, extraction, "write_shard", 2)
         with pytest.raises(_Killed):
             context.Experiment(config, root).extract("neox")
     (begun,) = Store(root / "artifacts").leftovers()
@@ -184,16 +184,6 @@ def test_a_resumed_extraction_has_the_same_bytes(
     spec, resumed = context.Experiment(config, tmp_path).extract("neox")
     assert _bytes(resumed) == _bytes(Store(root / "artifacts").path(spec))
     assert len(_bytes(resumed)) > 3
-
-
-def test_token_ids_that_the_store_would_cut_are_refused(tmp_path: Path) -> None:
-    from fusion.extraction import Externalised
-
-    one = np.ones(1, np.float32)
-    read = Externalised(np.array([[70_000]], np.int32), -one[:, None], 0 * one, 0 * one)
-    with pytest.raises(UserError, match="name token 70000, beyond the vocabulary"):
-        extraction._write_shard(tmp_path / "shard.safetensors", [read], [np.zeros(0, np.int32)], wide=False)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_shard_of_an_interrupted_extraction_is_refused(
