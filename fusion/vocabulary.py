@@ -301,8 +301,10 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     The one exception: a Unigram model that counts control tokens among its pieces writes them where the text does;
     `byte_ends` stops there.
     """
-    # verbose=False: a piece longer than the model's window is the caller's affair and not worth a warning each.
-    ids: list[int] = tokenizer(
-        text, add_special_tokens=False, split_special_tokens=True, truncation=False, padding=False, verbose=False
-    )["input_ids"]
+    # Not by calling the tokenizer: what transformers does around its backend takes as long as the backend itself.
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
     return ids
