@@ -493,6 +493,8 @@ def test_a_piece_is_fused_without_those_that_left_it_out(
             )
             assert (row.chosen[at] == -1).all()
             taught = at[row.fusion_weight[at] > 0]
+            everywhere = switches.positions == "all" and switches.unpaired == "current"
+            assert taught.tolist() == at[(row.gold[at] >= 0) | everywhere].tolist()
             assert (row.targets.ids[taught, 0] == one_hot[taught]).all() and (row.targets.p[taught, 0] == 1).all()
             continue
         part = fused(members, gone)
