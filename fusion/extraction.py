@@ -96,7 +96,9 @@ def externalise(
         logits = project(hidden_part)
         if k > logits.shape[-1]:
             raise UserError(f"k = {k} exceeds the source's vocabulary of {logits.shape[-1]}: lower extraction.k.")
-        rows = chunk if logits.is_cuda else max(1, _CACHED // logits.shape[-1]) * torch.get_num_threads()
+        rows = chunk
+        if device.type == "cpu":
+            rows = max(1, _CACHED // logits.shape[-1]) * torch.get_num_threads()
         parts += [_summary(*part, k) for part in zip(logits.split(rows), gold_part.split(rows), strict=True)]
     columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
 

@@ -23,7 +23,6 @@ from fusion.errors import UserError
 from harness.claims import Claims, in_use
 
 MANIFEST = "manifest.json"
-_CLAIMS = ".claims"
 _LIBRARIES = ("fusellm-harness", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow")
 
 
@@ -193,39 +192,37 @@ class Store:
 
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = self._begun(spec)
+        claims = folder.with_suffix(".claims")
         started, resumed = time.time(), folder.exists()
         with contextlib.ExitStack() as held:
             with PeakMemory() as peak:
                 if share is not None:
-                    self._share(spec, folder, share)
-                held.enter_context(FileLock(path.parent / f".{spec.fingerprint[:16]}.lock"))
+                    self._share(spec, folder, claims, share)
+                held.enter_context(FileLock(folder.with_suffix(".lock")))
                 if self.path(spec).exists():  # another process finished it while we waited
+                    shutil.rmtree(claims, ignore_errors=True)
                     return
                 if share is None:
                     started, resumed = time.time(), folder.exists()
                 folder.mkdir(exist_ok=True)
                 found = build(folder)
-            # Renamed at once, so that nobody lays a claim while they are being removed.
-            gone = folder.with_suffix(".removed")
-            shutil.rmtree(gone, ignore_errors=True)
-            with contextlib.suppress(FileNotFoundError):
-                (folder / _CLAIMS).replace(gone)
-            shutil.rmtree(gone, ignore_errors=True)
             self._complete(spec, folder, path, started, resumed, peak.bytes, found or {})
+            shutil.rmtree(claims, ignore_errors=True)
 
-    def _share(self, spec: Spec, folder: Path, share: Callable[[Path, Claims], None]) -> None:
-        claims = folder / _CLAIMS
-        claims.mkdir(parents=True, exist_ok=True)
-        if self.path(spec).exists():  # completed before we had made the folder, which nobody wants now
-            shutil.rmtree(folder, ignore_errors=True)
+    def _share(self, spec: Spec, folder: Path, claims: Path, share: Callable[[Path, Claims], None]) -> None:
+        folder.mkdir(exist_ok=True)
+        claims.mkdir(exist_ok=True)
+        if self.path(spec).exists():  # completed before we had made a folder, which nobody wants now
+            with contextlib.suppress(OSError):
+                folder.rmdir()
             return
         try:
             with Claims(claims) as ours:
                 share(folder, ours)
         except FileNotFoundError:
-            if claims.exists():
+            if not self.path(spec).exists():
                 raise
-            # Else every part is made, and another process is completing the artifact.
+            # Else another process has completed the artifact under our hands.
 
     def _complete(
         self,
@@ -289,13 +286,15 @@ class Store:
         """What interrupted stages and clean-ups left behind; not what a stage is working on now."""
         from filelock import FileLock, Timeout
 
-        for folder in sorted([*self.root.glob("*/.*.partial"), *self.root.glob("*/.*.removed")]):
+        for folder in sorted(p for end in ("partial", "claims", "removed") for p in self.root.glob(f"*/.*.{end}")):
+            if folder.suffix == ".claims" and folder.with_suffix(".partial").exists():
+                continue  # they belong to it
             try:
                 with FileLock(folder.with_suffix(".lock"), timeout=0):
                     pass
             except Timeout:
                 continue
-            if not in_use(folder / _CLAIMS):
+            if not in_use(folder.with_suffix(".claims")):
                 yield folder
 
 

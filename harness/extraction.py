@@ -123,9 +123,10 @@ def _extract(
                 time.sleep(_POLL_S)
             elif not (path := _shard(folder, index)).exists():
                 read = reader.read(shards[index], advance)
-                beside = claims.folder / uuid.uuid4().hex
-                write_shard(path, beside, *read, wide=reader.wide, compression=settings.compression)
                 own.add(index)
+                if not path.exists():  # else we were silent for so long that another took it over
+                    beside = claims.folder / uuid.uuid4().hex
+                    write_shard(path, beside, *read, wide=reader.wide, compression=settings.compression)
             now = there()
             advance(sum(n_bytes[i] for i in now - finished - own))
             finished = now

@@ -45,7 +45,7 @@ def write_shard(
     compression: Compression,
 ) -> None:
     """Writes to `beside` and renames. `ends` are the pieces' `byte_ends`; a result of no positions is left out."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     steps = [_steps(piece_ends) for result, piece_ends in zip(results, ends, strict=True) if len(result.nats)]
     ids = np.concatenate([r.ids for r in results])
@@ -64,7 +64,7 @@ def write_shard(
     }
     if compression == "zstd":
         tensors = _compressed(tensors)
-    save_file(tensors, beside, {"sha256": _digest(tensors)})
+    beside.write_bytes(save(tensors, {"sha256": _digest(tensors)}))
     beside.replace(path)
 
 
