@@ -64,8 +64,11 @@ def write_shard(
     }
     if compression == "zstd":
         tensors = _compressed(tensors)
-    beside.write_bytes(save(tensors, {"sha256": _digest(tensors)}))
-    beside.replace(path)
+    try:
+        beside.write_bytes(save(tensors, {"sha256": _digest(tensors)}))
+        beside.replace(path)
+    finally:  # a full disk needs the space
+        beside.unlink(missing_ok=True)
 
 
 def _steps(ends: np.ndarray) -> np.ndarray:
