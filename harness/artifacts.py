@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fusion.errors import UserError
+from harness import ranks
 
 MANIFEST = "manifest.json"
 _LIBRARIES = ("fusellm-harness", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow")
@@ -152,37 +153,56 @@ class Store:
     def _begun(self, spec: Spec) -> Path:
         return self.root / spec.kind / f".{spec.fingerprint[:16]}.partial"
 
-    def ensure(self, spec: Spec, build: Callable[[Path], None], estimate: Estimate | None = None) -> Path:
+    def ensure(
+        self,
+        spec: Spec,
+        build: Callable[[Path], None],
+        estimate: Estimate | None = None,
+        *,
+        together: bool = False,
+    ) -> Path:
         """The artifact's folder, made by `build(folder)` when it is not there.
 
-        `build` may find what an interrupted run left in the folder and must go on from there. Raises UserError when
-        the artifact's bytes do not match its manifest or the folder cannot be written.
+        `build` may find what an interrupted run left in the folder and must go on from there. Of several ranks the
+        first one builds and the others wait; `together` has all of them call `build`, on one folder. Raises UserError
+        when the artifact's bytes do not match its manifest or the folder cannot be written.
         """
         path = self.path(spec)
         state = "there" if path.exists() else "begun" if self._begun(spec).exists() else "to do"
         self.planned.setdefault(spec.fingerprint, Planned(spec, path, state, estimate or Estimate()))
         if self.dry:
             return path
+        if not ranks.first():
+            if together and ranks.agree(False):
+                build(self._begun(spec))
+            ranks.wait_until(lambda: self.path(spec).exists())
+            return self.path(spec)  # the first rank has verified it, or is about to and would end the run
         if not path.exists():
-            self._make(spec, path, build)
+            self._make(spec, path, build, together)
             path = self.path(spec)
+        elif together:
+            ranks.agree(False)
         self.verify(path, spec)
         return path
 
-    def _make(self, spec: Spec, path: Path, build: Callable[[Path], None]) -> None:
+    def _make(self, spec: Spec, path: Path, build: Callable[[Path], None], together: bool) -> None:
         from filelock import FileLock
 
         path.parent.mkdir(parents=True, exist_ok=True)
+        # The first rank holds the lock for all.
         with FileLock(path.parent / f".{spec.fingerprint[:16]}.lock"):
-            if self.path(spec).exists():  # another process finished it while we waited
-                return
+            missing = not self.path(spec).exists()  # another process may have finished it while we waited
             folder = self._begun(spec)
             resumed = folder.exists()
-            folder.mkdir(exist_ok=True)
-            started = time.time()
-            with PeakMemory() as peak:
-                build(folder)
-            self._complete(spec, folder, path, started, resumed, peak.bytes)
+            if missing:
+                folder.mkdir(exist_ok=True)
+            if together:
+                ranks.agree(missing)
+            if missing:
+                started = time.time()
+                with PeakMemory() as peak:
+                    build(folder)
+                self._complete(spec, folder, path, started, resumed, peak.bytes)
 
     def _complete(self, spec: Spec, folder: Path, path: Path, started: float, resumed: bool, peak_memory: int) -> None:
         files = {
