@@ -79,14 +79,9 @@ class FusionTrainer(Trainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, order: Order, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        assert self.train_dataset is not None
-        self.order = Order(
-            len(self.train_dataset),
-            self.args.data_seed,
-            self.args.per_device_train_batch_size * self.args.world_size,
-        )
+        self.order = order
         self.model_accepts_loss_kwargs = True  # have the tokens of the accumulated batch counted
         self._loss_shifts_labels = False  # labels stand at the position that predicts them
         self.sums = {"clm": 0.0, "fusion": 0.0, "tokens": 0.0}
@@ -312,7 +307,12 @@ def train(
     with track(f"train {label}", rows.n_tokens * config.epochs, "tokens", done=done) as advance:
         follow = _Follow(folder, curve, at, advance)
         trainer = FusionTrainer(
-            model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[follow]
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            order=Order(len(rows), seed, config.micro_rows * ranks.world()),
+            data_collator=collate,
+            callbacks=[follow],
         )
         follow.trainer = trainer
         trainer.remove_callback(PrinterCallback)

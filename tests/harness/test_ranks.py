@@ -34,7 +34,8 @@ STEPS = 20
 def launch(*arguments: str | Path, n: int = 2, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Runs a Python module or a script by torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # Each process finds its accelerator itself.
+    environment = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(map(str, command), capture_output=True, text=True, env=environment, timeout=1800)
     assert done.returncode == 0 or not check, done.stderr
     return done
@@ -48,7 +49,7 @@ def sentences(done: subprocess.CompletedProcess[str]) -> list[str]:
 def experiment_file(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small experiment in twenty float32 steps of four rows; the last step of each epoch has fewer."""
     raw = yaml.safe_load(experiment_file.read_text())
-    raw["training"] |= {"rows_per_step": 4, "epochs": 4, "dtype": "float32"}
+    raw["training"] |= {"rows_per_step": 4, "epochs": 4}
     path = tmp_path_factory.mktemp("ranks") / "small-experiment.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path
@@ -144,7 +145,7 @@ def test_a_killed_rank_ends_the_run_and_the_command_goes_on(together: Path, expe
     expected, found = weights(trained(together, "FuseLLM")), weights(trained(root, "FuseLLM"))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     # All stages of the run, said and written once.
-    assert done.stdout.count("a small experiment") == 1 and done.stdout.count("FuseLLM published") == 2
+    assert done.stdout.count("a small experiment") == 1 and done.stderr.count("Table, figure and records") == 1
     (run,) = root.glob("runs/*/*/*/run.json")
     assert {r.split("-")[0] for r in json.loads(run.read_text())["records"]} == {"llama", "neox", "CLM", "FuseLLM"}
     assert json.loads((trained(root, "CLM") / "manifest.json").read_text())["info"]["ranks"] == 2
