@@ -3,8 +3,11 @@
 Everything goes through the store, so that nothing is made twice; with a dry store the same code only plans.
 """
 
+import gc
 import os
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -317,6 +320,7 @@ class Experiment:
             from harness.rows import Rows
             from harness.training import Curve, train
 
+            gc.collect()  # an earlier training's model lies in cycles, and would fill a GPU beside the next one
             tokenizer, vocabulary = self.tokenizer(TARGET)
             data = self.fusion_data(fusion) if fusion is not None else None
             rows = Rows(Pieces(self.pieces[1]), tokenizer, vocabulary, settings.row_length, data)
@@ -332,19 +336,20 @@ class Experiment:
                 )
             # What ZeRO-3 partitions may be more than a GPU holds before.
             whole_on = "cpu" if zero and zero["zero_optimization"]["stage"] == 3 else self.device
-            train(
-                load_model(target, "float32", whole_on),
-                tokenizer,
-                rows,
-                settings,
-                lam=lam,
-                seed=seed,
-                device=self.device,
-                folder=folder,
-                label=f"{label} (seed {seed})",
-                card=card,
-                curve=curve,
-            )
+            with redirect_stdout(sys.stderr):  # DeepSpeed prints, and standard output is for tables
+                train(
+                    load_model(target, "float32", whole_on),
+                    tokenizer,
+                    rows,
+                    settings,
+                    lam=lam,
+                    seed=seed,
+                    device=self.device,
+                    folder=folder,
+                    label=f"{label} (seed {seed})",
+                    card=card,
+                    curve=curve,
+                )
 
         sized = self.sized(TARGET)
         tokens = self.corpus_bytes / BYTES_PER_TOKEN * settings.epochs

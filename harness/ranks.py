@@ -9,12 +9,14 @@ import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 from fusion.errors import UserError
 
 COMMAND = "torchrun --nproc_per_node N -m harness.cli experiment run ..."
 _PATIENCE = timedelta(days=7)  # a rank that is gone is noticed by the launcher; one that is busy is waited for
 _POLL = 0.5  # seconds between two looks at the file system
+_agreement: Any = None  # a group of the ranks that waits without spinning, as NCCL would
 _GRACE = 10.0  # seconds in which a launcher has ended all other ranks after one has failed
 
 
@@ -47,12 +49,13 @@ def join(device: str) -> None:
         return
     import torch
 
+    global _agreement
     if torch.distributed.is_initialized():
         return
     if device != "cpu":
         torch.cuda.set_device(device)
-    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-    torch.distributed.init_process_group(backend, timeout=_PATIENCE)
+    torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl", timeout=_PATIENCE)
+    _agreement = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
     check_world(torch.distributed.get_world_size(), "torch")
 
 
@@ -78,8 +81,8 @@ def agree(number: int) -> int:
         return number
     import torch
 
-    shared = torch.tensor(int(number))  # on the CPU, whose backend blocks without spinning
-    torch.distributed.broadcast(shared, src=0)
+    shared = torch.tensor(int(number))
+    torch.distributed.broadcast(shared, src=0, group=_agreement)
     return int(shared)
 
 

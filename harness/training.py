@@ -20,7 +20,6 @@ from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from fusion.errors import UserError
 from fusion.heads import fused_forward, split
@@ -32,7 +31,7 @@ from harness.models import compute_dtype
 from harness.progress import say, track
 from harness.rows import Rows, collate
 from harness.training_log import CURVE_FILE, whole_lines
-from harness.zero import whole_weights, without_own_ops, zero_config
+from harness.zero import release, whole_weights, without_own_ops, zero_config
 
 MODEL_FOLDER = "model"
 _COMPLETE = "complete"
@@ -318,11 +317,7 @@ def train(
         trainer.remove_callback(PrinterCallback)
         with attending_by_piece(model, packing):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    weights = None
-    if config.deepspeed:
-        weights = whole_weights(model, keep=ranks.first())
-        trainer.accelerator.free_memory()
-        unset_hf_deepspeed_config()  # or every model loaded from now on would be partitioned under ZeRO-3
+    weights = whole_weights(model, keep=ranks.first()) if config.deepspeed else None
     del model.forward  # the class's own again
     if ranks.first():
         model.save_pretrained(final, state_dict=weights)
@@ -330,6 +325,8 @@ def train(
         (final / "README.md").write_text(card, encoding="utf-8")
         write_atomically(folder / "log.json", json.dumps(trainer.state.log_history, indent=1))
         (final / _COMPLETE).touch()
+    if config.deepspeed:
+        release(trainer.accelerator)
     _finish(folder)
 
 

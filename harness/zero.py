@@ -1,7 +1,10 @@
 """DeepSpeed's ZeRO: what its configuration may say, and the weights that it has partitioned put together again."""
 
 import difflib
+import functools
+import gc
 import json
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +14,7 @@ from harness import ranks
 from harness.config import CONF
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from torch import Tensor, nn
 
 _SHIPPED = CONF / "deepspeed"
@@ -56,7 +60,8 @@ def zero_config(name: str) -> dict[str, Any]:
 
 
 def check_usable(name: str) -> None:
-    """Raises UserError where this process cannot train with the configuration `name`."""
+    """Raises UserError where this process cannot train with the configuration `name`, or there is none."""
+    zero_config(name)
     if not ranks.launched():
         raise UserError(f"training.deepspeed = {name!r} needs a process for each GPU: start them with {ranks.COMMAND}.")
     if find_spec("deepspeed") is None:
@@ -90,3 +95,18 @@ def whole_weights(model: "nn.Module", *, keep: bool) -> "dict[str, Tensor]":
         if keep:
             whole[name] = value.detach().cpu()
     return whole if keep else {}
+
+
+def release(accelerator: "Accelerator") -> None:
+    """Lets go of a finished training, so that the next one has its memory and models are loaded whole again."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    accelerator.free_memory()
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # while it is set, accelerate trains with DeepSpeed unasked
+    unset_hf_deepspeed_config()  # while it is set, `from_pretrained` partitions under ZeRO-3
+    # DeepSpeed 0.19 leaves what it has partitioned on a stack and in caches of its methods.
+    FWD_MODULE_STACK.clear()
+    for found in gc.get_objects():
+        if type(found) is functools._lru_cache_wrapper and found.__module__.startswith("deepspeed.runtime.zero"):
+            found.cache_clear()

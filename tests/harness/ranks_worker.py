@@ -1,8 +1,10 @@
 """What the tests of several ranks run, in one process or under a launcher: trainings whose first gradient is kept."""
 
+import gc
 import os
 import signal
 import sys
+import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +25,7 @@ Gradients = dict[str, torch.Tensor]
 def first_gradients(trainer: training.FusionTrainer) -> Gradients:
     """Of the first step, from Adam's first moment after it: the one place where every kind of training keeps it."""
     found = {}
+    assert trainer.is_deepspeed_enabled == bool(trainer.args.deepspeed)
     if trainer.is_deepspeed_enabled and trainer.model_wrapped.zero_optimization_stage() < 3:
         # DeepSpeed 0.19 looks for all groups' moments when it has stepped the first group, and never again.
         trainer.model_wrapped.optimizer._hp_optimizer_states_linked = False
@@ -43,6 +46,7 @@ class Watched:
 
     def __init__(self, at_step: Mapping[int, Any] = {}) -> None:
         self.gradients: Gradients = {}
+        self.model: Any = lambda: None
         self._at_step = at_step
 
     def __enter__(self) -> "Watched":
@@ -50,6 +54,7 @@ class Watched:
 
         def on_step_end(follow: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 1:
+                self.model = weakref.ref(follow.trainer.accelerator.unwrap_model(follow.trainer.model))
                 self.gradients = first_gradients(follow.trainer)
             original(follow, args, state, control, **kwargs)
             if act := self._at_step.get(state.global_step):
@@ -67,6 +72,8 @@ def train(config: Config, root: Path, label: str, at_step: Mapping[int, Any] = {
     only = config.model_copy(update={"methods": {label: config.methods[label]}})
     with Watched(at_step) as watched:
         (row,) = candidates(Experiment(only, root))
+    gc.collect()
+    assert watched.model() is None, "a finished training holds its model's memory"
     return row.candidate, watched.gradients
 
 

@@ -33,7 +33,7 @@ def test_the_objective_is_the_cpus() -> None:
     hidden, weight = torch.randn(n, d), torch.randn(v, d) / 4
 
     def on(device: str, dtype: torch.dtype) -> list[torch.Tensor]:
-        h, w = (x.to(device, dtype).requires_grad_() for x in (hidden, weight))
+        h, w = (x.detach().to(device, dtype).requires_grad_() for x in (hidden, weight))
         loss = mixed_loss(h, Head(w), **{name: x.to(device) for name, x in given.items()}, lam=0.7)
         loss.total.backward()
         assert h.grad is not None and w.grad is not None

@@ -4,10 +4,12 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +25,7 @@ from fusion.errors import UserError
 from harness import ranks
 from harness.artifacts import Spec, Store
 from harness.config import load
-from harness.training import Order
+from harness.training import FusionTrainer, Order
 from harness.zero import zero_config
 from tests.harness import ranks_worker
 
@@ -70,7 +72,7 @@ def together(experiment_file: Path, alone: Path, tmp_path_factory: pytest.TempPa
     for kind in ("pieces", "extraction", "map"):
         shutil.copytree(alone / "artifacts" / kind, root / "artifacts" / kind)
         shutil.copytree(alone / "artifacts" / kind, root / "again" / "artifacts" / kind)
-    jobs = [f"{zero}:{row}" for zero in ("-", "zero1", "zero2", "zero3") for row in ("CLM", "FuseLLM")]
+    jobs = [f"{zero}:{row}" for zero in ("zero1", "zero2", "zero3", "-") for row in ("CLM", "FuseLLM")]
     launch("-m", "tests.harness.ranks_worker", experiment_file, root, *jobs, "zero2:FuseLLM:interrupt:7")
     return root
 
@@ -159,6 +161,20 @@ def test_a_mistake_of_all_ranks_is_said_once(experiment_file: Path, tmp_path: Pa
     assert "2" in re.findall(r"exitcode +: (\S+)", done.stderr)
 
 
+@pytest.mark.slow
+def test_the_deepspeed_launcher_does_as_well(experiment_file: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [launcher, "--num_accelerators", 2, "--master_port", port, "--module", "harness.cli", "experiment", "run"]
+    command += [experiment_file, "--root", tmp_path, "--set", "training.rows_per_step=3"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(map(str, command), capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 2 and "is no multiple of 2 ranks" in done.stderr
+    assert len(sentences(done)) == 1
+
+
 FAILING = """
 import torch
 from fusion.errors import UserError
@@ -235,6 +251,14 @@ def test_every_step_has_the_rows_of_one_rank(rows: int, world: int, micro: int, 
         part = slice(step * accumulation, (step + 1) * accumulation)
         together = [row for batches in dealt for batch in batches[part] for row in batch]
         assert sorted(row for row in together if row < rows) == sorted(alone[start : start + size])
+
+
+def test_probabilities_are_not_rounded_to_the_models_dtype() -> None:
+    """Under DeepSpeed the Trainer would cast every floating-point input."""
+    trainer = object.__new__(FusionTrainer)
+    trainer.args, trainer.is_deepspeed_enabled = SimpleNamespace(device="cpu"), True
+    p = torch.rand(3)
+    assert torch.equal(trainer._prepare_inputs({"fused_p": p})["fused_p"], p)
 
 
 @pytest.mark.parametrize(
