@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
+from transformers import LlamaConfig
 
 from fusion.errors import UserError
 from harness import ranks
@@ -28,6 +29,7 @@ from harness.config import load
 from harness.training import FusionTrainer, Order
 from harness.zero import zero_config
 from tests.harness import ranks_worker
+from tests.harness.tiny_models import save_model
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
@@ -49,10 +51,14 @@ def sentences(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def experiment_file(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small experiment in twenty float32 steps of four rows; the last step of each epoch has fewer."""
+    """The small experiment in twenty steps of four rows, with one in the last of each epoch, on a target whose head is
+    its embedding: the weight that all kinds of sharing find hardest.
+    """
+    folder = tmp_path_factory.mktemp("ranks")
     raw = yaml.safe_load(experiment_file.read_text())
     raw["training"] |= {"rows_per_step": 4, "epochs": 4}
-    path = tmp_path_factory.mktemp("ranks") / "small-experiment.yaml"
+    raw["roles"]["target"]["model"] = str(save_model(folder / "llama", LlamaConfig, 300, 0, tie_word_embeddings=True))
+    path = folder / "small-experiment.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path
 
