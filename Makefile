@@ -28,7 +28,7 @@ quickstart: $(READY)
 	$(BIN)/fusellm quickstart
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion.errors import UserError
-from fusion.heads import find_head
-from fusion.objective import logits_of
+from fusion.heads import find_head, project
 from fusion.packing import own_forward
 
 Backbone = Callable[[Tensor], Tensor]
@@ -23,14 +22,13 @@ def reader(model: nn.Module) -> tuple[Backbone, Projection]:
 
     For a model whose head is not understood (`heads.split` warns) the backbone gives the model's own logits, dense.
     """
-    head = find_head(model)
-    if head is None:
+    if find_head(model) is None:
         # Not the instance's forward, which the training loop may have replaced by the objective.
         return lambda tokens: own_forward(model, input_ids=tokens, use_cache=False).logits, lambda logits: logits
     backbone: Any = model.base_model
     return (
         lambda tokens: backbone(input_ids=tokens, use_cache=False).last_hidden_state,
-        lambda hidden: logits_of(hidden, head),
+        lambda hidden: project(model, hidden),
     )
 
 

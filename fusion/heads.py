@@ -63,6 +63,11 @@ def find_head(model: nn.Module) -> Head | None:
     return _head(_output(model), found) if found.fused else None
 
 
+def project(model: nn.Module, hidden: Tensor) -> Tensor:
+    """The logits[..., V] of hidden[..., D] by a proven head, through its own call as in `fused_forward`."""
+    return _projected(_output(model), split(model), hidden)
+
+
 def fused_forward(
     model: nn.Module,
     input_ids: Tensor,
@@ -136,8 +141,7 @@ def _disagreement(model: nn.Module, output: nn.Linear, found: Split) -> str | No
         stretch = 1.0
         for _ in range(2):
             own = _stretched(model, output, inputs, stretch)
-            with _instead(output, lambda h: logits_of(h, _head(output, found))):
-                ours = output(hidden * stretch)
+            ours = _projected(output, found, hidden * stretch)
             if ours.shape != own.shape:
                 return f"its logits are {list(own.shape)}, those of its output projection {list(ours.shape)}"
             tolerance = max(1e-4, 4 * torch.finfo(ours.dtype).eps)
@@ -168,6 +172,11 @@ def _backbone(model: nn.Module) -> Any:
 
 def _head(output: nn.Linear, found: Split) -> Head:
     return Head(output.weight, output.bias, softcap=found.softcap, scale=found.scale)
+
+
+def _projected(output: nn.Linear, found: Split, hidden: Tensor) -> Tensor:
+    with _instead(output, lambda h: logits_of(h, _head(output, found))):
+        return output(hidden)
 
 
 def _number(config: Any, name: str) -> float | None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fusion.errors import UserError
+from harness import ranks
 from harness.claims import Claims, in_use
 
 MANIFEST = "manifest.json"
@@ -161,23 +162,33 @@ class Store:
         estimate: Estimate | None = None,
         *,
         share: Callable[[Path, Claims], None] | None = None,
+        together: bool = False,
     ) -> Path:
         """The artifact's folder, made by `build(folder)` when it is not there.
 
         `build` may find what an interrupted run left in the folder and must go on from there; what it returns is
-        written to the manifest's `info`. It runs in one process, for which others wait. `share(folder, claims)` goes
-        before it and runs in all that ask, at the same time: it makes the parts that it can claim and returns when
-        there is no other to wait for. Raises UserError when the artifact's bytes do not match its manifest or the
-        folder cannot be written.
+        written to the manifest's `info`. It runs in one process (of several ranks the first), for which others wait;
+        `together` has all ranks call it, on one folder. `share(folder, claims)` goes before it and runs in all
+        processes that ask, at the same time: it makes the parts that it can claim and returns when there is no other to
+        wait for. Raises UserError when the artifact's bytes do not match its manifest or the folder cannot be written.
         """
         path = self.path(spec)
         state = "there" if path.exists() else "begun" if self._begun(spec).exists() else "to do"
         self.planned.setdefault(spec.fingerprint, Planned(spec, path, state, estimate or Estimate()))
         if self.dry:
             return path
+        if not ranks.first():
+            if share is not None and not path.exists():
+                self._share(spec, share)
+            if together and ranks.agree(False):
+                build(self._begun(spec))
+            ranks.wait_until(lambda: self.path(spec).exists())
+            return self.path(spec)  # the first rank has verified it, or is about to and would end the run
         if not path.exists():
-            self._make(spec, path, build, share)
+            self._make(spec, path, build, share, together)
             path = self.path(spec)
+        elif together:
+            ranks.agree(False)
         self.verify(path, spec)
         return path
 
@@ -187,30 +198,34 @@ class Store:
         path: Path,
         build: Callable[[Path], Mapping[str, Any] | None],
         share: Callable[[Path, Claims], None] | None,
+        together: bool,
     ) -> None:
         from filelock import FileLock
 
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = self._begun(spec)
-        claims = folder.with_suffix(".claims")
         started, resumed = time.time(), folder.exists()
         with contextlib.ExitStack() as held:
             with PeakMemory() as peak:
                 if share is not None:
-                    self._share(spec, folder, claims, share)
-                held.enter_context(FileLock(folder.with_suffix(".lock")))
-                if self.path(spec).exists():  # another process finished it while we waited
-                    shutil.rmtree(claims, ignore_errors=True)
-                    return
+                    self._share(spec, share)
+                held.enter_context(FileLock(folder.with_suffix(".lock")))  # the first rank holds it for all
+                missing = not self.path(spec).exists()  # another process may have finished it while we waited
                 if share is None:
                     started, resumed = time.time(), folder.exists()
-                folder.mkdir(exist_ok=True)
-                found = build(folder)
-            self._complete(spec, folder, path, started, resumed, peak.bytes, found or {})
-            shutil.rmtree(claims, ignore_errors=True)
+                if missing:
+                    folder.mkdir(exist_ok=True)
+                if together:
+                    ranks.agree(missing)
+                found = build(folder) if missing else None
+            if missing:
+                self._complete(spec, folder, path, started, resumed, peak.bytes, found or {})
+            shutil.rmtree(_claims(folder), ignore_errors=True)
 
-    def _share(self, spec: Spec, folder: Path, claims: Path, share: Callable[[Path, Claims], None]) -> None:
-        folder.mkdir(exist_ok=True)
+    def _share(self, spec: Spec, share: Callable[[Path, Claims], None]) -> None:
+        folder = self._begun(spec)
+        claims = _claims(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         claims.mkdir(exist_ok=True)
         if self.path(spec).exists():  # completed before we had made a folder, which nobody wants now
             with contextlib.suppress(OSError):
@@ -294,8 +309,13 @@ class Store:
                     pass
             except Timeout:
                 continue
-            if not in_use(folder.with_suffix(".claims")):
+            if not in_use(_claims(folder)):
                 yield folder
+
+
+def _claims(begun: Path) -> Path:
+    """Where the processes that share an unfinished artifact lay their claims."""
+    return begun.with_suffix(".claims")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """The command line. Heavy libraries are imported where they are used: `--help` must answer at once."""
 
 import errno
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,6 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fusion.errors import UserError
+from harness import ranks
 
 app = typer.Typer(
     name="fusellm",
@@ -39,10 +42,15 @@ FormatOption = Annotated[Format | None, typer.Option("--format", help="md, csv o
 
 @app.callback()
 def _global(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
+    # The deepspeed launcher adds --local_rank to every command; the environment says it, too.
     if debug:
         os.environ["FUSELLM_DEBUG"] = "1"
+    if ranks.world() > 1 and context.invoked_subcommand not in ("experiment", "quickstart", "extract"):
+        raise UserError(f"fusellm {context.invoked_subcommand} is one process: start it without torchrun or deepspeed.")
 
 
 @app.command()
@@ -93,9 +101,12 @@ def experiment_run(
     from harness import experiment
 
     if dry_run:
-        _print_plan(experiment.plan(config, root), root)
+        if ranks.first():
+            _print_plan(experiment.plan(config, root), root)
         return
     folder = experiment.run(config, root)
+    if not ranks.first():
+        return
     _print_table(experiment.table(folder), None)
     for line in _lines(folder / "equal_quality.txt"):
         typer.echo(line)
@@ -315,7 +326,13 @@ def _lines(path: Path) -> list[str]:
 
 
 def _quiet_libraries() -> None:
-    """Progress bars and advice of libraries would tear our own bars apart."""
+    """Progress bars and advice of libraries would tear our own bars apart, and one rank's warnings are enough."""
+    if not ranks.first():
+        warnings.simplefilter("ignore")
+        os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # what DeepSpeed calls is being renamed
+    # It finds that the Trainer and DeepSpeed accumulate differently, which they do on purpose: the Trainer alone does.
+    logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -327,12 +344,14 @@ def main() -> None:
     try:
         command()
     except KeyboardInterrupt:
-        typer.echo("fusellm: interrupted; the same command goes on from here.", err=True)
+        if ranks.first():
+            typer.echo("fusellm: interrupted; the same command goes on from here.", err=True)
         sys.exit(130)
     except Exception as error:
         from results.errors import UserError as RecordsError
 
         sentence = str(error) if isinstance(error, UserError | RecordsError) else _of_the_system(error)
+        ranks.let_the_cause_speak(sentence is not None)
         if os.environ.get("FUSELLM_DEBUG") or sentence is None:
             raise
         typer.echo(f"fusellm: {sentence}", err=True)
@@ -351,3 +370,7 @@ def _of_the_system(error: Exception) -> str | None:
     if not isinstance(error, OSError) or error.errno not in refusals:
         return None
     return f"{error.filename or 'A file'} {refusals[error.errno]}"
+
+
+if __name__ == "__main__":
+    main()

@@ -67,7 +67,7 @@ class TrainingSection(Strict):
 
     row_length: int = Field(2048, gt=1, description="positions a row (tokens)")
     rows_per_step: int = Field(128, gt=0, description="rows an optimiser step, over all ranks")
-    micro_rows: int = Field(1, gt=0, description="rows at once on a device; does not change the result")
+    micro_rows: int = Field(1, gt=0, description="rows at once on a rank; does not change the result")
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate")
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.1, ge=0)
@@ -79,7 +79,7 @@ class TrainingSection(Strict):
     gradient_checkpointing: bool = False
     save_every: int = Field(500, gt=0, description="steps between checkpoints")
     workers: int = Field(0, ge=0, description="data loader processes")
-    deepspeed: str | None = Field(None, description="a DeepSpeed configuration file")
+    deepspeed: str | None = Field(None, description="zero1, zero2, zero3 or a DeepSpeed JSON file; DDP without")
 
 
 class PerplexitySection(Strict):

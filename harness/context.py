@@ -3,8 +3,11 @@
 Everything goes through the store, so that nothing is made twice; with a dry store the same code only plans.
 """
 
+import gc
 import os
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +18,8 @@ import numpy as np
 from baselines.method import Candidate, Fusion
 from fusion.errors import UserError
 from fusion.vocabulary import Vocabulary, encode
-from harness import corpus, extraction, perplexity
-from harness.artifacts import Estimate, Spec, Store, canonical, file_sha256, fingerprint
+from harness import corpus, extraction, perplexity, ranks
+from harness.artifacts import Estimate, Spec, Store, canonical, fingerprint
 from harness.config import Config, Role
 from harness.corpus import Document, Pieces
 from harness.costs import BYTES_PER_TOKEN, Costs
@@ -32,6 +35,7 @@ from harness.models import (
     resolve,
 )
 from harness.shards import position_bytes
+from harness.zero import check_usable, zero_config
 
 MAP_VERSION = 1
 TRAIN_VERSION = 2
@@ -62,7 +66,9 @@ class Experiment:
         self.store = Store(root / "artifacts", dry=dry, info={"configuration": config.model_dump(mode="json")})
         self.models_dir = root / "models"
         self.data_root = Path(config.data.root) if config.data.root else None
-        self.device = _device(config.device)
+        self.device = _device(config.device, dry)
+        if not dry:
+            ranks.join(self.device)
         if config.threads is not None:
             import torch
 
@@ -112,7 +118,13 @@ class Experiment:
         return ResolvedModel(path / MODEL_FOLDER, name, spec.fingerprint, model)
 
     def check(self) -> None:
-        """Refuses what would fail later: models that are not here, text that is not here, held-out text trained on."""
+        """Refuses what would fail later: models or text that is not here, held-out text trained on, ranks that do not
+        fit the training.
+        """
+        training = self.config.training
+        if training.deepspeed:
+            check_usable(training.deepspeed)
+        ranks.micro_batches(training.rows_per_step, training.micro_rows)
         for name in [TARGET, *self.config.roles.sources]:
             if not self.role(name).model.startswith("tiny:"):
                 self.model(name)
@@ -293,7 +305,7 @@ class Experiment:
             fusion = None  # nothing of it would be learnt, and plain continued training is there already
         documents, n_bytes = self._curve()
         dtype = compute_dtype(settings.dtype, self.device)
-        deepspeed = file_sha256(Path(settings.deepspeed)) if settings.deepspeed else None
+        zero = zero_config(settings.deepspeed) if settings.deepspeed else None
         params: dict[str, Any] = {
             "lambda": lam,
             "seed": seed,
@@ -301,14 +313,16 @@ class Experiment:
             "curve": {"points": self.config.curve.points, "documents": perplexity.documents_fingerprint(documents)},
             "perplexity": self.config.suites.perplexity.model_dump(exclude={"documents"}),
             **settings.model_dump(exclude={"workers", "micro_rows", "save_every", "dtype"}),
-            "deepspeed": deepspeed,
+            "deepspeed": zero,
         }
         inputs: dict[str, Any] = {"model": target.fingerprint, "pieces": self.pieces[0].fingerprint}
         if fusion is not None:
             params["fusion"] = {"sources": list(fusion.sources), **asdict(fusion.switches)}
             inputs["extractions"] = {n: self.extract(n)[0].fingerprint for n in [TARGET, *fusion.sources]}
             inputs["maps"] = {n: self.map(n, fusion.map, fusion.map_on)[0].fingerprint for n in fusion.sources}
-        spec = Spec("train", f"{label}-seed{seed}", TRAIN_VERSION, _json(inputs), _json(params))
+        # The number of ranks is no part of it: as with rows at once, sums are rounded otherwise and that is all.
+        info = {"ranks": ranks.world()}
+        spec = Spec("train", f"{label}-seed{seed}", TRAIN_VERSION, _json(inputs), _json(params), info)
         card = self._card(label, spec)
 
         def build(folder: Path) -> None:
@@ -317,6 +331,7 @@ class Experiment:
             from harness.rows import Rows
             from harness.training import Curve, train
 
+            gc.collect()  # an earlier training's model lies in cycles, and would fill a GPU beside the next one
             tokenizer, vocabulary = self.tokenizer(TARGET)
             data = self.fusion_data(fusion) if fusion is not None else None
             rows = Rows(Pieces(self.pieces[1]), tokenizer, vocabulary, settings.row_length, data)
@@ -330,26 +345,29 @@ class Experiment:
                         model, tokenizer, documents, section, batch_tokens=role.batch_tokens
                     ),
                 )
-            train(
-                load_model(target, "float32", self.device),
-                tokenizer,
-                rows,
-                settings,
-                lam=lam,
-                seed=seed,
-                device=self.device,
-                folder=folder,
-                label=f"{label} (seed {seed})",
-                card=card,
-                curve=curve,
-            )
+            # What ZeRO-3 partitions may be more than a GPU holds before.
+            whole_on = "cpu" if zero and zero["zero_optimization"]["stage"] == 3 else self.device
+            with redirect_stdout(sys.stderr):  # DeepSpeed prints, and standard output is for tables
+                train(
+                    load_model(target, "float32", whole_on),
+                    tokenizer,
+                    rows,
+                    settings,
+                    lam=lam,
+                    seed=seed,
+                    device=self.device,
+                    folder=folder,
+                    label=f"{label} (seed {seed})",
+                    card=card,
+                    curve=curve,
+                )
 
         sized = self.sized(TARGET)
         tokens = self.corpus_bytes / BYTES_PER_TOKEN * settings.epochs
         estimate = self.costs.training(sized.parameters, tokens)
         measured = self.costs.forward(sized.parameters, n_bytes * (self.config.curve.points + 1))
         estimate = Estimate(estimate.disk, estimate.memory, estimate.seconds + measured.seconds)
-        path = self.store.ensure(spec, build, estimate)
+        path = self.store.ensure(spec, build, estimate, together=True)
         return Candidate(path / MODEL_FOLDER, spec.fingerprint, True, path)
 
     def _curve(self) -> tuple[Sequence[Document], float]:
@@ -431,15 +449,19 @@ def _json(value: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _device(device: str) -> str:
+def _device(device: str, dry: bool) -> str:
     import torch
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("A run is one process: start fusellm without torchrun or deepspeed.")
     if device != "cpu" and torch.cuda.is_available():
-        if torch.cuda.device_count() > 1:
-            raise UserError("A run uses one GPU and several are visible: set CUDA_VISIBLE_DEVICES to one of them.")
-        return "cuda"
+        n, own = torch.cuda.device_count(), ranks.local_rank()
+        if own >= n:
+            raise UserError(f"This machine has {n} CUDA devices, but its rank {own} needs one more: start {n} ranks.")
+        if n > 1 and not ranks.launched() and not dry:
+            raise UserError(
+                f"A process uses one GPU and {n} are visible: start one for each with {ranks.COMMAND}, or set "
+                "CUDA_VISIBLE_DEVICES to one of them."
+            )
+        return f"cuda:{own}" if ranks.launched() else "cuda"
     if device == "cuda":
         raise UserError("device is cuda, but this machine has no CUDA device that torch can use: set device=cpu.")
     # DeepSpeed would look for an accelerator by itself and warn on standard output, where tables go.

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from baselines.method import Candidate, method
 from fusion.errors import UserError
-from harness import perplexity
+from harness import perplexity, ranks
 from harness.artifacts import Planned, write_atomically
 from harness.config import Config, Role, method_parameters
 from harness.context import TARGET, Experiment, MethodContext
@@ -63,11 +63,18 @@ def run_folder(experiment: Experiment, root: Path) -> Path:
 
 
 def run(config: Config, root: Path) -> Path:
-    """Makes what is missing, then writes records, table and figure; returns the run's folder."""
+    """Makes what is missing, then writes records, table and figure; returns the run's folder.
+
+    Of several ranks all walk through the stages, and the first one writes.
+    """
     experiment = Experiment(config, root)
     experiment.check()
     planned = plan(config, root)
     folder = run_folder(experiment, root)
+    if not ranks.first():
+        for row in candidates(experiment):
+            experiment.evaluate(row.label, row.candidate, row.role)
+        return folder
     (folder / "records").mkdir(parents=True, exist_ok=True)
     # Known from the beginning, so that cleaning up spares what a run under way has made.
     artifacts = sorted(str(p.path.relative_to(root)) for p in planned)

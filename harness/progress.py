@@ -1,9 +1,14 @@
-"""Progress of long steps: a bar with throughput and time left on a terminal, a line now and then elsewhere."""
+"""Progress of long steps: a bar with throughput and time left on a terminal, a line now and then elsewhere.
+
+Of several ranks the first one shows it.
+"""
 
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from harness import ranks
 
 Advance = Callable[[float], None]
 
@@ -12,13 +17,14 @@ def say(message: str) -> None:
     """One line for the user, beside any bar; standard error, so that tables on standard output stay clean."""
     from rich.console import Console
 
-    Console(stderr=True, highlight=False).print(message, markup=False)
+    if ranks.first():
+        Console(stderr=True, highlight=False).print(message, markup=False)
 
 
 @contextmanager
 def track(description: str, total: float, unit: str, *, done: float = 0) -> Iterator[Advance]:
     """Yields `advance(amount)`; `done` of `total` (in `unit`s) were finished by an earlier run."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and ranks.first():
         yield from _bar(description, total, unit, done)
     else:
         yield from _lines(description, total, unit, done)

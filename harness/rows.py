@@ -56,7 +56,8 @@ class Rows(Dataset[dict[str, np.ndarray]]):
     """Rows of `row_length` positions, ready for `fusion.heads.fused_forward`.
 
     Every piece is `[prefix] + tokens`; its last position's gold token is the end of text where the piece is its
-    document's last, and none otherwise. Without `fusion` the same rows are plain continued training.
+    document's last, and none otherwise. Without `fusion` the same rows are plain continued training. Beyond the last
+    row there are empty ones, which hold nothing to learn: where ranks share rows unevenly, they make up the number.
 
     Raises:
         UserError: a piece does not fit a row.
@@ -93,7 +94,7 @@ class Rows(Dataset[dict[str, np.ndarray]]):
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """One row: input_ids, position_ids, labels [row_length] and, with fusion, ids, p [N, K], tail, weight [N]."""
-        members = self.rows[index]
+        members = self.rows[index] if index < len(self.rows) else []
         tokens = [np.array([self._prefix, *encode(self._tokenizer, self._pieces.text(p))]) for p in members]
         n = sum(len(t) for t in tokens)
         left = self.row_length - n
@@ -115,6 +116,14 @@ class Rows(Dataset[dict[str, np.ndarray]]):
     def _fused(self, members: list[int], n: int) -> dict[str, np.ndarray]:
         data = self._fusion
         assert data is not None
+        if not members:
+            none = np.zeros(0, np.float32)
+            return {
+                "fused_ids": np.zeros((0, 1), np.int32),
+                "fused_p": none[:, None],
+                "fused_tail": none,
+                "fusion_weight": none,
+            }
         fused = fuse_row(
             [{name: e.reading(p) for name, e in data.extractions.items()} for p in members],
             [int(self._pieces.n_bytes[p]) for p in members],

@@ -1,7 +1,8 @@
 """One trainer for every trained method, on the Hugging Face Trainer.
 
 What is ours: the objective inside the model's forward (so that data-parallel wrappers see it), one denominator over
-the whole global batch, checkpoints that are complete or not there, and the held-out curve.
+the whole global batch, the same rows in every step whatever the number of ranks, checkpoints that are complete or not
+there, and the held-out curve.
 """
 
 import json
@@ -9,24 +10,28 @@ import math
 import os
 import shutil
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fusion.errors import UserError
 from fusion.heads import fused_forward, split
 from fusion.packing import Packing, attending_by_piece, check_packing
+from harness import ranks
 from harness.artifacts import write_atomically
 from harness.config import TrainingSection
 from harness.models import compute_dtype
 from harness.progress import say, track
 from harness.rows import Rows, collate
 from harness.training_log import CURVE_FILE, whole_lines
+from harness.zero import release, whole_weights, without_own_ops, zero_config
 
 MODEL_FOLDER = "model"
 _COMPLETE = "complete"
@@ -45,16 +50,47 @@ def steps_of(config: TrainingSection, rows: int) -> int:
     return max(1, math.ceil(math.ceil(rows / config.rows_per_step) * config.epochs))
 
 
+class Order(Sampler[int]):
+    """Rows in random order, the same on every rank, then empty ones until the ranks' batches are equal in number.
+
+    accelerate deals batches out to the ranks in turn, so that a step has the rows it has on one rank. Without the empty
+    rows it would even out the last step with rows of the first one, and they would count twice.
+    """
+
+    def __init__(self, rows: int, seed: int, multiple: int) -> None:
+        self._rows = rows
+        self._empty = -rows % multiple
+        self._random = SeedableRandomSampler(range(rows), data_seed=seed)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._random.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self._random
+        yield from range(self._rows, self._rows + self._empty)
+
+    def __len__(self) -> int:
+        return self._rows + self._empty
+
+
 class FusionTrainer(Trainer):
     """The Trainer with a loss that is a sum over tokens divided by the tokens of the whole global batch."""
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, order: Order, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.order = order
         self.model_accepts_loss_kwargs = True  # have the tokens of the accumulated batch counted
         self._loss_shifts_labels = False  # labels stand at the position that predicts them
         self.sums = {"clm": 0.0, "fusion": 0.0, "tokens": 0.0}
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Order:
+        return self.order
+
+    def _prepare_input(self, data: Any) -> Any:
+        # Not in the model's dtype, as the base class has it under DeepSpeed: probabilities would be rounded.
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
 
     def compute_loss(
         self,
@@ -71,11 +107,27 @@ class FusionTrainer(Trainer):
         # Ranks' gradients are averaged afterwards, so each gives its share of the global sum times their number.
         return total * self.accelerator.num_processes / num_items_in_batch
 
+    def global_sums(self) -> dict[str, float]:
+        """What all ranks have summed up since the last call."""
+        mine = torch.tensor(list(self.sums.values()), dtype=torch.float64, device=self.args.device)
+        total = dict(zip(self.sums, self.accelerator.reduce(mine, "sum").tolist(), strict=True))
+        self.sums = dict.fromkeys(self.sums, 0.0)
+        return total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # The Trainer's own mean loss is that of the first rank's share; our sums are of all.
+        super().log({name: value for name, value in logs.items() if name != "train_loss"}, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_deepspeed_enabled:  # its own checkpoint has the weights
+            super().save_model(output_dir, _internal_call)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each rank writes a part
         folder = Path(self.args.output_dir or "") / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            (folder / _COMPLETE).touch()
+            write_atomically(folder / _COMPLETE, str(self.args.world_size))
 
 
 class _Follow(TrainerCallback):
@@ -88,17 +140,22 @@ class _Follow(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._tokens = next((e["tokens"] for e in reversed(state.log_history) if "tokens" in e), 0.0)
-        path = self._folder / CURVE_FILE
-        # Without a checkpoint the training starts again, and so does its curve.
-        kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= state.global_step > 0]
-        write_atomically(path, "".join(kept))
+        if ranks.first():
+            path = self._folder / CURVE_FILE
+            # Without a checkpoint the training starts again, and so does its curve.
+            kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= state.global_step > 0]
+            write_atomically(path, "".join(kept))
         if state.global_step == 0:
-            self._measure(args, state, kwargs["model"])
+            self._measure(args, state)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Resumed in a later epoch on several ranks, the loader that skips batches does not pass the epoch on.
+        assert self.trainer is not None
+        self.trainer.order.set_epoch(int(state.epoch))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer is not None
-        sums = self.trainer.sums
-        self.trainer.sums = dict.fromkeys(sums, 0.0)
+        sums = self.trainer.global_sums()
         self._tokens += sums["tokens"]
         self._advance(sums["tokens"])
         per_token = {name: sums[name] / sums["tokens"] for name in ("clm", "fusion")}
@@ -106,16 +163,21 @@ class _Follow(TrainerCallback):
             raise UserError(f"the loss is not finite at step {state.global_step}: lower training.learning_rate.")
         self.trainer.log({"tokens": self._tokens, **{f"{n}_nats_per_token": v for n, v in per_token.items()}})
         if state.global_step in self._at:
-            self._measure(args, state, kwargs["model"])
+            self._measure(args, state)
 
-    def _measure(self, args: Any, state: Any, model: PreTrainedModel) -> None:
-        if self._curve is None or not state.is_world_process_zero:
+    def _measure(self, args: Any, state: Any) -> None:
+        if self._curve is None:
             return
+        assert self.trainer is not None
+        model = self.trainer.model_wrapped
         training = model.training
         model.eval()
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-            records = self._curve.measure(model)
+        # On all ranks, and through what wraps the model: ZeRO-3 gathers weights there, and with all of them.
+        with torch.no_grad(), torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+            records = model(measure=self._curve.measure)
         model.train(training)
+        if not ranks.first():
+            return
         with (self._folder / CURVE_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, "tokens": self._tokens, "records": records}) + "\n")
             file.flush()
@@ -125,7 +187,9 @@ class _Follow(TrainerCallback):
 def _replace_forward(model: PreTrainedModel, packing: Packing, lam: float) -> None:
     """Puts the objective inside the model's forward, where wrappers for data parallel training call it."""
 
-    def forward(self: PreTrainedModel, **inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self: PreTrainedModel, measure: Callable[..., Any] | None = None, **inputs: Tensor) -> Any:
+        if measure is not None:
+            return measure(self)
         labels = inputs["labels"]
         loss = fused_forward(
             self,
@@ -146,14 +210,27 @@ def _replace_forward(model: PreTrainedModel, packing: Packing, lam: float) -> No
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; half-written ones are removed."""
-    complete = []
-    for path in folder.glob("checkpoint-*"):
-        if (path / _COMPLETE).exists():
-            complete.append(path)
-        else:
-            shutil.rmtree(path)
-    return max(complete, key=lambda p: int(p.name.split("-")[1]), default=None)
+    """The newest complete checkpoint, the same on all ranks; half-written ones are removed.
+
+    Raises UserError when another number of ranks wrote it: each has its part of it, and the bits would not be the same.
+    """
+    step = 0
+    if ranks.first():
+        for path in folder.glob("checkpoint-*"):
+            if (path / _COMPLETE).exists():
+                step = max(step, int(path.name.split("-")[1]))
+            else:
+                shutil.rmtree(path)
+    step = ranks.agree(step)
+    if not step:
+        return None
+    found = folder / f"checkpoint-{step}"
+    if (wrote := int((found / _COMPLETE).read_text(encoding="utf-8") or 1)) != ranks.world():
+        raise UserError(
+            f"{found} is the checkpoint of {wrote} ranks and cannot be continued by {ranks.world()}: start as many as "
+            f"before, or remove {folder} to begin the training again."
+        )
+    return found
 
 
 def train(
@@ -173,12 +250,16 @@ def train(
     """Trains `model` on `rows` and leaves `folder/model`, which plain `AutoModelForCausalLM.from_pretrained` loads.
 
     Goes on from the last complete checkpoint in `folder`, bit for bit. `lam` is the weight of the CLM term
-    (paper section 3.3, equation 5). Raises UserError when packed pieces would see each other or the loss diverges.
+    (paper section 3.3, equation 5). Called by all ranks. Raises UserError when packed pieces would see each other, the
+    loss diverges, or the ranks do not fit the configuration or the checkpoint.
     """
     final = folder / MODEL_FOLDER
-    if (final / _COMPLETE).exists():  # killed between the end of training and the artifact's rename
+    if ranks.agree((final / _COMPLETE).exists()):  # killed between the end of training and the artifact's rename
         _finish(folder)
         return
+    accumulation = ranks.micro_batches(config.rows_per_step, config.micro_rows)
+    if config.deepspeed and device == "cpu":
+        without_own_ops()
     packing = check_packing(model)
     split(model)  # says before the training starts when the fused objective cannot serve this model
     steps = steps_of(config, len(rows))
@@ -187,7 +268,7 @@ def train(
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         per_device_train_batch_size=config.micro_rows,
-        gradient_accumulation_steps=config.rows_per_step // config.micro_rows,
+        gradient_accumulation_steps=accumulation,
         learning_rate=config.learning_rate,
         adam_beta1=config.betas[0],
         adam_beta2=config.betas[1],
@@ -211,8 +292,10 @@ def train(
         label_names=["labels"],
         dataloader_num_workers=config.workers,
         dataloader_persistent_workers=config.workers > 0,
-        deepspeed=config.deepspeed,
+        ddp_find_unused_parameters=False,
+        deepspeed=zero_config(config.deepspeed) if config.deepspeed else None,
     )
+    ranks.check_world(arguments.world_size, "accelerate")
     _replace_forward(model, packing, lam)
     checkpoint = _last_checkpoint(folder / "checkpoints")
     done = 0.0
@@ -223,20 +306,30 @@ def train(
     with track(f"train {label}", rows.n_tokens * config.epochs, "tokens", done=done) as advance:
         follow = _Follow(folder, curve, at, advance)
         trainer = FusionTrainer(
-            model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[follow]
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            order=Order(len(rows), seed, config.micro_rows * ranks.world()),
+            data_collator=collate,
+            callbacks=[follow],
         )
         follow.trainer = trainer
         trainer.remove_callback(PrinterCallback)
         with attending_by_piece(model, packing):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    weights = whole_weights(model, keep=ranks.first()) if config.deepspeed else None
     del model.forward  # the class's own again
-    model.save_pretrained(final)
-    tokenizer.save_pretrained(final)
-    (final / "README.md").write_text(card, encoding="utf-8")
-    write_atomically(folder / "log.json", json.dumps(trainer.state.log_history, indent=1))
-    (final / _COMPLETE).touch()
+    if ranks.first():
+        model.save_pretrained(final, state_dict=weights)
+        tokenizer.save_pretrained(final)
+        (final / "README.md").write_text(card, encoding="utf-8")
+        write_atomically(folder / "log.json", json.dumps(trainer.state.log_history, indent=1))
+        (final / _COMPLETE).touch()
+    if config.deepspeed:
+        release(trainer.accelerator)
     _finish(folder)
 
 
 def _finish(folder: Path) -> None:
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if ranks.first():
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)

@@ -4,6 +4,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from fusion.errors import UserError
+from harness import ranks
 from harness.artifacts import Estimate, Spec, Store
 from harness.config import TrainingSection
 from harness.corpus import Document, Pieces, write_pieces
@@ -22,6 +24,10 @@ def make_tiny(store: Store, name: str, profile: str, device: str) -> tuple[Spec,
     spec = Spec("tiny", name, VERSION, {"python": python}, {**asdict(model), "corpus": corpus})
 
     def build(folder: Path) -> None:
+        if ranks.world() > 1:
+            raise UserError(
+                "Tiny models are made by one process: run the experiment once without torchrun or deepspeed."
+            )
         from transformers import set_seed
 
         from fusion.vocabulary import Vocabulary

@@ -118,6 +118,8 @@ def _answer(arguments: list[str]) -> tuple[int, str]:
         (["experiment", "show", "main", "--set", "training.micro_rows=4"], "is no multiple of"),
         (["experiment", "show", "main", "--seed", "-1"], "seeds.0 = -1"),
         (["experiment", "run", "quickstart", "--set", "device=cuda"], "no CUDA device"),
+        (["experiment", "run", "quickstart", "--set", "training.deepspeed=zero2"], "start them with torchrun"),
+        (["experiment", "run", "quickstart", "--set", "training.deepspeed=zer2"], "did you mean 'zero2'?"),
         (["experiment", "show", "nowhere.yaml"], "There is no file nowhere.yaml"),
         (["experiment", "show", "main", "--seed", "1", "--seed", "1"], "names one twice"),
         (["experiment", "run", "main", "--set", "data.root=/nowhere"], "fusellm models fetch"),
@@ -137,6 +139,13 @@ def test_mistakes_end_in_one_sentence(arguments: list[str], sentence: str, tmp_p
     assert sentence in printed
     assert len([line for line in printed.splitlines() if line.strip()]) == 1, printed
     assert "Traceback" not in printed
+
+
+def test_commands_of_one_process_refuse_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    status, printed = _answer(["audit", "quickstart"])
+    assert status == 2 and printed == "fusellm: fusellm audit is one process: start it without torchrun or deepspeed.\n"
 
 
 def test_a_root_that_is_a_file_is_named(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Small random models with tokenizers of their own, made by the tests that need them."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -61,11 +62,11 @@ _SMALL = {
 }
 
 
-def save_model(folder: Path, config: type[PreTrainedConfig], vocabulary: int, seed: int) -> Path:
+def save_model(folder: Path, config: type[PreTrainedConfig], vocabulary: int, seed: int, **options: Any) -> Path:
     """A random model of two layers and its tokenizer."""
     torch.manual_seed(seed)
     tokens = tokenizer(vocabulary)
-    AutoModelForCausalLM.from_config(config(vocab_size=len(tokens), **_SMALL)).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config(vocab_size=len(tokens), **_SMALL, **options)).save_pretrained(folder)
     tokens.save_pretrained(folder)
     return folder
 

@@ -1,0 +1,113 @@
+"""What the tests of several ranks run, in one process or under a launcher: trainings whose first gradient is kept."""
+
+import gc
+import os
+import signal
+import sys
+import weakref
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from baselines.method import Candidate
+from harness import ranks, training
+from harness.config import Config, load
+from harness.context import Experiment
+from harness.experiment import candidates
+
+Gradients = dict[str, torch.Tensor]
+
+
+def first_gradients(trainer: training.FusionTrainer) -> Gradients:
+    """Of the first step, from Adam's first moment after it: the one place where every kind of training keeps it."""
+    found = {}
+    assert trainer.is_deepspeed_enabled == bool(trainer.args.deepspeed)
+    if trainer.is_deepspeed_enabled and trainer.model_wrapped.zero_optimization_stage() < 3:
+        # DeepSpeed 0.19 looks for all groups' moments when it has stepped the first group, and never again.
+        trainer.model_wrapped.optimizer._hp_optimizer_states_linked = False
+        trainer.model_wrapped.optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
+        if trainer.is_deepspeed_enabled:
+            from deepspeed.utils import safe_get_full_optimizer_state
+
+            moment = safe_get_full_optimizer_state(parameter, "exp_avg")
+        else:
+            moment = trainer.optimizer.state[parameter]["exp_avg"]
+        found[name] = moment.clone() / (1 - trainer.args.adam_beta1)
+    return found
+
+
+class Watched:
+    """While it lasts, trainings leave the gradients of their first step in `gradients`, and can be made to fail."""
+
+    def __init__(self, at_step: Mapping[int, Any] = {}) -> None:
+        self.gradients: Gradients = {}
+        self.model: Any = lambda: None
+        self._at_step = at_step
+
+    def __enter__(self) -> "Watched":
+        self._original = original = training._Follow.on_step_end
+
+        def on_step_end(follow: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                self.model = weakref.ref(follow.trainer.accelerator.unwrap_model(follow.trainer.model))
+                self.gradients = first_gradients(follow.trainer)
+            original(follow, args, state, control, **kwargs)
+            if act := self._at_step.get(state.global_step):
+                act()
+
+        training._Follow.on_step_end = on_step_end  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        training._Follow.on_step_end = self._original  # type: ignore[method-assign]
+
+
+def train(config: Config, root: Path, label: str, at_step: Mapping[int, Any] = {}) -> tuple[Candidate, Gradients]:
+    """The row's candidate, and the gradients of its training's first step."""
+    only = config.model_copy(update={"methods": {label: config.methods[label]}})
+    with Watched(at_step) as watched:
+        (row,) = candidates(Experiment(only, root))
+    gc.collect()
+    assert watched.model() is None, "a finished training holds its model's memory"
+    return row.candidate, watched.gradients
+
+
+class Interrupted(BaseException):
+    """Stands for a kill of all ranks at once: nothing catches it."""
+
+
+def _interrupt() -> None:
+    raise Interrupted
+
+
+def _kill_the_last() -> None:
+    if ranks.local_rank() == ranks.world() - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(experiment: str, root: Path, *jobs: str) -> None:
+    """Each job is ZERO:ROW, ZERO:ROW:interrupt:STEP (all ranks fail after that step, then start again) or
+    ZERO:ROW:kill:STEP (one rank is killed); ZERO may be -. Artifacts lie in `root`, and in `root/again`.
+    """
+    for job in jobs:
+        zero, label, *fault = job.split(":")
+        config = load(experiment, overrides=[] if zero == "-" else [f"training.deepspeed={zero}"])
+        if not fault:
+            _, gradients = train(config, root, label)
+            if ranks.first():
+                save_file(gradients, root / f"{zero}-{label}.safetensors")
+            continue
+        act = {"interrupt": _interrupt, "kill": _kill_the_last}[fault[0]]
+        with suppress(Interrupted):
+            train(config, root / "again", label, {int(fault[1]): act})
+        torch.distributed.barrier()  # the first rank has let the lock go
+        train(config, root / "again", label)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
