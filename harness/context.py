@@ -33,7 +33,7 @@ from harness.models import (
 )
 
 MAP_VERSION = 1
-TRAIN_VERSION = 2
+TRAIN_VERSION = 3
 TARGET = "target"
 MODEL_FOLDER = "model"
 VERSIONS = {
