@@ -5,7 +5,6 @@ logits to half a unit of float16, and from there on the reference is given what 
 (maps, alignment, fusion, packing, objective, accumulation, the Trainer's denominator) must agree to rounding.
 """
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,13 @@ import pytest
 import torch
 import yaml
 
-from baselines.fusellm import FuseLLMParameters
 from harness import context
 from harness.config import Config, load
 from harness.corpus import Pieces
-from harness.experiment import candidates
-from harness.rows import Rows, pack
+from harness.rows import pack
 from tests.fusion.tokenizers_for_tests import byte_level, sentencepiece_bpe
 from tests.harness import reference
+from tests.harness.listening import rows_of, trained
 from tests.harness.reference import Read, Reader, Taught
 
 DOCUMENTS = {
@@ -92,29 +90,6 @@ def reader(models: Path, role: str, name: str) -> Reader:
     return Reader.load(role, models / name, *MARKS[name])
 
 
-def trained(
-    experiment: context.Experiment, monkeypatch: pytest.MonkeyPatch
-) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """What the one step logged, and the gradient that it followed, by the real line."""
-    gradients: dict[str, torch.Tensor] = {}
-    load_model = context.load_model
-
-    def listening(*args: Any, **kwargs: Any) -> Any:
-        model = load_model(*args, **kwargs)
-        for name, parameter in model.named_parameters():
-            # After the last row of the step `grad` is the gradient of all rows, not clipped yet.
-            parameter.register_post_accumulate_grad_hook(
-                lambda p, name=name: gradients.__setitem__(name, p.grad.double().clone())
-            )
-        return model
-
-    monkeypatch.setattr(context, "load_model", listening)
-    (row,) = candidates(experiment)
-    assert row.candidate.training is not None
-    (step,) = [e for e in json.loads((row.candidate.training / "log.json").read_text()) if "tokens" in e]
-    return step, gradients
-
-
 def read(model: Reader, text: str, stored: Any) -> Read:
     """The model's reading, which the stored one must be, with the stored numbers."""
     tokens = model.tokens(text)
@@ -129,15 +104,6 @@ def read(model: Reader, text: str, stored: Any) -> Read:
     nats = -log_q[np.arange(len(tokens) - 1), tokens[1:]]
     np.testing.assert_allclose(stored.nats, [*nats, 0], atol=2e-5)
     return Read(tokens, stored.ids, stored.log_p.astype(float), float(nats.sum()))
-
-
-def rows_of(experiment: context.Experiment) -> Rows:
-    """The data loader's rows."""
-    config = experiment.config
-    method = FuseLLMParameters(**{k: v for k, v in config.methods["FuseLLM"].items() if k != "method"})
-    data = experiment.fusion_data(method.fused(list(config.roles.sources)))
-    tokenizer, vocabulary = experiment.tokenizer("target")
-    return Rows(Pieces(experiment.pieces[1]), tokenizer, vocabulary, config.training.row_length, data)
 
 
 def assert_teaches(made: dict[str, np.ndarray], taught: list[Taught]) -> None:
@@ -201,6 +167,7 @@ def test_loss_and_gradient_are_those_of_the_plain_implementation(
     method, met = CASES[case]
     config = experiment_of(models, *names, {"lambda": 0.9, **method})
     experiment = context.Experiment(config, models / f"onto-{names[0]}")
+    rows = rows_of(experiment, monkeypatch)
     step, gradients = trained(experiment, monkeypatch)
 
     target, source = reader(models, "target", names[0]), reader(models, names[1], names[1])
@@ -216,7 +183,6 @@ def test_loss_and_gradient_are_those_of_the_plain_implementation(
         map_of, fuse = reference.map_of_bytes, reference.mended_row
     image = map_of(source, target, method.get("map", "mined"))
     taught: dict[int, Taught] = {}
-    rows = rows_of(experiment)
     assert rows.rows == pack([len(r.tokens) for r in own], config.training.row_length)
     for i, row in enumerate(rows.rows):
         its_texts, ours, others = ([of[p] for p in row] for of in (texts, own, theirs))
