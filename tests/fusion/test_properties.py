@@ -39,7 +39,7 @@ def mapped(source: str, target: str, kind: str) -> np.ndarray:
     return build_map(kind, vocabulary(source), vocabulary(target), encode_target=lambda text: encode(tokenizer, text))
 
 
-def reading(family: str, text: str, rng: np.random.Generator, k: int = 4) -> Reading:
+def reading(family: str, text: str, rng: np.random.Generator, k: int) -> Reading:
     """The tokens and ends of a family's tokenizer; the rest at random and rounded, so that sources tie."""
     tokenizer = FAMILIES[family]()
     tokens = encode(tokenizer, text)
@@ -60,7 +60,8 @@ def fuse(
     target: str, texts: list[str], seed: int, switches: Switches, kind: str = "mined", order: Any = None
 ) -> tuple[FusedRow, list[dict[str, Reading]]]:
     rng = np.random.default_rng(seed)
-    readings = [{name: reading(name, text, rng) for name in FAMILIES} for text in texts]
+    k = int(rng.integers(1, 5))  # of few entries the map often leaves none
+    readings = [{name: reading(name, text, rng, k) for name in FAMILIES} for text in texts]
     sources = [Source(name, vocabulary(name), mapped(name, target, kind)) for name in FAMILIES if name != target]
     row = fuse_row(
         readings,
