@@ -172,9 +172,10 @@ def dtw(
 
     A target position is served when the warping path pairs exactly one source position with it and that token's string,
     its space mark replaced, equals the target token's or maps onto it. Where a byte-level source meets a target whose
-    first token begins with the space mark (a dummy prefix), the missing mark is added. Prefix tokens, which the
-    published code did not have, pair with each other and stay outside of the path. Byte ends are not used. UserError
-    where a lazy map lacks an id it is asked for (see `consulted_ids`).
+    first token begins with the space mark (a dummy prefix), the missing mark is added: the published code does so for
+    GPT-2's and GPT-NeoX's tokenizer classes, which are all the byte-level ones that it knows. Prefix tokens, which it
+    did not have, pair with each other and stay outside of the path. Byte ends are not used. UserError where a lazy map
+    lacks an id it is asked for (see `consulted_ids`).
     """
     pairs = np.full(len(target_tokens), -1, dtype=np.int32)
     source, target = source_tokens.tolist(), target_tokens.tolist()

@@ -50,8 +50,12 @@ class Evidence:
         return self.nats / np.maximum(self.n_bytes, 1)
 
     def rewards(self) -> np.ndarray:
-        """float32[S, U] exp(-CE) as bfloat16, CE the mean nats per token of the source's own tokenizer."""
-        return to_bfloat16(np.exp(-self.nats / np.maximum(self.tokens, 1)))
+        """float32[S, U] exp(-CE) in bfloat16, CE the mean nats per token of the source's own tokenizer.
+
+        CE is rounded too, as the published code does: sources that differ by less than its spacing are tied.
+        """
+        mean = to_bfloat16(self.nats / np.maximum(self.tokens, 1))
+        return to_bfloat16(np.exp(-mean.astype(np.float64)))
 
 
 FusionFunction = Callable[[Sequence[Sparse], Evidence, Switches], tuple[Sparse, np.ndarray]]

@@ -77,7 +77,7 @@ class Switches:
     between byte ends that all models share, or the row. (By token the choice sees the gold text it is to predict, which
     draws the targets towards it and the loss towards plain language modelling.)"""
     choice: Literal["nats_per_byte", "mean_ce_bfloat16"] = "nats_per_byte"
-    """What MinCE compares: cross-entropy per byte of text (float32, ties by source name), or exp(-CE) as bfloat16 with
+    """What MinCE compares: cross-entropy per byte of text (float32, ties by source name), or exp(-CE) in bfloat16 with
     CE per token of the source's own tokenizer (ties by the order of the sources)."""
     weights: Literal["nats_per_byte", "exp_ce"] = "nats_per_byte"
     """AvgCE: softmax(-CE / weight_temperature) of CE in nats per byte, or softmax of `mean_ce_bfloat16`'s exp(-CE),

@@ -38,7 +38,7 @@ from harness.shards import position_bytes
 from harness.zero import check_usable, zero_config
 
 MAP_VERSION = 1
-TRAIN_VERSION = 2
+TRAIN_VERSION = 3
 TARGET = "target"
 MODEL_FOLDER = "model"
 VERSIONS = {

@@ -186,6 +186,10 @@ def test_ties_go_by_name_or_by_order() -> None:
     assert fuse(worse, two, choice="nats_per_byte", level="row").chosen.tolist() == [1, 1, 1]
     tied = fuse(one, own=replace(OWN, nats=np.float32([1, 1, 0])), include_target=True, choice="mean_ce_bfloat16")
     assert tied.chosen.tolist() == [0, 0, 0]
+    # exp(-3.006) and exp(-3) are two numbers in bfloat16, but 3.006 is 3 before it is raised.
+    near = ("zebra", replace(READ, nats=np.float32([3.006] * 3 + [0]))), ("ant", replace(READ, nats=READ.nats * 3))
+    assert (to_bfloat16(np.exp([-3.006, -3.0])) == to_bfloat16(np.exp(np.float32([-3, -3])))).tolist() == [False, True]
+    assert fuse(*near, choice="mean_ce_bfloat16", level="row").chosen.tolist() == [0, 0, 0]
 
 
 def two_pieces(**switches: Any) -> FusedRow:
@@ -257,7 +261,7 @@ def test_avgce_weighs_by_nats_per_byte_and_temperature() -> None:
         assert at(row, 1) == pytest.approx({"cd": 0.5 * first, "c": 0.5 * (1 - first), "tail": 0.5}, abs=2e-6)
         assert row.chosen.tolist() == [-2, -2, -2]
     row = fuse(("one", one), ("two", two), fusion="avgce", weights="exp_ce")
-    rewards = to_bfloat16(np.exp([-2.0, -4.0]))
+    rewards = to_bfloat16(np.exp([-2.0, -4.0]))  # 2 and 4 are numbers of bfloat16
     first = 1 / (1 + np.exp(float(rewards[1] - rewards[0])))
     assert at(row, 1)["cd"] == pytest.approx(0.5 * first, abs=2e-6)
 

@@ -52,6 +52,35 @@ def test_quickstart_prints_its_table(quickstart: Path) -> None:
     assert "FuseLLM" in fusellm("artifacts", "list", "--root", quickstart).stdout
 
 
+# What tells the time or the place; the rest of a run depends on its configuration and seeds alone.
+TELLING = {"manifest.json", "run.json", "log.json", ".hashes.json"}
+
+
+def _bytes(root: Path) -> dict[str, bytes]:
+    """Everything below a root but logs, by path."""
+    files = (p for p in root.rglob("*") if p.is_file() and p.name not in TELLING and "tensorboard" not in p.parts)
+    return {str(p.relative_to(root)): p.read_bytes() for p in files}
+
+
+@pytest.mark.slow
+def test_another_run_makes_the_same_bytes(quickstart: Path, tmp_path: Path) -> None:
+    """In another folder and process, at another time and (as Python does by itself) with another hash of strings."""
+    fusellm("experiment", "run", "quickstart", "--profile", "micro", "--root", tmp_path)
+    one, two = _bytes(quickstart), _bytes(tmp_path)
+    assert one.keys() == two.keys()
+    assert [path for path in one if one[path] != two[path]] == []
+    for pattern, least in {
+        "runs/*/*/*/records/*.parquet": 6,
+        "runs/*/*/*/table.*": 3,
+        "artifacts/train/*/model/model.safetensors": 3,
+        "artifacts/train/*/curve.jsonl": 3,
+        "artifacts/extraction/*/shard-*.safetensors": 3,
+        "artifacts/tiny/*/model/model.safetensors": 3,
+        "artifacts/map/*/map.npy": 4,
+    }.items():
+        assert sum(Path(path).match(pattern) for path in one) >= least, pattern
+
+
 @pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_table(quickstart: Path, tmp_path: Path) -> None:
     generator = random.Random(0)

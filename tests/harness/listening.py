@@ -1,0 +1,53 @@
+"""What the real line computes, overheard: the rows that a training is given, and the gradient that it follows."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from harness import context, training
+from harness.experiment import candidates
+from harness.rows import Rows
+
+
+class _Caught(Exception):
+    pass
+
+
+def rows_of(experiment: context.Experiment, monkeypatch: pytest.MonkeyPatch) -> Rows:
+    """The rows that the experiment's first training would be given."""
+
+    def train(model: Any, tokenizer: Any, rows: Rows, *args: Any, **kwargs: Any) -> None:
+        raise _Caught(rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train", train)
+        with pytest.raises(_Caught) as caught:
+            list(candidates(experiment))
+    rows: Rows = caught.value.args[0]
+    return rows
+
+
+def trained(
+    experiment: context.Experiment, monkeypatch: pytest.MonkeyPatch
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """What the one step of the experiment's one training logged, and the gradient[name] of all its rows, unclipped."""
+    gradients: dict[str, torch.Tensor] = {}
+    load_model = context.load_model
+
+    def listening(*args: Any, **kwargs: Any) -> Any:
+        model = load_model(*args, **kwargs)
+        for name, parameter in model.named_parameters():
+            # It accumulates row by row, so that what is heard last is the whole.
+            parameter.register_post_accumulate_grad_hook(
+                lambda p, name=name: gradients.__setitem__(name, p.grad.double().clone())
+            )
+        return model
+
+    with monkeypatch.context() as patch:
+        patch.setattr(context, "load_model", listening)
+        (row,) = candidates(experiment)
+    assert row.candidate.training is not None
+    (step,) = [e for e in json.loads((row.candidate.training / "log.json").read_text()) if "tokens" in e]
+    return step, gradients
