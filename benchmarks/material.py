@@ -4,7 +4,7 @@ import gzip
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def _cut(text: dict[str, Reading]) -> list[RealPiece]:
     middle = int(text[TARGET].ends[PIECE])
     cuts = [0, int(common[np.abs(common - middle).argmin()]), int(common[-1])]
     pieces = []
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         readings = {}
         for name, whole in text.items():
             first = int((whole.ends <= start).sum())
