@@ -69,13 +69,13 @@ class Material:
 
     def row(self, positions: int) -> list[RealPiece]:
         """Pieces of at most so many positions of the target together, the same ones again and again."""
-        row, pieces = [], cycle(self.pieces)
-        for piece in pieces:
+        row: list[RealPiece] = []
+        for piece in cycle(self.pieces):
             positions -= len(piece.readings[TARGET].tokens)
             if positions < 0:
-                return row
+                break
             row.append(piece)
-        raise AssertionError
+        return row
 
     def tokens(self, name: str, count: int) -> np.ndarray:
         """int32[count], token ids of both texts joined, repeated as needed."""

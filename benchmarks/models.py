@@ -4,6 +4,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,7 +91,8 @@ def _problem(positions: int, vocabulary: int, hidden: int) -> _Problem:
 
 
 def _gradients(problem: _Problem, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return (loss.detach(), *torch.autograd.grad(loss, (problem.hidden, problem.weight)))
+    by_hidden, by_weight = torch.autograd.grad(loss, (problem.hidden, problem.weight))
+    return loss.detach(), by_hidden, by_weight
 
 
 def _fused(problem: _Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,16 +169,18 @@ class _Stepper:
 
     def _loss(self, batch: dict[str, Tensor], *, fusion: bool) -> Tensor:
         labels = batch["labels"]
-        targets = {"ids": "fused_ids", "p": "fused_p", "tail": "fused_tail", "fusion_weight": "fusion_weight"}
+        targets: Any = {"lam": 1.0}
+        if fusion:
+            names = {"ids": "fused_ids", "p": "fused_p", "tail": "fused_tail", "fusion_weight": "fusion_weight"}
+            targets = {"lam": _LAMBDA, **{name: batch[key] for name, key in names.items()}}
         return fused_forward(
             self.model,
             batch["input_ids"],
             batch["position_ids"],
             gold=labels.clamp(min=-1),
             clm_weight=(labels >= 0).float(),
-            lam=_LAMBDA if fusion else 1.0,
             packing=self.packing,
-            **({name: batch[key] for name, key in targets.items()} if fusion else {}),
+            **targets,
         ).total
 
     def _plain(self, batch: dict[str, Tensor]) -> Tensor:

@@ -21,7 +21,7 @@ Entries = list[tuple[list[int], list[float]]]  # for each position its ids and s
 
 def mined(texts: Sequence[str] | Sequence[bytes], candidates: Sequence[str] | Sequence[bytes]) -> list[int]:
     """For each text the place of the equal candidate, else of the first one at the least distance."""
-    place: dict[str | bytes, int] = {}
+    place: dict[Any, int] = {}
     for i, candidate in enumerate(candidates):
         place.setdefault(candidate, i)
     result = []
