@@ -61,8 +61,8 @@ def measure(options: argparse.Namespace) -> tuple[list[Result], list[str]]:
     if not chosen:
         return results, []
     with tempfile.TemporaryDirectory() as scratch:
-        max_bytes = 4_000 if options.quick else 24_000
-        settings = [f"data.root={options.shared / 'data/hub'}", f"corpus.max_bytes={max_bytes}"]
+        max_bytes = 4_000 if options.quick else 16_000
+        settings = [f"data.root={options.shared / 'data/hub'}", f"corpus.max_bytes={max_bytes}", "device=cpu"]
         experiment = Experiment(load(options.experiment, overrides=settings), Path(scratch))
         experiment.models_dir = options.root / "models"
         try:

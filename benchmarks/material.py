@@ -85,14 +85,15 @@ class Material:
 def _reading(oracle: dict[str, Any], vocabulary: Vocabulary) -> Reading:
     tokens = np.array(oracle["source_ids"], np.int32)
     ids, logits = np.array(oracle["top_k_ids"], np.int32), np.array(oracle["top_k_logits"])
-    # Their normaliser is not recorded: a fifth of the mass is put outside of the top ten.
-    p = 0.8 * np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
-    gold = np.append(tokens[1:], -1)
-    nats = -np.log(np.maximum((p * (ids == gold[:, None])).sum(axis=1), 1e-3))
-    nats[-1] = 0
+    # Their normaliser is not recorded. Random numbers in its place are at least not easier to compress.
+    random = np.random.default_rng(len(tokens))
+    tail = random.uniform(0.02, 0.5, len(tokens))
+    p = (1 - tail)[:, None] * np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
+    in_top = (p * (ids == np.append(tokens[1:], -1)[:, None])).sum(axis=1)
+    nats = -np.log(np.where(in_top > 0, in_top, tail * random.uniform(0.001, 0.5, len(tokens))))
     text = b"".join(vocabulary.token_bytes[i] or b"" for i in tokens.tolist())
     ends = byte_ends(tokens, vocabulary, text)
-    return Reading(tokens, ends, ids, np.log(p).astype(np.float32), (1 - p.sum(axis=1)).astype(np.float32), nats)
+    return Reading(tokens, ends, ids, *(array.astype(np.float32) for array in (np.log(p), tail, nats)))
 
 
 def _cut(text: dict[str, Reading]) -> list[RealPiece]:
@@ -117,7 +118,7 @@ def _cut(text: dict[str, Reading]) -> list[RealPiece]:
                 whole.ids[at],
                 whole.log_p[at],
                 whole.tail[at],
-                nats.astype(np.float32),
+                nats,
             )
         pieces.append(RealPiece(readings, stop - start))
     return pieces

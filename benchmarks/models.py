@@ -146,25 +146,22 @@ def prepare(experiment: Experiment) -> Prepared:
 class _Stepper:
     """Training steps of one model, by the trainer's objective or by a plain one."""
 
-    def __init__(self, model: ResolvedModel, device: str) -> None:
-        self.model = load_model(model, "float32", device).train()
-        self.device = torch.device(device)
+    def __init__(self, model: ResolvedModel) -> None:
+        self.model = load_model(model, "float32").train()
         self.packing = check_packing(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6)
-        self.dtype = compute_dtype("auto", device)
+        self.dtype = compute_dtype("auto", "cpu")
 
     def step(self, kind: str, batch: dict[str, Tensor]) -> float:
         """Seconds of one step on a batch of `collate`: "clm", "fusellm", or "plain" (FuseLLM with dense targets)."""
-        batch = {name: value.to(self.device) for name, value in batch.items()}
         started = time.perf_counter()
         with attending_by_piece(self.model, self.packing):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bfloat16"):
                 loss = self._plain(batch) if kind == "plain" else self._loss(batch, fusion=kind == "fusellm")
             (loss / batch["labels"].ne(IGNORED).sum()).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        float(loss.detach())  # a GPU has finished then
         return time.perf_counter() - started
 
     def _loss(self, batch: dict[str, Tensor], *, fusion: bool) -> Tensor:
@@ -194,11 +191,11 @@ class _Stepper:
 def training(prepared: Prepared, *, quick: bool) -> list[Result]:
     """A FuseLLM step beside a CLM step on the same rows, and the data loader beside the step."""
     experiment, rows = prepared.experiment, prepared.rows
-    target, device = experiment.model(TARGET), experiment.device
+    target = experiment.model(TARGET)
     batch = collate([rows[i] for i in range(min(experiment.config.training.micro_rows, len(rows)))])
-    stepper = _Stepper(target, device)
+    stepper = _Stepper(target)
     taken: dict[str, list[float]] = {kind: [] for kind in _KINDS}
-    for turn in range(2 if quick else 6):  # in turns, so that what else the machine does falls on all
+    for turn in range(2 if quick else 4):  # in turns, so that what else the machine does falls on all
         for kind in _KINDS:
             seconds = stepper.step(kind, batch)
             taken[kind] += [seconds] if turn else []
@@ -206,7 +203,7 @@ def training(prepared: Prepared, *, quick: bool) -> list[Result]:
     parameters, dtype = sum(p.numel() for p in stepper.model.parameters()), stepper.dtype
     del stepper
     arrays = {name: value.numpy() for name, value in batch.items()}
-    peak = {kind: machine.in_fresh_process(_step_peak, kind, target, device, arrays) for kind in _KINDS}
+    peak = {kind: machine.in_fresh_process(_step_peak, kind, target, arrays) for kind in _KINDS}
     tokens = batch["input_ids"].numel()
     what = f"a FuseLLM step with {len(experiment.config.roles.sources)} sources, {tokens:,} positions"
     return [
@@ -235,8 +232,8 @@ def training(prepared: Prepared, *, quick: bool) -> list[Result]:
     ]
 
 
-def _step_peak(kind: str, model: ResolvedModel, device: str, batch: dict[str, np.ndarray]) -> int:
-    stepper = _Stepper(model, device)
+def _step_peak(kind: str, model: ResolvedModel, batch: dict[str, np.ndarray]) -> int:
+    stepper = _Stepper(model)
     tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
     stepper.step(kind, tensors)  # the optimiser's moments are there from the second step on
     with PeakMemory() as peak:
@@ -285,12 +282,12 @@ def extraction(prepared: Prepared, *, quick: bool) -> list[Result]:
 
 def _extraction(prepared: Prepared, name: str, quick: bool) -> Result:
     experiment = prepared.experiment
-    role, device = experiment.role(name), torch.device(experiment.device)
+    role = experiment.role(name)
     tokenizer, _ = experiment.tokenizer(name)
-    model = load_model(experiment.model(name), compute_dtype(role.dtype, experiment.device), experiment.device)
+    model = load_model(experiment.model(name), compute_dtype(role.dtype, "cpu"))
     backbone, project = reader(model)
     prefix, k = prefix_id(tokenizer), experiment.config.extraction.k
-    count = min(len(prepared.pieces), 3 if quick else 16)
+    count = min(len(prepared.pieces), 3 if quick else 6)
     sequences = [[prefix, *encode(tokenizer, prepared.pieces.text(p))] for p in range(count)]
     batches = [
         [sequences[i] for i in batch] for batch in batches_by_length(list(map(len, sequences)), role.batch_tokens)
@@ -298,14 +295,14 @@ def _extraction(prepared: Prepared, name: str, quick: bool) -> Result:
 
     def extract() -> None:
         for batch in batches:
-            externalise(backbone, project, batch, k=k, device=device)
+            externalise(backbone, project, batch, k=k, device=torch.device("cpu"))
 
     @torch.inference_mode()
     def forward() -> None:
         for batch in batches:
             width = max(map(len, batch))
             padded = torch.tensor([[*sequence, *[0] * (width - len(sequence))] for sequence in batch])
-            model(input_ids=padded.to(device), use_cache=False)
+            model(input_ids=padded, use_cache=False)
 
     def plainly() -> None:
         for batch in batches:
@@ -319,7 +316,7 @@ def _extraction(prepared: Prepared, name: str, quick: bool) -> Result:
     median = {kind: statistics.median(values) for kind, values in taken.items()}
     tokens = sum(map(len, sequences))
     return Result(
-        f"extraction with {experiment.role(name).model}",
+        f"extraction with {experiment.model(name).name}",
         "% of the rate of a forward pass",
         100 * median["forward"] / median["extraction"],
         80.0,
