@@ -15,6 +15,8 @@ from fusion.errors import UserError
 from fusion.registry import Registry
 from fusion.vocabulary import BYTE_LEVEL_SPACE, Vocabulary, respace
 
+_LANES = 32  # columns of the warping's dynamic program that are computed at once
+
 
 class Alignment(Protocol):
     """From two readings of a piece to int32[Mt]: the source position for each target position, or -1.
@@ -36,7 +38,6 @@ class Alignment(Protocol):
     ) -> np.ndarray: ...
 
 
-_LANES = 32  # columns of a dynamic program that are computed at once
 ALIGNMENTS: Registry[Alignment] = Registry("alignment", "fusellm.alignments")
 
 
@@ -115,9 +116,8 @@ def _path(cost: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray
             spent[row, width, lane] = so_far
     far = np.int32(1 << 30)
     moves = np.empty((n, width, _LANES), dtype=np.uint8)
-    total = np.full(
-        (width + 1, _LANES), far, dtype=np.int32
-    )  # of the row before; [w + 1] is column w, [0] is left of it
+    # Of the row before: [w + 1] is a lane's column w, [0] the one left of its first.
+    total = np.full((width + 1, _LANES), far, dtype=np.int32)
     total[0, 0] = 0
     entered, least = np.empty((2, width, _LANES), dtype=np.int32)
     run, lanes_before = np.empty((2, _LANES), dtype=np.int32)

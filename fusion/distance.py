@@ -137,7 +137,7 @@ def _lanes(codes: np.ndarray, offsets: np.ndarray, first: int, equal: np.ndarray
 @numba.njit(cache=True, nogil=True)
 def _columns(alphabet: int, text_offsets: np.ndarray) -> Any:
     """Room for equal, within, plus, minus and distance of `_read`, for the longest of the texts."""
-    depth = 2
+    depth = 1
     for t in range(len(text_offsets) - 1):
         depth = max(depth, text_offsets[t + 1] - text_offsets[t] + 1)
     return (
