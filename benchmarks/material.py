@@ -93,7 +93,7 @@ def _reading(oracle: dict[str, Any], vocabulary: Vocabulary) -> Reading:
     nats = -np.log(np.where(in_top > 0, in_top, tail * random.uniform(0.001, 0.5, len(tokens))))
     text = b"".join(vocabulary.token_bytes[i] or b"" for i in tokens.tolist())
     ends = byte_ends(tokens, vocabulary, text)
-    return Reading(tokens, ends, ids, *(array.astype(np.float32) for array in (np.log(p), tail, nats)))
+    return Reading(tokens, ends, ids, np.log(p).astype(np.float32), tail.astype(np.float32), nats.astype(np.float32))
 
 
 def _cut(text: dict[str, Reading]) -> list[RealPiece]:
