@@ -216,7 +216,8 @@ def training(prepared: Prepared, *, quick: bool) -> list[Result]:
             limit=1.0,
             note=f"CLM {median['clm']:.2f} s, FuseLLM {median['fusellm']:.2f} s; the matrix products of a step alone "
             f"take {6 * parameters * tokens / machine.matmul(dtype):.2f} s at the rate of a large one, "
-            f"{machine.matmul(dtype) / 1e9:.0f} GFLOP/s in {dtype}. Plainly: the model's own logits, dense targets.",
+            f"{machine.matmul(dtype) / 1e9:.0f} GFLOP/s in {dtype}. Plainly: the model's own logits, dense targets "
+            "without the tail.",
         ),
         Result(
             f"{what}: memory",
@@ -266,8 +267,9 @@ def _loader(prepared: Prepared, step_seconds: float) -> Result:
         plain=100 * plainly / step_seconds,
         limit=100 * encoding / step_seconds,
         note=f"{1e3 * taken:.0f} ms a row: below 100 % one worker is always ahead of the trainer, until a device takes "
-        f"{rows.row_length / taken:,.0f} positions a second. Plainly: carrying over and the dense collator, without "
-        "reading. Limit: encoding the row's text once with each model's tokenizer.",
+        f"{rows.row_length / taken:,.0f} positions a second; without a worker its share is added to the step. Plainly: "
+        "carrying over and the dense collator, without reading. Limit: encoding the row's text once with each model's "
+        "tokenizer.",
     )
 
 

@@ -190,7 +190,8 @@ def fusing(material: Material, *, quick: bool) -> list[Result]:
             "more",
             plain=positions * members / plainly / 1e6,
             limit=machine.bandwidth() / (k * (4 + 4) * 2) / 1e6,
-            note=f"preset `mended`, same-end alignment included, {1e3 * taken:.1f} ms a row. Plainly: loops over "
+            note="the target and one other model's reading given twice, as two sources; preset `mended`, same-end "
+            f"alignment included, {1e3 * taken:.1f} ms a row. Plainly: loops over "
             f"positions, dense distributions over {len(target):,} ids and a choice among them ({plainly:.1f} s a row), "
             "without the alignment; the preset `published` gives the same distributions to 1e-6. Limit: copying the "
             "top ten once.",
