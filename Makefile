@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# What `make bench` reads: models (fusellm models fetch) and the folder of reference inputs.
+ROOT ?= work
+SHARED ?= ../shared
 DEEPSPEED := deepspeed==0.19.8
 
-.PHONY: help setup quickstart test lint format lock clean
+.PHONY: help setup quickstart test bench lint format lock clean
 
 help:
 	@echo 'make quickstart  the main job on tiny models: environment, then about three minutes on two cores'
 	@echo 'make test        environment, then all tests'
+	@echo 'make bench       speed and memory, on a machine that does nothing else: docs/results/bench/README.md'
 	@echo 'make lint        ruff and mypy'
 	@echo 'make lock        new exact versions from the ranges in pyproject.toml'
 
@@ -29,6 +33,9 @@ quickstart: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks --root $(ROOT) --shared $(SHARED) --output docs/results/bench/README.md
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

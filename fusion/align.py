@@ -15,6 +15,8 @@ from fusion.errors import UserError
 from fusion.registry import Registry
 from fusion.vocabulary import BYTE_LEVEL_SPACE, Vocabulary, respace
 
+_LANES = 32  # columns of the warping's dynamic program that are computed at once
+
 
 class Alignment(Protocol):
     """From two readings of a piece to int32[Mt]: the source position for each target position, or -1.
@@ -92,38 +94,62 @@ def _same_end(
 
 
 @numba.njit(cache=True, nogil=True)
-def _path(cost: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """int32[L, 2]: the cheapest warping path over cost[rows[i], j], from its end to (0, 0)."""
-    n, m = len(rows), cost.shape[1]
+def _path(cost: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """int32[L, 2]: the cheapest warping path over cost[rows[i], columns[j]], from its end to (0, 0).
+
+    total[i, j] = cost[i, j] + min(total[i - 1, j - 1], total[i - 1, j], total[i, j - 1]) is a chain along the row,
+    each cell waiting for the one before. With spent[j], what the row costs before column j, it is a running minimum:
+    total[j] = spent[j + 1] + min over k <= j of entered[k], where entered[k], the least of diagonal and up less
+    spent[k], stands for a path that comes into the row at column k. And a minimum can be taken in parts: the columns
+    are dealt to lanes, the first W to lane 0, the next W to lane 1, which all run at once and are put together after.
+    """
+    n, m = len(rows), len(columns)
+    width = (m + _LANES - 1) // _LANES
+    spent = np.empty((len(cost), width + 1, _LANES), dtype=np.int32)
+    for row in range(len(cost)):
+        so_far = np.int32(0)
+        for lane in range(_LANES):
+            for w in range(width):
+                spent[row, w, lane] = so_far
+                if lane * width + w < m:
+                    so_far += cost[row, columns[lane * width + w]]
+            spent[row, width, lane] = so_far
     far = np.int32(1 << 30)
-    moves = np.empty((n, m), dtype=np.uint8)
-    total = np.full(m + 1, far, dtype=np.int32)  # the row before; total[0] is left of the first column
-    total[0] = 0
-    upper = np.empty(m, dtype=np.int32)
+    moves = np.empty((n, width, _LANES), dtype=np.uint8)
+    # Of the row before: [w + 1] is a lane's column w, [0] the one left of its first.
+    total = np.full((width + 1, _LANES), far, dtype=np.int32)
+    total[0, 0] = 0
+    entered, least = np.empty((2, width, _LANES), dtype=np.int32)
+    run, lanes_before = np.empty((2, _LANES), dtype=np.int32)
     for i in range(n):
-        row, move = cost[rows[i]], moves[i]
-        # Three passes without branches: the first and last have no dependence along the row and become vector
-        # instructions, and the path through the middle one is too irregular to be predicted.
-        for j in range(m):
-            diagonal, up = total[j], total[j + 1]
-            upper[j] = min(diagonal, up)
-            move[j] = up < diagonal
-        total[0] = far
-        left = far
-        for j in range(m):
-            lead = np.int32(left - upper[j])
-            left = np.int32(upper[j] + (lead & (lead >> np.int32(31))) + row[j])  # the lesser of the two, and the cost
-            total[j + 1] = left
-        for j in range(m):
-            move[j] |= np.uint8(total[j] < upper[j]) * np.uint8(2)
+        before, move = spent[rows[i]], moves[i]
+        run[:] = np.iinfo(np.int32).max
+        for w in range(width):
+            for lane in range(_LANES):
+                diagonal, up = total[w, lane], total[w + 1, lane]
+                entered[w, lane] = min(diagonal, up) - before[w, lane]
+                run[lane] = min(run[lane], entered[w, lane])
+                least[w, lane] = run[lane]
+                move[w, lane] = up < diagonal
+        lanes_before[0] = np.iinfo(np.int32).max
+        for lane in range(1, _LANES):
+            lanes_before[lane] = min(lanes_before[lane - 1], run[lane - 1])
+        for w in range(width):
+            for lane in range(_LANES):
+                best = min(least[w, lane], lanes_before[lane])
+                move[w, lane] |= np.uint8(best < entered[w, lane]) * np.uint8(2)
+                total[w + 1, lane] = best + before[w + 1, lane]
+        total[0, 0] = far
+        total[0, 1:] = total[width, :-1]
     path = np.empty((n + m, 2), dtype=np.int32)
     i, j, length = n - 1, m - 1, 0
     while i > 0 or j > 0:
         path[length, 0], path[length, 1] = i, j
         length += 1
-        if moves[i, j] >= 2:  # left is strictly less than both others
+        move_here = moves[i, j % width, j // width]
+        if move_here >= 2:  # left is strictly less than both others
             j -= 1
-        elif moves[i, j] == 1:
+        elif move_here == 1:
             i -= 1
         else:
             i -= 1
@@ -147,7 +173,7 @@ def warping_path(
     sources, rows = _distinct([token.replace(source_space, "") for token in source_tokens])
     targets, columns = _distinct([token.replace(target_space, "") for token in target_tokens])
     paired: list[list[int]] = [[] for _ in target_tokens]
-    for i, j in _path(distances(sources, targets)[:, columns], rows)[::-1].tolist():
+    for i, j in _path(distances(sources, targets), rows, columns)[::-1].tolist():
         paired[j].append(i)
     return paired
 

@@ -184,8 +184,6 @@ def _search(patterns: Codes, targets: Targets, progress: Progress, total: int) -
     rows = [patterns.codes[a:b] for a, b in zip(patterns.offsets[:-1], patterns.offsets[1:], strict=True)]
     which = np.array([distinct.setdefault(row.tobytes(), len(distinct)) for row in rows])
     representatives = np.unique(which, return_index=True)[1]
-    # Patterns of one length read the same targets: together they find them in the cache.
-    representatives = representatives[np.argsort(patterns.lengths[representatives], kind="stable")]
     chunks = [
         representatives[start : start + _PATTERNS_AT_ONCE]
         for start in range(0, len(representatives), _PATTERNS_AT_ONCE)

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from fusion.errors import UserError
 from fusion.fuse import Source, fuse_row
-from fusion.targets import Switches
+from fusion.targets import Reading, Switches
 from fusion.vocabulary import Vocabulary, encode, prefix_id
 from harness.corpus import Pieces
 from harness.extraction import Extraction
@@ -78,7 +78,7 @@ class Rows(Dataset[dict[str, np.ndarray]]):
         self._vocabulary = vocabulary
         self._fusion = fusion
         self.row_length = row_length
-        lengths = [1 + len(encode(tokenizer, pieces.text(p))) for p in range(len(pieces))]
+        self._lengths = lengths = [1 + len(encode(tokenizer, pieces.text(p))) for p in range(len(pieces))]
         longest = int(np.argmax(lengths))
         if lengths[longest] > row_length:
             raise UserError(
@@ -94,28 +94,35 @@ class Rows(Dataset[dict[str, np.ndarray]]):
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """One row: input_ids, position_ids, labels [row_length] and, with fusion, ids, p [N, K], tail, weight [N]."""
-        members = self.rows[index] if index < len(self.rows) else []
-        tokens = [np.array([self._prefix, *encode(self._tokenizer, self._pieces.text(p))]) for p in members]
+        members, data = self.rows[index] if index < len(self.rows) else [], self._fusion
+        if data is None:
+            tokens = [np.array([self._prefix, *encode(self._tokenizer, self._pieces.text(p))]) for p in members]
+            fused = {}
+        else:
+            readings = [{name: e.reading(p) for name, e in data.extractions.items()} for p in members]
+            # Encoding the text takes longer than fusing: the target's own reading holds what it gave.
+            tokens = [piece[data.target].tokens for piece in readings]
+            if [len(t) for t in tokens] != [self._lengths[p] for p in members]:
+                raise UserError(
+                    f"the extraction of {data.target} was made with another tokenizer than the target's own."
+                )
+            fused = self._fused(data, members, readings)
         n = sum(len(t) for t in tokens)
         left = self.row_length - n
         gold = [self._gold(t, bool(self._pieces.last[p])) for t, p in zip(tokens, members, strict=True)]
         # The padding at the end is a piece of its own, which no other piece sees.
-        row = {
+        return {
             "input_ids": np.concatenate([*tokens, np.full(left, self._prefix)]),
             "position_ids": np.concatenate([*(np.arange(len(t)) for t in tokens), np.arange(left)]),
             "labels": np.concatenate([*gold, np.full(left, IGNORED)]),
+            **fused,
         }
-        if self._fusion is not None:
-            row |= self._fused(members, n)
-        return row
 
     def _gold(self, tokens: np.ndarray, last: bool) -> np.ndarray:
         end = self._eos if last and self._eos is not None else IGNORED
         return np.concatenate([tokens[1:], [end]])
 
-    def _fused(self, members: list[int], n: int) -> dict[str, np.ndarray]:
-        data = self._fusion
-        assert data is not None
+    def _fused(self, data: FusionData, members: list[int], readings: list[dict[str, Reading]]) -> dict[str, np.ndarray]:
         if not members:
             none = np.zeros(0, np.float32)
             return {
@@ -125,15 +132,13 @@ class Rows(Dataset[dict[str, np.ndarray]]):
                 "fusion_weight": none,
             }
         fused = fuse_row(
-            [{name: e.reading(p) for name, e in data.extractions.items()} for p in members],
+            readings,
             [int(self._pieces.n_bytes[p]) for p in members],
             target=data.target,
             sources=data.sources,
             target_vocabulary=self._vocabulary,
             switches=data.switches,
         )
-        if len(fused.fusion_weight) != n:
-            raise UserError(f"the extraction of {data.target} was made with another tokenizer than the target's own.")
         return {
             "fused_ids": fused.targets.ids,
             "fused_p": fused.targets.p,

@@ -122,6 +122,13 @@ def test_warping_path_is_the_published_one(source: list[str], target: list[str])
     assert warping_path(source, target, "▁", "Ġ") == _published_path(bare_source, bare_target)
 
 
+@pytest.mark.parametrize("lengths", [(90, 33), (40, 64), (70, 101)])
+def test_warping_path_of_more_columns_than_lanes(lengths: tuple[int, int]) -> None:
+    random = np.random.default_rng(sum(lengths))
+    source, target = (["".join(random.choice(list("ab"), random.integers(0, 4))) for _ in range(n)] for n in lengths)
+    assert warping_path(source, target, "▁", "Ġ") == _published_path(source, target)
+
+
 def test_warping_path_of_nothing() -> None:
     assert warping_path([], ["a"], "▁", "Ġ") == [[]] and warping_path(["a"], [], "▁", "Ġ") == []
 

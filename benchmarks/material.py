@@ -1,0 +1,124 @@
+"""What is measured: real vocabularies, and real readings of two texts, from the folder of reference inputs."""
+
+import gzip
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import cycle, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusion.errors import UserError
+from fusion.targets import Reading
+from fusion.vocabulary import Vocabulary, byte_ends
+
+TARGET, SOURCE = "smol", "gemma"
+PIECE = 512  # positions of a piece, about
+_CONTROL_TOKENS = 6  # of gemma, whose other added tokens are text
+_TEXTS = (0, 10)
+
+
+@dataclass(frozen=True)
+class RealPiece:
+    """A piece of about 512 positions, read by two models, and its bytes of text."""
+
+    readings: dict[str, Reading]
+    n_bytes: int
+
+
+class Material:
+    """The reference inputs in `shared`: see its notes/alignment.md. Raises UserError when they are not there."""
+
+    def __init__(self, shared: Path) -> None:
+        self.shared = shared
+        if not (shared / "oracle").is_dir():
+            raise UserError(f"{shared} holds no folder oracle: give the folder of reference inputs by --shared.")
+
+    def _read(self, path: str) -> Any:
+        with gzip.open(self.shared / "oracle" / path) as file:
+            return json.load(file)
+
+    @cached_property
+    def vocabularies(self) -> dict[str, Vocabulary]:
+        """Of both models."""
+        found = {}
+        for name in (TARGET, SOURCE):
+            listed = self._read(f"vocabularies/{name}.json.gz")
+            control = [i for i in listed["added_ids"] if name != SOURCE or i < _CONTROL_TOKENS]
+            found[name] = Vocabulary.from_tokens(listed["tokens"], space=listed["space"], control=control)
+        return found
+
+    @cached_property
+    def texts(self) -> list[dict[str, Reading]]:
+        """Two texts of 1,024 target tokens, prose and Python, as both models read them; no prefix token."""
+        found = []
+        for number in _TEXTS:
+            readings = {}
+            for name, other in ((TARGET, SOURCE), (SOURCE, TARGET)):
+                oracle = self._read(f"alignment/{name}_to_{other}_{number}.json.gz")
+                readings[name] = _reading(oracle, self.vocabularies[name])
+            found.append(readings)
+        return found
+
+    @cached_property
+    def pieces(self) -> list[RealPiece]:
+        """The texts cut into pieces of about 512 positions, each with a prefix token."""
+        return [piece for text in self.texts for piece in _cut(text)]
+
+    def row(self, positions: int) -> list[RealPiece]:
+        """Pieces of at most so many positions of the target together, the same ones again and again."""
+        row: list[RealPiece] = []
+        for piece in cycle(self.pieces):
+            positions -= len(piece.readings[TARGET].tokens)
+            if positions < 0:
+                break
+            row.append(piece)
+        return row
+
+    def tokens(self, name: str, count: int) -> np.ndarray:
+        """int32[count], token ids of both texts joined, repeated as needed."""
+        return np.resize(np.concatenate([text[name].tokens for text in self.texts]), count)
+
+
+def _reading(oracle: dict[str, Any], vocabulary: Vocabulary) -> Reading:
+    tokens = np.array(oracle["source_ids"], np.int32)
+    ids, logits = np.array(oracle["top_k_ids"], np.int32), np.array(oracle["top_k_logits"])
+    # Their normaliser is not recorded. Random numbers in its place are at least not easier to compress.
+    random = np.random.default_rng(len(tokens))
+    tail = random.uniform(0.02, 0.5, len(tokens))
+    p = (1 - tail)[:, None] * np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
+    in_top = (p * (ids == np.append(tokens[1:], -1)[:, None])).sum(axis=1)
+    nats = -np.log(np.where(in_top > 0, in_top, tail * random.uniform(0.001, 0.5, len(tokens))))
+    text = b"".join(vocabulary.token_bytes[i] or b"" for i in tokens.tolist())
+    ends = byte_ends(tokens, vocabulary, text)
+    return Reading(tokens, ends, ids, np.log(p).astype(np.float32), tail.astype(np.float32), nats.astype(np.float32))
+
+
+def _cut(text: dict[str, Reading]) -> list[RealPiece]:
+    common = np.intersect1d(text[TARGET].ends, text[SOURCE].ends)
+    middle = int(text[TARGET].ends[PIECE])
+    cuts = [0, int(common[np.abs(common - middle).argmin()]), int(common[-1])]
+    pieces = []
+    for start, stop in pairwise(cuts):
+        readings = {}
+        for name, whole in text.items():
+            first = int((whole.ends <= start).sum())
+            last = int((whole.ends <= stop).sum())
+            # The position before a token is the one that predicts it; the first token's predecessor is not recorded.
+            at = np.arange(first - 1, last).clip(min=0)
+            ends = np.append(start, whole.ends[first:last]) - start
+            tokens = np.append(0, whole.tokens[first:last])
+            nats = whole.nats[at].copy()
+            nats[-1] = 0
+            readings[name] = Reading(
+                tokens.astype(np.int32),
+                ends.astype(np.int32),
+                whole.ids[at],
+                whole.log_p[at],
+                whole.tail[at],
+                nats,
+            )
+        pieces.append(RealPiece(readings, stop - start))
+    return pieces

@@ -1,0 +1,331 @@
+"""What the models cost: the objective, a training step, the data loader beside it, and extraction."""
+
+import statistics
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from baselines.fusellm import FuseLLMParameters
+from benchmarks import machine, plain
+from benchmarks.material import Material
+from benchmarks.page import Result
+from fusion.extraction import batches_by_length, externalise, reader
+from fusion.heads import fused_forward
+from fusion.objective import Head, mixed_loss
+from fusion.packing import attending_by_piece, check_packing, own_forward, packed_inputs
+from fusion.vocabulary import encode, prefix_id
+from harness.artifacts import PeakMemory
+from harness.context import TARGET, Experiment
+from harness.corpus import Pieces
+from harness.models import ResolvedModel, compute_dtype, load_model
+from harness.rows import IGNORED, FusionData, Rows, collate
+
+_KINDS = ("clm", "fusellm", "plain")
+_LAMBDA = 0.9
+_ENTRIES = 10
+
+
+def objective(material: Material, *, quick: bool) -> list[Result]:
+    """The mixed loss with its gradients at the size of SmolLM2's head, in float32."""
+    positions, vocabulary, hidden = (256, 2000, 64) if quick else (2048, 49152, 576)
+    size = (positions, vocabulary, hidden)
+    problem = _problem(*size)
+    ours, dense = _fused(problem), _dense(problem)
+    for name, got, wanted in zip(("loss", "gradient", "gradient of the projection"), ours, dense, strict=True):
+        if not torch.allclose(got, wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max())):
+            raise AssertionError(f"the {name} differs from that of the plain re-implementation")
+    del ours, dense
+    taken = machine.seconds(lambda: _fused(problem), repeat=5)
+    plainly = machine.seconds(lambda: _dense(problem), repeat=3)
+    peaks = {kind: machine.in_fresh_process(_objective_peak, kind, *size) for kind in ("fused", "dense")}
+    shape = f"T = {positions:,}, V = {vocabulary:,}, D = {hidden}"
+    return [
+        Result(
+            f"the objective's memory beyond the model, {shape}",
+            "MB",
+            peaks["fused"] / 1e6,
+            peaks["dense"] / 8e6,
+            plain=peaks["dense"] / 1e6,
+            limit=positions * (hidden * 4 + _ENTRIES * 8) / 1e6,
+            note="the height of resident memory in a fresh process, less the weights and the projection's gradient; "
+            "the goal is an eighth of the plain objective's (dense targets and logits, autograd). Limit: the gradient "
+            "of the hidden states and the targets.",
+        ),
+        Result(
+            f"the objective's time, forward and backward, {shape}",
+            "s",
+            taken,
+            plain=plainly,
+            limit=3 * 2 * positions * vocabulary * hidden / machine.matmul("float32"),
+            note="float32. Limit: its three matrix products at the rate of a large one, "
+            f"{machine.matmul('float32') / 1e9:.0f} GFLOP/s.",
+        ),
+    ]
+
+
+@dataclass(frozen=True)
+class _Problem:
+    hidden: Tensor
+    weight: Tensor
+    gold: Tensor
+    ids: Tensor
+    p: Tensor
+
+
+def _problem(positions: int, vocabulary: int, hidden: int) -> _Problem:
+    generator = torch.Generator().manual_seed(0)
+    p = torch.rand(positions, _ENTRIES, generator=generator)
+    first = torch.randint(vocabulary - _ENTRIES, (positions, 1), generator=generator)
+    return _Problem(
+        hidden=torch.randn(positions, hidden, generator=generator).requires_grad_(),
+        weight=(torch.randn(vocabulary, hidden, generator=generator) / hidden**0.5).requires_grad_(),
+        gold=torch.randint(vocabulary, (positions,), generator=generator),
+        ids=first + torch.arange(_ENTRIES),
+        p=p / p.sum(1, keepdim=True),
+    )
+
+
+def _gradients(problem: _Problem, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    by_hidden, by_weight = torch.autograd.grad(loss, (problem.hidden, problem.weight))
+    return loss.detach(), by_hidden, by_weight
+
+
+def _fused(problem: _Problem) -> tuple[Tensor, Tensor, Tensor]:
+    weight = torch.full((len(problem.gold),), 1 / len(problem.gold))
+    loss = mixed_loss(
+        problem.hidden,
+        Head(problem.weight),
+        gold=problem.gold,
+        clm_weight=weight,
+        ids=problem.ids,
+        p=problem.p,
+        tail=torch.zeros_like(weight),
+        fusion_weight=weight,
+        lam=_LAMBDA,
+    )
+    return _gradients(problem, loss.total)
+
+
+def _dense(problem: _Problem) -> tuple[Tensor, Tensor, Tensor]:
+    logits = problem.hidden @ problem.weight.T
+    p = torch.zeros(logits.shape).scatter_(1, problem.ids, problem.p)
+    return _gradients(problem, plain.objective(logits, problem.gold, p, _LAMBDA) / len(logits))
+
+
+def _objective_peak(kind: str, positions: int, vocabulary: int, hidden: int) -> int:
+    run = {"fused": _fused, "dense": _dense}[kind]
+    run(_problem(64, 512, hidden))  # what comes with the first call only
+    problem = _problem(positions, vocabulary, hidden)
+    return machine.peak_beyond(lambda: run(problem)) - 4 * problem.weight.numel()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An experiment with everything made that its training needs."""
+
+    experiment: Experiment
+    pieces: Pieces
+    data: FusionData
+    rows: Rows
+
+
+def prepare(experiment: Experiment) -> Prepared:
+    """Extracts and maps what is not there yet."""
+    data = experiment.fusion_data(FuseLLMParameters().fused(list(experiment.config.roles.sources)))
+    pieces = Pieces(experiment.pieces[1])
+    tokenizer, vocabulary = experiment.tokenizer(TARGET)
+    rows = Rows(pieces, tokenizer, vocabulary, experiment.config.training.row_length, data)
+    return Prepared(experiment, pieces, data, rows)
+
+
+class _Stepper:
+    """Training steps of one model, by the trainer's objective or by a plain one."""
+
+    def __init__(self, model: ResolvedModel) -> None:
+        self.model = load_model(model, "float32").train()
+        self.packing = check_packing(self.model)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6)
+        self.dtype = compute_dtype("auto", "cpu")
+
+    def step(self, kind: str, batch: dict[str, Tensor]) -> float:
+        """Seconds of one step on a batch of `collate`: "clm", "fusellm", or "plain" (FuseLLM with dense targets)."""
+        started = time.perf_counter()
+        with attending_by_piece(self.model, self.packing):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bfloat16"):
+                loss = self._plain(batch) if kind == "plain" else self._loss(batch, fusion=kind == "fusellm")
+            (loss / batch["labels"].ne(IGNORED).sum()).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - started
+
+    def _loss(self, batch: dict[str, Tensor], *, fusion: bool) -> Tensor:
+        labels = batch["labels"]
+        targets: Any = {"lam": 1.0}
+        if fusion:
+            names = {"ids": "fused_ids", "p": "fused_p", "tail": "fused_tail", "fusion_weight": "fusion_weight"}
+            targets = {"lam": _LAMBDA, **{name: batch[key] for name, key in names.items()}}
+        return fused_forward(
+            self.model,
+            batch["input_ids"],
+            batch["position_ids"],
+            gold=labels.clamp(min=-1),
+            clm_weight=(labels >= 0).float(),
+            packing=self.packing,
+            **targets,
+        ).total
+
+    def _plain(self, batch: dict[str, Tensor]) -> Tensor:
+        inputs = packed_inputs(self.packing, batch["input_ids"], batch["position_ids"], torch.float32)
+        logits = own_forward(self.model, **inputs).logits.float().flatten(0, 1)
+        ids, p = batch["fused_ids"].flatten(0, 1), batch["fused_p"].flatten(0, 1)
+        dense = torch.zeros_like(logits).scatter_add_(1, ids.clamp(min=0), p)  # pads add 0 to id 0
+        return plain.objective(logits, batch["labels"].clamp(min=-1).flatten(), dense, _LAMBDA)
+
+
+def training(prepared: Prepared, *, quick: bool) -> list[Result]:
+    """A FuseLLM step beside a CLM step on the same rows, and the data loader beside the step."""
+    experiment, rows = prepared.experiment, prepared.rows
+    target = experiment.model(TARGET)
+    batch = collate([rows[i] for i in range(min(experiment.config.training.micro_rows, len(rows)))])
+    stepper = _Stepper(target)
+    taken: dict[str, list[float]] = {kind: [] for kind in _KINDS}
+    for turn in range(2 if quick else 4):  # in turns, so that what else the machine does falls on all
+        for kind in _KINDS:
+            seconds = stepper.step(kind, batch)
+            taken[kind] += [seconds] if turn else []
+    median = {kind: statistics.median(values) for kind, values in taken.items()}
+    parameters, dtype = sum(p.numel() for p in stepper.model.parameters()), stepper.dtype
+    del stepper
+    arrays = {name: value.numpy() for name, value in batch.items()}
+    peak = {kind: machine.in_fresh_process(_step_peak, kind, target, arrays) for kind in _KINDS}
+    tokens = batch["input_ids"].numel()
+    what = f"a FuseLLM step with {len(experiment.config.roles.sources)} sources, {tokens:,} positions"
+    return [
+        Result(
+            f"{what}: time",
+            "CLM steps",
+            median["fusellm"] / median["clm"],
+            1.1,
+            plain=median["plain"] / median["clm"],
+            limit=1.0,
+            note=f"CLM {median['clm']:.2f} s, FuseLLM {median['fusellm']:.2f} s; the matrix products of a step alone "
+            f"take {6 * parameters * tokens / machine.matmul(dtype):.2f} s at the rate of a large one, "
+            f"{machine.matmul(dtype) / 1e9:.0f} GFLOP/s in {dtype}. Plainly: the model's own logits, dense targets "
+            "without the tail.",
+        ),
+        Result(
+            f"{what}: memory",
+            "CLM steps",
+            peak["fusellm"] / peak["clm"],
+            1.1,
+            plain=peak["plain"] / peak["clm"],
+            limit=1.0,
+            note="the height of a fresh process's resident memory in its second step: "
+            f"CLM {peak['clm'] / 1e9:.2f} GB, FuseLLM {peak['fusellm'] / 1e9:.2f} GB.",
+        ),
+        _loader(prepared, median["fusellm"] / len(batch["labels"])),
+    ]
+
+
+def _step_peak(kind: str, model: ResolvedModel, batch: dict[str, np.ndarray]) -> int:
+    stepper = _Stepper(model)
+    tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
+    stepper.step(kind, tensors)  # the optimiser's moments are there from the second step on
+    with PeakMemory() as peak:
+        stepper.step(kind, tensors)
+    return peak.bytes
+
+
+def _loader(prepared: Prepared, step_seconds: float) -> Result:
+    """Reading, encoding, aligning, fusing and collating a row beside the step on it."""
+    rows, data = prepared.rows, prepared.data
+    each = [machine.seconds(partial(_load, rows, i), repeat=5) for i in range(min(len(rows), 8))]
+    taken = statistics.median(each)
+    members = rows.rows[0]
+    readings = [{name: e.reading(p) for name, e in data.extractions.items()} for p in members]
+    pairs = {
+        s.name: [plain.same_end(r[s.name].ends.tolist(), r[data.target].ends.tolist()) for r in readings]
+        for s in data.sources
+    }
+    images = {source.name: source.map for source in data.sources}
+    size = len(data.extractions[data.target].vocabulary)
+    plainly = machine.seconds(lambda: plain.fuse(readings, pairs, images, data.target, size), repeat=1, warm=False)
+    texts = [prepared.pieces.text(p) for p in members]
+    tokenizers = [prepared.experiment.tokenizer(name)[0] for name in data.extractions]
+    encoding = machine.seconds(lambda: [encode(t, text) for t in tokenizers for text in texts], repeat=5)
+    return Result(
+        f"the data loader, a row of {rows.row_length:,} positions",
+        "% of the step on it",
+        100 * taken / step_seconds,
+        100.0,
+        plain=100 * plainly / step_seconds,
+        limit=100 * encoding / step_seconds,
+        note=f"{1e3 * taken:.0f} ms a row: below 100 % one worker is always ahead of the trainer, until a device takes "
+        f"{rows.row_length / taken:,.0f} positions a second; without a worker its share is added to the step. Plainly: "
+        "carrying over and the dense collator, without reading. Limit: encoding the row's text once with each model's "
+        "tokenizer.",
+    )
+
+
+def _load(rows: Rows, index: int) -> dict[str, Tensor]:
+    return collate([rows[index]])
+
+
+def extraction(prepared: Prepared, *, quick: bool) -> list[Result]:
+    """Extraction beside a bare forward pass, logits included, of the same batches."""
+    return [_extraction(prepared, name, quick) for name in prepared.data.extractions]
+
+
+def _extraction(prepared: Prepared, name: str, quick: bool) -> Result:
+    experiment = prepared.experiment
+    role = experiment.role(name)
+    tokenizer, _ = experiment.tokenizer(name)
+    model = load_model(experiment.model(name), compute_dtype(role.dtype, "cpu"))
+    backbone, project = reader(model)
+    prefix, k = prefix_id(tokenizer), experiment.config.extraction.k
+    count = min(len(prepared.pieces), 3 if quick else 6)
+    sequences = [[prefix, *encode(tokenizer, prepared.pieces.text(p))] for p in range(count)]
+    batches = [
+        [sequences[i] for i in batch] for batch in batches_by_length(list(map(len, sequences)), role.batch_tokens)
+    ]
+
+    def extract() -> None:
+        for batch in batches:
+            externalise(backbone, project, batch, k=k, device=torch.device("cpu"))
+
+    @torch.inference_mode()
+    def forward() -> None:
+        for batch in batches:
+            width = max(map(len, batch))
+            padded = torch.tensor([[*sequence, *[0] * (width - len(sequence))] for sequence in batch])
+            model(input_ids=padded, use_cache=False)
+
+    def plainly() -> None:
+        for batch in batches:
+            plain.externalise(model, batch, k)
+
+    kinds = {"extraction": extract, "forward": forward, "plain": plainly}
+    taken: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(1 if quick else 3):
+        for kind, run in kinds.items():
+            taken[kind].append(machine.seconds(run, repeat=1, warm=False))
+    median = {kind: statistics.median(values) for kind, values in taken.items()}
+    tokens = sum(map(len, sequences))
+    return Result(
+        f"extraction with {experiment.model(name).name}",
+        "% of the rate of a forward pass",
+        100 * median["forward"] / median["extraction"],
+        80.0,
+        "more",
+        plain=100 * median["forward"] / median["plain"],
+        limit=100.0,
+        note=f"{tokens:,} tokens in {len(batches)} batches, {tokens / median['extraction']:,.0f} tokens/s against "
+        f"{tokens / median['forward']:,.0f} of the forward pass, both with all logits. Plainly: dense float32 logits, "
+        "the top ten of one position after the other.",
+    )

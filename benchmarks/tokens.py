@@ -1,0 +1,204 @@
+"""Maps, alignments, and what the data loader does with them."""
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+
+from benchmarks import machine, plain
+from benchmarks.material import SOURCE, TARGET, Material
+from benchmarks.page import Result
+from fusion.align import align, same_end
+from fusion.distance import Targets, code_points, to_alphabet
+from fusion.fuse import Source, fuse_row
+from fusion.maps import build_map
+from fusion.targets import PRESETS, Switches
+from fusion.vocabulary import respace
+
+_SEED = 0
+_TWO = ("first", "second")  # the source read by the texts' other model stands for two
+
+
+def maps(material: Material, *, quick: bool) -> list[Result]:
+    """MinED of the whole source vocabulary onto the target's, and of the tokens that a corpus holds."""
+    generator = np.random.default_rng(_SEED)
+    drawn = generator.permutation(np.flatnonzero([bool(b) for b in material.vocabularies[SOURCE].token_bytes]))
+    everything = drawn[:2000] if quick else drawn
+    occurring = np.unique(np.concatenate([np.append(t[SOURCE].ids, t[SOURCE].tokens) for t in material.texts]))
+    occurring = np.intersect1d(occurring, drawn)
+    lazy = np.union1d(occurring, drawn[: 100 if quick else 8000])
+    return [
+        _map(material, "strings", everything, 45.0, "MinED of {} gemma tokens onto {} of smol, strings", quick),
+        _map(material, "bytes", everything, 120.0, "MinED of {} gemma tokens onto {} of smol, bytes", quick),
+        replace(
+            _map(material, "bytes", lazy, 5.0, "the same for {} tokens that occur", quick),
+            note=f"the {len(occurring):,} of two texts and their top tens, and others at random: a corpus of 21,000 "
+            "tokens touches about 7,900 ids, most of which have an exact partner.",
+        ),
+    ]
+
+
+def _map(
+    material: Material, on: Literal["strings", "bytes"], ids: np.ndarray, goal: float, what: str, quick: bool
+) -> Result:
+    source, target = material.vocabularies[SOURCE], material.vocabularies[TARGET]
+    build_map("mined", source, target, on=on, only=ids[:50])  # compiles
+    image = np.empty(0)
+
+    def run() -> None:
+        nonlocal image
+        image = build_map("mined", source, target, on=on, only=ids)
+
+    taken = machine.seconds(run, repeat=1, warm=False)
+    sample = np.random.default_rng(_SEED).choice(ids, 4 if quick else 300, replace=False)
+    texts, candidates, places = _texts(material, on, sample)
+    found: list[int] = []
+    plainly = machine.seconds(lambda: found.extend(plain.mined(texts, candidates)), repeat=1, warm=False)
+    _same(f"the map on {on}", image[sample], [places[i] for i in found])
+    return Result(
+        what.format(f"{len(ids):,}", f"{len(candidates):,}"),
+        "s",
+        taken,
+        goal,
+        plain=plainly * len(ids) / len(sample),
+        limit=_search_limit(material, on, ids) / machine.cores(),
+        note=f"on {machine.cores()} cores. Plainly: one compiled distance a pair in a loop, extrapolated from "
+        f"{len(sample)} tokens drawn at random, whose images are equal. Limit: the bit-parallel recurrence over all "
+        "pairs (common prefixes once, equal patterns once) at the rate of 64-bit integer operations, "
+        f"{machine.integer_operations() / 1e9:.0f} billion a second and core.",
+    )
+
+
+def _texts(material: Material, on: Literal["strings", "bytes"], ids: np.ndarray) -> tuple[list, list, list[int]]:
+    """What the map compares: the source tokens `ids`, the target's tokens, and the ids of those."""
+    source, target = material.vocabularies[SOURCE], material.vocabularies[TARGET]
+    spelled: tuple = target.tokens if on == "strings" else target.token_bytes
+    if on == "strings":
+        texts: list = [respace(source.tokens[i], source.space, target.space) for i in ids]
+    else:
+        texts = [source.token_bytes[i] for i in ids]
+    places = [i for i, token in enumerate(spelled) if token]
+    return texts, [spelled[i] for i in places], places
+
+
+def _search_limit(material: Material, on: Literal["strings", "bytes"], ids: np.ndarray) -> float:
+    """Seconds of one core for the arithmetic of `fusion.distance`: 16 operations a character and 9 a distance."""
+    texts, candidates, _ = _texts(material, on, ids)
+    known = set(candidates)
+    inexact = [text for text in texts if text not in known]
+    patterns, strings, alphabet = to_alphabet(code_points(inexact), code_points(candidates))
+    distinct = {patterns.codes[a:b].tobytes() for a, b in pairwise(patterns.offsets.tolist())}
+    targets = Targets.build(strings, alphabet)
+    columns = int((targets.strings.lengths - targets.shared).sum())
+    return len(distinct) * (16 * columns + 9 * len(candidates)) / machine.integer_operations()
+
+
+def alignments(material: Material, *, quick: bool) -> list[Result]:
+    """Same end and dynamic time warping of a text of 2,048 target tokens."""
+    count = 256 if quick else 2048
+    source, target = material.vocabularies[SOURCE], material.vocabularies[TARGET]
+    ends = {}
+    for name in (SOURCE, TARGET):
+        parts = [text[name].ends for text in material.texts]
+        ends[name] = np.concatenate([parts[0], parts[1] + parts[0][-1]]).astype(np.int32)
+    target_ends = ends[TARGET][:count]
+    source_ends = ends[SOURCE][: int((ends[SOURCE] <= target_ends[-1]).sum())]
+    tokens = material.tokens(SOURCE, len(source_ends)), material.tokens(TARGET, count)
+
+    _same("same end", same_end(source_ends, target_ends), plain.same_end(source_ends.tolist(), target_ends.tolist()))
+    lists = source_ends.tolist(), target_ends.tolist()
+    by_end = Result(
+        f"same-end alignment of {count:,} tokens",
+        "ms",
+        1e3 * machine.seconds(lambda: same_end(source_ends, target_ends), repeat=101),
+        1.0,
+        plain=1e3 * machine.seconds(lambda: plain.same_end(*lists), repeat=21),
+        limit=1e3 * (source_ends.nbytes + 2 * target_ends.nbytes) / machine.bandwidth(),
+        note="plainly: a dictionary and a loop (the published algorithm has the warping of the next line only). Limit: "
+        f"reading and writing the arrays once, at {machine.bandwidth() / 1e9:.0f} GB/s.",
+    )
+
+    nothing = np.full(len(source), -1, np.int32)
+    strings = [source.tokens[i].replace(source.space, "") for i in tokens[0].tolist()]
+    others = [target.tokens[i].replace(target.space, "") for i in tokens[1].tolist()]
+    paths: list[list[list[int]]] = []
+    plainly = machine.seconds(lambda: paths.append(plain.warping_path(strings, others)), repeat=1, warm=False)
+
+    def warp() -> np.ndarray:
+        return align("dtw", tokens[0], source_ends, tokens[1], target_ends, source, target, nothing)
+
+    spaced = [respace(source.tokens[i], source.space, target.space) for i in tokens[0].tolist()]
+    expected = [
+        pairs[0] if len(pairs) == 1 and spaced[pairs[0]] == target.tokens[t] else -1
+        for pairs, t in zip(paths[0], tokens[1].tolist(), strict=True)
+    ]
+    _same("dynamic time warping", warp(), expected)
+    warped = Result(
+        f"DTW alignment of {count:,} tokens with {len(source_ends):,}",
+        "ms",
+        1e3 * machine.seconds(warp, repeat=21),
+        25.0,
+        plain=1e3 * plainly,
+        limit=1e3 * len(source_ends) * count * 9 / (2 * machine.integer_operations()),
+        note="plainly: the quadratic program in Python with a compiled distance a pair, whole; the pairs are equal. "
+        "Limit: nine 32-bit operations a cell, two in the place of a 64-bit one.",
+    )
+    return [by_end, warped]
+
+
+def fusing(material: Material, *, quick: bool) -> list[Result]:
+    """Carrying over and fusing a row of pieces: everything that `fuse_row` does."""
+    source, target = material.vocabularies[SOURCE], material.vocabularies[TARGET]
+    pieces = material.row(520 if quick else 2060)
+    occurring = np.unique(np.concatenate([np.append(t[SOURCE].ids, t[SOURCE].tokens) for t in material.texts]))
+    image = build_map("mined", source, target, on="strings", only=np.append(occurring, 0))
+    readings = [{TARGET: p.readings[TARGET], **dict.fromkeys(_TWO, p.readings[SOURCE])} for p in pieces]
+    sources = [Source(name, source, image) for name in _TWO]
+    n_bytes = [piece.n_bytes for piece in pieces]
+    positions = sum(len(piece[TARGET].tokens) for piece in readings)
+    members = 1 + len(sources)
+
+    def fuse(switches: Switches) -> np.ndarray:
+        row = fuse_row(readings, n_bytes, target=TARGET, sources=sources, target_vocabulary=target, switches=switches)
+        dense = np.zeros((positions, len(target) + 1), np.float32)
+        np.put_along_axis(dense, row.targets.ids.astype(np.int64), row.targets.p, axis=1)  # pads go to the last column
+        return dense[:, :-1]
+
+    taken = machine.seconds(
+        lambda: fuse_row(
+            readings, n_bytes, target=TARGET, sources=sources, target_vocabulary=target, switches=Switches()
+        ),
+        repeat=31,
+    )
+    pairs = [plain.partners(p.readings[SOURCE], p.readings[TARGET], source, target, image) for p in pieces]
+    aligned, images = dict.fromkeys(_TWO, pairs), dict.fromkeys(_TWO, image)
+    fused = []
+    plainly = machine.seconds(
+        lambda: fused.append(plain.fuse(readings, aligned, images, TARGET, len(target))), repeat=1, warm=False
+    )
+    ours = fuse(Switches(**PRESETS["published"]))
+    if not np.allclose(ours, fused[0].numpy(), atol=1e-6):
+        raise AssertionError("the fused distributions differ from those of the plain re-implementation")
+    k = readings[0][TARGET].ids.shape[1]
+    return [
+        Result(
+            f"carrying over and fusing, a row of {positions:,} positions in {len(pieces)} pieces, {members} models",
+            "million positions/s a source",
+            positions * members / taken / 1e6,
+            1.0,
+            "more",
+            plain=positions * members / plainly / 1e6,
+            limit=machine.bandwidth() / (k * (4 + 4) * 2) / 1e6,
+            note="the target and one other model's reading given twice, as two sources; preset `mended`, same-end "
+            f"alignment included, {1e3 * taken:.1f} ms a row. Plainly: loops over "
+            f"positions, dense distributions over {len(target):,} ids and a choice among them ({plainly:.1f} s a row), "
+            "without the alignment; the preset `published` gives the same distributions to 1e-6. Limit: copying the "
+            "top ten once.",
+        )
+    ]
+
+
+def _same(what: str, ours: object, plainly: object) -> None:
+    if not np.array_equal(np.asarray(ours), np.asarray(plainly)):
+        raise AssertionError(f"{what} differs from that of the plain re-implementation")

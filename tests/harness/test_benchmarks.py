@@ -1,0 +1,42 @@
+"""The benchmarks run, and what they measure agrees with the plain re-implementations that they are held against."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import NAMES, main
+from benchmarks.page import Result, page
+from tests.shared import shared
+
+
+def test_the_driver_runs_every_benchmark(
+    experiment_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "page.md"
+    # Each compares with its plain re-implementation, and raises where the two disagree.
+    arguments = ["--quick", "--shared", str(shared("oracle").parent), "--experiment", str(experiment_file)]
+    assert main([*arguments, "--root", str(tmp_path), "--output", str(output)]) == 0
+    assert capsys.readouterr().err.count("benchmark: ") == len(NAMES)
+    lines = [line for line in output.read_text(encoding="utf-8").splitlines() if line.count(" | ") == 6][2:]
+    assert len(lines) == 13
+
+
+def test_models_that_are_not_there_are_left_out_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["--quick", "--shared", str(shared("oracle").parent), "--root", str(tmp_path)]
+    assert main([*arguments, "--only", "training"]) == 0
+    assert "- Left out: training: The model SmolLM2-135M-Instruct is not in" in capsys.readouterr().out
+    assert main(["--shared", str(tmp_path)]) == 2
+    assert "holds no folder oracle" in capsys.readouterr().err
+
+
+def test_the_page_says_what_was_missed() -> None:
+    results = [
+        Result("faster", "ms", 20.0, 25.0, plain=6000.0, limit=1.0),
+        Result("rate", "tokens/s", 0.5, 1.0, "more", plain=0.25),
+        Result("no goal", "s", 3.0),
+    ]
+    assert [r.times() for r in results] == [300, 2, None]
+    lines = page(results, [], [("processor", "one")], quick=False).splitlines()
+    assert "| faster | ms | ≤ 25 | 20 | 6,000 | 300 | 1 |" in lines
+    assert "| rate | tokens/s | ≥ 1 | **0.5, missed** | 0.25 | 2 | – |" in lines
+    assert "| no goal | s | – | 3 | – | – | – |" in lines
