@@ -2,8 +2,8 @@
 
 import errno
 import os
+import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +30,7 @@ Root = Annotated[
     Path, typer.Option("--root", envvar="FUSELLM_ROOT", help="Folder for models, artifacts, runs and tables.")
 ]
 DEFAULT_ROOT = Path("work")
+_INTERRUPTED = 130
 Profile = Annotated[str | None, typer.Option(help="tiny, small, paper or micro; the experiment's first without.")]
 Settings = Annotated[list[str], typer.Option("--set", help="One setting, as in training.learning_rate=1e-5; repeats.")]
 Seeds = Annotated[list[int], typer.Option("--seed", help="A seed; repeats. The configuration's (0) without.")]
@@ -323,12 +324,27 @@ def _quiet_libraries() -> None:
 
 def main() -> None:
     """The console command: a mistake of the user's is one sentence and exit status 2."""
-    command: Callable[[], None] = app
+    stopped_by = signal.SIGINT
+
+    def terminate(number: int, frame: Any) -> None:
+        nonlocal stopped_by
+        stopped_by = signal.SIGTERM
+        raise KeyboardInterrupt  # so that a batch system's signal cleans up as Ctrl-C does
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
-        command()
-    except KeyboardInterrupt:
-        typer.echo("fusellm: interrupted; the same command goes on from here.", err=True)
-        sys.exit(130)
+        status = app(prog_name="fusellm", standalone_mode=False)
+        if status == _INTERRUPTED:  # what Typer makes of a KeyboardInterrupt
+            word = "interrupted" if stopped_by == signal.SIGINT else "terminated"
+            typer.echo(f"fusellm: {word}; the same command goes on from here.", err=True)
+            status = 128 + stopped_by
+        sys.exit(status)
+    except typer.TyperException as error:
+        if message := " ".join(error.format_message().split()):  # empty where the help was printed instead
+            context = getattr(error, "ctx", None)
+            hint = f" (see `{context.command_path} --help`)" if context else ""
+            typer.echo(f"fusellm: {message.rstrip('.')}{hint}.", err=True)
+        sys.exit(2)
     except Exception as error:
         from results.errors import UserError as RecordsError
 
@@ -337,6 +353,8 @@ def main() -> None:
             raise
         typer.echo(f"fusellm: {sentence}", err=True)
         sys.exit(2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _of_the_system(error: Exception) -> str | None:
