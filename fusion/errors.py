@@ -9,6 +9,7 @@ class UserError(ValueError):
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the nearest spelling among `known`; empty where nothing is near."""
-    near = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    """` (did you mean 'x'?)` for the nearest spelling among `known`, whatever the case; empty where nothing is near."""
+    by_lower = {spelling.lower(): spelling for spelling in known}
+    near = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
+    return f" (did you mean {by_lower[near[0]]!r}?)" if near else ""

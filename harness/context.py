@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from baselines.method import Candidate, Fusion
-from fusion.errors import UserError
+from fusion.errors import UserError, did_you_mean
 from fusion.vocabulary import Vocabulary, encode
 from harness import corpus, extraction, perplexity
 from harness.artifacts import Estimate, Spec, Store, canonical, file_sha256, fingerprint
@@ -27,6 +27,7 @@ from harness.models import (
     compute_dtype,
     count_parameters,
     find_entry,
+    load_config,
     load_model,
     load_tokenizer,
     resolve,
@@ -75,7 +76,7 @@ class Experiment:
         """The role's setting. Raises UserError for a role the experiment does not have."""
         roles = {**self.config.roles.sources, TARGET: self.config.roles.target}
         if name not in roles:
-            raise UserError(f"There is no role {name!r}: roles are {', '.join(roles)}.")
+            raise UserError(f"There is no role {name!r}{did_you_mean(name, roles)}: roles are {', '.join(roles)}.")
         return roles[name]
 
     def model(self, name: str) -> ResolvedModel:
@@ -111,13 +112,6 @@ class Experiment:
         model = ModelSpec(name=str(path / MODEL_FOLDER), dtype=role.dtype)
         return ResolvedModel(path / MODEL_FOLDER, name, spec.fingerprint, model)
 
-    def check(self) -> None:
-        """Refuses what would fail later: models that are not here, text that is not here, held-out text trained on."""
-        for name in [TARGET, *self.config.roles.sources]:
-            if not self.role(name).model.startswith("tiny:"):
-                self.model(name)
-        _ = self.documents
-
     def run_fingerprint(self) -> str:
         """What names a run: all that its numbers come from but the seeds, since runs with other seeds belong together.
 
@@ -144,11 +138,12 @@ class Experiment:
 
     def sized(self, name: str) -> _Sized:
         """Parameters and vocabulary of a role's model, from the catalogue or the files."""
-        found = find_entry(self.role(name).model)
-        if found:
+        model = self.role(name).model
+        if model.startswith("tiny:"):
+            return _Sized(1e6, 0)
+        if found := find_entry(model):
             return _Sized(found[1].parameters, found[1].vocabulary)
-        folder = self.model(name).folder
-        return _Sized(count_parameters(folder) if folder.exists() else 1e6, 0)
+        return _Sized(count_parameters(self.model(name).folder), 0)
 
     @cached_property
     def documents(self) -> list[Document]:
@@ -214,15 +209,9 @@ class Experiment:
     def tokenizer(self, name: str) -> tuple[Any, Vocabulary]:
         """The role's tokenizer and vocabulary."""
         if name not in self._vocabularies:
-            from transformers import AutoConfig
-
             model = self.model(name)
             tokenizer = load_tokenizer(model)
-            config = AutoConfig.from_pretrained(
-                model.folder, local_files_only=True, trust_remote_code=model.spec.trust_remote_code
-            )
-            size = config.get_text_config().vocab_size
-            self._vocabularies[name] = tokenizer, Vocabulary.from_tokenizer(tokenizer, size)
+            self._vocabularies[name] = tokenizer, Vocabulary.from_tokenizer(tokenizer, load_config(model).vocab_size)
         return self._vocabularies[name]
 
     def reader(self, name: str) -> Extraction:
@@ -293,7 +282,7 @@ class Experiment:
             fusion = None  # nothing of it would be learnt, and plain continued training is there already
         documents, n_bytes = self._curve()
         dtype = compute_dtype(settings.dtype, self.device)
-        deepspeed = file_sha256(Path(settings.deepspeed)) if settings.deepspeed else None
+        deepspeed = _checked_json(Path(settings.deepspeed)) if settings.deepspeed else None
         params: dict[str, Any] = {
             "lambda": lam,
             "seed": seed,
@@ -421,6 +410,20 @@ class MethodContext:
 
     def train(self, *, lam: float, fusion: Fusion | None) -> Candidate:
         return self._experiment.train(self.label, self.seed, lam=lam, fusion=fusion)
+
+
+def _checked_json(path: Path) -> str:
+    """SHA-256 of a DeepSpeed configuration. Raises UserError unless it holds a JSON object."""
+    import json
+
+    try:
+        if isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+            return file_sha256(path)
+    except FileNotFoundError:
+        raise UserError(f"There is no file {path}: correct training.deepspeed.") from None
+    except ValueError:
+        pass
+    raise UserError(f"{path} is no JSON object in UTF-8: correct it, or training.deepspeed.")
 
 
 def _json(value: dict[str, Any]) -> dict[str, Any]:

@@ -21,12 +21,12 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from fusion.errors import UserError
 from fusion.heads import fused_forward, split
 from fusion.packing import Packing, attending_by_piece, check_packing
-from harness.artifacts import write_atomically
+from harness.artifacts import file_sha256, read_json, write_atomically, write_json
 from harness.config import TrainingSection
 from harness.models import compute_dtype
 from harness.progress import say, track
 from harness.rows import Rows, collate
-from harness.training_log import CURVE_FILE, whole_lines
+from harness.training_log import CURVE_FILE
 
 MODEL_FOLDER = "model"
 _COMPLETE = "complete"
@@ -75,7 +75,8 @@ class FusionTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir or "") / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            (folder / _COMPLETE).touch()
+            shutil.copy(folder.parents[1] / CURVE_FILE, folder)
+            _seal(folder)
 
 
 class _Follow(TrainerCallback):
@@ -88,10 +89,9 @@ class _Follow(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._tokens = next((e["tokens"] for e in reversed(state.log_history) if "tokens" in e), 0.0)
-        path = self._folder / CURVE_FILE
-        # Without a checkpoint the training starts again, and so does its curve.
-        kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= state.global_step > 0]
-        write_atomically(path, "".join(kept))
+        # What was measured after the checkpoint is measured again; without one the curve starts again, too.
+        kept = self._folder / "checkpoints" / f"checkpoint-{state.global_step}" / CURVE_FILE
+        write_atomically(self._folder / CURVE_FILE, kept.read_text(encoding="utf-8") if state.global_step else "")
         if state.global_step == 0:
             self._measure(args, state, kwargs["model"])
 
@@ -145,15 +145,31 @@ def _replace_forward(model: PreTrainedModel, packing: Packing, lam: float) -> No
     model.forward = types.MethodType(forward, model)
 
 
+def _seal(folder: Path) -> None:
+    """Marks a folder as complete and its files as they are now."""
+    files = {str(f.relative_to(folder)): file_sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+    write_json(folder / _COMPLETE, {"files": files})
+
+
+def _check_seal(folder: Path, remedy: str) -> None:
+    """Raises UserError, ending in `remedy`, where a file of a complete folder is not as it was."""
+    for name, sha256 in read_json(folder / _COMPLETE, remedy)["files"].items():
+        if not (folder / name).exists() or file_sha256(folder / name) != sha256:
+            raise UserError(f"{folder / name} is damaged: {remedy}.")
+
+
 def _last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; half-written ones are removed."""
+    """The newest complete checkpoint; half-written ones are removed. Raises UserError where it has been damaged."""
     complete = []
     for path in folder.glob("checkpoint-*"):
         if (path / _COMPLETE).exists():
             complete.append(path)
         else:
             shutil.rmtree(path)
-    return max(complete, key=lambda p: int(p.name.split("-")[1]), default=None)
+    last = max(complete, key=lambda p: int(p.name.split("-")[1]), default=None)
+    if last is not None:
+        _check_seal(last, f"remove {last} to go on from the checkpoint before it")
+    return last
 
 
 def train(
@@ -177,6 +193,7 @@ def train(
     """
     final = folder / MODEL_FOLDER
     if (final / _COMPLETE).exists():  # killed between the end of training and the artifact's rename
+        _check_seal(final, f"remove {final} to train again")
         _finish(folder)
         return
     packing = check_packing(model)
@@ -234,7 +251,7 @@ def train(
     tokenizer.save_pretrained(final)
     (final / "README.md").write_text(card, encoding="utf-8")
     write_atomically(folder / "log.json", json.dumps(trainer.state.log_history, indent=1))
-    (final / _COMPLETE).touch()
+    _seal(final)
     _finish(folder)
 
 
