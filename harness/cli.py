@@ -1,6 +1,5 @@
 """The command line. Heavy libraries are imported where they are used: `--help` must answer at once."""
 
-import contextlib
 import errno
 import os
 import signal
@@ -346,7 +345,6 @@ def main() -> None:
         except Exception as error:
             status = 0 if stopped_by else _explain(error)  # its loader workers may have got the signal first
         if stopped_by:
-            _end_children()
             word = "interrupted" if stopped_by == signal.SIGINT else "terminated"
             typer.echo(f"fusellm: {word}; the same command goes on from here.", err=True)
             status = 128 + stopped_by
@@ -371,18 +369,6 @@ def _explain(error: Exception) -> int:
         raise error
     typer.echo(f"fusellm: {sentence}", err=True)
     return 2
-
-
-def _end_children() -> None:
-    """Ends data loader workers at once: left alone they finish the row that they are at, or were not known yet."""
-    import psutil
-
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch would raise for each
-    children = psutil.Process().children(recursive=True)
-    for child in children:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
-    psutil.wait_procs(children, timeout=5)
 
 
 def _of_the_system(error: Exception) -> str | None:

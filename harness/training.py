@@ -158,7 +158,7 @@ def _check_seal(folder: Path, remedy: str) -> None:
             raise UserError(f"{folder / name} is damaged: {remedy}.")
 
 
-def _last_checkpoint(folder: Path) -> Path | None:
+def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint; half-written ones are removed. Raises UserError where it has been damaged."""
     complete = []
     for path in folder.glob("checkpoint-*"):
@@ -231,7 +231,7 @@ def train(
         deepspeed=config.deepspeed,
     )
     _replace_forward(model, packing, lam)
-    checkpoint = _last_checkpoint(folder / "checkpoints")
+    checkpoint = last_checkpoint(folder / "checkpoints")
     done = 0.0
     if checkpoint is not None:
         history = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]

@@ -139,6 +139,11 @@ NAMES: list[tuple[list[str], str]] = [
     (setting("methods.FuseLLM.preset=mend"), "no preset 'mend' .did you mean 'mended'.*: presets are mended, publish"),
     (setting("methods.FuseLLM.tial=gold"), "unknown key tial .did you mean 'tail'."),
     (setting("methods.FuseLLM.sources=[Gemma-3-270m]"), "is no role .did you mean 'Gemma-3-270M'."),
+    (
+        setting("methods.X.method=as_is", "methods.X.role=targt"),
+        "names 'targt', which is no role .did you mean 'target'.",
+    ),
+    (["quickstart", "--set", "roles.target.modle=x"], "unknown key roles.target.modle .did you mean 'model'."),
     (setting("methods.X.role=target"), "methods.X does not say which method it is"),
     (setting("methods.X.method=[clm]"), "methods.X does not say which method it is"),
     (setting("baseline=CML"), "baseline 'CML' is no row .did you mean 'CLM'.*: rows are"),
