@@ -27,6 +27,7 @@ from harness.models import (
     compute_dtype,
     count_parameters,
     find_entry,
+    json_object,
     load_config,
     load_model,
     load_tokenizer,
@@ -413,17 +414,11 @@ class MethodContext:
 
 
 def _checked_json(path: Path) -> str:
-    """SHA-256 of a DeepSpeed configuration. Raises UserError unless it holds a JSON object."""
-    import json
-
-    try:
-        if isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
-            return file_sha256(path)
-    except FileNotFoundError:
-        raise UserError(f"There is no file {path}: correct training.deepspeed.") from None
-    except ValueError:
-        pass
-    raise UserError(f"{path} is no JSON object in UTF-8: correct it, or training.deepspeed.")
+    """SHA-256 of a DeepSpeed configuration. Raises UserError unless it is one."""
+    if not path.is_file():
+        raise UserError(f"There is no file {path}: correct training.deepspeed.")
+    json_object(path, "correct it, or training.deepspeed")
+    return file_sha256(path)
 
 
 def _json(value: dict[str, Any]) -> dict[str, Any]:

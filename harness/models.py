@@ -179,10 +179,11 @@ def check_config_file(folder: Path) -> None:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} is no model: it has no config.json.")
-    _json_object(path, "fetch or copy the model again")
+    json_object(path, "fetch or copy the model again")
 
 
-def _json_object(path: Path, remedy: str) -> dict[str, Any]:
+def json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """What a JSON file holds. Raises UserError, ending in `remedy`, unless that is keys and values."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
@@ -196,7 +197,7 @@ def weight_files(folder: Path) -> list[str]:
     """The names of the safetensors files of a checkpoint, complete; UserError when there are none or one is missing."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = _json_object(index, "fetch or copy the model again").get("weight_map")
+        weight_map = json_object(index, "fetch or copy the model again").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index} names no weights: fetch or copy the model again.")
         names = sorted({str(name) for name in weight_map.values()})
@@ -255,7 +256,7 @@ def count_parameters(folder: Path) -> int:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What fetching or converting wrote about a model; empty for a folder of the user's own."""
     path = folder / MANIFEST
-    return _json_object(path, f"delete {folder} and fetch or convert the model again") if path.is_file() else {}
+    return json_object(path, f"delete {folder} and fetch or convert the model again") if path.is_file() else {}
 
 
 def _check_manifest(folder: Path, hashes: dict[str, str], names: Sequence[str]) -> None:
@@ -277,7 +278,7 @@ def _hash(path: Path, side_car: Path) -> str:
 def _hashes(folder: Path, names: Sequence[str], side_car: Path) -> dict[str, str]:
     """SHA-256 by file name. Known ones are kept in `side_car`, by path, size and modification time in nanoseconds."""
     try:
-        known: dict[str, str] = _json_object(side_car, "it is made again")
+        known: dict[str, str] = json_object(side_car, "it is made again")
     except (FileNotFoundError, UserError):
         known = {}
     keys = {}
