@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from baselines.method import METHODS, Candidate, Context, Fusion, Parameters
-from fusion.errors import UserError
+from fusion.errors import UserError, did_you_mean
 from fusion.maps import MAPS
 from fusion.targets import PRESETS, Switches
 
@@ -22,7 +22,7 @@ class FuseLLMParameters(Parameters):
 
     preset: str = Field("mended", description="mended, or published: what the published code computes")
     lam: float = Field(0.9, ge=0, le=1, alias="lambda", description="weight of the CLM term (paper: 0.9)")
-    sources: list[str] | None = Field(None, description="the sources that take part; all without")
+    sources: list[str] | None = Field(None, min_length=1, description="the sources that take part; all without")
     map: str | None = Field(None, description="vocabulary map: mined, em or first_piece")
     map_on: Literal["bytes", "strings"] | None = Field(None, description="what the map compares")
     alignment: str | None = None
@@ -43,13 +43,16 @@ class FuseLLMParameters(Parameters):
         self.switches()
         setting = self._setting(MAP_PRESETS, ["map", "map_on"])
         MAPS.get(setting["map"])
+        if self.sources and len(set(self.sources)) < len(self.sources):
+            raise UserError(f"sources {self.sources} names one twice: give each source once.")
         if setting["map"] == "first_piece" and setting["map_on"] != "bytes":
             raise UserError("the map first_piece compares bytes: set map_on to bytes.")
         return self
 
     def _setting(self, presets: Mapping[str, Mapping[str, Any]], names: list[str]) -> dict[str, Any]:
         if self.preset not in presets:
-            raise UserError(f"there is no preset {self.preset!r}: presets are {', '.join(presets)}.")
+            hint = did_you_mean(self.preset, presets)
+            raise UserError(f"there is no preset {self.preset!r}{hint}: presets are {', '.join(presets)}.")
         own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return {**presets[self.preset], **own}
 

@@ -19,7 +19,7 @@ from fusion.targets import Switches
 class Parameters(BaseModel):
     """Base of every method's parameters: unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
-from fusion.errors import UserError
+from fusion.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 
@@ -71,9 +70,10 @@ class Registry(Generic[T]):
             self._loaded.add(name)
             # Importing may have run a decorator that registered the name already, with its reference.
             return self._registered.setdefault(name, value)
-        near = difflib.get_close_matches(name, self.names(), n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise UserError(f"There is no {self.noun} {name!r}{hint}: registered are {', '.join(self.names()) or 'none'}.")
+        raise UserError(
+            f"There is no {self.noun} {name!r}{did_you_mean(name, self.names())}: registered are "
+            f"{', '.join(self.names()) or 'none'}."
+        )
 
     def _entry_points(self) -> dict[str, EntryPoint]:
         """The entry points of the group by name, read again only when the places to import from have changed."""

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
 
-from fusion.errors import UserError
+from fusion.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,10 @@ class Switches:
         for field in fields(self):
             value, allowed = getattr(self, field.name), get_args(hints[field.name])
             if allowed and value not in allowed:
-                raise UserError(f"switch {field.name} is {value!r}; it takes one of {', '.join(allowed)}.")
+                raise UserError(
+                    f"switch {field.name} is {value!r}{did_you_mean(value, allowed)}; it takes one of "
+                    f"{', '.join(allowed)}."
+                )
         # Imported here, for the fusion functions are functions of switches.
         from fusion.align import ALIGNMENTS
         from fusion.choice import FUSIONS

@@ -6,6 +6,7 @@ killed stage had finished stays in the hidden folder for the next start.
 """
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -24,6 +25,8 @@ from harness import ranks
 from harness.claims import Claims, in_use
 
 MANIFEST = "manifest.json"
+_IDENTITY = ("kind", "version", "inputs", "params")
+_FULL = 1 << 20  # free bytes of a disk on which a failed write needs no other explanation
 _LIBRARIES = ("fusellm-harness", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow")
 
 
@@ -43,7 +46,7 @@ class Spec:
     info: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def identity(self) -> dict[str, Any]:
-        return {"kind": self.kind, "version": self.version, "inputs": self.inputs, "params": self.params}
+        return {name: getattr(self, name) for name in _IDENTITY}
 
     @property
     def fingerprint(self) -> str:
@@ -92,11 +95,47 @@ def file_sha256(path: Path) -> str:
 def write_atomically(path: Path, text: str) -> None:
     """Writes beside `path`, syncs and renames: a reader sees the old text or the new, never a part."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON object that carries its own checksum (see `read_json`)."""
+    checksum = fingerprint(json.loads(json.dumps(value)))
+    write_atomically(path, json.dumps({**value, "checksum": checksum}, indent=1, ensure_ascii=False))
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """What `write_json` wrote. Raises UserError, ending in `remedy`, when the file is not as it was written."""
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        whole = value.pop("checksum") == fingerprint(value)
+    except (ValueError, TypeError, AttributeError, KeyError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is damaged or of another version: {remedy}.")
+    return value
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """What libraries raise when they cannot write to a full disk becomes the OSError that it is."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        said = isinstance(error, OSError) and error.errno is not None
+        if said or (shutil.disk_usage(folder.parent).free >= _FULL and "No space left" not in str(error)):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
 class PeakMemory:
@@ -200,21 +239,23 @@ class Store:
         share: Callable[[Path, Claims], None] | None,
         together: bool,
     ) -> None:
-        from filelock import FileLock
-
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = self._begun(spec)
         started, resumed = time.time(), folder.exists()
         with contextlib.ExitStack() as held:
-            with PeakMemory() as peak:
+            with PeakMemory() as peak, disk_errors(folder):
                 if share is not None:
                     self._share(spec, share)
-                held.enter_context(FileLock(folder.with_suffix(".lock")))  # the first rank holds it for all
+                # The first rank holds it for all.
+                held.enter_context(alone(folder.with_suffix(".lock"), f"{spec.kind} {spec.label}"))
                 missing = not self.path(spec).exists()  # another process may have finished it while we waited
                 if share is None:
                     started, resumed = time.time(), folder.exists()
                 if missing:
                     folder.mkdir(exist_ok=True)
+                    for unfinished in folder.rglob(".*"):  # what a kill left of `write_atomically`
+                        if unfinished.is_file():
+                            unfinished.unlink()
                 if together:
                     ranks.agree(missing)
                 found = build(folder) if missing else None
@@ -286,7 +327,7 @@ class Store:
             raise UserError(f"{path / strange[0]} is not as the artifact's manifest lists it: {remedy}.")
         for name, expected in manifest["files"].items():
             file = path / name
-            if file.stat().st_size != expected["bytes"] or file_sha256(file) != expected["sha256"]:
+            if expected != {"bytes": file.stat().st_size, "sha256": file_sha256(file)}:
                 raise UserError(f"{file} does not match its SHA-256 in the manifest: {remedy}.")
         self._verified.add(path)
         return manifest
@@ -322,10 +363,32 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """An artifact's manifest. Raises UserError when there is none or it cannot be read."""
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        whole = manifest["fingerprint"] == fingerprint({name: manifest[name] for name in _IDENTITY})
+        whole &= {"created", "duration_s", "peak_memory_bytes"} <= manifest.keys()
+        whole &= all(file.keys() == {"bytes", "sha256"} for file in manifest["files"].values())
     except FileNotFoundError:
         raise UserError(f"{path} is no complete artifact: it has no {MANIFEST}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{path / MANIFEST} cannot be read: remove that folder to have it made again.") from None
-    if not isinstance(manifest, dict) or not {"files", "fingerprint", "kind"} <= manifest.keys():
-        raise UserError(f"{path / MANIFEST} is no manifest of ours: remove that folder to have it made again.")
+    except (ValueError, TypeError, AttributeError, KeyError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path / MANIFEST} is damaged: remove that folder to have it made again.")
     return manifest
+
+
+@contextlib.contextmanager
+def alone(lock: Path, what: str) -> Iterator[None]:
+    """Waits until no other process holds `lock`, and says so when that takes a while."""
+    from filelock import FileLock, Timeout
+
+    from harness.progress import say
+
+    held = FileLock(lock)
+    try:
+        held.acquire(timeout=1)
+    except Timeout:
+        say(f"{what}: another process is at work on it, waiting for that ...")
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()

@@ -3,9 +3,9 @@
 import errno
 import logging
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -213,10 +213,10 @@ def models_convert(
 @artifacts.command("list")
 def artifacts_list(form: FormatOption = None, root: Root = DEFAULT_ROOT) -> None:
     """Every complete artifact: kind, name, size, when it was made, how long that took and how much memory."""
-    from harness.artifacts import Store, read_manifest
+    from harness.artifacts import read_manifest
 
     rows: list[list[object]] = []
-    for path in Store(root / "artifacts").artifacts():
+    for path in _store(root).artifacts():
         m = read_manifest(path)
         size = sum(f["bytes"] for f in m["files"].values())
         rows.append([m["kind"], path.name, size, m["created"], m["duration_s"], m["peak_memory_bytes"]])
@@ -226,9 +226,7 @@ def artifacts_list(form: FormatOption = None, root: Root = DEFAULT_ROOT) -> None
 @artifacts.command("verify")
 def artifacts_verify(root: Root = DEFAULT_ROOT) -> None:
     """Check every artifact's bytes against its manifest."""
-    from harness.artifacts import Store
-
-    store = Store(root / "artifacts")
+    store = _store(root)
     bad = []
     count = 0
     for path in store.artifacts():
@@ -253,6 +251,7 @@ def artifacts_gc(
     """Remove leftovers of interrupted stages and artifacts that no finished run uses."""
     from harness import housekeeping
 
+    _store(root)
     for path, size in housekeeping.unused(root):
         typer.echo(f"{'removed' if yes else 'unused'} {path} ({size:,} bytes)")
         if yes:
@@ -271,6 +270,14 @@ def doctor(
     _print(["what", "found", "fine"], rows, None)
     if not healthy:
         raise UserError("Something that every run needs is missing: see the lines marked 'no'.")
+
+
+def _store(root: Path) -> Any:
+    from harness.artifacts import Store
+
+    if not root.is_dir():  # a misspelt one would look like an empty one
+        raise UserError(f"There is no folder {root}: give the --root that a run was given.")
+    return Store(root / "artifacts")
 
 
 def _print(columns: list[str], rows: list[Any], form: Format | None) -> None:
@@ -339,23 +346,49 @@ def _quiet_libraries() -> None:
 
 
 def main() -> None:
-    """The console command: a mistake of the user's is one sentence and exit status 2."""
-    command: Callable[[], None] = app
-    try:
-        command()
-    except KeyboardInterrupt:
-        if ranks.first():
-            typer.echo("fusellm: interrupted; the same command goes on from here.", err=True)
-        sys.exit(130)
-    except Exception as error:
-        from results.errors import UserError as RecordsError
+    """The console command: a mistake of the user's is one sentence and exit status 2, a signal's end is one, too."""
+    stopped_by = 0
 
-        sentence = str(error) if isinstance(error, UserError | RecordsError) else _of_the_system(error)
-        ranks.let_the_cause_speak(sentence is not None)
-        if os.environ.get("FUSELLM_DEBUG") or sentence is None:
-            raise
-        typer.echo(f"fusellm: {sentence}", err=True)
-        sys.exit(2)
+    def stop(number: int, frame: Any) -> None:
+        nonlocal stopped_by
+        stopped_by = number
+        raise KeyboardInterrupt
+
+    # A batch system's signal cleans up as Ctrl-C does.
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        try:
+            status = app(prog_name="fusellm", standalone_mode=False)
+        except Exception as error:
+            status = 0 if stopped_by else _explain(error)  # its loader workers may have got the signal first
+        if stopped_by:
+            word = "interrupted" if stopped_by == signal.SIGINT else "terminated"
+            # A launcher terminates the ranks that are left when one has failed, which has said why.
+            if ranks.world() == 1 or (ranks.first() and stopped_by == signal.SIGINT):
+                typer.echo(f"fusellm: {word}; the same command goes on from here.", err=True)
+            status = 128 + stopped_by
+        sys.exit(status)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _explain(error: Exception) -> int:
+    """Says in one sentence what the user can mend and gives the exit status; raises what is our own mistake."""
+    from results.errors import UserError as RecordsError
+
+    if isinstance(error, typer.TyperException):
+        if message := " ".join(error.format_message().split()):  # empty where the help was printed instead
+            context = getattr(error, "ctx", None)
+            hint = f" (see `{context.command_path} --help`)" if context else ""
+            typer.echo(f"fusellm: {message.rstrip('.')}{hint}.", err=True)
+        return 2
+    sentence = str(error) if isinstance(error, UserError | RecordsError) else _of_the_system(error)
+    ranks.let_the_cause_speak(sentence is not None)
+    if os.environ.get("FUSELLM_DEBUG") or sentence is None:
+        raise error
+    typer.echo(f"fusellm: {sentence}", err=True)
+    return 2
 
 
 def _of_the_system(error: Exception) -> str | None:
@@ -364,6 +397,7 @@ def _of_the_system(error: Exception) -> str | None:
         errno.EACCES: "cannot be read or written: change its permissions or choose another --root.",
         errno.EROFS: "lies on a read-only file system: choose another --root.",
         errno.ENOSPC: "does not fit on the disk: free space and run again; what is finished is kept.",
+        errno.EDQUOT: "exceeds your quota on the disk: free space and run again; what is finished is kept.",
         errno.ENOTDIR: "is no folder, or lies below a file: choose another --root.",
         errno.EEXIST: "is a file where a folder is needed: choose another --root.",
     }

@@ -4,7 +4,6 @@ Precedence: `--set` > user's file > profile > experiment > defaults. The resolve
 stored with every artifact and printed by `fusellm experiment show`.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fusion.errors import UserError
+from fusion.errors import UserError, did_you_mean
 from harness.corpus import CorpusConfig
 from harness.models import DType
 
@@ -22,7 +21,7 @@ _TAKEN = ("target", "fused")  # what a source cannot be called: the other role, 
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Role(Strict):
@@ -69,7 +68,7 @@ class TrainingSection(Strict):
     rows_per_step: int = Field(128, gt=0, description="rows an optimiser step, over all ranks")
     micro_rows: int = Field(1, gt=0, description="rows at once on a rank; does not change the result")
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate")
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     weight_decay: float = Field(0.1, ge=0)
     gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     warmup_ratio: float = Field(0.008, ge=0, lt=1, description="share of the steps that warm up")
@@ -105,7 +104,7 @@ class Suites(Strict):
 class Config(Strict):
     """A resolved experiment: nothing is left open."""
 
-    experiment: str
+    experiment: str = Field(pattern=r"^\w[\w.-]*$", description="names the run's folder")
     title: str
     profile: str
     profiles: list[str] = Field(min_length=1, description="the profiles the experiment can run in")
@@ -134,14 +133,15 @@ class Config(Strict):
             if name in _TAKEN:
                 raise UserError(f"roles.sources has a source called {name!r}, which means something else: rename it.")
         for label, entry in self.methods.items():
-            if "method" not in entry:
+            if not isinstance(entry.get("method"), str):
                 raise UserError(f"methods.{label} does not say which method it is: add `method: NAME`.")
             parameters = method_parameters(label, entry, method(entry["method"]).schema)
             for name in [*(getattr(parameters, "sources", None) or []), getattr(parameters, "role", "target")]:
                 if name not in ("target", *self.roles.sources):
+                    roles = ["target", *self.roles.sources]
                     raise UserError(
-                        f"methods.{label} names {name!r}, which is no role: roles are target and "
-                        f"{', '.join(self.roles.sources)}."
+                        f"methods.{label} names {name!r}, which is no role{did_you_mean(name, roles)}: roles are "
+                        f"{', '.join(roles)}."
                     )
         if self.training.rows_per_step % self.training.micro_rows:
             raise UserError(
@@ -149,7 +149,8 @@ class Config(Strict):
                 f"{self.training.micro_rows}: change one of them."
             )
         if self.baseline not in self.methods:
-            raise UserError(f"baseline {self.baseline!r} is no row: rows are {', '.join(self.methods)}.")
+            hint = did_you_mean(self.baseline, self.methods)
+            raise UserError(f"baseline {self.baseline!r} is no row{hint}: rows are {', '.join(self.methods)}.")
         return self
 
 
@@ -171,16 +172,16 @@ def _shipped(kind: str, name: str) -> Any:
 
     known = names(kind)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        noun = kind.removesuffix("s")
-        raise UserError(f"There is no {noun} {name!r}{hint}: {kind} are {', '.join(known)}, or give a YAML file.")
+        raise UserError(
+            f"There is no {kind.removesuffix('s')} {name!r}{did_you_mean(name, known)}: {kind} are {', '.join(known)}"
+            f"{', or give a YAML file' if kind == 'experiments' else ''}."
+        )
     return OmegaConf.create((CONF / kind / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def _user_file(path: Path) -> Any:
     from omegaconf import OmegaConf
-    from yaml import YAMLError
+    from yaml import MarkedYAMLError, YAMLError
 
     try:
         loaded = OmegaConf.load(path)
@@ -188,11 +189,34 @@ def _user_file(path: Path) -> Any:
         raise UserError(f"There is no file {path}: correct the path of the experiment.") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder: give an experiment's name or a YAML file.") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 at byte {error.start}: convert the file.") from None
+    except MarkedYAMLError as error:
+        at = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{at} is not valid YAML ({error.problem}): correct it.") from None
+    except YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from None
-    if not OmegaConf.is_dict(loaded):
-        raise UserError(f"{path} is not a mapping of keys to values.")
+    except OSError as error:  # for OmegaConf a single value is one, too
+        if error.errno is not None:
+            raise
+        loaded = None
+    if not loaded or not OmegaConf.is_dict(loaded):
+        raise UserError(f"{path} does not hold keys and values: write an experiment in it (see `experiment show`).")
     return loaded
+
+
+def _one_setting(item: str) -> Any:
+    """A `--set KEY=VALUE` as a configuration of its own."""
+    from omegaconf import OmegaConf
+
+    key, equals, _ = item.partition("=")
+    if not equals:
+        raise UserError(f"--set {item} has no value: write --set KEY=VALUE.")
+    if not all(key.strip().split(".")):
+        raise UserError(f"--set {item} has no key: write --set KEY=VALUE, with dots between the parts of the key.")
+    if key == "profile":
+        raise UserError(f"--set {item} chooses no profile: write --profile.")
+    return OmegaConf.from_dotlist([item])
 
 
 def load(
@@ -212,33 +236,37 @@ def load(
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    user = None
+    user: Any = OmegaConf.create({})
     if name.endswith((".yaml", ".yml")):
         user = _user_file(Path(name))
         extends = user.pop("extends", None)
-        experiment = _shipped("experiments", extends) if extends else OmegaConf.create({})
+        experiment = _shipped("experiments", str(extends)) if extends else OmegaConf.create({})
         user.setdefault("experiment", Path(name).stem)
     else:
         experiment = _shipped("experiments", name)
         experiment.experiment = name
+    place = f"The configuration of {name}"
     try:
-        dotlist = OmegaConf.from_dotlist(list(overrides))
-        for item in overrides:
-            if "=" not in item:
-                raise UserError(f"--set {item} has no value: write --set KEY=VALUE.")
-        chosen = profile or (user or {}).get("profile") or experiment.get("profiles", [_OWN])[0]
+        chosen = profile or user.get("profile") or experiment.get("profiles", [_OWN])[0]
         layers = [OmegaConf.create((CONF / "defaults.yaml").read_text(encoding="utf-8")), experiment]
         if chosen != _OWN:
             layers.append(_shipped("profiles", str(chosen)))
-        if user is not None:
-            layers.append(user)
-        merged = OmegaConf.merge(*layers, dotlist, {"profile": chosen})
+        merged = OmegaConf.merge(*layers, user)
+        for item in overrides:
+            place = f"--set {item}"
+            merged = OmegaConf.merge(merged, _one_setting(item))
+        place = f"The configuration of {name}"
+        merged.profile = chosen
         if seeds:
             merged.seeds = list(seeds)
         raw: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, YAMLError) as error:
-        raise UserError(f"The configuration of {name} does not hold: {str(error).splitlines()[0]}.") from None
-    if raw["profile"] not in raw.setdefault("profiles", [raw["profile"]]):
+        raise UserError(f"{place} does not hold: {str(error).splitlines()[0]}.") from None
+    except TypeError:  # what OmegaConf raises for these two
+        raise UserError(f"{place} has a list where keys and values belong, or the other way round.") from None
+    if not isinstance(raw.setdefault("profiles", [raw["profile"]]), list):
+        raise UserError(f"The configuration of {name} has profiles = {raw['profiles']!r}, which must be a list.")
+    if raw["profile"] not in raw["profiles"]:
         raise UserError(
             f"The experiment {name} has no profile {raw['profile']!r}: its profiles are {', '.join(raw['profiles'])}."
         )
@@ -289,6 +317,8 @@ def _short(model: str) -> str:
 def _sentence(error: ValidationError, schema: type[BaseModel], where: str) -> UserError:
     """Pydantic's first complaint in one sentence, with the nearest spelling of an unknown key."""
     first = error.errors()[0]
+    if isinstance(own := first.get("ctx", {}).get("error"), UserError):
+        return own if schema is Config else UserError(f"{where}: {own}")
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         owner: Any = schema
@@ -296,8 +326,7 @@ def _sentence(error: ValidationError, schema: type[BaseModel], where: str) -> Us
             annotation = owner.model_fields[part].annotation if part in getattr(owner, "model_fields", {}) else None
             owner = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
         known = [f.alias or n for n, f in owner.model_fields.items()] if owner else []
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = did_you_mean(first["loc"][-1], known)
         return UserError(f"The configuration of {where} has an unknown key {place}{hint}: correct or remove it.")
     if first["type"] == "missing":
         return UserError(f"The configuration of {where} lacks {place}: add it.")

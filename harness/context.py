@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from baselines.method import Candidate, Fusion
-from fusion.errors import UserError
+from fusion.errors import UserError, did_you_mean
 from fusion.vocabulary import Vocabulary, encode
 from harness import corpus, extraction, perplexity, ranks
 from harness.artifacts import Estimate, Spec, Store, canonical, fingerprint
@@ -30,12 +30,13 @@ from harness.models import (
     compute_dtype,
     count_parameters,
     find_entry,
+    load_config,
     load_model,
     load_tokenizer,
     resolve,
 )
 from harness.shards import position_bytes
-from harness.zero import check_usable, zero_config
+from harness.zero import zero_config
 
 MAP_VERSION = 1
 TRAIN_VERSION = 3
@@ -81,7 +82,7 @@ class Experiment:
         """The role's setting. Raises UserError for a role the experiment does not have."""
         roles = {**self.config.roles.sources, TARGET: self.config.roles.target}
         if name not in roles:
-            raise UserError(f"There is no role {name!r}: roles are {', '.join(roles)}.")
+            raise UserError(f"There is no role {name!r}{did_you_mean(name, roles)}: roles are {', '.join(roles)}.")
         return roles[name]
 
     def model(self, name: str) -> ResolvedModel:
@@ -117,19 +118,6 @@ class Experiment:
         model = ModelSpec(name=str(path / MODEL_FOLDER), dtype=role.dtype)
         return ResolvedModel(path / MODEL_FOLDER, name, spec.fingerprint, model)
 
-    def check(self) -> None:
-        """Refuses what would fail later: models or text that is not here, held-out text trained on, ranks that do not
-        fit the training.
-        """
-        training = self.config.training
-        if training.deepspeed:
-            check_usable(training.deepspeed)
-        ranks.micro_batches(training.rows_per_step, training.micro_rows)
-        for name in [TARGET, *self.config.roles.sources]:
-            if not self.role(name).model.startswith("tiny:"):
-                self.model(name)
-        _ = self.documents
-
     def run_fingerprint(self) -> str:
         """What names a run: all that its numbers come from but the seeds, since runs with other seeds belong together.
 
@@ -156,11 +144,12 @@ class Experiment:
 
     def sized(self, name: str) -> _Sized:
         """Parameters and vocabulary of a role's model, from the catalogue or the files."""
-        found = find_entry(self.role(name).model)
-        if found:
+        model = self.role(name).model
+        if model.startswith("tiny:"):
+            return _Sized(1e6, 0)
+        if found := find_entry(model):
             return _Sized(found[1].parameters, found[1].vocabulary)
-        folder = self.model(name).folder
-        return _Sized(count_parameters(folder) if folder.exists() else 1e6, 0)
+        return _Sized(count_parameters(self.model(name).folder), 0)
 
     @cached_property
     def documents(self) -> list[Document]:
@@ -226,15 +215,9 @@ class Experiment:
     def tokenizer(self, name: str) -> tuple[Any, Vocabulary]:
         """The role's tokenizer and vocabulary."""
         if name not in self._vocabularies:
-            from transformers import AutoConfig
-
             model = self.model(name)
             tokenizer = load_tokenizer(model)
-            config = AutoConfig.from_pretrained(
-                model.folder, local_files_only=True, trust_remote_code=model.spec.trust_remote_code
-            )
-            size = config.get_text_config().vocab_size
-            self._vocabularies[name] = tokenizer, Vocabulary.from_tokenizer(tokenizer, size)
+            self._vocabularies[name] = tokenizer, Vocabulary.from_tokenizer(tokenizer, load_config(model).vocab_size)
         return self._vocabularies[name]
 
     def reader(self, name: str) -> Extraction:

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
-from harness.artifacts import file_sha256, write_atomically
+from harness.artifacts import disk_errors, file_sha256, write_atomically
 from harness.models import (
     MANIFEST,
     PICKLE_FILES,
     SLOW_TOKENIZER_FILES,
     ModelSpec,
     ResolvedModel,
+    check_config_file,
     check_loading,
     load_model,
     load_tokenizer,
@@ -88,14 +89,18 @@ def convert(
         beside = out.parent / f".{out.name}.partial"
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
-        if is_gguf:
-            tell(f"Converting {path.name} to safetensors (a minute or two) ...")
-            _convert_gguf(path, beside)
-        else:
-            tell(f"Converting {path} to safetensors ...")
-            _convert_folder(path, beside)
-        write_manifest(beside, source=source, licence=licence)
-        beside.rename(out)
+        try:
+            with disk_errors(beside):
+                if is_gguf:
+                    tell(f"Converting {path.name} to safetensors (a minute or two) ...")
+                    _convert_gguf(path, beside)
+                else:
+                    tell(f"Converting {path} to safetensors ...")
+                    _convert_folder(path, beside)
+            write_manifest(beside, source=source, licence=licence)
+            beside.rename(out)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
     return out
 
 
@@ -209,14 +214,14 @@ def _spell_spaces_exactly(tokenizer: "PreTrainedTokenizerFast", *, prefix: bool)
 def _convert_folder(folder: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no model: it has no config.json.")
+    check_config_file(folder)
     tokenizer = _folder_tokenizer(folder)
     has_safetensors = any(folder.glob("*.safetensors"))
+    dtype = None if has_safetensors else _pickle_dtype(folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=None if has_safetensors else _pickle_dtype(folder),
+            dtype=dtype,
             use_safetensors=has_safetensors,
             weights_only=True,
             local_files_only=True,
@@ -233,7 +238,8 @@ def _convert_folder(folder: Path, out: Path) -> None:
 
 def _unsafe(folder: Path) -> UserError:
     return UserError(
-        f"{folder} holds pickles with more in them than weights: they were not executed and cannot be used."
+        f"{folder} holds pickles that are damaged or have more in them than weights: they were not executed and cannot "
+        "be used."
     )
 
 
@@ -248,9 +254,9 @@ def _pickle_dtype(folder: Path) -> "torch.dtype":
     for path in paths:
         try:
             state = torch.load(path, map_location="meta", weights_only=True)
-        except pickle.UnpicklingError as error:
+            found |= {value.dtype for value in state.values() if value.is_floating_point()}
+        except (pickle.UnpicklingError, EOFError, RuntimeError, AttributeError) as error:
             raise _unsafe(folder) from error
-        found |= {value.dtype for value in state.values() if value.is_floating_point()}
     return found.pop() if len(found) == 1 else torch.float32
 
 
@@ -266,7 +272,10 @@ def _folder_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     from sentencepiece import SentencePieceProcessor
     from transformers import AutoTokenizer
 
-    slow_tokenizer = SentencePieceProcessor(model_file=str(pieces[0]))
+    try:
+        slow_tokenizer = SentencePieceProcessor(model_file=str(pieces[0]))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{pieces[0]} cannot be read as a SentencePiece model: copy it again.") from error
     differing = ""
     for exact in (False, True):
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fusion.errors import UserError
+from fusion.errors import UserError, did_you_mean
 from harness.artifacts import Estimate, Spec, Store, file_sha256
 
 if TYPE_CHECKING:
@@ -64,8 +64,10 @@ def local_path(config: CorpusConfig, data_root: Path | None) -> Path | None:
         return plain
     if data_root is not None:
         dataset = data_root.expanduser() / config.path
+        file = dataset / config.configuration / f"{config.split}.parquet"
+        if not data_root.expanduser().is_dir():
+            raise UserError(f"data.root {data_root} is no folder: correct it, so that {file} is there.")
         if dataset.is_dir():
-            file = dataset / config.configuration / f"{config.split}.parquet"
             if not file.exists():
                 raise UserError(f"{file} is missing: data.root has {config.path} but not this configuration and split.")
             return file
@@ -122,15 +124,21 @@ def _parquet_rows(path: Path, config: CorpusConfig) -> Iterator[dict[str, Any]]:
 
     wanted = [c for c in (config.text_column, config.name_column, config.domain_column) if c]
     try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid:
-        raise UserError(f"{path} is no Parquet file: correct corpus.path.") from None
-    if missing := sorted(set(wanted) - set(file.schema_arrow.names)):
-        raise UserError(
-            f"{path} has no column {missing[0]!r} (it has {', '.join(file.schema_arrow.names)}): set corpus.*_column."
-        )
-    for batch in file.iter_batches(batch_size=256, columns=wanted):
-        yield from batch.to_pylist()
+        with pq.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if missing := sorted(set(wanted) - set(columns)):
+                raise UserError(
+                    f"{path} has no column {missing[0]!r}{did_you_mean(missing[0], columns)} (it has "
+                    f"{', '.join(columns)}): set corpus.*_column."
+                )
+            for batch in file.iter_batches(batch_size=256, columns=wanted):
+                yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        raise UserError(f"{path} has text that is not UTF-8: write the file anew.") from None
+    except (pa.ArrowException, OSError) as error:  # OSError: what a damaged page gives
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(f"{path} is no Parquet file, or is damaged: copy it again or correct corpus.path.") from None
 
 
 def _json_rows(path: Path, config: CorpusConfig) -> Iterator[dict[str, Any]]:
@@ -198,13 +206,12 @@ def _all_documents(config: CorpusConfig, data_root: Path | None) -> Iterator[Doc
         text = row.get(config.text_column)
         if not isinstance(text, str) or not text:
             raise UserError(f"Document {name!r} of {config.path} ({config.split}) has no text: remove it.")
+        domain = str(row.get(domain_column) or config.domain)
         try:
-            raw = text.encode("utf-8")
+            raw, *_ = (part.encode("utf-8") for part in (text, name, domain))
         except UnicodeEncodeError:
             raise UserError(f"Document {name!r} of {config.path} is not valid Unicode: correct or remove it.") from None
-        sha256 = hashlib.sha256(raw).hexdigest()
-        domain = str(row.get(domain_column) or config.domain)
-        yield Document(name, domain, text, sha256)
+        yield Document(name, domain, text, hashlib.sha256(raw).hexdigest())
 
 
 def documents(config: CorpusConfig, data_root: Path | None) -> Iterator[Document]:

@@ -1,6 +1,5 @@
 """Running an experiment: plan, candidates, records, table and figure."""
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from baselines.method import Candidate, method
-from fusion.errors import UserError
+from fusion.errors import UserError, did_you_mean
 from harness import perplexity, ranks
-from harness.artifacts import Planned, write_atomically
-from harness.config import Config, Role, method_parameters
+from harness.artifacts import Planned, alone, file_sha256, read_json, write_atomically, write_json
+from harness.checks import check_inputs, check_lengths, check_sizes, check_space
+from harness.config import Config, Role, method_parameters, names
 from harness.context import TARGET, Experiment, MethodContext
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def candidates(experiment: Experiment) -> Iterator[Row]:
 def plan(config: Config, root: Path) -> list[Planned]:
     """All artifacts that the experiment needs, what is there of them, and what the others cost. Makes nothing."""
     experiment = Experiment(config, root, dry=True)
+    check_sizes(experiment)
     for row in candidates(experiment):
         experiment.evaluate(row.label, row.candidate, row.role)
     return list(experiment.store.planned.values())
@@ -68,32 +69,47 @@ def run(config: Config, root: Path) -> Path:
     Of several ranks all walk through the stages, and the first one writes.
     """
     experiment = Experiment(config, root)
-    experiment.check()
+    check_inputs(experiment)
     planned = plan(config, root)
+    if any(p.state != "there" for p in planned):
+        check_space(planned, root)
+        check_lengths(experiment)
     folder = run_folder(experiment, root)
     if not ranks.first():
         for row in candidates(experiment):
             experiment.evaluate(row.label, row.candidate, row.role)
         return folder
     (folder / "records").mkdir(parents=True, exist_ok=True)
-    # Known from the beginning, so that cleaning up spares what a run under way has made.
-    artifacts = sorted(str(p.path.relative_to(root)) for p in planned)
-    write_atomically(folder / PLAN_FILE, json.dumps({"artifacts": artifacts}, indent=1))
-    files = set()
+    artifacts = {str(p.path.relative_to(root)) for p in planned}
+    with alone(folder / ".lock", f"run {folder.name}"):
+        # Known from the beginning, so that cleaning up spares what a run under way has made.
+        before = described(folder / PLAN_FILE).get("artifacts", [])
+        write_json(folder / PLAN_FILE, {"artifacts": sorted(artifacts.union(before))})
+        described(folder / RUN_FILE)  # refused now if it is damaged, not when all is done
+    records = {}
     for row in candidates(experiment):
         spec, path = experiment.evaluate(row.label, row.candidate, row.role)
-        files.add(_record(config, row, spec.fingerprint, perplexity.read_evaluation(path), folder))
-    if (folder / RUN_FILE).exists():  # other seeds that were finished before belong to the same table
-        files |= set(json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["records"])
-    description = {
-        "configuration": config.model_dump(mode="json"),
-        "artifacts": sorted(str(p.path.relative_to(root)) for p in experiment.store.planned.values()),
-        "records": sorted(files),
-        "finished": time.time(),
-    }
-    write_atomically(folder / RUN_FILE, json.dumps(description, indent=1, ensure_ascii=False))
-    write_tables(folder)
+        name = _record(config, row, spec.fingerprint, perplexity.read_evaluation(path), folder)
+        records[name] = file_sha256(folder / "records" / name)
+    with alone(folder / ".lock", f"run {folder.name}"):
+        # Other seeds that were finished before, or meanwhile by another process, belong to the same table.
+        before = described(folder / RUN_FILE)
+        description = {
+            "configuration": config.model_dump(mode="json"),
+            "artifacts": sorted(artifacts.union(before.get("artifacts", []))),
+            "records": {**before.get("records", {}), **records},
+            "finished": time.time(),
+        }
+        write_json(folder / RUN_FILE, description)
+        write_tables(folder)
     return folder
+
+
+def described(path: Path) -> dict[str, Any]:
+    """What an earlier run wrote at `path` (RUN_FILE, PLAN_FILE); empty where there is nothing, refused when damaged."""
+    if not path.exists():
+        return {}
+    return read_json(path, "remove that file and run the experiment again, with all its seeds")
 
 
 def _record(config: Config, row: Row, evaluation: str, rows: Sequence[dict[str, Any]], folder: Path) -> str:
@@ -130,26 +146,30 @@ def _record(config: Config, row: Row, evaluation: str, rows: Sequence[dict[str, 
 
 def find_run(root: Path, name: str, profile: str | None) -> Path:
     """The newest finished run of an experiment. Raises UserError when there is none."""
-    name = Path(name).stem if name.endswith((".yaml", ".yml")) else name
-    runs = sorted((root / "runs" / name).glob(f"{profile or '*'}/*/{RUN_FILE}"))
+    folder = root / "runs" / (Path(name).stem if name.endswith((".yaml", ".yml")) else name)
+    runs = sorted(folder.glob(f"{profile or '*'}/*/{RUN_FILE}"))
     if not runs:
-        wanted = f" in profile {profile}" if profile else ""
+        hint = "" if folder.name in names("experiments") else did_you_mean(name, names("experiments"))
         raise UserError(
-            f"The experiment {name!r} has no finished run{wanted} below {root}: run `fusellm experiment run {name}"
-            f"{' --profile ' + profile if profile else ''}`."
+            f"The experiment {name!r} has no finished run{f' in profile {profile!r}' if profile else ''} below "
+            f"{root}{hint}: run `fusellm experiment run {name}{f' --profile {profile}' if profile else ''}`."
         )
-    return max(runs, key=lambda p: json.loads(p.read_text(encoding="utf-8"))["finished"]).parent
+    return max(runs, key=lambda p: described(p)["finished"]).parent
 
 
 def _open_run(folder: Path) -> tuple[Config, "pd.DataFrame"]:
     from results.records import read
 
-    description = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    description = described(folder / RUN_FILE)
     try:
         config = Config.model_validate(description["configuration"])
     except ValidationError:
         raise UserError(f"{folder} was made by another version of fusellm-harness: run the experiment again.") from None
-    return config, read([folder / "records" / name for name in description["records"]])
+    paths = [folder / "records" / name for name in sorted(description["records"])]
+    for path in paths:
+        if path.exists() and file_sha256(path) != description["records"][path.name]:
+            raise UserError(f"{path} does not match its SHA-256 in {RUN_FILE}: remove it and run the experiment again.")
+    return config, read(paths)
 
 
 def table(folder: Path) -> "Table":

@@ -187,6 +187,11 @@ class _Reader:
 
     def _tokens(self, piece: int) -> list[int]:
         tokens = [prefix_id(self._tokenizer), *encode(self._tokenizer, self._pieces.text(piece))]
+        if max(tokens) >= len(self._vocabulary):
+            raise UserError(
+                f"The tokenizer of {self._model.name} gives token {max(tokens)}, but its config.json has a vocabulary "
+                f"of {len(self._vocabulary)}: put the model's own tokenizer.json into {self._model.folder}."
+            )
         if self._window and len(tokens) > self._window:
             raise UserError(
                 f"{self._pieces.name(piece)} is {len(tokens)} tokens for {self._model.name}, whose context is "

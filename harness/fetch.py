@@ -21,6 +21,7 @@ from harness.models import (
     FETCH,
     CatalogueEntry,
     Wheels,
+    check_config_file,
     find_entry,
     is_hub_id,
     model_folder,
@@ -130,6 +131,7 @@ def _fetch_from_hub(
                 f"run `{FETCH} {hub}` again."
             )
     shutil.rmtree(beside / ".cache", ignore_errors=True)
+    check_config_file(beside)
     weight_files(beside)
     licence = entry.licence if entry else str(getattr(info.card_data, "license", None) or "not stated")
     source = {"kind": "hub", "hub": hub, "revision": revision, "commit": info.sha}

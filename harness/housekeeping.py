@@ -1,12 +1,11 @@
 """Cleaning up: what no finished run uses."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from harness.artifacts import Store
-from harness.experiment import PLAN_FILE, RUN_FILE
+from harness.experiment import PLAN_FILE, RUN_FILE, described
 
 
 def _size(path: Path) -> int:
@@ -20,7 +19,7 @@ def unused(root: Path) -> Iterator[tuple[Path, int]]:
         root / name
         for pattern in (RUN_FILE, PLAN_FILE)
         for run in (root / "runs").glob(f"*/*/*/{pattern}")
-        for name in json.loads(run.read_text(encoding="utf-8"))["artifacts"]
+        for name in described(run)["artifacts"]
     }
     for path in [*store.leftovers(), *(p for p in store.artifacts() if p not in used)]:
         yield path, _size(path)

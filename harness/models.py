@@ -4,7 +4,6 @@ A model is used from one folder: config.json, safetensors weights and a fast tok
 (GGUF, pickle checkpoints, slow tokenizers) is refused with the one command that makes such a folder of it.
 """
 
-import difflib
 import json
 import math
 import re
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fusion.errors import UserError
+from fusion.errors import UserError, did_you_mean
 from harness.artifacts import canonical, file_sha256, fingerprint, write_atomically
 
 if TYPE_CHECKING:
@@ -122,11 +121,8 @@ def model_folder(name: str, revision: str | None, models_dir: Path) -> Path:
 def unknown_model(name: str) -> UserError:
     """The sentence for a name that is nothing we know, with the nearest spelling."""
     known = [spelling for entry_name, entry in catalogue().items() for spelling in (entry_name, entry.hub)]
-    by_lower = {spelling.lower(): spelling for spelling in known}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=1)
-    hint = f" (did you mean {by_lower[near[0]]!r}?)" if near else ""
     return UserError(
-        f"There is no model {name!r}{hint}: give a hub id (owner/name), a local folder, "
+        f"There is no model {name!r}{did_you_mean(name, known)}: give a hub id (owner/name), a local folder, "
         f"or one of {', '.join(catalogue())}."
     )
 
@@ -138,6 +134,7 @@ def resolve(spec: ModelSpec, models_dir: Path) -> ResolvedModel:
     tokenizer, or differs from its manifest.
     """
     folder = _locate(spec, models_dir)
+    check_config_file(folder)
     weights = weight_files(folder)
     check_tokenizer_files(folder)
     code = sorted(path.name for path in folder.glob("*.py")) if spec.trust_remote_code else []
@@ -177,13 +174,33 @@ def _converted_gguf(path: Path, models_dir: Path) -> Path:
     return folder.resolve()
 
 
+def check_config_file(folder: Path) -> None:
+    """UserError unless the folder has a config.json that can be read."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is no model: it has no config.json.")
+    json_object(path, "fetch or copy the model again")
+
+
+def json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """What a JSON file holds. Raises UserError, ending in `remedy`, unless that is keys and values."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is no JSON object in UTF-8: {remedy}.")
+    return value
+
+
 def weight_files(folder: Path) -> list[str]:
     """The names of the safetensors files of a checkpoint, complete; UserError when there are none or one is missing."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no model: it has no config.json.")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weight_map = json_object(index, "fetch or copy the model again").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index} names no weights: fetch or copy the model again.")
+        names = sorted({str(name) for name in weight_map.values()})
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise UserError(f"{folder} lacks {missing[0]}, which its index names: fetch or copy the model again.")
@@ -211,34 +228,40 @@ def check_tokenizer_files(folder: Path) -> None:
 
 
 def count_parameters(folder: Path) -> int:
-    """The number of stored parameters, from the headers of the safetensors files (nothing is loaded)."""
+    """The number of stored parameters, from the headers of the safetensors files (nothing is loaded).
+
+    Raises UserError for a file that is none or shorter than its header says.
+    """
     total = 0
     for name in weight_files(folder):
         if name.endswith(".safetensors"):
+            path = folder / name
             try:
-                with (folder / name).open("rb") as file:
-                    header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-            except (struct.error, ValueError, MemoryError, OverflowError):
-                raise UserError(f"{folder / name} is no safetensors file: fetch or copy the model again.") from None
-            total += sum(math.prod(entry["shape"]) for key, entry in header.items() if key != "__metadata__")
+                with path.open("rb") as file:
+                    size = struct.unpack("<Q", file.read(8))[0]
+                    header = json.loads(file.read(size))
+                entries = [entry for key, entry in header.items() if key != "__metadata__"]
+                whole = 8 + size + max((entry["data_offsets"][1] for entry in entries), default=0)
+                total += sum(math.prod(entry["shape"]) for entry in entries)
+            except (struct.error, ValueError, MemoryError, OverflowError, AttributeError, KeyError, TypeError):
+                raise UserError(f"{path} is no safetensors file: fetch or copy the model again.") from None
+            if path.stat().st_size != whole:
+                raise UserError(
+                    f"{path} has {path.stat().st_size:,} bytes and not the {whole:,} that its header says: "
+                    "fetch or copy the model again."
+                )
     return total
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What fetching or converting wrote about a model; empty for a folder of the user's own."""
     path = folder / MANIFEST
-    if not path.is_file():
-        return {}
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{path} cannot be read: fetch or convert the model again.") from None
-    return manifest
+    return json_object(path, f"delete {folder} and fetch or convert the model again") if path.is_file() else {}
 
 
 def _check_manifest(folder: Path, hashes: dict[str, str], names: Sequence[str]) -> None:
     recorded = read_manifest(folder).get("files")
-    if recorded is None:
+    if not isinstance(recorded, dict):
         return
     for name in names:
         if recorded.get(name) != hashes[name]:
@@ -255,8 +278,8 @@ def _hash(path: Path, side_car: Path) -> str:
 def _hashes(folder: Path, names: Sequence[str], side_car: Path) -> dict[str, str]:
     """SHA-256 by file name. Known ones are kept in `side_car`, by path, size and modification time in nanoseconds."""
     try:
-        known: dict[str, str] = json.loads(side_car.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        known: dict[str, str] = json_object(side_car, "it is made again")
+    except (FileNotFoundError, UserError):
         known = {}
     keys = {}
     for name in names:
@@ -286,6 +309,18 @@ def compute_dtype(dtype: DType, device: str) -> Literal["float32", "bfloat16", "
     else:
         native = False
     return "bfloat16" if native else "float32"
+
+
+def load_config(resolved: ResolvedModel) -> Any:
+    """The model's configuration as the library reads it; of one that has several parts, the text model's."""
+    from transformers import AutoConfig
+
+    return _with_sentence(
+        resolved,
+        lambda: AutoConfig.from_pretrained(
+            resolved.folder, local_files_only=True, trust_remote_code=resolved.spec.trust_remote_code
+        ).get_text_config(),
+    )
 
 
 def load_model(resolved: ResolvedModel, dtype: DType | None = None, device: str = "cpu") -> "PreTrainedModel":
@@ -351,15 +386,16 @@ def load_tokenizer(resolved: ResolvedModel) -> "PreTrainedTokenizerFast":
 
 
 def _with_sentence(resolved: ResolvedModel, load: Callable[[], Any]) -> Any:
-    from safetensors import SafetensorError
-
     try:
         return load()
     except UserError:
         raise
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # a broken file leads the libraries to whatever; `tokenizers` raises no other class
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"The model {resolved.name} in {resolved.folder} cannot be loaded: {reason}") from error
+        raise UserError(
+            f"The model {resolved.name} in {resolved.folder} cannot be loaded ({reason.rstrip('.')}): correct its "
+            "files, or the role's settings."
+        ) from error
 
 
 def catalogue_rows(models_dir: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """The perplexity suite: nats and bytes of every document, from which bits per byte follow."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,12 @@ from torch import nn
 from fusion.errors import UserError
 from fusion.inference import document_nats, window_stride
 from fusion.vocabulary import encode, prefix_id
-from harness.artifacts import Spec, fingerprint, write_atomically
+from harness.artifacts import Spec, fingerprint, read_json, write_json
 from harness.config import PerplexitySection
 from harness.corpus import Document
 from harness.progress import track
 
-VERSION = 1
+VERSION = 2
 SUITE = "perplexity"
 METRIC = {"rolling": "bits_per_byte", "strided": "bits_per_byte_strided"}
 _PART = 32  # documents measured between two savings
@@ -84,6 +83,8 @@ def evaluate(
     parts = [documents[start : start + _PART] for start in range(0, len(documents), _PART)]
     paths = [folder / f"part-{number:05d}.json" for number in range(len(parts))]
     todo = [i for i, path in enumerate(paths) if not path.exists()]
+    for path in set(paths) - {paths[i] for i in todo}:
+        read_json(path, "remove that file to have it made again")
     if not todo:
         return
     model, tokenizer = load()
@@ -96,7 +97,7 @@ def evaluate(
         for i in todo:
             with torch.inference_mode():
                 rows = measure(model, tokenizer, parts[i], section, batch_tokens=batch_tokens)
-            write_atomically(paths[i], json.dumps(rows, indent=0))
+            write_json(paths[i], {"rows": rows})
             advance(sizes[i])
 
 
@@ -104,5 +105,5 @@ def read_evaluation(folder: Path) -> list[dict[str, Any]]:
     """All rows of a stored evaluation, in the order of the documents."""
     rows: list[dict[str, Any]] = []
     for path in sorted(folder.glob("part-*.json")):
-        rows += json.loads(path.read_text(encoding="utf-8"))
+        rows += read_json(path, f"remove {folder} to have it made again")["rows"]
     return rows

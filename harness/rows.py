@@ -78,7 +78,15 @@ class Rows(Dataset[dict[str, np.ndarray]]):
         self._vocabulary = vocabulary
         self._fusion = fusion
         self.row_length = row_length
-        self._lengths = lengths = [1 + len(encode(tokenizer, pieces.text(p))) for p in range(len(pieces))]
+        self._lengths = lengths = list[int]()
+        for piece in range(len(pieces)):
+            ids = encode(tokenizer, pieces.text(piece))
+            if max(ids, default=0) >= len(vocabulary):
+                raise UserError(
+                    f"the target's tokenizer gives token {max(ids)}, but its config.json has a vocabulary of "
+                    f"{len(vocabulary)}: put the model's own tokenizer.json beside its weights."
+                )
+            lengths.append(1 + len(ids))
         longest = int(np.argmax(lengths))
         if lengths[longest] > row_length:
             raise UserError(

@@ -25,12 +25,12 @@ from fusion.errors import UserError
 from fusion.heads import fused_forward, split
 from fusion.packing import Packing, attending_by_piece, check_packing
 from harness import ranks
-from harness.artifacts import write_atomically
+from harness.artifacts import file_sha256, read_json, write_atomically, write_json
 from harness.config import TrainingSection
 from harness.models import compute_dtype
 from harness.progress import say, track
 from harness.rows import Rows, collate
-from harness.training_log import CURVE_FILE, whole_lines
+from harness.training_log import CURVE_FILE
 from harness.zero import release, whole_weights, without_own_ops, zero_config
 
 MODEL_FOLDER = "model"
@@ -127,7 +127,8 @@ class FusionTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # each rank writes a part
         folder = Path(self.args.output_dir or "") / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            write_atomically(folder / _COMPLETE, str(self.args.world_size))
+            shutil.copy(folder.parents[1] / CURVE_FILE, folder)
+            _seal(folder)
 
 
 class _Follow(TrainerCallback):
@@ -141,10 +142,9 @@ class _Follow(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._tokens = next((e["tokens"] for e in reversed(state.log_history) if "tokens" in e), 0.0)
         if ranks.first():
-            path = self._folder / CURVE_FILE
-            # Without a checkpoint the training starts again, and so does its curve.
-            kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= state.global_step > 0]
-            write_atomically(path, "".join(kept))
+            # What was measured after the checkpoint is measured again; without one the curve starts again, too.
+            kept = self._folder / "checkpoints" / f"checkpoint-{state.global_step}" / CURVE_FILE
+            write_atomically(self._folder / CURVE_FILE, kept.read_text(encoding="utf-8") if state.global_step else "")
         if state.global_step == 0:
             self._measure(args, state)
 
@@ -209,10 +209,24 @@ def _replace_forward(model: PreTrainedModel, packing: Packing, lam: float) -> No
     model.forward = types.MethodType(forward, model)
 
 
-def _last_checkpoint(folder: Path) -> Path | None:
+def _seal(folder: Path) -> None:
+    """Marks a folder as complete, its files as they are now, and by how many ranks it was made."""
+    files = {str(f.relative_to(folder)): file_sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+    write_json(folder / _COMPLETE, {"files": files, "ranks": ranks.world()})
+
+
+def _check_seal(folder: Path, remedy: str) -> None:
+    """Raises UserError, ending in `remedy`, where a file of a complete folder is not as it was."""
+    for name, sha256 in read_json(folder / _COMPLETE, remedy)["files"].items():
+        if not (folder / name).exists() or file_sha256(folder / name) != sha256:
+            raise UserError(f"{folder / name} is damaged: {remedy}.")
+
+
+def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint, the same on all ranks; half-written ones are removed.
 
-    Raises UserError when another number of ranks wrote it: each has its part of it, and the bits would not be the same.
+    Raises UserError where it has been damaged, and when another number of ranks wrote it: each has its part of it, and
+    the bits would not be the same.
     """
     step = 0
     if ranks.first():
@@ -221,14 +235,18 @@ def _last_checkpoint(folder: Path) -> Path | None:
                 step = max(step, int(path.name.split("-")[1]))
             else:
                 shutil.rmtree(path)
+        if step:
+            last = folder / f"checkpoint-{step}"
+            _check_seal(last, f"remove {last} to go on from the checkpoint before it")
     step = ranks.agree(step)
     if not step:
         return None
     found = folder / f"checkpoint-{step}"
-    if (wrote := int((found / _COMPLETE).read_text(encoding="utf-8") or 1)) != ranks.world():
+    remedy = f"remove {folder} to begin the training again"
+    if (wrote := read_json(found / _COMPLETE, remedy)["ranks"]) != ranks.world():
         raise UserError(
             f"{found} is the checkpoint of {wrote} ranks and cannot be continued by {ranks.world()}: start as many as "
-            f"before, or remove {folder} to begin the training again."
+            f"before, or {remedy}."
         )
     return found
 
@@ -255,6 +273,8 @@ def train(
     """
     final = folder / MODEL_FOLDER
     if ranks.agree((final / _COMPLETE).exists()):  # killed between the end of training and the artifact's rename
+        if ranks.first():
+            _check_seal(final, f"remove {final} to train again")
         _finish(folder)
         return
     accumulation = ranks.micro_batches(config.rows_per_step, config.micro_rows)
@@ -297,7 +317,7 @@ def train(
     )
     ranks.check_world(arguments.world_size, "accelerate")
     _replace_forward(model, packing, lam)
-    checkpoint = _last_checkpoint(folder / "checkpoints")
+    checkpoint = last_checkpoint(folder / "checkpoints")
     done = 0.0
     if checkpoint is not None:
         history = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
@@ -324,7 +344,7 @@ def train(
         tokenizer.save_pretrained(final)
         (final / "README.md").write_text(card, encoding="utf-8")
         write_atomically(folder / "log.json", json.dumps(trainer.state.log_history, indent=1))
-        (final / _COMPLETE).touch()
+        _seal(final)
     if config.deepspeed:
         release(trainer.accelerator)
     _finish(folder)

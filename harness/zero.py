@@ -1,17 +1,16 @@
 """DeepSpeed's ZeRO: what its configuration may say, and the weights that it has partitioned put together again."""
 
-import difflib
 import functools
 import gc
-import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion.errors import UserError
+from fusion.errors import UserError, did_you_mean
 from harness import ranks
 from harness.config import CONF
+from harness.models import json_object
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,17 +36,13 @@ def zero_config(name: str) -> dict[str, Any]:
     """
     shipped = sorted(p.name.removesuffix(".json") for p in _SHIPPED.iterdir())
     file = _SHIPPED / f"{name}.json" if name in shipped else Path(name)
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        near = difflib.get_close_matches(name, shipped, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+    if not file.is_file():
         raise UserError(
-            f"training.deepspeed = {name!r} is no JSON file and none of {', '.join(shipped)}{hint}: correct it."
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is no valid JSON ({str(error).splitlines()[0]}): correct it.") from None
-    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+            f"training.deepspeed = {name!r} is no JSON file and none of {', '.join(shipped)}"
+            f"{did_you_mean(name, shipped)}: correct it."
+        )
+    config = json_object(Path(str(file)), "correct it, or training.deepspeed")
+    zero = config.get("zero_optimization")
     if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
         raise UserError(f"{file} does not say which stage of ZeRO it is: set zero_optimization.stage to 1, 2 or 3.")
     for key in _REFUSED:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -300,6 +300,13 @@ def _style() -> Iterator[None]:
 def _save(figure: "Figure", path: Path) -> tuple[Path, ...]:
     path.parent.mkdir(parents=True, exist_ok=True)
     png, svg = (path.with_name(path.name + ending) for ending in (".png", ".svg"))
-    figure.savefig(png, dpi=150, metadata={"Software": None})
-    figure.savefig(svg, metadata={"Date": None, "Creator": None})
+    _save_one(figure, png, dpi=150, metadata={"Software": None})
+    _save_one(figure, svg, metadata={"Date": None, "Creator": None})
     return png, svg
+
+
+def _save_one(figure: "Figure", path: Path, **options: Any) -> None:
+    """Writes beside `path` and renames, so that there is never a part of a picture."""
+    beside = path.with_name(f".{path.name}")
+    figure.savefig(beside, format=path.suffix[1:], **options)
+    beside.replace(path)

@@ -152,11 +152,11 @@ def _load(file: Path) -> pd.DataFrame:
         if not opened.schema_arrow.equals(_SCHEMA, check_metadata=False):
             raise UserError(f"{file} says record schema {version!r} but its columns differ from it; evaluate again")
         try:
-            table = opened.read()
-        except (pa.ArrowException, OSError) as error:
+            # Nullable integers, because by default pandas makes a column with nulls a float64.
+            frame = opened.read().to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{file} is damaged ({error}); remove it and evaluate again") from error
-    # Nullable integers, because by default pandas makes a column with nulls a float64.
-    return table.to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get).astype({"seed": "int64"})
+    return frame.astype({"seed": "int64"})
 
 
 def _checked(frame: pd.DataFrame) -> pd.DataFrame:
@@ -200,5 +200,6 @@ def _refuse_other(path: Path, frame: pd.DataFrame) -> None:
     """Raises UserError unless the file at `path` holds exactly these records."""
     if not _settle(_checked(_load(path).assign(file=str(path)))).equals(frame):
         raise UserError(
-            f"{path} exists and holds other records; record files are never changed, so choose another path"
+            f"{path} exists and holds other records; record files are never changed, so move it away or choose another "
+            "path"
         )
