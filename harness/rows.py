@@ -3,7 +3,7 @@
 Fusing is a pure function of stored extractions and maps, run here in the data loader; nothing dense is built.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +99,9 @@ class Rows(Dataset[dict[str, np.ndarray]]):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return (self[index] for index in range(len(self)))  # without it an empty row would follow for ever
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """One row: input_ids, position_ids, labels [row_length] and, with fusion, ids, p [N, K], tail, weight [N]."""
