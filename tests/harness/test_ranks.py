@@ -294,8 +294,8 @@ def test_shipped_configurations_are_of_their_stage(name: str) -> None:
     ("written", "sentence"),
     [
         (None, "'zero22' is no JSON file and none of zero1, zero2, zero3 (did you mean 'zero2'?)"),
-        ("{", "is no valid JSON"),
-        ("[]", "does not say which stage"),
+        ("{", "is no JSON object"),
+        ("[]", "is no JSON object"),
         ({"zero_optimization": {"stage": 0}}, "does not say which stage"),
         ({"optimizer": {"type": "Lamb"}}, "has its own optimizer"),
         ({"fp16": {"enabled": True}}, "has its own fp16"),
