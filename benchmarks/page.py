@@ -47,7 +47,7 @@ def page(results: Sequence[Result], skipped: Sequence[str], facts: Sequence[tupl
         "Written by `make bench`. Each line stands beside a plain re-implementation of the published algorithm",
         "(`benchmarks/plain.py`: loops over tokens and positions, dense targets), run beside it, and beside what this",
         "machine could do at most. Maps, alignments, fusing and the objective are checked in the run to give what the",
-        "plain one gives; steps, loader and extraction are timed beside it only.",
+        "plain one gives; steps, loader, store and extraction are timed beside it only.",
         "",
     ]
     if quick:

@@ -1,0 +1,96 @@
+"""What a stored position takes, and how fast it is read."""
+
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from benchmarks import machine
+from benchmarks.material import SOURCE, TARGET, Material
+from benchmarks.page import Result
+from fusion.extraction import Externalised
+from fusion.targets import Reading
+from harness.shards import Compression, Shard, write_shard
+
+_CASES: tuple[tuple[str, str, Compression, float], ...] = (
+    ("below 65,536 ids", TARGET, "none", 48.0),
+    ("below 65,536 ids", TARGET, "zstd", 36.0),
+    ("above 65,536 ids", SOURCE, "none", 68.0),
+    ("above 65,536 ids", SOURCE, "zstd", 50.0),
+)
+
+
+def store(material: Material, *, quick: bool) -> list[Result]:
+    """A shard of real top tens, of a small and of a large vocabulary, plain and compressed."""
+    pieces = list(islice(cycle(material.pieces), 4 if quick else 256))
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for vocabulary, name, compression, goal in _CASES:
+            what = f"a shard, {vocabulary}, {'plain' if compression == 'none' else 'compressed'}"
+            readings = [piece.readings[name] for piece in pieces]
+            results += _measure(what, Path(folder), readings, compression, goal, wide=name == SOURCE)
+    return results
+
+
+def _measure(
+    what: str, folder: Path, readings: Sequence[Reading], compression: Compression, goal: float, *, wide: bool
+) -> list[Result]:
+    path, published = folder / "shard.safetensors", folder / "published.arrow"
+    written = [Externalised(r.ids, r.log_p, r.tail, r.nats) for r in readings]
+    ends = [r.ends[1:] for r in readings]
+    write_shard(path, folder / "beside", written, ends, wide=wide, compression=compression)
+    for columns, reading in zip(_read(path, len(readings)), readings, strict=True):
+        if not (columns["ids"] == reading.ids).all() or not (columns["nats"] == reading.nats).all():
+            raise AssertionError("what is read from a shard is not what was written to it")
+    _write_published(published, readings)
+    positions = sum(len(r.tokens) for r in readings)
+    taken = machine.seconds(partial(_read, path, len(readings)))
+    plainly = machine.seconds(partial(_read_published, published), repeat=1)
+    in_memory = sum(array.nbytes for columns in _read(path, 1) for array in columns.values()) / len(readings[0].tokens)
+    size = path.stat().st_size / positions
+    return [
+        Result(
+            f"{what}: size",
+            "bytes a position",
+            round(size, 1),
+            goal,
+            plain=published.stat().st_size / positions,
+            note=f"{positions:,} positions of {len(readings)} pieces, k = 10, header and offsets included, to a tenth "
+            "of a byte: real top tens of four pieces again and again (each is compressed by itself), with random "
+            "tails, which were not recorded. Plainly: an Arrow file of lists, 64-bit ids and 32-bit logits.",
+        ),
+        Result(
+            f"{what}: reading",
+            "million positions/s",
+            positions / taken / 1e6,
+            1.0,
+            "more",
+            plain=positions / plainly / 1e6,
+            limit=machine.bandwidth() / (size + in_memory) / 1e6,
+            note="piece by piece, from files in the page cache. Plainly: the Arrow file's rows as Python lists, as the "
+            "published collator takes them. Limit: copying the bytes of the file to those of the arrays.",
+        ),
+    ]
+
+
+def _read(path: Path, pieces: int) -> list[dict[str, np.ndarray]]:
+    shard = Shard(path)
+    return [shard.columns(piece) for piece in range(pieces)]
+
+
+def _write_published(path: Path, readings: Sequence[Reading]) -> None:
+    schema = pa.schema(
+        [("per_step_indices", pa.list_(pa.list_(pa.int64()))), ("per_step_logits", pa.list_(pa.list_(pa.float32())))]
+    )
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as file:
+        for reading in readings:
+            row = {"per_step_indices": reading.ids.tolist(), "per_step_logits": reading.log_p.tolist()}
+            file.write_batch(pa.RecordBatch.from_pylist([row], schema=schema))
+
+
+def _read_published(path: Path) -> list[dict[str, list]]:
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all().to_pylist()
