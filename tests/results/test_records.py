@@ -19,7 +19,7 @@ ONE = Record("main", "small", "CLM", 0, "perplexity", "code", "doc", "bits_per_b
 def test_round_trip_keeps_every_column_and_the_missing_tokens(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", [ONE, replace(ONE, tokens=2**53 + 1)])
     frame = read(tmp_path / "a.parquet")
-    assert tuple(frame.columns) == COLUMNS
+    assert tuple(frame.columns) == (*COLUMNS, "evaluation")
     assert frame["tokens"].isna().tolist() == [False, True]
     assert int(frame["tokens"].iloc[0]) == 2**53 + 1
     assert str(frame["seed"].dtype) == "int64"
