@@ -11,9 +11,9 @@ import pandas as pd
 
 from results.errors import UserError
 from results.layout import Cell, Column, Part, Table
-from results.metrics import metric_of, unknown
+from results.metrics import measure, unknown
 from results.published import AVERAGE, Published, load
-from results.tables import Measured, measured, sentences
+from results.tables import Measured, Reason, measured, sentences
 
 TARGET, SOURCE, TEACHER = "{target}", "{source}", "{teacher}"
 
@@ -43,32 +43,35 @@ class Layout:
     methods_across: bool = False
 
 
-def _parts(table: str, suite: str, metric: str, other: Mapping[str, str] | None = None) -> tuple[Part, ...]:
-    """The tasks of a published table; those in `other` have another metric."""
-    return tuple(Part(suite, row, (other or {}).get(row, metric)) for row in load(table).rows if row != AVERAGE)
+_OURS = {"py": "python", "lambada": "lambada_openai"}  # tasks that our suites call otherwise than the paper's tables
 
 
-def _by_task(parts: tuple[Part, ...]) -> tuple[Column, ...]:
-    return (*(Column(part.task, (part,), compared=True) for part in parts), Column(AVERAGE, parts, compared=True))
+def _parts(table: str, suite: str, metric: str, others: Mapping[str, str] | None = None) -> dict[str, Part]:
+    """The tasks of a published table by its names for them; those in `others` have another metric."""
+    rows = [row for row in load(table).rows if row != AVERAGE]
+    return {row: Part(suite, _OURS.get(row, row), (others or {}).get(row, metric)) for row in rows}
 
 
+def _by_task(parts: Mapping[str, Part]) -> tuple[Column, ...]:
+    columns = [Column(label, (part,), compared=True) for label, part in parts.items()]
+    return (*columns, Column(AVERAGE, tuple(parts.values()), compared=True))
+
+
+STRICT, BY_EXIT_STATUS = "passed", "passed_exit"
 BBH = _parts("table1", "bbh", "exact_match")
 COMMONSENSE = _parts("table2", "commonsense", "acc_norm", {"boolq": "acc"})
-MULTIPL_E = _parts("table3", "multipl_e", "passed")
-STRICT, BY_EXIT_STATUS = "passed", "passed_exit"
+MULTIPL_E = _parts("table3", "multipl_e", STRICT)
 
 _MAIN = (Line(SOURCE, SOURCE), Line(TARGET, "Llama-2"), Line("CLM", "Llama-2 CLM"), Line("FuseLLM", "FuseLLM"))
 _AVERAGES = (
-    Column("bbh", BBH, compared=True),
-    Column("commonsense", COMMONSENSE, compared=True),
-    Column("multipl_e", MULTIPL_E, compared=True),
+    Column("bbh", tuple(BBH.values()), compared=True),
+    Column("commonsense", tuple(COMMONSENSE.values()), compared=True),
+    Column("multipl_e", tuple(MULTIPL_E.values()), compared=True),
 )
-_GENERATIVE = (
-    Column("triviaqa", (Part("generative", "triviaqa", "exact_match"),), compared=True),
-    Column("drop", (Part("generative", "drop", "f1"),), compared=True),
-    Column("lambada", (Part("generative", "lambada_openai", "acc"),), compared=True),
-    Column("iwslt2017"),
-    Column("scibench"),
+_MEASURED = ("triviaqa", "drop", "lambada")
+_GENERATIVE = tuple(
+    Column(label, (part,) if label in _MEASURED else (), compared=True)
+    for label, part in _parts("table8", "generative", "exact_match", {"drop": "em", "lambada": "acc"}).items()
 )
 LAYOUTS = {
     "table1": Layout(_MAIN, _by_task(BBH), methods_across=True),
@@ -127,13 +130,14 @@ def comparison(
     with_paper: bool = False,
     banner: str = "",
     command: str = "",
+    reasons: Mapping[Reason, str] | None = None,
 ) -> Table:
     """The table of the paper called `name` from our records; every method is compared with `baseline`, paired.
 
     records: of one experiment and profile. methods: the run's row labels in order. roles: the row labels of the models
     as they are, by role: target, teacher, and each source. with_paper: the published values stand beside ours where
-    both exist. command: what would run what is missing. Raises UserError for an unknown table or baseline, and for
-    methods not measured on the same data.
+    both exist. command: what would run what is missing; reasons: why it is, where that is known. Raises UserError for
+    an unknown table or baseline, and for methods not measured on the same data.
     """
     if name not in LAYOUTS:
         raise UserError(unknown("table", name, LAYOUTS))
@@ -141,7 +145,7 @@ def comparison(
     rows = _rows(layout, published, methods, roles)
     labels = list(dict.fromkeys(row.label for row in rows))
     final = records[records["tokens"].isna() & records["method"].isin(labels)]
-    found = measured(final, labels, _columns(layout, final, with_paper), baseline)
+    found = measured(final, labels, _columns(layout, final, with_paper), baseline, reasons=reasons)
     own = dict(zip(labels, found.cells, strict=True))
     target = own[roles["target"]] if roles.get("target") in own else (Cell(None),) * len(found.columns)
     comparable = [with_paper and _same_tasks(column, published, layout) for column in found.columns]
@@ -219,8 +223,8 @@ def _columns(layout: Layout, records: pd.DataFrame, with_paper: bool) -> list[Co
         text = records.loc[records["suite"] == "perplexity", ["task", "metric"]].drop_duplicates()
         if text.empty:
             raise UserError("there are no final perplexity records, whose domains are the columns; run the experiment")
-        parts = tuple(Part("perplexity", task, metric) for task, metric in sorted(text.itertuples(index=False)))
-        return list(_by_task(parts))
+        domains = sorted(text.itertuples(index=False, name=None))
+        return list(_by_task({task: Part("perplexity", task, metric) for task, metric in domains}))
     if not with_paper:
         return list(layout.columns)
 
@@ -246,7 +250,7 @@ def _notes(
     with_paper: bool,
     command: str,
 ) -> list[str]:
-    metrics = [metric_of(part.metric) for column in found.columns for part in column.parts]
+    metrics = [measure(part.metric) for column in found.columns for part in column.parts]
     notes = sentences(metrics[0], baseline, found, "task") if metrics else []
     notes.append(f"In brackets: relative to {roles.get('target', 'the target')}.")
     if command and any(cell.note for row in found.cells for cell in row):

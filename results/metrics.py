@@ -89,6 +89,11 @@ def metric_of(name: str) -> Metric:
     return METRICS[name]
 
 
+def measure(name: str) -> Metric:
+    """The metric that records call `name`; one that is not registered is a score, higher is better."""
+    return METRICS.get(name) or _score(name, f"{name}, percent")
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """One sentence for a wrong `name`: the nearest spelling and what there is (`known`: an iterable of names)."""
     names = list(known)

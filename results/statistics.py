@@ -16,7 +16,7 @@ from scipy.special import ndtri
 
 from results.errors import UserError
 from results.layout import Part
-from results.metrics import Metric, metric_of
+from results.metrics import Metric, measure
 from results.records import NO_SEED
 from results.resampling import RESAMPLES, Ratio, Resamples, studentised
 from results.resampling import resample as resample_ratios
@@ -115,7 +115,7 @@ def group(records: pd.DataFrame, k: int = 1) -> dict[tuple[str, Part], Units]:
     )
     found: dict[tuple[str, Part], list[Units]] = {}
     for (method, suite, task, name, seed), at in sorted(rows.items()):
-        part, metric = Part(suite, task, name), metric_of(name).at(k)
+        part, metric = Part(suite, task, name), measure(name).at(k)
         top, bottom = metric.examples(numerators[at], denominators[at])
         one = Units(method, part, metric, tuple(examples[at]), (int(seed),), top[None], bottom, weights[at])
         found.setdefault((method, part), []).append(one)

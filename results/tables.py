@@ -3,7 +3,7 @@
 What is missing stays missing and says why; nothing is filled in. The same records give the same table.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import pandas as pd
@@ -11,7 +11,7 @@ import pandas as pd
 from results import statistics
 from results.errors import UserError
 from results.layout import Cell, Column, Part, Table, Verdict
-from results.metrics import Metric, metric_of, unknown
+from results.metrics import Metric, measure, metric_of, unknown
 from results.published import AVERAGE, paper_table
 from results.records import NO_SEED
 from results.render import FORMATS, plain_rich, plain_table, render, to_rich
@@ -20,12 +20,13 @@ from results.statistics import CONFIDENCE, MIN_SEEDS, MIN_UNITS, Units
 
 __all__ = [
     "BANNERS", "FORMATS", "Cell", "Column", "Table",
-    "main_table", "measured", "paper_table", "plain_rich", "plain_table", "render", "sentences", "to_rich",
+    "main_table", "paper_table", "plain_rich", "plain_table", "render", "suite_table", "to_rich",
 ]  # fmt: skip
 
 # Profiles whose numbers only show that everything runs.
 BANNERS = {"micro": "plumbing, not a result", "tiny": "plumbing, not a result"}
 WITH_INTERVAL = " with an interval"
+Reason = tuple[str, str, str]  # method, suite, task
 
 
 def main_table(
@@ -41,41 +42,73 @@ def main_table(
 ) -> Table:
     """The final evaluation of the methods in `order` (the row labels), each compared with `baseline`, paired.
 
-    records: of one experiment and profile. tasks: the columns, by default every domain that any row has, by name. The
-    average is the unweighted mean over all of them, with an interval only where each domain has 20 documents; where
-    some have not, a second average over those that have is given beside it. banner: by default what the profile calls
-    for. Raises UserError for wrong names, no records at all, and rows not measured on the same data.
+    records: of one experiment and profile. tasks: the columns, by default every domain that any row has, by name.
+    banner: by default what the profile calls for. Otherwise as `suite_table`.
     """
-    if len(set(order)) < len(order):
-        raise UserError(f"a row is asked for twice in {', '.join(order)}; name each method once")
     final = records[records["tokens"].isna() & records["method"].isin(list(order))]
     shown = final[(final["suite"] == suite) & (final["metric"] == metric)]
-    if baseline in order and shown.empty:
+    if shown.empty and baseline in order:
         raise UserError(
             f"there are no final {metric} records of the suite {suite} for any of {', '.join(order)}; run the "
             "experiment with `fusellm experiment run`"
         )
-    parts = [Part(suite, task, metric) for task in tasks or sorted(shown["task"].unique())]
-    wanted = [Column(part.task, (part,)) for part in parts]
-    wanted.append(Column(AVERAGE, tuple(parts), compared=True))
-    found = measured(shown, order, wanted, baseline, unit="domains")
-    experiment, profile = str(shown["experiment"].iloc[0]), str(shown["profile"].iloc[0])
+    experiment, profile = (str(shown[name].iloc[0]) if len(shown) else "" for name in ("experiment", "profile"))
     kind = metric_of(metric)
     better = "higher" if kind.higher_is_better else "lower"
+    return suite_table(
+        shown,
+        order,
+        dict.fromkeys(tasks or sorted(shown["task"].unique()), metric),
+        baseline,
+        suite=suite,
+        task="domain",
+        title=title or f"{experiment}, profile {profile}: {kind.label}, {better} is better",
+        banner=BANNERS.get(profile, "") if banner is None else banner,
+    )
+
+
+def suite_table(
+    records: pd.DataFrame,
+    order: Sequence[str],
+    metrics: Mapping[str, str],
+    baseline: str | None,
+    *,
+    suite: str,
+    title: str,
+    task: str = "task",
+    banner: str = "",
+    reasons: Mapping[Reason, str] | None = None,
+) -> Table:
+    """One suite: rows are the methods in `order`, columns the tasks of `metrics` (the metric of each) and the average.
+
+    records: of one experiment and profile. The average is the unweighted mean, with an interval only where each task
+    has 20 examples; where some have not, a second average over those that have is given beside it. Averages are
+    compared with `baseline`, paired; nothing is where that is None. task: what one is called. reasons: why something is
+    missing, where that is known. Raises UserError for wrong names and for rows not measured on the same data.
+    """
+    if len(set(order)) < len(order):
+        raise UserError(f"a row is asked for twice in {', '.join(order)}; name each method once")
+    parts = [Part(suite, name, metric) for name, metric in metrics.items()]
+    several = len(set(metrics.values())) > 1
+    wanted = [Column(f"{part.task} ({part.metric})" if several else part.task, (part,)) for part in parts]
+    wanted.append(Column(AVERAGE, tuple(parts), compared=True))
+    final = records[records["tokens"].isna() & records["method"].isin(list(order))]
+    found = measured(final, order, wanted, baseline, unit=f"{task}s", reasons=reasons)
+    kind = measure(parts[0].metric)
     difference = (
         f"− {baseline}: the method minus {baseline}, paired over the same {kind.unit}s; "
         f"{'positive' if kind.higher_is_better else 'negative'} is better than {baseline}."
     )
     return Table(
-        title=title or f"{experiment}, profile {profile}: {kind.label}, {better} is better",
+        title=title,
         rows=tuple(order),
         columns=found.columns,
         cells=found.cells,
         higher_is_better=kind.higher_is_better,
         digits=kind.digits,
         baseline=baseline,
-        banner=BANNERS.get(profile, "") if banner is None else banner,
-        notes=tuple(sentences(kind, baseline, found, "domain", difference)),
+        banner=banner,
+        notes=tuple(sentences(kind, baseline, found, task, *([difference] if baseline else []))),
     )
 
 
@@ -89,21 +122,28 @@ class Measured:
 
 
 def measured(
-    records: pd.DataFrame, methods: Sequence[str], wanted: Sequence[Column], baseline: str, *, unit: str = "tasks"
+    records: pd.DataFrame,
+    methods: Sequence[str],
+    wanted: Sequence[Column],
+    baseline: str | None,
+    *,
+    unit: str = "tasks",
+    reasons: Mapping[Reason, str] | None = None,
 ) -> Measured:
-    """What `methods` reach in the `wanted` columns, compared with `baseline` and tested.
+    """What `methods` reach in the `wanted` columns, compared with `baseline` and tested (see `suite_table`).
 
     records: final ones of one experiment and profile. A column of several parts of which some have fewer than 20
     examples, or none, is followed by one over those that have ("... of `unit` with an interval"). Raises UserError
     for an unknown baseline and for methods not measured on the same data.
     """
-    if baseline not in methods:
+    if baseline is not None and baseline not in methods:
         raise UserError(unknown("baseline", baseline, methods))
-    measures = _Measures.of(records, methods, [part for column in wanted for part in column.parts], baseline)
+    parts = list(dict.fromkeys(part for column in wanted for part in column.parts))
+    measures = _Measures.of(records, methods, parts, baseline, reasons or {})
     columns = [column for one in wanted for column in measures.columns(one, unit)]
     cells = {(method, j): measures.cell(method, column) for method in methods for j, column in enumerate(columns)}
     # What is missing counts as a comparison that shows nothing, lest a lost file make another method better.
-    family = [at for at in cells if at[0] != baseline and measures.testable(columns[at[1]])]
+    family = [at for at in cells if baseline not in (None, at[0]) and measures.testable(columns[at[1]])]
     values = [cells[at].p for at in family]
     for at, p in zip(family, statistics.holm([1.0 if p is None else p for p in values]), strict=True):
         cells[at] = _judged(cells[at], p, columns[at[1]])
@@ -114,7 +154,7 @@ def measured(
 def _judged(cell: Cell, p: float, column: Column) -> Cell:
     if cell.p is None or cell.difference is None:
         return cell
-    better = (cell.difference > 0) == metric_of(column.parts[0].metric).higher_is_better
+    better = (cell.difference > 0) == measure(column.parts[0].metric).higher_is_better
     verdict: Verdict = "better" if better else "worse"
     return replace(cell, p_corrected=p, verdict=verdict if p <= 1 - CONFIDENCE and cell.difference else None)
 
@@ -123,33 +163,42 @@ def _judged(cell: Cell, p: float, column: Column) -> Cell:
 class _Measures:
     """What the records say of every method and part, and of every method against the baseline."""
 
-    baseline: str
-    units: dict[tuple[str, Part], Units]
-    contrasts: dict[tuple[str, Part], Units]
-    evaluations: dict[tuple[str, Part], tuple[str, ...]]
+    baseline: str | None
+    reasons: Mapping[Reason, str]
+    units: dict[tuple[str, Part], Units] = field(default_factory=dict)
+    contrasts: dict[tuple[str, Part], Units] = field(default_factory=dict)
     refusals: dict[tuple[str, Part], str] = field(default_factory=dict)  # why there is no contrast
+    evaluations: dict[tuple[str, Part], tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, records: pd.DataFrame, methods: Sequence[str], parts: Sequence[Part], baseline: str) -> "_Measures":
+    def of(
+        cls,
+        records: pd.DataFrame,
+        methods: Sequence[str],
+        parts: Sequence[Part],
+        baseline: str | None,
+        reasons: Mapping[Reason, str],
+    ) -> "_Measures":
+        of_suites = pd.Series(False, index=records.index)
+        for suite, metric in dict.fromkeys((part.suite, part.metric) for part in parts):
+            of_suites |= (records["suite"] == suite) & (records["metric"] == metric)
+        records = records[of_suites]
         grouped = statistics.group(records)
-        units = {
-            (method, part): grouped[method, part] for part in parts for method in methods if (method, part) in grouped
-        }
+        both: dict[tuple[bool, str, Part], Units] = {}
+        self = cls(baseline, reasons, evaluations=_evaluations(records))
         for part in parts:
-            present = [units[method, part] for method in methods if (method, part) in units]
-            for other in present[1:]:
-                statistics.check_same_examples(present[0], other)
-        self = cls(baseline, {}, {}, _evaluations(records))
-        for (method, part), one in units.items():
-            if method != baseline and (baseline, part) in units:
-                try:
-                    self.contrasts[method, part] = statistics.contrast(one, units[baseline, part])
-                except UserError as error:  # no seed in common
-                    self.refusals[method, part] = str(error)
-        both = {("own", *key): one for key, one in units.items()}
-        both |= {("against", *key): one for key, one in self.contrasts.items()}
-        for (kind, method, part), one in statistics.resample(both).items():
-            (self.units if kind == "own" else self.contrasts)[method, part] = one
+            present = {method: grouped[method, part] for method in methods if (method, part) in grouped}
+            for other in list(present.values())[1:]:
+                statistics.check_same_examples(next(iter(present.values())), other)
+            for method, one in present.items():
+                both[False, method, part] = one
+                if method != baseline and baseline in present:
+                    try:
+                        both[True, method, part] = statistics.contrast(one, present[baseline])
+                    except UserError as error:  # no seed in common
+                        self.refusals[method, part] = str(error)
+        for (contrast, method, part), one in statistics.resample(both).items():
+            (self.contrasts if contrast else self.units)[method, part] = one
         return self
 
     def columns(self, column: Column, unit: str) -> list[Column]:
@@ -170,7 +219,7 @@ class _Measures:
 
     def cell(self, method: str, column: Column) -> Cell:
         """The method's value, and its difference to the baseline's; p is not yet corrected."""
-        parts, against = column.parts, method != self.baseline
+        parts, against = column.parts, self.baseline not in (None, method)
         missing = self.missing(method, parts)
         if missing:
             return Cell(None, note=missing, difference_note=missing if against else "")
@@ -183,7 +232,7 @@ class _Measures:
         if not against:
             return cell
         refused = [self.refusals[method, part] for part in parts if (method, part) in self.refusals]
-        gap = self.missing(self.baseline, parts) or (refused[0] if refused else "")
+        gap = self.missing(str(self.baseline), parts) or (refused[0] if refused else "")
         if gap:
             return replace(cell, difference_note=gap)
         try:
@@ -210,6 +259,9 @@ class _Measures:
         gone = [part for part in parts if (method, part) not in self.units]
         if not gone:
             return ""
+        known = [f"{one.task}: {why}" for one in gone if (why := self.reasons.get((method, one.suite, one.task)))]
+        if known:
+            return f"{method} was not run on {'; '.join(known)}"
         if not any(name == method for name, _ in self.units):
             return f"no records of {method}: not run, or its records were removed"
         suite = gone[0].suite
@@ -229,7 +281,7 @@ def _evaluations(records: pd.DataFrame) -> dict[tuple[str, Part], tuple[str, ...
     return found
 
 
-def sentences(metric: Metric, baseline: str, found: Measured, task: str, *more: str) -> list[str]:
+def sentences(metric: Metric, baseline: str | None, found: Measured, task: str, *more: str) -> list[str]:
     """What a reader must know to read the numbers; `task` is what one is called, `more` comes after the intervals."""
     everything = [cell for row in found.cells for cell in row]
     notes = [

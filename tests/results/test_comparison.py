@@ -29,7 +29,7 @@ def run(experiment: str, n: int = 40, methods: dict[str, float] = RATES, seeds: 
     records = []
     for method, rate in methods.items():
         for seed in (-1,) if method in ROLES.values() else seeds:
-            for part in (*BBH, *COMMONSENSE, *MULTIPL_E):
+            for part in (*BBH.values(), *COMMONSENSE.values(), *MULTIPL_E.values()):
                 luck = np.random.default_rng([sum(part.task.encode()), seed + 1]).random(n)
                 of = 4 if part.suite == "multipl_e" else 1
                 found = np.round(luck < rate) * of
