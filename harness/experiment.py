@@ -15,13 +15,11 @@ from harness import perplexity
 from harness.artifacts import Planned, write_atomically
 from harness.config import Config, Role, method_parameters
 from harness.context import TARGET, Experiment, MethodContext
+from harness.runs import RUN_FILE, table
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from results.layout import Table
-
-RUN_FILE = "run.json"
 PLAN_FILE = "plan.json"
 
 
@@ -121,19 +119,6 @@ def _record(config: Config, row: Row, evaluation: str, rows: Sequence[dict[str, 
     return name
 
 
-def find_run(root: Path, name: str, profile: str | None) -> Path:
-    """The newest finished run of an experiment. Raises UserError when there is none."""
-    name = Path(name).stem if name.endswith((".yaml", ".yml")) else name
-    runs = sorted((root / "runs" / name).glob(f"{profile or '*'}/*/{RUN_FILE}"))
-    if not runs:
-        wanted = f" in profile {profile}" if profile else ""
-        raise UserError(
-            f"The experiment {name!r} has no finished run{wanted} below {root}: run `fusellm experiment run {name}"
-            f"{' --profile ' + profile if profile else ''}`."
-        )
-    return max(runs, key=lambda p: json.loads(p.read_text(encoding="utf-8"))["finished"]).parent
-
-
 def _open_run(folder: Path) -> tuple[Config, "pd.DataFrame"]:
     from results.records import read
 
@@ -143,21 +128,6 @@ def _open_run(folder: Path) -> tuple[Config, "pd.DataFrame"]:
     except ValidationError:
         raise UserError(f"{folder} was made by another version of fusellm-harness: run the experiment again.") from None
     return config, read([folder / "records" / name for name in description["records"]])
-
-
-def table(folder: Path) -> "Table":
-    """The run's table, from its records alone."""
-    from results.tables import main_table
-
-    config, records = _open_run(folder)
-    return main_table(
-        records,
-        list(config.methods),
-        config.baseline,
-        metric=perplexity.METRIC[config.suites.perplexity.mode],
-        title=f"{config.title} ({config.experiment}, {config.profile})",
-        banner=config.banner or "",
-    )
 
 
 def write_tables(folder: Path) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.artifacts import Store
-from harness.experiment import PLAN_FILE, RUN_FILE
+from harness.experiment import PLAN_FILE
+from harness.runs import RUN_FILE
 
 
 def _size(path: Path) -> int:

@@ -285,14 +285,23 @@ def _by_source(measures: pd.DataFrame, names: Sequence[str]) -> tuple[list[str],
     return domains, found
 
 
-def differences_figure(table: Table, methods: Sequence[str], path: Path | str, *, title: str = "") -> tuple[Path, ...]:
-    """Draw by how much each of `methods` differs from the table's baseline in every task: sorted bars, one panel each.
+def differences_figure(
+    table: Table, path: Path | str, methods: Sequence[str] | None = None, *, title: str = ""
+) -> tuple[Path, ...]:
+    """Draw by how much methods differ from the table's baseline in every task: sorted bars, one panel a method.
 
-    Averages are left out. Intervals are not corrected for the number of tasks; what holds after the correction is
-    filled. Raises UserError for a method that is not in the table, and where a method has no difference in any task.
+    methods: by default all with a difference in at least two tasks; without any nothing is drawn. Averages are left
+    out. Intervals are not corrected for the number of tasks. Raises UserError for a method that is not in the table.
     """
-    panels = {method: _differences(table, method) for method in methods}
-    longest = max(len(panel) for panel in panels.values())
+    names = [column.label for column in table.columns] if table.best_along == "row" else list(table.rows)
+    for method in methods or ():
+        if method not in names:
+            raise UserError(unknown("method", method, names))
+    panels = {method: _differences(table, names.index(method)) for method in methods or names}
+    panels = {method: panel for method, panel in panels.items() if len(panel) > 1}
+    if not panels:
+        return ()
+    longest = max(map(len, panels.values()))
     with drawing.style():
         figure = drawing.new((2.2 + 3.6 * len(panels), 1.8 + 0.24 * longest))
         for i, (method, panel) in enumerate(panels.items()):
@@ -320,23 +329,16 @@ def _verdict_style(cell: Cell) -> dict[str, Any]:
     return {"color": style[0], "hatch": style[1], "edgecolor": "black", "linewidth": 0.5}
 
 
-def _differences(table: Table, method: str) -> list[tuple[str, Cell]]:
-    """The tasks with the method's cells, by difference."""
+def _differences(table: Table, at: int) -> list[tuple[str, Cell]]:
+    """The tasks with the cells of the method number `at`, by difference."""
     across = table.best_along == "row"
-    columns = [column.label for column in table.columns]
-    names = columns if across else list(table.rows)
-    if method not in names:
-        raise UserError(unknown("method", method, names))
-    at = names.index(method)
     cells = [row[at] for row in table.cells] if across else list(table.cells[at])
-    tasks = table.rows if across else columns
+    tasks = table.rows if across else [column.label for column in table.columns]
     found = [
         (task, cell)
         for task, cell in zip(tasks, cells, strict=True)
         if cell.difference is not None and not task.startswith(AVERAGE)
     ]
-    if not found:
-        raise UserError(f"{method} has no difference to {table.baseline} in any task of {table.title}; evaluate both")
     return sorted(found, key=lambda one: (one[1].difference or 0.0, one[0]))
 
 

@@ -193,9 +193,10 @@ def _settle(frame: pd.DataFrame) -> pd.DataFrame:
     frame = frame.drop_duplicates([*key, *VALUES], keep="last", ignore_index=True)  # a copy may lack its provenance
     again = frame.duplicated(key, keep=False)
     if again.any():
-        first, second = frame[again].iloc[0], frame[again].iloc[1]
+        named = frame[again].sort_values([*key, "file"])
+        first, second = named.iloc[0], named.iloc[1]
         where = f"{first['file']} twice" if first["file"] == second["file"] else f"{first['file']} and {second['file']}"
-        values = " against ".join(f"{one['numerator']!r} / {one['denominator']!r}" for one in (first, second))
+        values = " against ".join(f"{one['numerator']:.17g} / {one['denominator']:.17g}" for one in (first, second))
         raise UserError(f"records disagree about {_name(first)}: {values}, in {where}; remove the wrong one")
     return frame.drop(columns="file")
 

@@ -183,6 +183,7 @@ FORMATS: dict[str, Callable[[Table], str]] = {
     "latex": _as_latex,
     "html": _as_html,
 }
+ENDINGS = {**{form: form for form in FORMATS}, "latex": "tex"}  # of files
 
 
 def _empty_nan(value: object) -> object:
