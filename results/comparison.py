@@ -13,6 +13,7 @@ from results.errors import UserError
 from results.layout import Cell, Column, Part, Table
 from results.metrics import measure, unknown
 from results.published import AVERAGE, Published, load
+from results.records import NO_SEED
 from results.tables import Measured, Reason, measured, sentences
 
 TARGET, SOURCE, TEACHER = "{target}", "{source}", "{teacher}"
@@ -177,6 +178,12 @@ def comparison(
 
 
 def _transposed(table: Table) -> Table:
+    """The table with the methods across; a note says what was a column, how many seeds they have."""
+    seeds = {
+        label: {seed for cell in cells for seed in cell.seeds} - {NO_SEED}
+        for label, cells in zip(table.rows, table.cells, strict=True)
+    }
+    counts = ", ".join(f"{label} {len(found)}" for label, found in seeds.items() if found)
     return replace(
         table,
         rows=tuple(column.label for column in table.columns),
@@ -184,6 +191,7 @@ def _transposed(table: Table) -> Table:
         cells=tuple(zip(*table.cells, strict=True)),
         corner="task",
         best_along="row",
+        notes=(*table.notes, *([f"Seeds: {counts}."] if counts else [])),
     )
 
 
@@ -254,7 +262,7 @@ def _notes(
     notes = sentences(metrics[0], baseline, found, "task") if metrics else []
     notes.append(f"In brackets: relative to {roles.get('target', 'the target')}.")
     if command and any(cell.note for row in found.cells for cell in row):
-        notes.append(f"What can be made of what is missing is made by `{command}`.")
+        notes.append(f"What is missing is made by `{command}`, as far as this harness can.")
     if with_paper:
         pairs = [f"{row.published} ({row.shown})" for row in rows if row.published and row.published != row.shown]
         notes.append(

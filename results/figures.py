@@ -325,7 +325,7 @@ def differences_figure(
 
 
 def _verdict_style(cell: Cell) -> dict[str, Any]:
-    style = {"better": ("0.25", ""), "worse": ("#E69F00", "//"), None: ("0.8", "")}[cell.verdict]
+    style = {"better": ("0.5", ""), "worse": ("#E69F00", "//"), None: ("0.9", "")}[cell.verdict]
     return {"color": style[0], "hatch": style[1], "edgecolor": "black", "linewidth": 0.5}
 
 

@@ -59,19 +59,29 @@ def resample(ratios: Mapping[K, Ratio]) -> dict[K, Resamples]:
     What a ratio gets depends on itself alone, not on the others, nor on the machine.
     """
     found: dict[K, Resamples] = {}
-    together: dict[tuple[str, int], list[K]] = {}
+    together: dict[tuple[str, int], dict[K, Ratio]] = {}
     for key, ratio in ratios.items():
+        n = len(ratio.top)
         rows, counts = np.unique(np.stack([ratio.residuals, ratio.bottom], axis=1), axis=0, return_counts=True)
-        # Scores have few values. How often each is drawn is then multinomial, which costs nothing per example.
-        if 30 * len(rows) < len(ratio.top):
-            draws = _generator(ratio.task).multinomial(counts.sum(), counts / counts.sum(), RESAMPLES)
-            found[key] = _resamples(_sums(draws.astype(np.float64), _moments(rows[:, 0], rows[:, 1])), len(ratio.top))
-        else:
-            together.setdefault((ratio.task, len(ratio.top)), []).append(key)
-    for (task, n), keys in together.items():
-        moments = np.concatenate([_moments(ratios[key].residuals, ratios[key].bottom) for key in keys], axis=1)
-        sums = np.concatenate([_sums(draws, moments) for draws in _draws(task, n)])
-        found.update({key: _resamples(sums[:, 5 * i : 5 * i + 5], n) for i, key in enumerate(keys)})
+        if 30 * len(rows) >= n:
+            together.setdefault((ratio.task, n), {})[key] = ratio
+            continue
+        # Scores have few values. How often each is drawn is then multinomial, which costs nothing per example, and
+        # least with the most frequent first.
+        order = np.argsort(-counts, kind="stable")
+        draws = _generator(ratio.task).multinomial(n, counts[order] / n, RESAMPLES).astype(np.float64)
+        residual, bottom = rows[order].T
+        found[key] = _resamples(_sums(draws, _tops(residual, bottom)), _sums(draws, _bottoms(bottom)), n)
+    for (task, n), alike in together.items():
+        # Of methods measured on the same data the denominators are the same.
+        bottoms = list({ratio.bottom.tobytes(): ratio.bottom for ratio in alike.values()}.values())
+        tops = [_tops(one.residuals, one.bottom) for one in alike.values()]
+        columns = np.concatenate([*tops, *map(_bottoms, bottoms)], axis=1)
+        sums = np.concatenate([_sums(draws, columns) for draws in _draws(task, n)])
+        at = {one.tobytes(): 3 * len(alike) + 2 * i for i, one in enumerate(bottoms)}
+        for i, (key, ratio) in enumerate(alike.items()):
+            below = at[ratio.bottom.tobytes()]
+            found[key] = _resamples(sums[:, 3 * i : 3 * i + 3], sums[:, below : below + 2], n)
     return found
 
 
@@ -89,13 +99,18 @@ def studentised(ratios: Sequence[Ratio], resamples: Sequence[Resamples]) -> tupl
     return error, deviation / np.where(own > 1e-9 * error, own, error)
 
 
-def _moments(residual: np.ndarray, bottom: np.ndarray) -> np.ndarray:
-    return np.stack([residual, bottom, residual**2, residual * bottom, bottom**2], axis=1)
+def _tops(residual: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+    return np.stack([residual, residual**2, residual * bottom], axis=1)
 
 
-def _resamples(sums: np.ndarray, n: int) -> Resamples:
-    """From sums of `_moments` over each resample, float64[R, 5]."""
-    residual, bottom, squared, mixed, bottom_squared = sums.T
+def _bottoms(bottom: np.ndarray) -> np.ndarray:
+    return np.stack([bottom, bottom**2], axis=1)
+
+
+def _resamples(tops: np.ndarray, bottoms: np.ndarray, n: int) -> Resamples:
+    """From the sums of `_tops`, float64[R, 3], and `_bottoms`, float64[R, 2], over each resample."""
+    residual, squared, mixed = tops.T
+    bottom, bottom_squared = bottoms.T
     deviation = residual / bottom
     around = squared - 2 * deviation * mixed + deviation**2 * bottom_squared  # squared residuals of the resample
     return Resamples(deviation, n / (n - 1) * np.maximum(around, 0) / bottom**2)

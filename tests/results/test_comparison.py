@@ -91,6 +91,7 @@ def test_five_seeds_let_it_be_said_of_the_method(tmp_path: Path) -> None:
     fused = table.cells[-1][4]
     assert fused.seeds == (0, 1, 2, 3, 4) and fused.general and fused.verdict == "better"
     assert "▲▲" in render(table, "md")
+    assert "Seeds: CLM 5, FuseLLM 5." in table.notes
     assert any("doubled where 5 seeds or more" in note for note in table.notes)
 
 

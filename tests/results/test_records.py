@@ -57,7 +57,9 @@ def test_order_split_and_duplication_of_files_change_nothing(
 def test_disagreement_names_both_files(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", [ONE])
     write(tmp_path / "b.parquet", [replace(ONE, numerator=71.0)])
-    with pytest.raises(UserError, match=r"disagree about .*doc.*: 70 / 100 against 71 / 100, in .*a\.parquet and .*b\.parquet"):
+    with pytest.raises(
+        UserError, match=r"disagree about .*doc.*: 70 / 100 against 71 / 100, in .*a\.parquet and .*b\.parquet"
+    ):
         read(tmp_path)
 
 
