@@ -49,7 +49,8 @@ class Record:
 
     method is the row label in tables; seed is -1 for a method without one; task is the domain in the suite
     `perplexity`; example is a document's id or SHA-256. The metric says what numerator / denominator is
-    (`bits_per_byte`: nats and bytes). tokens counts the training tokens seen when it was measured along a training
+    (`bits_per_byte`: nats and bytes; a score: points and the most there are; `passed`: samples of a problem that pass,
+    and all of them). tokens counts the training tokens seen when it was measured along a training
     run, and is None for the final evaluation.
     """
 

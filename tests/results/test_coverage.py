@@ -4,6 +4,7 @@ A 95 % interval must contain the truth in 93 to 97 % of the trials, and the corr
 differs may raise a false alarm in 6 % at most.
 """
 
+import gc
 from collections.abc import Callable
 
 import numpy as np
@@ -24,6 +25,8 @@ def fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     """A quarter of a table's: each interval is a little rougher, and the tests take a minute instead of four."""
     for module in (resampling, statistics):
         monkeypatch.setattr(module, "RESAMPLES", 999)
+    # statsmodels collects garbage in every Holm correction, which takes most of the time where there are thousands.
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)
 
 
 # What was drawn for some trials: numerators[trials, seeds, n] and denominators[trials, n].
@@ -78,7 +81,7 @@ def test_accuracy_of_one_task(n: int) -> None:
     found = estimates(
         lambda _: alone((rng.random((BATCH, n)) < next(waiting)[:, None]) * 1.0), "acc", ("boolq",), False
     )
-    assert 0.93 <= (print("COV", coverage(found, 100 * rates)) or coverage(found, 100 * rates)) <= 0.97
+    assert 0.93 <= coverage(found, 100 * rates) <= 0.97
 
 
 @SIZES
@@ -88,7 +91,7 @@ def test_difference_of_accuracy_in_one_task(n: int) -> None:
     found = estimates(
         lambda _: alone(rng.choice([1.0, -1.0, 0.0], (BATCH, n), p=[0.15, 0.1, 0.75])), "acc", ("boolq",), True
     )
-    assert 0.93 <= (print("COV", coverage(found, 5.0)) or coverage(found, 5.0)) <= 0.97
+    assert 0.93 <= coverage(found, 5.0) <= 0.97
 
 
 RATES = {"a": 0.1, "b": 0.3, "c": 0.5, "d": 0.7, "e": 0.9}
@@ -99,7 +102,7 @@ def test_average_accuracy_of_five_tasks(n: int) -> None:
     """Right with probability 0.1, 0.3, 0.5, 0.7, 0.9."""
     rng = np.random.default_rng(n)
     found = estimates(lambda task: alone((rng.random((BATCH, n)) < RATES[task]) * 1.0), "acc", tuple(RATES), False)
-    assert 0.93 <= (print("COV", coverage(found, 50.0)) or coverage(found, 50.0)) <= 0.97
+    assert 0.93 <= coverage(found, 50.0) <= 0.97
 
 
 @SIZES
@@ -112,7 +115,7 @@ def test_difference_of_average_accuracy(n: int) -> None:
         return alone(rng.choice([1.0, -1.0, 0.0], (BATCH, n), p=[won, won / 2, 1 - 1.5 * won]))
 
     found = estimates(draw, "acc", tuple(RATES), True)
-    assert 0.93 <= (print("COV", coverage(found, 100 * 0.1 * 0.5)) or coverage(found, 100 * 0.1 * 0.5)) <= 0.97
+    assert 0.93 <= coverage(found, 100 * 0.1 * 0.5) <= 0.97
 
 
 @SIZES
@@ -120,7 +123,7 @@ def test_pass_at_one(n: int) -> None:
     """A problem's samples pass with a probability of its own, beta(0.3, 0.9): most are never or always solved."""
     rng = np.random.default_rng(n)
     found = estimates(lambda _: alone(rng.binomial(20, rng.beta(0.3, 0.9, (BATCH, n))) / 20), "passed", ("cpp",), False)
-    assert 0.93 <= (print("COV", coverage(found, 25.0)) or coverage(found, 25.0)) <= 0.97
+    assert 0.93 <= coverage(found, 25.0) <= 0.97
 
 
 @SIZES
@@ -133,14 +136,7 @@ def test_difference_of_pass_at_one(n: int) -> None:
         return alone((rng.binomial(20, p**0.8) - rng.binomial(20, p)) / 20)
 
     found = estimates(draw, "passed", ("cpp",), True)
-    assert (
-        0.93
-        <= (
-            print("COV", coverage(found, 100 * (0.5 / 1.3 - 0.5 / 1.5)))
-            or coverage(found, 100 * (0.5 / 1.3 - 0.5 / 1.5))
-        )
-        <= 0.97
-    )
+    assert 0.93 <= coverage(found, 100 * (0.5 / 1.3 - 0.5 / 1.5)) <= 0.97
 
 
 def text(rng: np.random.Generator, n: int) -> Drawn:
@@ -160,7 +156,7 @@ def test_bits_per_byte(n: int, domains: int) -> None:
     """Of documents as in `text`, in one domain and on average over three."""
     rng = np.random.default_rng(n)
     found = estimates(lambda _: text(rng, n), "bits_per_byte", tuple("abc"[:domains]), False)
-    assert 0.93 <= (print("COV", coverage(found, TEXT)) or coverage(found, TEXT)) <= 0.97
+    assert 0.93 <= coverage(found, TEXT) <= 0.97
 
 
 @SIZES
@@ -173,10 +169,10 @@ def test_difference_of_bits_per_byte(n: int) -> None:
         return ((0.02 * rng.standard_t(5, (BATCH, n)) - 0.01) * size)[:, None, :], size
 
     found = estimates(draw, "bits_per_byte", ("code",), True)
-    assert 0.93 <= (print("COV", coverage(found, -0.01 / np.log(2))) or coverage(found, -0.01 / np.log(2))) <= 0.97
+    assert 0.93 <= coverage(found, -0.01 / np.log(2)) <= 0.97
 
 
-METHODS, TASKS = 3, ("a", "b", "c")
+METHODS, TASKS = 2, ("a", "b")
 
 
 def false_alarms(draw: Callable[[], Drawn], metric: str) -> float:
@@ -203,9 +199,7 @@ def false_alarms(draw: Callable[[], Drawn], metric: str) -> float:
 def test_no_false_alarms_of_accuracy(n: int) -> None:
     """Won and lost with probability 0.1 each."""
     rng = np.random.default_rng(n)
-    a = false_alarms(lambda: alone(rng.choice([1.0, -1.0, 0.0], (BATCH, n), p=[0.1, 0.1, 0.8])), "acc")
-    print("ALARM", a)
-    assert a <= 0.06
+    assert false_alarms(lambda: alone(rng.choice([1.0, -1.0, 0.0], (BATCH, n), p=[0.1, 0.1, 0.8])), "acc") <= 0.06
 
 
 @SIZES
@@ -217,9 +211,7 @@ def test_no_false_alarms_of_pass_at_one(n: int) -> None:
         p = rng.beta(0.5, 1, (BATCH, n))
         return alone((rng.binomial(20, p) - rng.binomial(20, p)) / 20)
 
-    a = false_alarms(draw, "passed")
-    print("ALARM", a)
-    assert a <= 0.06
+    assert false_alarms(draw, "passed") <= 0.06
 
 
 @SIZES
@@ -231,22 +223,22 @@ def test_no_false_alarms_of_bits_per_byte(n: int) -> None:
         size = rng.lognormal(6, 0.7, (BATCH, n))
         return (0.02 * rng.standard_t(5, (BATCH, n)) * size)[:, None, :], size
 
-    a = false_alarms(draw, "bits_per_byte")
-    print("ALARM", a)
-    assert a <= 0.06
+    assert false_alarms(draw, "bits_per_byte") <= 0.06
 
 
 @SIZES
-@pytest.mark.parametrize("over_seeds", [0.0, 0.02, 0.2])
+@pytest.mark.parametrize("over_seeds", [0.0, 0.05, 0.2])
 def test_no_false_alarms_of_a_method_over_five_seeds(n: int, over_seeds: float) -> None:
-    """A normal effect of the seed, of the document (0.1 a byte), and of both together (0.05), all of mean zero."""
+    """A normal effect of the seed, of the document (0.1 a byte), and of both together (0.05), all of mean zero.
+
+    6,000 trials: where seeds weigh most the truth is 5.3 %, too near to the bound for 2,000.
+    """
     rng = np.random.default_rng(n)
-
-    def draw(_: str) -> Drawn:
+    alarms = 0
+    for _ in range(3 * TRIALS // BATCH):
         noise = rng.normal(0, over_seeds, (BATCH, 5, 1)) + rng.normal(0, 0.1, (BATCH, 1, n))
-        return noise + rng.normal(0, 0.05, (BATCH, 5, n)), np.ones((BATCH, n))
-
-    found = estimates(draw, "bits_per_byte", ("code",), True)
-    assert all(one.general for one in found)
-    print("SEEDS", np.mean([one.p is not None and one.p <= 0.05 for one in found]))
-    assert np.mean([one.p is not None and one.p <= 0.05 for one in found]) <= 0.06
+        drawn = noise + rng.normal(0, 0.05, (BATCH, 5, n)), np.ones((BATCH, n))
+        alarms += sum(
+            statistics._over_seeds([one], one.by_seed()) <= 0.05 for one in units("a", "bits_per_byte", drawn)
+        )
+    assert alarms / (3 * TRIALS) <= 0.06

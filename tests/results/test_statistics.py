@@ -1,5 +1,6 @@
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -310,7 +311,18 @@ def test_five_seeds_count_themselves_in_the_test() -> None:
     assert found.general and found.p is not None
     one_seed = statistics.contrast(many["FuseLLM", text("code")], many["CLM", text("code")])
     errors = one_seed.ratio.variance**0.5 / math.log(2), float(found.spread or 0) / 5**0.5
-    t = found.value / math.hypot(*errors)
-    assert found.p == pytest.approx(2 * stats.t.sf(abs(t), sum(e**2 for e in errors) ** 2 / (
-        errors[0] ** 4 / 23 + errors[1] ** 4 / 4
-    )))  # fmt: skip
+    freedom = sum(e**2 for e in errors) ** 2 / (errors[0] ** 4 / 23 + errors[1] ** 4 / 4)
+    both = 2 * stats.t.sf(abs(found.value) / math.hypot(*errors), freedom)
+    alone = 2 * stats.t.sf(abs(found.value) / errors[1], 4)
+    assert found.p == pytest.approx(max(both, alone))
+
+
+def test_five_seeds_that_agree_leave_the_doubt_of_the_examples() -> None:
+    rng = np.random.default_rng(0)
+    nats, size = rng.normal(0.5, 1, 50), np.ones(50)
+    apart = replace(units(np.stack([nats] * 5), size), against="CLM")
+    found = statistics.estimate([statistics.resample({0: apart})[0]])
+    error = apart.ratio.variance**0.5
+    assert found.p == pytest.approx(2 * stats.t.sf(nats.mean() / error, 49))
+    nothing = replace(units(np.zeros((5, 50)), size), against="CLM")
+    assert statistics.estimate([statistics.resample({0: nothing})[0]]).p == 1.0
