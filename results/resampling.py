@@ -54,7 +54,7 @@ class Resamples:
 
 
 def resample(ratios: Mapping[K, Ratio]) -> dict[K, Resamples]:
-    """Resamples of every ratio; those of one task and number of examples see the same ones.
+    """Resamples of every ratio; those of many values see the same ones in one task and number of examples.
 
     What a ratio gets depends on itself alone, not on the others, nor on the machine.
     """
@@ -62,15 +62,15 @@ def resample(ratios: Mapping[K, Ratio]) -> dict[K, Resamples]:
     together: dict[tuple[str, int], dict[K, Ratio]] = {}
     for key, ratio in ratios.items():
         n = len(ratio.top)
-        rows, counts = np.unique(np.stack([ratio.residuals, ratio.bottom], axis=1), axis=0, return_counts=True)
-        if 30 * len(rows) >= n:
+        residual, counts = np.unique(ratio.residuals, return_counts=True)
+        if 30 * len(residual) >= n or (ratio.bottom != ratio.bottom[0]).any():
             together.setdefault((ratio.task, n), {})[key] = ratio
             continue
         # Scores have few values. How often each is drawn is then multinomial, which costs nothing per example, and
         # least with the most frequent first.
         order = np.argsort(-counts, kind="stable")
         draws = _generator(ratio.task).multinomial(n, counts[order] / n, RESAMPLES).astype(np.float64)
-        residual, bottom = rows[order].T
+        residual, bottom = residual[order], ratio.bottom[: len(order)]
         found[key] = _resamples(_sums(draws, _tops(residual, bottom)), _sums(draws, _bottoms(bottom)), n)
     for (task, n), alike in together.items():
         # Of methods measured on the same data the denominators are the same.
