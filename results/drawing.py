@@ -92,9 +92,15 @@ def style() -> Iterator[None]:
 
 
 def save(figure: "Figure", path: Path) -> tuple[Path, ...]:
-    """`path`.png and `path`.svg."""
+    """`path`.png and `path`.svg, each complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     png, svg = (path.with_name(path.name + ending) for ending in (".png", ".svg"))
-    figure.savefig(png, dpi=150, metadata={"Software": None})
-    figure.savefig(svg, metadata={"Date": None, "Creator": None})
+    _write(figure, png, dpi=150, metadata={"Software": None})
+    _write(figure, svg, metadata={"Date": None, "Creator": None})
     return png, svg
+
+
+def _write(figure: "Figure", path: Path, **options: Any) -> None:
+    beside = path.with_name(f".{path.name}")
+    figure.savefig(beside, format=path.suffix[1:], **options)
+    beside.replace(path)
