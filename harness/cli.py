@@ -98,7 +98,7 @@ def experiment_run(
 
     config = load(name, profile=profile, overrides=settings, seeds=seeds)
     _quiet_libraries()
-    from harness import experiment
+    from harness import experiment, runs
 
     if dry_run:
         if ranks.first():
@@ -107,7 +107,7 @@ def experiment_run(
     folder = experiment.run(config, root)
     if not ranks.first():
         return
-    _print_table(experiment.table(folder), None)
+    _print_table(runs.table(folder), None)
     for line in _lines(folder / "equal_quality.txt"):
         typer.echo(line)
     typer.echo(f"Table, figure and records: {folder}", err=True)
@@ -115,20 +115,36 @@ def experiment_run(
 
 @app.command()
 def tables(
-    name: Annotated[str, typer.Argument(help="An experiment's name, or paper/NAME for a published table.")],
-    form: FormatOption = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Experiments, paper/NAME for published tables, or all (as without any).")
+    ] = None,
     profile: Annotated[str | None, typer.Option(help="The profile; that of the newest run without.")] = None,
+    form: Annotated[
+        Literal["md", "csv", "json", "latex", "html"] | None,
+        typer.Option("--format", help="For the terminal without; with --out every one of them."),
+    ] = None,
+    with_paper: Annotated[bool, typer.Option("--with-paper", help="The published values beside ours.")] = False,
+    baseline: Annotated[
+        str | None, typer.Option(help="The row that the others are tested against; the experiment's without.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write the tables and their figures to.")] = None,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Print an experiment's table from its stored records; nothing is computed."""
-    if name.startswith("paper/"):
-        from results.published import paper_table
+    """Print or write the tables of finished runs from their stored records; no model is touched."""
+    from harness import runs
+    from results.render import FORMATS, render_all
 
-        _print_table(paper_table(name.removeprefix("paper/")), form)
-        return
-    from harness import experiment
-
-    _print_table(experiment.table(experiment.find_run(root, name, profile)), form)
+    found = runs.tables(root, names or [], profile, baseline=baseline, with_paper=with_paper)
+    if out is not None:
+        for path in runs.write(found.made, out, [form] if form else list(FORMATS)):
+            typer.echo(path)
+    elif form is not None:
+        typer.echo(render_all(list(found.made.values()), form), nl=False)
+    else:
+        for table in found.made.values():
+            _print_table(table, None)
+    for sentence in found.absent:
+        typer.echo(sentence, err=True)
 
 
 @app.command()

@@ -9,19 +9,17 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from baselines.method import Candidate, method
-from fusion.errors import UserError, did_you_mean
+from fusion.errors import UserError
 from harness import perplexity, ranks
-from harness.artifacts import Planned, alone, file_sha256, read_json, write_atomically, write_json
+from harness.artifacts import Planned, alone, file_sha256, write_atomically, write_json
 from harness.checks import check_inputs, check_lengths, check_sizes, check_space
-from harness.config import Config, Role, method_parameters, names
+from harness.config import Config, Role, method_parameters
 from harness.context import TARGET, Experiment, MethodContext
+from harness.runs import RUN_FILE, described, open_run, table
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from results.layout import Table
-
-RUN_FILE = "run.json"
 PLAN_FILE = "plan.json"
 
 
@@ -105,13 +103,6 @@ def run(config: Config, root: Path) -> Path:
     return folder
 
 
-def described(path: Path) -> dict[str, Any]:
-    """What an earlier run wrote at `path` (RUN_FILE, PLAN_FILE); empty where there is nothing, refused when damaged."""
-    if not path.exists():
-        return {}
-    return read_json(path, "remove that file and run the experiment again, with all its seeds")
-
-
 def _record(config: Config, row: Row, evaluation: str, rows: Sequence[dict[str, Any]], folder: Path) -> str:
     """Stamps an evaluation and a training's curve with experiment, profile, method and seed; one file each row."""
     from harness.training_log import read_curve
@@ -144,47 +135,12 @@ def _record(config: Config, row: Row, evaluation: str, rows: Sequence[dict[str, 
     return name
 
 
-def find_run(root: Path, name: str, profile: str | None) -> Path:
-    """The newest finished run of an experiment. Raises UserError when there is none."""
-    folder = root / "runs" / (Path(name).stem if name.endswith((".yaml", ".yml")) else name)
-    runs = sorted(folder.glob(f"{profile or '*'}/*/{RUN_FILE}"))
-    if not runs:
-        hint = "" if folder.name in names("experiments") else did_you_mean(name, names("experiments"))
-        raise UserError(
-            f"The experiment {name!r} has no finished run{f' in profile {profile!r}' if profile else ''} below "
-            f"{root}{hint}: run `fusellm experiment run {name}{f' --profile {profile}' if profile else ''}`."
-        )
-    return max(runs, key=lambda p: described(p)["finished"]).parent
-
-
 def _open_run(folder: Path) -> tuple[Config, "pd.DataFrame"]:
-    from results.records import read
-
-    description = described(folder / RUN_FILE)
+    raw, records = open_run(folder)
     try:
-        config = Config.model_validate(description["configuration"])
+        return Config.model_validate(raw), records
     except ValidationError:
         raise UserError(f"{folder} was made by another version of fusellm-harness: run the experiment again.") from None
-    paths = [folder / "records" / name for name in sorted(description["records"])]
-    for path in paths:
-        if path.exists() and file_sha256(path) != description["records"][path.name]:
-            raise UserError(f"{path} does not match its SHA-256 in {RUN_FILE}: remove it and run the experiment again.")
-    return config, read(paths)
-
-
-def table(folder: Path) -> "Table":
-    """The run's table, from its records alone."""
-    from results.tables import main_table
-
-    config, records = _open_run(folder)
-    return main_table(
-        records,
-        list(config.methods),
-        config.baseline,
-        metric=perplexity.METRIC[config.suites.perplexity.mode],
-        title=f"{config.title} ({config.experiment}, {config.profile})",
-        banner=config.banner or "",
-    )
 
 
 def write_tables(folder: Path) -> None:

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.artifacts import Store
-from harness.experiment import PLAN_FILE, RUN_FILE, described
+from harness.experiment import PLAN_FILE
+from harness.runs import RUN_FILE, described
 
 
 def _size(path: Path) -> int:

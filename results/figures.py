@@ -1,12 +1,9 @@
-"""Figures from records and measures: PNG and SVG with the same bytes every time.
+"""Figures from records, tables and measures: PNG and SVG with the same bytes every time.
 
-Readable in black and white and by colour-blind eyes: every series has its own marker, line style or hatch besides a
-colour of the Okabe-Ito set.
+Readable in black and white and by colour-blind eyes (see `results.drawing`).
 """
 
-import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,18 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from results import statistics
+from results import drawing, statistics
 from results.errors import UserError
+from results.layout import Cell, Table
 from results.metrics import Metric, metric_of, unknown
+from results.published import AVERAGE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-_COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)))
-_HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
 
 
 @dataclass(frozen=True)
@@ -35,6 +29,7 @@ class Curve:
     method: str
     tokens: np.ndarray  # int64[T], rising
     values: np.ndarray  # float64[T]
+    intervals: np.ndarray | None = None  # float64[T, 2]; None where a domain has fewer than 20 documents
 
 
 @dataclass(frozen=True)
@@ -101,9 +96,9 @@ def learning_curves(
         if method != baseline:
             equal.append(equal_quality(by_method[method], by_method[baseline], measured.higher_is_better))
             equal.append(equal_quality(by_method[baseline], by_method[method], measured.higher_is_better))
-    with _style():
+    with drawing.style():
         figure = _draw_curves(measured, curves, equal, baseline, title, banner)
-        files = _save(figure, Path(path))
+        files = drawing.save(figure, Path(path))
     return LearningCurves(measured, curves, tuple(equal), files)
 
 
@@ -124,7 +119,7 @@ def equal_quality(curve: Curve, other: Curve, higher_is_better: bool) -> EqualQu
 
 def _curves(records: pd.DataFrame, methods: Sequence[str]) -> Iterator[Curve]:
     steps = sorted(records["tokens"].unique())
-    at_step = {step: statistics.group(records[records["tokens"] == step], intervals=False) for step in steps}
+    at_step = {step: statistics.resample(statistics.group(records[records["tokens"] == step])) for step in steps}
     first: dict[str, statistics.Units] = {}
     for method in methods:
         found = {step: [one for (name, _), one in units.items() if name == method] for step, units in at_step.items()}
@@ -150,8 +145,14 @@ def _curves(records: pd.DataFrame, methods: Sequence[str]) -> Iterator[Curve]:
             )
         for one in (one for units in whole.values() for one in units):
             statistics.check_same_examples(first[one.task], one)
-        values = [statistics.estimate(units).value for units in whole.values()]
-        yield Curve(method, np.array(list(whole), dtype=np.int64), np.array(values))
+        found_at = [statistics.estimate(units) for units in whole.values()]
+        intervals = [one.interval for one in found_at if one.interval is not None]
+        yield Curve(
+            method,
+            np.array(list(whole), dtype=np.int64),
+            np.array([one.value for one in found_at]),
+            np.array(intervals) if len(intervals) == len(found_at) else None,
+        )
 
 
 def _draw_curves(
@@ -162,19 +163,13 @@ def _draw_curves(
     title: str,
     banner: str,
 ) -> "Figure":
-    figure = _new((7.0, 4.6 + 0.22 * len(equal)))
+    figure = drawing.new((7.0, 4.6 + 0.22 * len(equal)))
     axes = figure.add_subplot()
     for i, curve in enumerate(curves):
-        axes.plot(
-            curve.tokens,
-            curve.values,
-            label=curve.method,
-            color=_COLOURS[i % 7],
-            marker=_MARKERS[i % 7],
-            linestyle=_LINES[(i + i // 7) % 7],
-            markersize=5,
-            linewidth=1.6,
-        )
+        axes.plot(curve.tokens, curve.values, label=curve.method, **drawing.line_style(i))
+        if curve.intervals is not None:
+            low, high = curve.intervals.T
+            axes.fill_between(curve.tokens, low, high, color=drawing.COLOURS[i % 7], alpha=0.1, linewidth=0)
         if curve.method == baseline:
             axes.axhline(curve.values[-1], color="0.6", linewidth=0.8, zorder=0)
     for one in equal:
@@ -185,7 +180,7 @@ def _draw_curves(
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
     axes.legend()
-    _entitle(figure, title, banner)
+    drawing.entitle(figure, title, banner)
     figure.supxlabel("\n".join(one.sentence(metric.digits) for one in equal), fontsize=8, x=0.02, ha="left")
     return figure
 
@@ -210,26 +205,14 @@ def audit_figure(measures: pd.DataFrame, path: Path | str, *, title: str = "", b
     p_next_mapped, p_next_target, bucket_ll_native, bucket_ll_mapped, bucket_ll_target, chosen. Missing values (NaN) are
     marked n/a. Raises UserError for a missing column, an empty frame, and a source that has a domain twice.
     """
-    needed = ["source", "domain", *_BY_SOURCE, *(name for names in _BY_STAGE.values() for name in names)]
-    absent = [name for name in needed if name not in measures.columns]
-    if absent:
-        raise UserError(f"the audit's measures lack the columns {', '.join(absent)}; make the audit again")
-    if measures.empty:
-        raise UserError("the audit has no measures to draw; run it with at least one source and domain")
-    if measures.duplicated(["source", "domain"]).any():
-        raise UserError("the audit measures one source twice in one domain; make the audit again")
-    sources, domains = list(dict.fromkeys(measures["source"])), list(dict.fromkeys(measures["domain"]))
-    at = measures.set_index(["source", "domain"])
-
-    def column(source: str, name: str) -> list[float]:
-        return [float(at[name].get((source, domain), np.nan)) for domain in domains]
-
-    with _style():
-        figure = _new((4.0 + 1.3 * max(len(domains), 5), 3.0 * (1 + len(sources))))
+    domains, by_source = _by_source(measures, [*_BY_SOURCE, *(one for names in _BY_STAGE.values() for one in names)])
+    sources = list(by_source["chosen"])
+    with drawing.style():
+        figure = drawing.new((4.0 + 1.3 * max(len(domains), 5), 3.0 * (1 + len(sources))))
         grid = figure.add_gridspec(1 + len(sources), 6)
         for i, (name, label) in enumerate(_BY_SOURCE.items()):
             axes = figure.add_subplot(grid[0, 2 * i : 2 * i + 2])
-            _bars(axes, domains, {source: column(source, name) for source in sources}, label, first_style=0)
+            drawing.bars(axes, domains, by_source[name], label, first=0)
             if i == 1:
                 axes.legend(
                     loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(sources), fontsize=8, frameon=False
@@ -239,74 +222,169 @@ def audit_figure(measures: pd.DataFrame, path: Path | str, *, title: str = "", b
             for i, (label, names) in enumerate(_BY_STAGE.items()):
                 axes = figure.add_subplot(grid[row, 3 * i : 3 * i + 3], sharey=shared.get(label))
                 shared.setdefault(label, axes)
-                series = {stage: column(source, name) for stage, name in zip(_STAGES, names, strict=True)}
-                _bars(axes, domains, series, label, first_style=3)
+                series = {stage: by_source[name][source] for stage, name in zip(_STAGES, names, strict=True)}
+                drawing.bars(axes, domains, series, label, first=3)
                 axes.set_title(f"{source}, at its paired positions", fontsize=9)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(_STAGES), fontsize=8)
-        _entitle(figure, title, banner)
-        return _save(figure, Path(path))
+        drawing.entitle(figure, title, banner)
+        return drawing.save(figure, Path(path))
 
 
-def _bars(axes: "Axes", groups: Sequence[str], series: dict[str, list[float]], label: str, first_style: int) -> None:
-    width = 0.8 / len(series)
-    for k, (name, values) in enumerate(series.items()):
-        x = np.arange(len(groups)) + (k - (len(series) - 1) / 2) * width
-        style = (first_style + k) % 7
-        axes.bar(
-            x,
-            values,
-            width,
-            label=name,
-            color=_COLOURS[style] if style else "0.45",
-            hatch=_HATCHES[style],
-            edgecolor="white",
-            linewidth=0.5,
-        )
-        for place, value in zip(x, values, strict=True):
-            if np.isnan(value):
-                axes.text(place, 0.01, "n/a", transform=axes.get_xaxis_transform(), ha="center", fontsize=6)
-    axes.set_xticks(np.arange(len(groups)), groups, rotation=30, ha="right", fontsize=8)
-    axes.set_ylabel(label, fontsize=8)
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
+FUSED = "fused"  # the audit's row of what the target is taught, whoever it is from
 
 
-def _entitle(figure: "Figure", title: str, banner: str) -> None:
-    text = ": ".join(part for part in (banner.upper(), title) if part)
-    if text:
-        # About 11 characters an inch at this size.
-        figure.suptitle(textwrap.fill(text, int(11 * figure.get_figwidth())), fontsize=11)
+def choice_figure(measures: pd.DataFrame, path: Path | str, *, title: str = "", banner: str = "") -> tuple[Path, ...]:
+    """Draw which source was chosen where: by domain, the share of pieces each is chosen for, adding up to one.
+
+    measures: the columns source, domain and chosen of the audit's (see `audit_figure`, also for what is raised).
+    """
+    domains, by_source = _by_source(measures[measures["source"] != FUSED], ["chosen"])
+    with drawing.style():
+        figure, axes = _domain_axes(len(domains))
+        drawing.stacked(axes, domains, by_source["chosen"], _BY_SOURCE["chosen"])
+        figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+        drawing.entitle(figure, title, banner)
+        return drawing.save(figure, Path(path))
 
 
-def _new(size: tuple[float, float]) -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def coverage_figure(measures: pd.DataFrame, path: Path | str, *, title: str = "", banner: str = "") -> tuple[Path, ...]:
+    """Draw how much of the target's text each source's alignment covers: the share of positions paired, by domain.
 
-    # Without pyplot: no window, no global list of figures.
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    """matplotlib's own defaults, whatever the user's settings, and nothing in a file that changes from run to run."""
-    import matplotlib.style
-
-    with matplotlib.style.context(["default", {"svg.hashsalt": "fusellm", "font.family": "DejaVu Sans"}]):
-        yield
+    measures: the columns source, domain and paired of the audit's (see `audit_figure`, also for what is raised).
+    """
+    domains, by_source = _by_source(measures[measures["source"] != FUSED], ["paired"])
+    with drawing.style():
+        figure, axes = _domain_axes(len(domains))
+        drawing.bars(axes, domains, by_source["paired"], _BY_SOURCE["paired"], first=0)
+        axes.set_ylim(0, 1)
+        figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+        drawing.entitle(figure, title, banner)
+        return drawing.save(figure, Path(path))
 
 
-def _save(figure: "Figure", path: Path) -> tuple[Path, ...]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    png, svg = (path.with_name(path.name + ending) for ending in (".png", ".svg"))
-    _save_one(figure, png, dpi=150, metadata={"Software": None})
-    _save_one(figure, svg, metadata={"Date": None, "Creator": None})
-    return png, svg
+def _domain_axes(domains: int) -> "tuple[Figure, Axes]":
+    figure = drawing.new((2.5 + 0.9 * max(domains, 4), 3.8))
+    return figure, figure.add_subplot()
 
 
-def _save_one(figure: "Figure", path: Path, **options: Any) -> None:
-    """Writes beside `path` and renames, so that there is never a part of a picture."""
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, format=path.suffix[1:], **options)
-    beside.replace(path)
+def _by_source(measures: pd.DataFrame, names: Sequence[str]) -> tuple[list[str], dict[str, dict[str, list[float]]]]:
+    """The domains, and of each measure in `names` by source one value a domain, in the order of the rows."""
+    absent = [name for name in ["source", "domain", *names] if name not in measures.columns]
+    if absent:
+        raise UserError(f"the audit's measures lack the columns {', '.join(absent)}; make the audit again")
+    if measures.empty:
+        raise UserError("the audit has no measures to draw; run it with at least one source and domain")
+    if measures.duplicated(["source", "domain"]).any():
+        raise UserError("the audit measures one source twice in one domain; make the audit again")
+    sources, domains = list(dict.fromkeys(measures["source"])), list(dict.fromkeys(measures["domain"]))
+    at = measures.set_index(["source", "domain"])
+    found = {
+        name: {source: [float(at[name].get((source, domain), np.nan)) for domain in domains] for source in sources}
+        for name in names
+    }
+    return domains, found
+
+
+def differences_figure(
+    table: Table, path: Path | str, methods: Sequence[str] | None = None, *, title: str = ""
+) -> tuple[Path, ...]:
+    """Draw by how much methods differ from the table's baseline in every task: sorted bars, one panel a method.
+
+    methods: by default all with a difference in at least two tasks; without any nothing is drawn. Averages are left
+    out. Intervals are not corrected for the number of tasks. Raises UserError for a method that is not in the table.
+    """
+    names = [column.label for column in table.columns] if table.best_along == "row" else list(table.rows)
+    for method in methods or ():
+        if method not in names:
+            raise UserError(unknown("method", method, names))
+    panels = {method: _differences(table, names.index(method)) for method in methods or names}
+    panels = {method: panel for method, panel in panels.items() if len(panel) > 1}
+    if not panels:
+        return ()
+    longest = max(map(len, panels.values()))
+    with drawing.style():
+        figure = drawing.new((2.2 + 3.6 * len(panels), 1.8 + 0.24 * longest))
+        for i, (method, panel) in enumerate(panels.items()):
+            axes = figure.add_subplot(1, len(panels), i + 1)
+            for at, (_, cell) in enumerate(panel):
+                assert cell.difference is not None
+                low, high = cell.difference_interval or (cell.difference, cell.difference)
+                axes.barh(at, cell.difference, 0.7, **_verdict_style(cell))
+                axes.plot([low, high], [at, at], color="black", linewidth=1)
+            axes.set_yticks(range(len(panel)), [task for task, _ in panel], fontsize=8)
+            axes.axvline(0, color="black", linewidth=0.8)
+            axes.set_xlabel(f"{method} − {table.baseline}", fontsize=8)
+            axes.grid(axis="x", alpha=0.3)
+            axes.set_axisbelow(True)
+        side = "right is better" if table.higher_is_better else "left is better"
+        corrected = any(cell.verdict for panel in panels.values() for _, cell in panel)
+        filled = "; dark: better, hatched: worse, corrected for all comparisons of the table" if corrected else ""
+        figure.supxlabel(f"{side}; lines: 95% intervals{filled}", fontsize=8)
+        drawing.entitle(figure, title or table.title, table.banner)
+        return drawing.save(figure, Path(path))
+
+
+def _verdict_style(cell: Cell) -> dict[str, Any]:
+    style = {"better": ("0.5", ""), "worse": ("#E69F00", "//"), None: ("0.9", "")}[cell.verdict]
+    return {"color": style[0], "hatch": style[1], "edgecolor": "black", "linewidth": 0.5}
+
+
+def _differences(table: Table, at: int) -> list[tuple[str, Cell]]:
+    """The tasks with the cells of the method number `at`, by difference."""
+    across = table.best_along == "row"
+    cells = [row[at] for row in table.cells] if across else list(table.cells[at])
+    tasks = table.rows if across else [column.label for column in table.columns]
+    found = [
+        (task, cell)
+        for task, cell in zip(tasks, cells, strict=True)
+        if cell.difference is not None and not task.startswith(AVERAGE)
+    ]
+    return sorted(found, key=lambda one: (one[1].difference or 0.0, one[0]))
+
+
+def quality_figure(
+    table: Table,
+    series: Mapping[str, Mapping[str, float]],
+    path: Path | str,
+    *,
+    along: str,
+    column: str = AVERAGE,
+    title: str = "",
+) -> tuple[Path, ...]:
+    """Draw quality against a setting, such as lambda, k or the number of sources.
+
+    series: of each line the table's rows with their value of the setting, which is called `along`. What is drawn is
+    the difference to the table's baseline in `column`, with its paired interval. Raises UserError for a row or column
+    that is not in the table, and for a line without any difference.
+    """
+    labels = [one.label for one in table.columns]
+    if column not in labels:
+        raise UserError(unknown("column", column, labels))
+    better = "higher" if table.higher_is_better else "lower"
+    with drawing.style():
+        figure = drawing.new((6.4, 4.4))
+        axes = figure.add_subplot()
+        ticks: set[float] = set()
+        for i, (name, rows) in enumerate(series.items()):
+            points = []
+            for row, x in sorted(rows.items(), key=lambda one: (one[1], one[0])):
+                if row not in table.rows:
+                    raise UserError(unknown("row", row, table.rows))
+                cell = table.cells[table.rows.index(row)][labels.index(column)]
+                if cell.difference is not None:
+                    points.append((x, cell.difference, cell.difference_interval))
+            if not points:
+                raise UserError(f"no row of {name} has a difference to {table.baseline} in {column}; evaluate both")
+            ticks |= {x for x, _, _ in points}
+            axes.plot([x for x, _, _ in points], [y for _, y, _ in points], label=name, **drawing.line_style(i))
+            for x, _, interval in points:
+                if interval:
+                    axes.plot([x, x], interval, color=drawing.COLOURS[i % 7], linewidth=1, marker="_", markersize=6)
+        axes.axhline(0, color="0.4", linewidth=0.8)
+        axes.set_xticks(sorted(ticks))
+        axes.set_xlabel(along)
+        axes.set_ylabel(f"{column} − {table.baseline} ({better} is better)")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        drawing.entitle(figure, title or table.title, table.banner)
+        return drawing.save(figure, Path(path))

@@ -1,16 +1,33 @@
 """What a table is, before it has a format: rows, columns, cells, and the sentences needed to read them."""
 
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Verdict = Literal["better", "worse"]
+
+
+class Part(NamedTuple):
+    """What is measured: one task of a suite under one metric."""
+
+    suite: str
+    task: str
+    metric: str
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of values; `tasks` are the domains behind it, `n` the examples in them, the same for every row."""
+    """One column of values; `parts` are what it is the unweighted mean of, `n` the examples in them, the same for every
+    row.
+    """
 
     label: str
-    tasks: tuple[str, ...] = ()
+    parts: tuple[Part, ...] = ()
     n: int | None = None
-    compared: bool = False  # its difference to the baseline has a printed column of its own
+    compared: bool = False  # its difference to the baseline is tested
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(part.task for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -19,6 +36,10 @@ class Cell:
 
     difference is this row minus the table's baseline. seeds are those behind the value, -1 alone for a method without.
     spread is the standard deviation over seeds. An interval is None below 20 examples in any task behind the cell.
+    p is a paired test's that the difference is zero, p_corrected that for all comparisons of the table (Holm), and
+    verdict is None where the latter is above 5 %; `general` says that the test counted seeds too, so that the verdict
+    is about the method and not only about these checkpoints.
+    change is relative to the target (0.05: five percent more). evaluations are the fingerprints of what was evaluated.
     """
 
     value: float | None
@@ -31,6 +52,14 @@ class Cell:
     difference_interval: tuple[float, float] | None = None
     difference_seeds: tuple[int, ...] = ()
     difference_note: str = ""
+    p: float | None = None
+    p_corrected: float | None = None
+    verdict: Verdict | None = None
+    general: bool = False
+    change: float | None = None
+    published: float | None = None
+    published_change: float | None = None
+    evaluations: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,7 +67,9 @@ class Table:
     """Cells in rows and columns, `cells[row][column]`.
 
     best_along "column" marks the best value of each column, "row" that of each row. digits are those printed for
-    people; CSV and JSON carry full precision. notes are sentences printed below.
+    people; CSV and JSON carry full precision. notes are sentences printed below. differences: those of compared columns
+    are printed in columns of their own. published heads, for every column, the published values printed beside it; it
+    is empty where none are.
     """
 
     title: str
@@ -48,18 +79,21 @@ class Table:
     higher_is_better: bool
     digits: int
     corner: str = "method"  # heads the row labels
-    best_along: str = "column"
+    best_along: Literal["column", "row"] = "column"
     baseline: str | None = None
+    differences: bool = True
+    published: tuple[str, ...] = ()
     banner: str = ""
     notes: tuple[str, ...] = ()
 
-    def best(self) -> frozenset[tuple[int, int]]:
-        """The (row, column) of every best value; equal values are all best."""
+    def best(self, published: bool = False) -> frozenset[tuple[int, int]]:
+        """The (row, column) of every best value, or published value; equal values are all best."""
         lines: dict[int, list[tuple[float, tuple[int, int]]]] = {}
         for i, row in enumerate(self.cells):
             for j, cell in enumerate(row):
-                if cell.value is not None:
-                    lines.setdefault(j if self.best_along == "column" else i, []).append((cell.value, (i, j)))
+                value = cell.published if published else cell.value
+                if value is not None:
+                    lines.setdefault(j if self.best_along == "column" else i, []).append((value, (i, j)))
         top = max if self.higher_is_better else min
         marked: set[tuple[int, int]] = set()
         for line in lines.values():

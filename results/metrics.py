@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from results.errors import UserError
@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Metric:
-    """A ratio of sums over examples, sum(numerator) / sum(denominator), times a constant `scale`."""
+    """A ratio of sums over examples, sum(numerator) / sum(denominator), times a constant `scale`.
+
+    A score (`bounds` given) is first made one number an example, from 0 to 1, and every example counts alike. With `k`
+    that number is the unbiased estimate of pass@k from numerator passing samples of denominator (Chen et al. 2021).
+    """
 
     name: str
     label: str
@@ -22,10 +26,42 @@ class Metric:
     scale: float
     digits: int
     unit: str  # what one example is called
+    bounds: tuple[float, float] | None = None  # of the printed value
+    k: int | None = None
+
+    def examples(self, numerator: "np.ndarray", denominator: "np.ndarray") -> "tuple[np.ndarray, np.ndarray]":
+        """What is summed over examples, from what is stored of them; all of one shape.
+
+        Raises UserError for a score outside 0 to 1, and for fewer than k samples.
+        """
+        import numpy as np
+        from scipy.special import comb
+
+        if self.bounds is None:
+            return numerator, denominator
+        if ((numerator < 0) | (numerator > denominator)).any():
+            raise UserError(f"a {self.unit} has a score outside 0 to 1 in {self.name}; evaluate it again")
+        if self.k is None:
+            return numerator / denominator, np.ones_like(denominator)
+        if (denominator < self.k).any():
+            raise UserError(
+                f"{self.label} needs {self.k} samples a {self.unit}, but one has {denominator.min():g}; draw more "
+                "samples or ask for a smaller k"
+            )
+        failing = comb(denominator - numerator, self.k) / comb(denominator, self.k)
+        return 1 - failing, np.ones_like(denominator)
 
     def value(self, numerator: "np.ndarray", denominator: "np.ndarray") -> "np.ndarray":
         """The metric's values from sums of numerators and denominators of one shape."""
         return numerator / denominator * self.scale
+
+    def at(self, k: int) -> "Metric":
+        """The same metric at another k; itself where it has none."""
+        return self if self.k is None else replace(self, label=self.label.replace(f"@{self.k}", f"@{k}"), k=k)
+
+
+def _score(name: str, label: str, unit: str = "example", k: int | None = None) -> Metric:
+    return Metric(name, label, True, 100.0, 2, unit, (0.0, 100.0), k)
 
 
 # Nats over bytes, so nats per byte / ln 2. The two differ in how much text before a token the model sees: as lm-eval's
@@ -35,6 +71,13 @@ METRICS = {
     for metric in (
         Metric("bits_per_byte", "bits per byte", False, 1 / math.log(2), 4, "document"),
         Metric("bits_per_byte_strided", "bits per byte (strided)", False, 1 / math.log(2), 4, "document"),
+        _score("acc", "accuracy, percent"),
+        _score("acc_norm", "accuracy by length-normalised likelihood, percent"),
+        _score("exact_match", "exact match, percent"),
+        _score("em", "exact match, percent"),
+        _score("f1", "F1, percent"),
+        _score("passed", "pass@1, percent", "problem", k=1),
+        _score("passed_exit", "pass@1 by exit status, percent", "problem", k=1),
     )
 }
 
@@ -44,6 +87,11 @@ def metric_of(name: str) -> Metric:
     if name not in METRICS:
         raise UserError(unknown("metric", name, METRICS))
     return METRICS[name]
+
+
+def measure(name: str) -> Metric:
+    """The metric that records call `name`; one that is not registered is a score, higher is better."""
+    return METRICS.get(name) or _score(name, f"{name}, percent")
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

@@ -4,10 +4,10 @@ Values are percent except where a table says otherwise; averages are unweighted 
 """
 
 import csv
-from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from importlib import resources
+from typing import Literal
 
 from results.errors import UserError
 from results.layout import Cell, Column, Table
@@ -27,15 +27,34 @@ class Published:
     """One table as printed: `values[row][column]` keep their printed digits."""
 
     name: str
-    title: str
-    unit: str
+    title: str  # what it is about, and the unit
     higher_is_better: bool
-    best_along: str  # "row" where methods are columns
+    best_along: Literal["column", "row"]  # "row" where methods are columns
     corner: str
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     values: tuple[tuple[Decimal, ...], ...]
     notes: tuple[str, ...]
+    as_is: tuple[str, ...]  # the methods that are models as they are; the first is the target
+
+    @property
+    def digits(self) -> int:
+        """Those printed after the point."""
+        return max(-int(value.as_tuple().exponent) for row in self.values for value in row)
+
+    def value(self, method: str, column: str) -> Decimal | None:
+        """What is printed for a method in a task or suite, however the table is turned; None where nothing is."""
+        row, across = (column, method) if self.best_along == "row" else (method, column)
+        if row not in self.rows or across not in self.columns:
+            return None
+        return self.values[self.rows.index(row)][self.columns.index(across)]
+
+    def change(self, method: str, column: str) -> float | None:
+        """How much better or worse than the target, relative to it, a method is that is not a model as it is."""
+        own, target = self.value(method, column), self.value(self.as_is[0], column)
+        if own is None or not target or method in self.as_is:
+            return None
+        return float(own / target - 1)
 
 
 @dataclass(frozen=True)
@@ -45,7 +64,8 @@ class _Source:
     notes: tuple[str, ...] = (_EVALUATORS,)
     unit: str = "percent"
     higher_is_better: bool = True
-    best_along: str = "column"
+    best_along: Literal["column", "row"] = "column"
+    as_is: tuple[str, ...] = ("Llama-2", "OpenLLaMA", "MPT", "Llama-2 13B")
 
 
 _SOURCES = {
@@ -58,10 +78,21 @@ _SOURCES = {
     ),
     "table6": _Source("table6_distillation.csv", "knowledge distillation", (_EVALUATORS, _MULTIPL_E)),
     "table7": _Source(
-        "table7_ensemble_and_merging.csv", "ensemble and weight merging", (), "bits per byte", higher_is_better=False
+        "table7_ensemble_and_merging.csv",
+        "ensemble and weight merging",
+        (),
+        "bits per byte",
+        higher_is_better=False,
+        as_is=("Pythia", "Phil", "NIH", "USPTO"),
     ),
     "table8": _Source("table8_generative.csv", "generative tasks", best_along="row"),
-    "table10": _Source("table10_instruction.csv", "instruction tuning", (), "Vicuna benchmark score"),
+    "table10": _Source(
+        "table10_instruction.csv",
+        "instruction tuning",
+        (),
+        "Vicuna benchmark score",
+        as_is=("Llama-2 Evol-Instruct", "OpenLLaMA ShareGPT", "MPT Open-Platypus"),
+    ),
 }
 NAMES = tuple(_SOURCES)
 
@@ -75,8 +106,7 @@ def load(name: str) -> Published:
     head, *body = csv.reader(text.splitlines())
     return Published(
         name,
-        f"{name} as published: {source.title}, {source.unit}",
-        source.unit,
+        f"{source.title}, {source.unit}",
         source.higher_is_better,
         source.best_along,
         head[0],
@@ -84,6 +114,7 @@ def load(name: str) -> Published:
         tuple(head[1:]),
         tuple(tuple(map(Decimal, row[1:])) for row in body),
         source.notes,
+        source.as_is,
     )
 
 
@@ -125,20 +156,26 @@ def rounded(mean: Decimal, printed: Decimal) -> Decimal:
 def paper_table(name: str) -> Table:
     """A published table for the renderer; every average is computed again on the way, and a difference is noted."""
     table = load(name)
-    notes = list(table.notes)
+    notes = [*table.notes, f"In brackets: relative to {table.as_is[0]}."]
     for method, (printed, mean) in averages(table).items():
         if rounded(mean, printed) != printed:
             notes.append(
                 f"{method}: the printed entries average {rounded(mean, printed)}, the printed average is {printed}; "
                 "unrounded entries can give it."
             )
+
+    def cell(row: str, column: str) -> Cell:
+        method, task = (column, row) if table.best_along == "row" else (row, column)
+        value = table.value(method, task)
+        return Cell(None if value is None else float(value), change=table.change(method, task))
+
     return Table(
-        title=table.title,
+        title=f"{name} as published: {table.title}",
         rows=table.rows,
         columns=tuple(Column(label) for label in table.columns),
-        cells=tuple(tuple(Cell(float(value)) for value in row) for row in table.values),
+        cells=tuple(tuple(cell(row, column) for column in table.columns) for row in table.rows),
         higher_is_better=table.higher_is_better,
-        digits=_digits(table.values),
+        digits=table.digits,
         corner=table.corner,
         best_along=table.best_along,
         notes=tuple(notes),
@@ -148,7 +185,3 @@ def paper_table(name: str) -> Table:
 def _step(value: Decimal) -> Decimal:
     """One unit in the last printed digit."""
     return Decimal(1).scaleb(int(value.as_tuple().exponent))
-
-
-def _digits(values: Sequence[Sequence[Decimal]]) -> int:
-    return max(-int(value.as_tuple().exponent) for row in values for value in row)

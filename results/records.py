@@ -49,7 +49,8 @@ class Record:
 
     method is the row label in tables; seed is -1 for a method without one; task is the domain in the suite
     `perplexity`; example is a document's id or SHA-256. The metric says what numerator / denominator is
-    (`bits_per_byte`: nats and bytes). tokens counts the training tokens seen when it was measured along a training
+    (`bits_per_byte`: nats and bytes; a score: points and the most there are; `passed`: samples of a problem that pass,
+    and all of them). tokens counts the training tokens seen when it was measured along a training
     run, and is None for the final evaluation.
     """
 
@@ -77,7 +78,7 @@ def write(path: Path | str, records: Iterable[Record], provenance: Mapping[str, 
     path = Path(path)
     if path.suffix != ".parquet":
         raise UserError(f"a record file ends in .parquet, so {path} would never be read; give it that ending")
-    frame = _settle(_checked(_frame(records).assign(file=str(path))))
+    frame = _settle(_checked(_frame(records).assign(file=str(path), evaluation="")))
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         _refuse_other(path, frame)
@@ -104,14 +105,15 @@ def write(path: Path | str, records: Iterable[Record], provenance: Mapping[str, 
 def read(paths: Path | str | Sequence[Path | str]) -> pd.DataFrame:
     """All records of the files and of the folders (searched through) in `paths`, in one order whatever theirs was.
 
-    Exact duplicates count once. Columns are COLUMNS (tokens: Int64). Raises UserError for a path that does not exist,
-    a file that is no record file, a schema version other than this one, and two files that disagree about one
-    example.
+    Exact duplicates count once. Columns are COLUMNS (tokens: Int64) and evaluation, the fingerprint of what was
+    evaluated ('' where the file's provenance does not tell). Raises UserError for a path that does not exist, a file
+    that is no record file, a schema version other than this one, and two files that disagree about one example.
     """
     listed = [paths] if isinstance(paths, str | Path) else list(paths)
-    frames = [_checked(_load(file).assign(file=str(file))) for file in _files(Path(one) for one in listed)]
+    files = _files(Path(one) for one in listed)
+    frames = [_checked(_load(file).assign(file=str(file), evaluation=_evaluation(file))) for file in files]
     if not frames:
-        return _frame([])
+        return _frame([]).assign(evaluation=pd.Series([], dtype="str"))
     return _settle(pd.concat(frames, ignore_index=True))
 
 
@@ -159,6 +161,16 @@ def _load(file: Path) -> pd.DataFrame:
     return frame.astype({"seed": "int64"})
 
 
+def _evaluation(file: Path) -> str:
+    beside = file.with_suffix(".json")
+    if not beside.exists():
+        return ""
+    try:
+        return str(json.loads(beside.read_text(encoding="utf-8")).get("evaluation", ""))
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{beside} is no provenance ({error}); remove it or evaluate again") from error
+
+
 def _checked(frame: pd.DataFrame) -> pd.DataFrame:
     """The frame itself if every number in it can be computed with; raises UserError naming the first that cannot."""
     good = np.isfinite(frame["numerator"]) & np.isfinite(frame["denominator"]) & np.isfinite(frame["weight"])
@@ -178,12 +190,14 @@ def _settle(frame: pd.DataFrame) -> pd.DataFrame:
     """Records without exact duplicates, sorted by key; raises UserError, naming both files, where values disagree."""
     key = list(KEY)
     # Sorted, so that sums over the records (and so every printed digit) do not depend on the order of files.
-    frame = frame.drop_duplicates([*key, *VALUES]).sort_values(key, kind="stable", ignore_index=True)
+    frame = frame.sort_values([*key, "evaluation"], kind="stable", ignore_index=True)
+    frame = frame.drop_duplicates([*key, *VALUES], keep="last", ignore_index=True)  # a copy may lack its provenance
     again = frame.duplicated(key, keep=False)
     if again.any():
-        first, second = frame[again].iloc[0], frame[again].iloc[1]
+        named = frame[again].sort_values([*key, "file"])
+        first, second = named.iloc[0], named.iloc[1]
         where = f"{first['file']} twice" if first["file"] == second["file"] else f"{first['file']} and {second['file']}"
-        values = " against ".join(f"{one['numerator']!r} / {one['denominator']!r}" for one in (first, second))
+        values = " against ".join(f"{one['numerator']:.17g} / {one['denominator']:.17g}" for one in (first, second))
         raise UserError(f"records disagree about {_name(first)}: {values}, in {where}; remove the wrong one")
     return frame.drop(columns="file")
 
@@ -198,7 +212,7 @@ def _name(row: pd.Series) -> str:
 
 def _refuse_other(path: Path, frame: pd.DataFrame) -> None:
     """Raises UserError unless the file at `path` holds exactly these records."""
-    if not _settle(_checked(_load(path).assign(file=str(path)))).equals(frame):
+    if not _settle(_checked(_load(path).assign(file=str(path), evaluation=""))).equals(frame):
         raise UserError(
             f"{path} exists and holds other records; record files are never changed, so move it away or choose another "
             "path"

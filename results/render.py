@@ -1,4 +1,4 @@
-"""Tables as text: Markdown, CSV and JSON with the same bytes every time, and Rich for the terminal.
+"""Tables as text: Markdown, CSV, JSON, LaTeX and HTML with the same bytes every time, and Rich for the terminal.
 
 Imports no pandas and no SciPy, so that commands which only list things start fast.
 """
@@ -9,27 +9,34 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from html import escape
 from typing import TYPE_CHECKING
 
 from results.errors import UserError
-from results.layout import Cell, Table
+from results.grid import Entry, grid
+from results.layout import Table
 from results.metrics import unknown
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
 
-MISSING = "—"
-
 
 def render(table: Table, form: str) -> str:
     """The table as text; `form` is one of FORMATS, another raises UserError.
 
-    md is for people (rounded, the best in bold, reasons for what is missing below); csv has one line a cell and json
-    the whole table, both at full precision.
+    md, latex and html are for people (rounded, the best in bold, reasons for what is missing below); csv has one line a
+    cell and json the whole table, both at full precision.
     """
+    return render_all([table], form)
+
+
+def render_all(tables: Sequence[Table], form: str) -> str:
+    """Several tables, one after another; json gives a list of them where there are not exactly one."""
     if form not in FORMATS:
         raise UserError(unknown("table format", form, FORMATS))
-    return FORMATS[form](table)
+    if form == "json" and len(tables) != 1:
+        return _json([_whole(table) for table in tables])
+    return "\n".join(FORMATS[form](table) for table in tables)
 
 
 def plain_table(columns: Sequence[str], rows: Iterable[Sequence[object]], form: str) -> str:
@@ -44,7 +51,7 @@ def plain_table(columns: Sequence[str], rows: Iterable[Sequence[object]], form: 
         return _csv([list(columns), *body])
     if form == "json":
         return _json([dict(zip(columns, row, strict=True)) for row in body])
-    raise UserError(unknown("table format", form, FORMATS))
+    raise UserError(unknown("list format", form, ("md", "csv", "json")))
 
 
 def plain_rich(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> "RenderableType":
@@ -59,35 +66,26 @@ def to_rich(table: Table) -> "Group":
     from rich.console import Group
     from rich.text import Text
 
-    footnotes: list[str] = []
-    best = table.best()
-    header = _header(table)
-    body: list[list[tuple[str, str]]] = []
-    for i, row in enumerate(table.rows):
-        texts = _row(table, i, footnotes, "\n")
-        marks = {1 + _has_seeds(table) + j for k, j in best if k == i}
-        body.append([(text, "bold" if at in marks else "") for at, text in enumerate([row, *texts])])
+    shown = grid(table)
+    body = [[(one.text("\n"), "bold" if one.best else "") for one in row] for row in shown.rows]
     parts: list[RenderableType] = [Text(table.banner.upper(), style="bold reverse")] if table.banner else []
-    parts.append(_rich(header, body, [False] + [True] * (len(header) - 1), table.title))
-    parts += [Text(note, style="dim") for note in [*_numbered(footnotes), *table.notes]]
+    parts.append(_rich(shown.header, body, [False] + [True] * (len(shown.header) - 1), table.title))
+    parts += [Text(note, style="dim") for note in shown.notes]
     return Group(*parts)
 
 
 def _as_markdown(table: Table) -> str:
-    footnotes: list[str] = []
-    best = table.best()
-    first = 1 + _has_seeds(table)
-    body = []
-    for i, label in enumerate(table.rows):
-        row = [_escaped(text) for text in [label, *_row(table, i, footnotes, " ")]]
-        for j in range(len(table.columns)):
-            if (i, j) in best:
-                value, _, rest = row[first + j].partition(" ")
-                row[first + j] = f"**{value}** {rest}".rstrip()
-        body.append(row)
+    shown = grid(table)
+
+    def text(one: Entry) -> str:
+        whole = _escaped(one.text())
+        value = _escaped(one.value)
+        return f"**{value}**{whole.removeprefix(value)}" if one.best else whole
+
     lines = [f"**{table.banner.upper()}**\n"] if table.banner else []
-    lines += [f"**{table.title}**\n", _markdown(_header(table), body, escape=False)]
-    lines += [f"{_escaped(note)}  " for note in [*_numbered(footnotes), *table.notes]]
+    body = [[text(one) for one in row] for row in shown.rows]
+    lines += [f"**{table.title}**\n", _markdown(shown.header, body, escape=False)]
+    lines += [f"{_escaped(note)}  " for note in shown.notes]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -95,96 +93,97 @@ def _as_csv(table: Table) -> str:
     best = table.best()
     head = [table.corner, "column", "value", "low", "high", "n", "seeds", "spread", "best", "note"]
     head += ["baseline", "difference", "difference_low", "difference_high", "difference_seeds", "difference_note"]
+    head += ["p", "p_corrected", "verdict", "change", "published", "published_change", "evaluations"]
     lines: list[list[object]] = [list(head)]
     for i, row in enumerate(table.rows):
         for j, column in enumerate(table.columns):
             cell = table.cells[i][j]
-            low, high = cell.interval or (None, None)
-            seeds, other = (" ".join(map(str, one)) for one in (cell.seeds, cell.difference_seeds))
-            line = [
-                row,
-                column.label,
-                cell.value,
-                low,
-                high,
-                cell.n,
-                seeds,
-                cell.spread,
-                int((i, j) in best),
-                cell.note,
-            ]
-            low, high = cell.difference_interval or (None, None)
-            lines.append([*line, table.baseline, cell.difference, low, high, other, cell.difference_note])
+            seeds, others = (" ".join(map(str, one)) for one in (cell.seeds, cell.difference_seeds))
+            line: list[object] = [row, column.label, cell.value, *(cell.interval or (None, None)), cell.n, seeds]
+            line += [cell.spread, int((i, j) in best), cell.note]
+            line += [table.baseline, cell.difference, *(cell.difference_interval or (None, None)), others]
+            line += [cell.difference_note, cell.p, cell.p_corrected, cell.verdict]
+            line += [cell.change, cell.published, cell.published_change, " ".join(cell.evaluations)]
+            lines.append(line)
     return _csv(lines)
 
 
 def _as_json(table: Table) -> str:
+    return _json(_whole(table))
+
+
+def _whole(table: Table) -> dict[str, object]:
     best = table.best()
     whole = asdict(table)
     for i, row in enumerate(whole["cells"]):
         for j, cell in enumerate(row):
             cell["best"] = (i, j) in best
-    return _json(whole)
+    return whole
 
 
-FORMATS: dict[str, Callable[[Table], str]] = {"md": _as_markdown, "csv": _as_csv, "json": _as_json}
+def _as_latex(table: Table) -> str:
+    """Needs the packages booktabs and amssymb."""
+    shown = grid(table)
+
+    def text(one: Entry) -> str:
+        value = rf"\textbf{{{_tex(one.value)}}}" if one.best else _tex(one.value)
+        return " ".join(
+            [value, *map(_tex, one.about), *([rf"{{\scriptsize {_tex(one.interval)}}}"] * bool(one.interval))]
+        )
+
+    lines = [r"\begin{table}", r"\centering"]
+    lines.append(rf"\caption{{{_tex(': '.join(one for one in (table.banner.upper(), table.title) if one))}}}")
+    lines += [rf"\begin{{tabular}}{{l{'r' * (len(shown.header) - 1)}}}", r"\toprule"]
+    lines += [" & ".join(map(_tex, shown.header)) + r" \\", r"\midrule"]
+    lines += [" & ".join(map(text, row)) + r" \\" for row in shown.rows]
+    lines += [r"\bottomrule", r"\end{tabular}", ""]
+    lines += [rf"{{\footnotesize {_tex(note)}\par}}" for note in shown.notes]
+    return "\n".join([*lines, r"\end{table}", ""])
 
 
-def _has_seeds(table: Table) -> bool:
-    return any(cell.seeds for row in table.cells for cell in row)
+# What LaTeX reads as a command, and the signs that a table uses beyond ASCII.
+_TEX: dict[str, str | int | None] = {
+    **{sign: rf"\{sign}" for sign in "&%$#_{}"},
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$",
+    "±": r"$\pm$", "−": "$-$", "—": "---", "–": "--", "▲": r"$\blacktriangle$", "▼": r"$\blacktriangledown$",
+    "\n": " ",
+}  # fmt: skip
 
 
-def _header(table: Table) -> list[str]:
-    columns = [f"{one.label} (n={one.n})" if one.n is not None else one.label for one in table.columns]
-    differences = [f"{one.label} − {table.baseline}" for one in table.columns if one.compared and table.baseline]
-    return [table.corner, *(["seeds"] if _has_seeds(table) else []), *columns, *differences]
+def _tex(text: str) -> str:
+    return text.translate(str.maketrans(_TEX))
 
 
-def _row(table: Table, at: int, footnotes: list[str], between: str) -> list[str]:
-    """The texts of one row after its label; reasons for missing numbers join `footnotes`."""
-    texts = []
-    if _has_seeds(table):
-        counts = sorted({sum(seed >= 0 for seed in cell.seeds) for cell in table.cells[at] if cell.seeds})
-        texts.append("–".join(str(count) if count else "none" for count in dict.fromkeys([*counts[:1], *counts[-1:]])))
-    for cell in table.cells[at]:
-        texts.append(_value(table, cell, footnotes, between))
-    for cell, column in zip(table.cells[at], table.columns, strict=True):
-        if column.compared and table.baseline:
-            texts.append(_difference(table, at, cell, footnotes, between))
-    return texts
+def _as_html(table: Table) -> str:
+    """A fragment, to be put into a page."""
+    shown = grid(table)
+
+    def text(one: Entry) -> str:
+        value = f"<strong>{escape(one.value)}</strong>" if one.best else escape(one.value)
+        interval = f" <small>{escape(one.interval)}</small>" if one.interval else ""
+        return " ".join([value, *map(escape, one.about)]) + interval
+
+    lines = ['<figure class="fusellm-table">', "<figcaption>"]
+    lines += [f"<strong>{escape(table.banner.upper())}</strong><br>"] if table.banner else []
+    lines += [escape(table.title), "</figcaption>", "<table>", "<thead>"]
+    lines.append("<tr>" + "".join(f'<th scope="col">{escape(one)}</th>' for one in shown.header) + "</tr>")
+    lines += ["</thead>", "<tbody>"]
+    for label, *row in shown.rows:
+        lines.append(
+            f'<tr><th scope="row">{text(label)}</th>' + "".join(f"<td>{text(one)}</td>" for one in row) + "</tr>"
+        )
+    lines += ["</tbody>", "</table>", *(f"<p><small>{escape(note)}</small></p>" for note in shown.notes), "</figure>"]
+    return "\n".join(lines) + "\n"
 
 
-def _value(table: Table, cell: Cell, footnotes: list[str], between: str) -> str:
-    text = MISSING if cell.value is None else f"{cell.value:.{table.digits}f}"
-    if cell.spread is not None:
-        text += f" ±{cell.spread:.{table.digits}f}"
-    text += _marked(cell.note, footnotes)
-    return text + (between + _interval(cell.interval, f".{table.digits}f") if cell.interval else "")
-
-
-def _difference(table: Table, at: int, cell: Cell, footnotes: list[str], between: str) -> str:
-    if table.rows[at] == table.baseline:
-        return "baseline"
-    text = MISSING if cell.difference is None else f"{cell.difference:+.{table.digits}f}"
-    text += _marked(cell.difference_note, footnotes)
-    form = f"+.{table.digits}f"
-    return text + (between + _interval(cell.difference_interval, form) if cell.difference_interval else "")
-
-
-def _interval(interval: tuple[float, float], form: str) -> str:
-    return f"[{interval[0]:{form}}, {interval[1]:{form}}]"
-
-
-def _marked(note: str, footnotes: list[str]) -> str:
-    if not note:
-        return ""
-    if note not in footnotes:
-        footnotes.append(note)
-    return f" ({footnotes.index(note) + 1})"
-
-
-def _numbered(footnotes: Sequence[str]) -> list[str]:
-    return [f"({i}) {note}." for i, note in enumerate(footnotes, 1)]
+FORMATS: dict[str, Callable[[Table], str]] = {
+    "md": _as_markdown,
+    "csv": _as_csv,
+    "json": _as_json,
+    "latex": _as_latex,
+    "html": _as_html,
+}
+ENDINGS = {**{form: form for form in FORMATS}, "latex": "tex"}  # of files
 
 
 def _empty_nan(value: object) -> object:

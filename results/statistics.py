@@ -1,58 +1,85 @@
-"""Estimates from records: ratio of sums within a task, unweighted mean over tasks, bootstrap over examples.
+"""Estimates from records: ratio of sums within a task, unweighted mean over tasks, intervals and paired tests.
 
 An interval speaks about other examples of the same kind for these very checkpoints; what another seed would give is
-the spread.
+the spread. So does a test, unless five seeds or more let it speak about the method.
 """
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from functools import cached_property
+from typing import TypeVar, cast
 
 import numpy as np
 import pandas as pd
-from scipy.special import ndtr, stdtrit
+from scipy.special import ndtri
 
 from results.errors import UserError
-from results.metrics import Metric, metric_of
-from results.records import NO_SEED, VALUES
+from results.layout import Part
+from results.metrics import Metric, measure
+from results.records import NO_SEED
+from results.resampling import RESAMPLES, Ratio, Resamples, studentised
+from results.resampling import resample as resample_ratios
 
-MIN_UNITS = 20  # fewer examples give no interval
-RESAMPLES = 4_000
+MIN_UNITS = 20  # fewer examples give no interval and no test
+MIN_SEEDS = 5  # fewer say nothing about a method
 CONFIDENCE = 0.95
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class Units:
-    """One method's examples in one task, N of them in the order of their ids, under S seeds."""
+    """One method's examples in one task, N of them in the order of their ids, under S seeds.
+
+    With `against` it is a contrast: the method's numerators minus that method's, for the same examples.
+    """
 
     method: str
-    task: str
+    part: Part
     metric: Metric
     examples: tuple[str, ...]  # N ids
     seeds: tuple[int, ...]  # S; (-1,) for a method without seeds
     numerator: np.ndarray  # float64[S, N], such as nats
     denominator: np.ndarray  # float64[N], such as bytes
     weight: np.ndarray  # float64[N]
-    replicates: np.ndarray | None = None  # float64[S, R]: the metric of resampled examples; None below MIN_UNITS
+    against: str | None = None
+    resamples: Resamples | None = None  # None below MIN_UNITS
+
+    @property
+    def task(self) -> str:
+        return self.part.task
 
     def of_seeds(self, seeds: Sequence[int]) -> "Units":
         """The same examples under some of the seeds only."""
         rows = [self.seeds.index(seed) for seed in seeds]
-        replicates = None if self.replicates is None else self.replicates[rows]
-        return replace(self, seeds=tuple(seeds), numerator=self.numerator[rows], replicates=replicates)
+        return replace(self, seeds=tuple(seeds), numerator=self.numerator[rows], resamples=None)
 
     def by_seed(self) -> np.ndarray:
         """The metric under each seed, float64[S]: ratio of sums over the examples."""
-        return self.metric.value(_sums(self.numerator, self.weight), _sums(self.denominator[None], self.weight))
+        # Not BLAS, whose last digits depend on the number of threads and so on the machine's load.
+        top = np.einsum("sn,n->s", self.numerator, self.weight)
+        return self.metric.value(top, np.einsum("n,n->", self.denominator, self.weight))
+
+    @cached_property
+    def ratio(self) -> Ratio:
+        """The mean over seeds, for the bootstrap."""
+        return Ratio(self.task, self.weight * self.numerator.mean(axis=0), self.weight * self.denominator)
+
+    @cached_property
+    def right_or_wrong(self) -> bool:
+        """Whether every example is right or wrong and counts alike; in a contrast: won, lost or neither."""
+        if self.metric.bounds is None or len(self.seeds) > 1 or (self.weight != self.weight[0]).any():
+            return False
+        return bool(np.isin(self.numerator, (-1, 0, 1) if self.against else (0, 1)).all())
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value over one task or the unweighted mean over several.
+    """A value, or a difference, over one task or the unweighted mean over several.
 
-    interval is None below MIN_UNITS examples in any of the tasks. spread is the standard deviation over seeds (None
-    below two). n counts the examples of all tasks.
+    interval is None below MIN_UNITS examples in any of the tasks, and where all examples scored alike. spread is the
+    standard deviation over seeds (None below two). n counts the examples of all tasks. p, of a difference only, is
+    that of a paired test that it is zero; it is `general` where that counts seeds as well as examples.
     """
 
     value: float
@@ -60,33 +87,39 @@ class Estimate:
     n: int
     seeds: tuple[int, ...]
     spread: float | None
+    p: float | None = None
+    general: bool = False
 
 
-def group(records: pd.DataFrame, intervals: bool = True) -> dict[tuple[str, str], Units]:
-    """The examples of each (method, task) in records of one experiment, profile, suite, metric and training step.
+def group(records: pd.DataFrame, k: int = 1) -> dict[tuple[str, Part], Units]:
+    """The examples of each method and part in records of one experiment, profile and training step; k is pass@k's.
 
-    They are resampled if `intervals` are wanted. Raises UserError where the records are of several of these, where
-    seeds of a method have other examples, denominators or weights, and where a method comes both with and without a
-    seed.
+    They are not resampled yet. Raises UserError where the records are of several of these, where seeds of a method
+    have other examples, denominators or weights, and where a method comes both with and without a seed.
     """
-    for name in ("experiment", "profile", "suite", "metric", "tokens"):
+    for name in ("experiment", "profile", "tokens"):
         several = records[name].drop_duplicates()
         if len(several) > 1:
             listed = ", ".join(sorted("the final one" if pd.isna(one) else str(one) for one in several))
             raise UserError(f"the records are of more than one {name} ({listed}); choose one of them")
     if records.empty:
         return {}
-    metric = metric_of(str(records["metric"].iloc[0]))
     ordered = records.sort_values("example", kind="stable")
     examples = ordered["example"].to_numpy(object)
-    numbers = ordered[list(VALUES)].to_numpy("float64")
-    found: dict[tuple[str, str], list[Units]] = {}
-    rows = cast("dict[tuple[str, str, int], np.ndarray]", ordered.groupby(["method", "task", "seed"]).indices)
-    for (method, task, seed), at in sorted(rows.items()):
-        one = Units(method, task, metric, tuple(examples[at]), (int(seed),), numbers[None, at, 0], *numbers[at, 1:].T)
-        found.setdefault((method, task), []).append(one)
-    units = {key: _join_seeds(one_seed) for key, one_seed in found.items()}
-    return resample(units) if intervals else units
+    numerators, denominators, weights = (
+        ordered[name].to_numpy("float64") for name in ("numerator", "denominator", "weight")
+    )
+    rows = cast(
+        "dict[tuple[str, str, str, str, int], np.ndarray]",
+        ordered.groupby(["method", "suite", "task", "metric", "seed"]).indices,
+    )
+    found: dict[tuple[str, Part], list[Units]] = {}
+    for (method, suite, task, name, seed), at in sorted(rows.items()):
+        part, metric = Part(suite, task, name), measure(name).at(k)
+        top, bottom = metric.examples(numerators[at], denominators[at])
+        one = Units(method, part, metric, tuple(examples[at]), (int(seed),), top[None], bottom, weights[at])
+        found.setdefault((method, part), []).append(one)
+    return {key: _join_seeds(one_seed) for key, one_seed in found.items()}
 
 
 def _join_seeds(one_seed: Sequence[Units]) -> Units:
@@ -118,8 +151,39 @@ def check_same_examples(a: Units, b: Units) -> None:
         )
 
 
+def contrast(a: Units, b: Units) -> Units:
+    """Method a minus method b, paired: example by example and seed by seed.
+
+    Where both have seeds only those in common count; a method without seeds is set against each of the other's.
+    Raises UserError where the examples, denominators or weights differ, or no seed is in common.
+    """
+    check_same_examples(a, b)
+    if NO_SEED not in a.seeds and NO_SEED not in b.seeds:
+        seeds = sorted(set(a.seeds) & set(b.seeds))
+        if not seeds:
+            raise UserError(
+                f"{a.method} (seeds {_listed(a.seeds)}) and {b.method} (seeds {_listed(b.seeds)}) have no seed in "
+                f"common in {a.task}; run one of them with a seed of the other"
+            )
+        a, b = a.of_seeds(seeds), b.of_seeds(seeds)
+    seeds_of = b if NO_SEED in a.seeds else a
+    apart = a.numerator - b.numerator
+    return replace(a, seeds=seeds_of.seeds, numerator=apart, against=b.method, resamples=None)
+
+
+def resample(units: Mapping[K, Units]) -> dict[K, Units]:
+    """The same units, those with enough examples with their resamples."""
+    drawn = resample_ratios({key: one.ratio for key, one in units.items() if len(one.examples) >= MIN_UNITS})
+    return {key: replace(one, resamples=drawn.get(key)) for key, one in units.items()}
+
+
 def estimate(tasks: Sequence[Units]) -> Estimate:
-    """One method's value over `tasks` (unweighted mean), with a bootstrap interval over examples within tasks."""
+    """One method's value, or one contrast, over `tasks` (unweighted mean).
+
+    The interval is Wilson's for right and wrong answers of one task, Bonett and Price's for their difference, else
+    from the studentised bootstrap over examples within tasks. A difference is tested by McNemar's test, else by the
+    same bootstrap. Raises UserError where the seeds differ between tasks.
+    """
     seeds = tasks[0].seeds
     for one in tasks:
         if one.seeds != seeds:
@@ -128,114 +192,90 @@ def estimate(tasks: Sequence[Units]) -> Estimate:
                 "so no average can be given; run the missing seeds"
             )
     per_seed = np.mean([one.by_seed() for one in tasks], axis=0)
+    value = float(per_seed.mean())
+    spread = float(per_seed.std(ddof=1)) if len(seeds) > 1 else None
     n = sum(len(one.examples) for one in tasks)
-    return Estimate(float(per_seed.mean()), _interval(tasks, _replicates(tasks)), n, seeds, _spread(per_seed))
+    interval, p = _inferred(tasks, value)
+    general = p is not None and len(seeds) >= MIN_SEEDS
+    if general:
+        p = _over_seeds(tasks, per_seed)
+    return Estimate(value, interval, n, seeds, spread, p, general)
 
 
-def difference(a: Sequence[Units], b: Sequence[Units]) -> Estimate:
-    """Method a minus method b over the same tasks, paired: both see the same resamples.
+def holm(values: Sequence[float]) -> list[float]:
+    """The p-values corrected for their number, so that 5 % is the chance of any false alarm among them."""
+    from statsmodels.stats.multitest import multipletests
 
-    Where both have seeds only those in common count; a method without seeds is compared with the other's mean over
-    seeds. Raises UserError where the tasks, examples, denominators or weights differ, or no seed is in common.
+    return [float(p) for p in multipletests(values, method="holm")[1]] if values else []
+
+
+def _inferred(tasks: Sequence[Units], value: float) -> tuple[tuple[float, float] | None, float | None]:
+    """The interval, and the p-value of a contrast, over examples."""
+    if min(len(one.examples) for one in tasks) < MIN_UNITS:
+        return None, None
+    first = tasks[0]
+    contrast = first.against is not None
+    if len(tasks) == 1 and first.right_or_wrong:
+        low, high, p = _paired_proportions(first) if contrast else _proportion(first)
+    else:
+        resamples = [one.resamples for one in tasks if one.resamples is not None]
+        if len(resamples) < len(tasks):
+            return None, None
+        error, off = studentised([one.ratio for one in tasks], resamples)
+        if not off.size and first.metric.bounds:
+            return None, 1.0 if contrast else None  # scores are often alike by chance: nobody solved anything
+        low, high, p = _bootstrapped(value, error * first.metric.scale, off)
+    if first.metric.bounds:
+        least, most = first.metric.bounds
+        low, high = max(low, least - most if contrast else least), min(high, most)
+    return (low, high), p if contrast else None
+
+
+def _proportion(one: Units) -> tuple[float, float, None]:
+    from statsmodels.stats.proportion import proportion_confint
+
+    low, high = proportion_confint(one.numerator.sum(), len(one.examples), 1 - CONFIDENCE, method="wilson")
+    return float(low) * one.metric.scale, float(high) * one.metric.scale, None
+
+
+def _paired_proportions(one: Units) -> tuple[float, float, float]:
+    """McNemar's test, and the interval of Bonett and Price (2012): Wald's with one more win and one more loss."""
+    from statsmodels.stats.contingency_tables import mcnemar
+
+    won, lost, n = int((one.numerator > 0).sum()), int((one.numerator < 0).sum()), len(one.examples) + 2
+    middle = (won - lost) / n
+    half = -float(ndtri((1 - CONFIDENCE) / 2)) * math.sqrt(((won + lost + 2) / n - middle**2) / n)
+    p = float(mcnemar([[0, won], [lost, 0]], exact=won + lost < 25).pvalue)
+    return (middle - half) * one.metric.scale, (middle + half) * one.metric.scale, p
+
+
+def _bootstrapped(value: float, error: float, off: np.ndarray) -> tuple[float, float, float]:
+    """The symmetric interval and the p-value that agrees with it: below 5 % just where the interval leaves out 0."""
+    if not off.size:
+        return value, value, 1.0 if value == 0 else 1 / (RESAMPLES + 1)
+    rank = int((1 - CONFIDENCE) * (RESAMPLES + 1))
+    half = float(np.partition(off, RESAMPLES - rank)[RESAMPLES - rank]) * error
+    p = (1 + int((off >= abs(value) / error).sum())) / (RESAMPLES + 1)
+    return value - half, value + half, p
+
+
+def _over_seeds(tasks: Sequence[Units], per_seed: np.ndarray) -> float:
+    """The p-value of a mean difference whose variance is that over examples plus that over seeds.
+
+    Welch's t with the two as its samples: the sum of two squared standard errors, and degrees of freedom to match. It
+    must hold over the seeds alone, too: where they happen to lie close together Welch's is a little too sure.
     """
-    if [one.task for one in a] != [one.task for one in b]:
-        raise UserError(
-            f"{a[0].method} and {b[0].method} were not measured on the same tasks; evaluate both on the same"
-        )
-    pairs = [_shared_seeds(one, other) for one, other in zip(a, b, strict=True)]
-    own, others = [one for one, _ in pairs], [other for _, other in pairs]
-    left, right = estimate(own), estimate(others)
-    replicates, opposite = _replicates(own), _replicates(others)
-    apart = None if replicates is None or opposite is None else replicates - opposite
-    seeds = left.seeds if left.seeds != (NO_SEED,) else right.seeds
-    per_seed = np.mean([one.by_seed() - other.by_seed() for one, other in pairs], axis=0)
-    return Estimate(left.value - right.value, _interval(own, apart), left.n, seeds, _spread(per_seed))
+    from scipy.stats import ttest_1samp, ttest_ind_from_stats
 
-
-def _shared_seeds(a: Units, b: Units) -> tuple[Units, Units]:
-    check_same_examples(a, b)
-    if a.seeds == (NO_SEED,) or b.seeds == (NO_SEED,):
-        return a, b
-    seeds = sorted(set(a.seeds) & set(b.seeds))
-    if not seeds:
-        raise UserError(
-            f"{a.method} (seeds {_listed(a.seeds)}) and {b.method} (seeds {_listed(b.seeds)}) have no seed in common "
-            f"in {a.task}; run one of them with a seed of the other"
-        )
-    return a.of_seeds(seeds), b.of_seeds(seeds)
+    metric, n = tasks[0].metric, min(len(one.examples) for one in tasks)
+    error = float(np.sqrt(sum(one.ratio.variance for one in tasks)) / len(tasks)) * metric.scale
+    value, over_seeds = float(per_seed.mean()), float(per_seed.std(ddof=1))
+    if error == over_seeds == 0:
+        return 1.0
+    both = ttest_ind_from_stats(value, error * np.sqrt(n), n, 0.0, over_seeds, len(per_seed), equal_var=False)
+    alone = ttest_1samp(per_seed, 0.0).pvalue if over_seeds else 0.0
+    return float(max(both.pvalue, alone))
 
 
 def _listed(seeds: Sequence[int]) -> str:
     return ", ".join("none" if seed == NO_SEED else str(seed) for seed in seeds)
-
-
-def _replicates(tasks: Sequence[Units]) -> np.ndarray | None:
-    """The mean over tasks and seeds of resampled examples, float64[R]; None where a task has too few examples."""
-    means = [one.replicates.mean(axis=0) for one in tasks if one.replicates is not None]
-    return np.mean(means, axis=0) if len(means) == len(tasks) else None
-
-
-def _spread(per_seed: np.ndarray) -> float | None:
-    return float(per_seed.std(ddof=1)) if len(per_seed) > 1 else None
-
-
-# scipy.stats.bootstrap draws every sample from one random stream and hands the statistic indices, so one set of
-# resamples cannot serve several cells: a row's or a task's interval would move when another is added, and each cell
-# would be drawn anew.
-def resample(units: Mapping[tuple[str, str], Units]) -> dict[tuple[str, str], Units]:
-    """The same units with their replicates; methods with as many examples in a task see the same resamples."""
-    alike: dict[tuple[str, int], list[tuple[str, str]]] = {}
-    for key, one in units.items():
-        alike.setdefault((one.task, len(one.examples)), []).append(key)
-    found = dict(units)
-    for (task, n), keys in alike.items():
-        if n < MIN_UNITS:
-            continue
-        parts: dict[tuple[str, str], list[np.ndarray]] = {key: [] for key in keys}
-        for draws in _multinomial(task, n):
-            bottoms: dict[bytes, np.ndarray] = {}  # of methods measured on the same data it is the same
-            for key in keys:
-                one = units[key]
-                bottom = one.weight * one.denominator
-                data = bottom.tobytes()
-                if data not in bottoms:
-                    bottoms[data] = _sums(draws, bottom)
-                tops = np.stack([_sums(draws, one.weight * row) for row in one.numerator])
-                parts[key].append(one.metric.value(tops, bottoms[data]))
-        found.update({key: replace(units[key], replicates=np.concatenate(parts[key], axis=1)) for key in keys})
-    return found
-
-
-def _sums(rows: np.ndarray, factors: np.ndarray) -> np.ndarray:
-    """The sum of each row, float64[r, n], with its entries times `factors`, float64[n]: float64[r]."""
-    # Not BLAS, whose last digits depend on the number of threads and so on the machine's load.
-    return np.einsum("rn,n->r", rows, factors)
-
-
-def _multinomial(task: str, n: int) -> Iterator[np.ndarray]:
-    """How often each of n examples is drawn in each of RESAMPLES resamples, some at a time: float64[r, n].
-
-    Depends on the task's name and n alone. Memory is bounded however many examples there are.
-    """
-    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(task.encode()).digest()[:8], "big"))
-    step = max(1, 1_000_000 // n)
-    for start in range(0, RESAMPLES, step):
-        rows = min(step, RESAMPLES - start)
-        flat = rng.integers(0, n, size=(rows, n)) + np.arange(rows)[:, None] * n
-        yield np.bincount(flat.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
-
-
-def _interval(tasks: Sequence[Units], replicates: np.ndarray | None) -> tuple[float, float] | None:
-    """The percentile interval of `replicates`, float64[R], widened for few examples; None where there are none.
-
-    Plain percentiles of n examples are as narrow as a normal interval with the variance over n instead of n - 1.
-    Taking them further out by the ratio of Student's t to the normal quantile mends it (Hesterberg 2015, What
-    teachers should know about the bootstrap). For a mean over tasks n is the smallest task's: it errs on the wide
-    side.
-    """
-    if replicates is None:
-        return None
-    n = min(len(one.examples) for one in tasks)
-    outer = ndtr(np.sqrt(n / (n - 1)) * stdtrit(n - 1, (1 - CONFIDENCE) / 2))
-    low, high = np.quantile(replicates, [outer, 1 - outer])
-    return float(low), float(high)

@@ -4,28 +4,29 @@ What is missing stays missing and says why; nothing is filled in. The same recor
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
 from results import statistics
 from results.errors import UserError
-from results.layout import Cell, Column, Table
-from results.metrics import Metric, metric_of, unknown
-from results.published import paper_table
+from results.layout import Cell, Column, Part, Table, Verdict
+from results.metrics import Metric, measure, metric_of, unknown
+from results.published import AVERAGE, paper_table
 from results.records import NO_SEED
 from results.render import FORMATS, plain_rich, plain_table, render, to_rich
-from results.statistics import CONFIDENCE, MIN_UNITS, RESAMPLES, Units
+from results.resampling import RESAMPLES
+from results.statistics import CONFIDENCE, MIN_SEEDS, MIN_UNITS, Units
 
 __all__ = [
     "BANNERS", "FORMATS", "Cell", "Column", "Table",
-    "main_table", "paper_table", "plain_rich", "plain_table", "render", "to_rich",
+    "main_table", "paper_table", "plain_rich", "plain_table", "render", "suite_table", "to_rich",
 ]  # fmt: skip
 
 # Profiles whose numbers only show that everything runs.
 BANNERS = {"micro": "plumbing, not a result", "tiny": "plumbing, not a result"}
-AVERAGE = "average"
-AVERAGE_WITH_INTERVAL = "average of domains with an interval"
+WITH_INTERVAL = " with an interval"
+Reason = tuple[str, str, str]  # method, suite, task
 
 
 def main_table(
@@ -41,121 +42,277 @@ def main_table(
 ) -> Table:
     """The final evaluation of the methods in `order` (the row labels), each compared with `baseline`, paired.
 
-    records: of one experiment and profile. tasks: the columns, by default every domain that any row has, by name. The
-    average is the unweighted mean over all of them, with an interval only where each domain has 20 documents; where
-    some have not, a second average over those that have is given beside it. banner: by default what the profile calls
-    for. Raises UserError for wrong names, no records at all, and rows not measured on the same data.
+    records: of one experiment and profile. tasks: the columns, by default every domain that any row has, by name.
+    banner: by default what the profile calls for. Otherwise as `suite_table`.
     """
-    if len(set(order)) < len(order):
-        raise UserError(f"a row is asked for twice in {', '.join(order)}; name each method once")
-    if baseline not in order:
-        raise UserError(unknown("baseline", baseline, order))
-    shown = records[
-        (records["suite"] == suite)
-        & (records["metric"] == metric)
-        & records["tokens"].isna()
-        & records["method"].isin(list(order))
-    ]
-    if shown.empty:
+    final = records[records["tokens"].isna() & records["method"].isin(list(order))]
+    shown = final[(final["suite"] == suite) & (final["metric"] == metric)]
+    if shown.empty and baseline in order:
         raise UserError(
             f"there are no final {metric} records of the suite {suite} for any of {', '.join(order)}; run the "
             "experiment with `fusellm experiment run`"
         )
-    units = statistics.group(shown)
-    domains = tuple(tasks) if tasks is not None else tuple(sorted({task for _, task in units}))
-    counts = _counts(units, order, domains)
-    columns = _columns(domains, counts)
-    cells = tuple(tuple(_cell(units, method, baseline, one.tasks) for one in columns) for method in order)
-    experiment, profile = str(shown["experiment"].iloc[0]), str(shown["profile"].iloc[0])
-    measured = metric_of(metric)
-    better = "higher" if measured.higher_is_better else "lower"
-    return Table(
-        title=title or f"{experiment}, profile {profile}: {measured.label}, {better} is better",
-        rows=tuple(order),
-        columns=columns,
-        cells=cells,
-        higher_is_better=measured.higher_is_better,
-        digits=measured.digits,
-        baseline=baseline,
+    experiment, profile = (str(shown[name].iloc[0]) if len(shown) else "" for name in ("experiment", "profile"))
+    kind = metric_of(metric)
+    better = "higher" if kind.higher_is_better else "lower"
+    return suite_table(
+        shown,
+        order,
+        dict.fromkeys(tasks or sorted(shown["task"].unique()), metric),
+        baseline,
+        suite=suite,
+        task="domain",
+        title=title or f"{experiment}, profile {profile}: {kind.label}, {better} is better",
         banner=BANNERS.get(profile, "") if banner is None else banner,
-        notes=_notes(measured, baseline, columns, cells),
     )
 
 
-def _counts(units: Mapping[tuple[str, str], Units], order: Sequence[str], domains: Sequence[str]) -> dict[str, int]:
-    """How many examples each domain has; raises UserError where two rows were not measured on the same."""
-    counts = {}
-    for task in domains:
-        present = [units[method, task] for method in order if (method, task) in units]
-        for other in present[1:]:
-            statistics.check_same_examples(present[0], other)
-        if present:
-            counts[task] = len(present[0].examples)
-    return counts
+def suite_table(
+    records: pd.DataFrame,
+    order: Sequence[str],
+    metrics: Mapping[str, str],
+    baseline: str | None,
+    *,
+    suite: str,
+    title: str,
+    task: str = "task",
+    banner: str = "",
+    reasons: Mapping[Reason, str] | None = None,
+) -> Table:
+    """One suite: rows are the methods in `order`, columns the tasks of `metrics` (the metric of each) and the average.
+
+    records: of one experiment and profile. The average is the unweighted mean, with an interval only where each task
+    has 20 examples; where some have not, a second average over those that have is given beside it. Averages are
+    compared with `baseline`, paired; nothing is where that is None. task: what one is called. reasons: why something is
+    missing, where that is known. Raises UserError for wrong names and for rows not measured on the same data.
+    """
+    if len(set(order)) < len(order):
+        raise UserError(f"a row is asked for twice in {', '.join(order)}; name each method once")
+    parts = [Part(suite, name, metric) for name, metric in metrics.items()]
+    several = len(set(metrics.values())) > 1
+    wanted = [Column(f"{part.task} ({part.metric})" if several else part.task, (part,)) for part in parts]
+    wanted.append(Column(AVERAGE, tuple(parts), compared=True))
+    final = records[records["tokens"].isna() & records["method"].isin(list(order))]
+    found = measured(final, order, wanted, baseline, unit=f"{task}s", reasons=reasons)
+    kind = measure(parts[0].metric)
+    difference = (
+        f"− {baseline}: the method minus {baseline}, paired over the same {kind.unit}s; "
+        f"{'positive' if kind.higher_is_better else 'negative'} is better than {baseline}."
+    )
+    return Table(
+        title=title,
+        rows=tuple(order),
+        columns=found.columns,
+        cells=found.cells,
+        higher_is_better=kind.higher_is_better,
+        digits=kind.digits,
+        baseline=baseline,
+        banner=banner,
+        notes=tuple(sentences(kind, baseline, found, task, *([difference] if baseline else []))),
+    )
 
 
-def _columns(domains: tuple[str, ...], counts: Mapping[str, int]) -> tuple[Column, ...]:
-    columns = [Column(task, (task,), counts.get(task)) for task in domains]
-    total = sum(counts.values()) if len(counts) == len(domains) else None
-    columns.append(Column(AVERAGE, domains, total, compared=True))
-    enough = tuple(task for task in domains if counts.get(task, 0) >= MIN_UNITS)
-    if enough and any(n < MIN_UNITS for n in counts.values()):
-        columns.append(Column(AVERAGE_WITH_INTERVAL, enough, sum(counts[task] for task in enough), compared=True))
-    return tuple(columns)
+@dataclass(frozen=True)
+class Measured:
+    """The columns with their numbers of examples, the cells of all methods in them, and how many were to be tested."""
+
+    columns: tuple[Column, ...]
+    cells: tuple[tuple[Cell, ...], ...]
+    comparisons: int
 
 
-def _cell(units: Mapping[tuple[str, str], Units], method: str, baseline: str, tasks: Sequence[str]) -> Cell:
-    missing = _missing(units, method, tasks)
-    if missing:
-        return Cell(None, note=missing, difference_note="" if method == baseline else missing)
-    own = [units[method, task] for task in tasks]
-    try:
-        value = statistics.estimate(own)
-    except UserError as error:  # other seeds in one domain than in another: the domains' own cells still stand
-        return Cell(None, note=str(error), difference_note="" if method == baseline else str(error))
-    cell = Cell(value.value, value.interval, value.n, value.seeds, value.spread)
-    if method == baseline:
+def measured(
+    records: pd.DataFrame,
+    methods: Sequence[str],
+    wanted: Sequence[Column],
+    baseline: str | None,
+    *,
+    unit: str = "tasks",
+    reasons: Mapping[Reason, str] | None = None,
+) -> Measured:
+    """What `methods` reach in the `wanted` columns, compared with `baseline` and tested (see `suite_table`).
+
+    records: final ones of one experiment and profile. A column of several parts of which some have fewer than 20
+    examples, or none, is followed by one over those that have ("... of `unit` with an interval"). Raises UserError
+    for an unknown baseline and for methods not measured on the same data.
+    """
+    if baseline is not None and baseline not in methods:
+        raise UserError(unknown("baseline", baseline, methods))
+    parts = list(dict.fromkeys(part for column in wanted for part in column.parts))
+    measures = _Measures.of(records, methods, parts, baseline, reasons or {})
+    columns = [column for one in wanted for column in measures.columns(one, unit)]
+    cells = {(method, j): measures.cell(method, column) for method in methods for j, column in enumerate(columns)}
+    # What is missing counts as a comparison that shows nothing, lest a lost file make another method better.
+    family = [at for at in cells if baseline not in (None, at[0]) and measures.testable(columns[at[1]])]
+    values = [cells[at].p for at in family]
+    for at, p in zip(family, statistics.holm([1.0 if p is None else p for p in values]), strict=True):
+        cells[at] = _judged(cells[at], p, columns[at[1]])
+    rows = tuple(tuple(cells[method, j] for j in range(len(columns))) for method in methods)
+    return Measured(tuple(columns), rows, len(family))
+
+
+def _judged(cell: Cell, p: float, column: Column) -> Cell:
+    if cell.p is None or cell.difference is None:
         return cell
-    gap = _missing(units, baseline, tasks)
-    if gap:
-        return replace(cell, difference_note=gap)
-    try:
-        difference = statistics.difference(own, [units[baseline, task] for task in tasks])
-    except UserError as error:  # no seed in common
-        return replace(cell, difference_note=str(error))
-    note = ""
-    if NO_SEED not in cell.seeds and difference.seeds != cell.seeds:
-        note = f"compared over the seeds in common with {baseline}: {', '.join(map(str, difference.seeds))}"
-    return replace(
-        cell,
-        difference=difference.value,
-        difference_interval=difference.interval,
-        difference_seeds=difference.seeds,
-        difference_note=note,
-    )
+    better = (cell.difference > 0) == measure(column.parts[0].metric).higher_is_better
+    verdict: Verdict = "better" if better else "worse"
+    return replace(cell, p_corrected=p, verdict=verdict if p <= 1 - CONFIDENCE and cell.difference else None)
 
 
-def _missing(units: Mapping[tuple[str, str], Units], method: str, tasks: Sequence[str]) -> str:
-    if not any(method == name for name, _ in units):
-        return f"no records of {method}: not run, or its records were removed"
-    gone = [task for task in tasks if (method, task) not in units]
-    return f"no records of {method} on {', '.join(gone)}: not evaluated, or its records were removed" if gone else ""
+@dataclass
+class _Measures:
+    """What the records say of every method and part, and of every method against the baseline."""
+
+    baseline: str | None
+    reasons: Mapping[Reason, str]
+    units: dict[tuple[str, Part], Units] = field(default_factory=dict)
+    contrasts: dict[tuple[str, Part], Units] = field(default_factory=dict)
+    refusals: dict[tuple[str, Part], str] = field(default_factory=dict)  # why there is no contrast
+    evaluations: dict[tuple[str, Part], tuple[str, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        records: pd.DataFrame,
+        methods: Sequence[str],
+        parts: Sequence[Part],
+        baseline: str | None,
+        reasons: Mapping[Reason, str],
+    ) -> "_Measures":
+        of_suites = pd.Series(False, index=records.index)
+        for suite, metric in dict.fromkeys((part.suite, part.metric) for part in parts):
+            of_suites |= (records["suite"] == suite) & (records["metric"] == metric)
+        records = records[of_suites]
+        grouped = statistics.group(records)
+        both: dict[tuple[bool, str, Part], Units] = {}
+        self = cls(baseline, reasons, evaluations=_evaluations(records))
+        for part in parts:
+            present = {method: grouped[method, part] for method in methods if (method, part) in grouped}
+            for other in list(present.values())[1:]:
+                statistics.check_same_examples(next(iter(present.values())), other)
+            for method, one in present.items():
+                both[False, method, part] = one
+                if method != baseline and baseline in present:
+                    try:
+                        both[True, method, part] = statistics.contrast(one, present[baseline])
+                    except UserError as error:  # no seed in common
+                        self.refusals[method, part] = str(error)
+        for (contrast, method, part), one in statistics.resample(both).items():
+            (self.contrasts if contrast else self.units)[method, part] = one
+        return self
+
+    def columns(self, column: Column, unit: str) -> list[Column]:
+        """The column with its number of examples, and the one after it over the parts that have enough of them."""
+        counts = {part: len(one.examples) for (_, part), one in self.units.items() if part in column.parts}
+        whole = len(counts) == len(column.parts) and bool(counts)
+        found = [replace(column, n=sum(counts.values()) if whole else None)]
+        enough = tuple(part for part in column.parts if counts.get(part, 0) >= MIN_UNITS)
+        if len(column.parts) > 1 and enough and len(enough) < len(column.parts):
+            n = sum(counts[part] for part in enough)
+            found.append(replace(column, label=f"{column.label} of {unit}{WITH_INTERVAL}", parts=enough, n=n))
+        return found
+
+    def testable(self, column: Column) -> bool:
+        """Whether its differences are to be tested, if none is missing."""
+        counts = {part: len(one.examples) for (_, part), one in self.units.items() if part in column.parts}
+        return column.compared and bool(column.parts) and all(n >= MIN_UNITS for n in counts.values())
+
+    def cell(self, method: str, column: Column) -> Cell:
+        """The method's value, and its difference to the baseline's; p is not yet corrected."""
+        parts, against = column.parts, self.baseline not in (None, method)
+        missing = self.missing(method, parts)
+        if missing:
+            return Cell(None, note=missing, difference_note=missing if against else "")
+        try:
+            value = statistics.estimate([self.units[method, part] for part in parts])
+        except UserError as error:  # other seeds in one task than in another: the tasks' own cells still stand
+            return Cell(None, note=str(error), difference_note=str(error) if against else "")
+        evaluations = sorted({one for part in parts for one in self.evaluations.get((method, part), ())})
+        cell = Cell(value.value, value.interval, value.n, value.seeds, value.spread, evaluations=tuple(evaluations))
+        if not against:
+            return cell
+        refused = [self.refusals[method, part] for part in parts if (method, part) in self.refusals]
+        gap = self.missing(str(self.baseline), parts) or (refused[0] if refused else "")
+        if gap:
+            return replace(cell, difference_note=gap)
+        try:
+            difference = statistics.estimate([self.contrasts[method, part] for part in parts])
+        except UserError as error:
+            return replace(cell, difference_note=str(error))
+        note = ""
+        if NO_SEED not in cell.seeds and difference.seeds != cell.seeds:
+            note = f"compared over the seeds in common with {self.baseline}: {', '.join(map(str, difference.seeds))}"
+        return replace(
+            cell,
+            difference=difference.value,
+            difference_interval=difference.interval,
+            difference_seeds=difference.seeds,
+            difference_note=note,
+            p=difference.p,
+            general=difference.general,
+        )
+
+    def missing(self, method: str, parts: Sequence[Part]) -> str:
+        """Why there is no number; '' where there is."""
+        if not parts:
+            return "no suite of this harness measures it"
+        gone = [part for part in parts if (method, part) not in self.units]
+        if not gone:
+            return ""
+        known = [f"{one.task}: {why}" for one in gone if (why := self.reasons.get((method, one.suite, one.task)))]
+        if known:
+            return f"{method} was not run on {'; '.join(known)}"
+        if not any(name == method for name, _ in self.units):
+            return f"no records of {method}: not run, or its records were removed"
+        suite = gone[0].suite
+        if not any(name == method and part.suite == suite for name, part in self.units):
+            return f"no {suite} records of {method}: not evaluated, or its records were removed"
+        tasks = ", ".join(part.task for part in gone)
+        return f"no records of {method} on {tasks}: not evaluated, or its records were removed"
 
 
-def _notes(
-    metric: Metric, baseline: str, columns: Sequence[Column], cells: Sequence[Sequence[Cell]]
-) -> tuple[str, ...]:
+def _evaluations(records: pd.DataFrame) -> dict[tuple[str, Part], tuple[str, ...]]:
+    names = ["method", "suite", "task", "metric", "evaluation"]
+    found: dict[tuple[str, Part], tuple[str, ...]] = {}
+    for method, suite, task, metric, evaluation in records[names].drop_duplicates().itertuples(index=False):
+        if evaluation:
+            key = method, Part(suite, task, metric)
+            found[key] = (*found.get(key, ()), evaluation)
+    return found
+
+
+def sentences(metric: Metric, baseline: str | None, found: Measured, task: str, *more: str) -> list[str]:
+    """What a reader must know to read the numbers; `task` is what one is called, `more` comes after the intervals."""
+    everything = [cell for row in found.cells for cell in row]
     notes = [
-        f"The average is the unweighted mean over domains; n counts {metric.unit}s.",
-        f"[low, high]: {CONFIDENCE:.0%} bootstrap interval over {metric.unit}s within domains ({RESAMPLES:,} "
-        f"resamples), about these checkpoints only; none where a domain has fewer than {MIN_UNITS} {metric.unit}s.",
-        f"− {baseline}: the method minus {baseline}, paired over the same {metric.unit}s; "
-        f"{'positive' if metric.higher_is_better else 'negative'} is better than {baseline}.",
-        "Bold: the best value of a column, whether or not chance would do as well.",
+        f"The average is the unweighted mean over {task}s; n counts {metric.unit}s.",
+        f"[low, high]: {CONFIDENCE:.0%} interval over {metric.unit}s within {task}s ({_how(metric)}), about these "
+        f"checkpoints only; none where a {task} has fewer than {MIN_UNITS} {metric.unit}s.",
+        *more,
     ]
-    if any(cell.spread is not None for row in cells for cell in row):
+    if found.comparisons:
+        about = "about these checkpoints only"
+        if any(cell.general for cell in everything):
+            about += f"; doubled where {MIN_SEEDS} seeds or more let it be said of the method"
+        notes.append(
+            f"▲ better, ▼ worse than {baseline}: {_test(metric)}, corrected for the {found.comparisons} comparisons of "
+            f"this table (Holm, {1 - CONFIDENCE:.0%}), {about}."
+        )
+    notes.append("Bold: the best value, whether or not chance would do as well.")
+    if any(cell.spread is not None for cell in everything):
         notes.append("±: standard deviation over seeds.")
-    for column in columns:
-        if column.label == AVERAGE_WITH_INTERVAL:
-            notes.append(f"The {AVERAGE_WITH_INTERVAL} covers {', '.join(column.tasks)}.")
-    return tuple(notes)
+    notes += [
+        f"The {one.label} covers {', '.join(one.tasks)}." for one in found.columns if one.label.endswith(WITH_INTERVAL)
+    ]
+    return notes
+
+
+def _how(metric: Metric) -> str:
+    bootstrap = f"studentised bootstrap, {RESAMPLES:,} resamples"
+    return bootstrap if metric.bounds is None else f"Wilson's for one task and seed, else {bootstrap}"
+
+
+def _test(metric: Metric) -> str:
+    if metric.bounds is None:
+        return "by a paired bootstrap test"
+    return "by McNemar's test for one task and seed, else by a paired bootstrap test"

@@ -1,5 +1,7 @@
 """Records as a small run would leave them."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from results.records import Record
@@ -41,4 +43,21 @@ def curve(method: str, nats: dict[int, float], seed: int = 0, tasks: tuple[str, 
         for at, rate in nats.items()
         for task in tasks
         for i in range(2)
+    ]
+
+
+def scores(
+    method: str,
+    task: str,
+    values: Sequence[float],
+    seed: int = 0,
+    suite: str = "commonsense",
+    metric: str = "acc",
+    of: float = 1.0,
+    experiment: str = "main",
+) -> list[Record]:
+    """One score an example: `values` out of `of`."""
+    return [
+        Record(experiment, "small", method, seed, suite, task, f"{i:04}", metric, float(value), of)
+        for i, value in enumerate(values)
     ]

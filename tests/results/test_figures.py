@@ -1,4 +1,6 @@
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -6,10 +8,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from results import drawing, statistics
 from results.errors import UserError
-from results.figures import Curve, audit_figure, equal_quality, learning_curves
+from results.figures import (
+    Curve,
+    audit_figure,
+    choice_figure,
+    coverage_figure,
+    differences_figure,
+    equal_quality,
+    learning_curves,
+    quality_figure,
+)
+from results.layout import Table
 from results.records import Record, read, write
-from tests.results.sample import curve
+from results.tables import main_table
+from tests.results.sample import curve, final
 
 LOG2 = np.log(2)
 
@@ -110,15 +124,21 @@ def measures() -> pd.DataFrame:
 
 
 def test_figures_have_the_same_bytes_every_time(tmp_path: Path) -> None:
-    parts = records(tmp_path / "r", curve("CLM", {0: 0.8, 10: 0.7}), curve("FuseLLM", {0: 0.8, 10: 0.69}))
+    curves = [curve("CLM", {0: 0.8, 10: 0.7}), curve("FuseLLM", {0: 0.8, 10: 0.69})]
+    parts = records(tmp_path / "r", *curves, *at_lambdas())
     for folder in ("one", "two"):
         learning_curves(parts, ["CLM", "FuseLLM"], tmp_path / folder / "curves", title="main", banner="plumbing")
         audit_figure(measures().iloc[:3], tmp_path / folder / "audit", title="audit")
-    for name in ("curves.png", "curves.svg", "audit.png", "audit.svg"):
+        choice_figure(measures(), tmp_path / folder / "choice")
+        differences_figure(lambdas(parts), tmp_path / folder / "differences")
+        quality_figure(lambdas(parts), {"all": {"at 0.9": 0.9}}, tmp_path / folder / "quality", along="lambda")
+    for name in (
+        f"{one}.{end}" for one in ("curves", "audit", "choice", "differences", "quality") for end in ("png", "svg")
+    ):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert (tmp_path / "one" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    for name in ("curves.svg", "audit.svg"):
-        assert "<dc:date>" not in (tmp_path / "one" / name).read_text()
+    for path in (tmp_path / "one").glob("*.svg"):
+        assert "<dc:date>" not in path.read_text()
 
 
 def test_bad_measures_are_refused(tmp_path: Path) -> None:
@@ -128,3 +148,90 @@ def test_bad_measures_are_refused(tmp_path: Path) -> None:
         audit_figure(measures().iloc[:0], tmp_path / "a")
     with pytest.raises(UserError, match="twice"):
         audit_figure(pd.concat([measures(), measures()]), tmp_path / "a")
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that were drawn."""
+    figures: list[Any] = []
+    monkeypatch.setattr(drawing, "save", lambda figure, path: figures.append(figure) or (path,))
+    return figures
+
+
+def test_a_curve_has_intervals_where_each_domain_has_twenty_documents(tmp_path: Path, drawn: list[Any]) -> None:
+    def along(documents: int) -> list[Record]:
+        steps = {at: final("CLM", (0,), shift, {"a": documents, "b": 25}) for at, shift in ((0, 0.1), (10, 0.0))}
+        return [replace(one, tokens=at) for at, records in steps.items() for one in records]
+
+    whole = records(tmp_path / "whole", along(20))
+    (found,) = learning_curves(whole, ["CLM"], tmp_path / "f").curves
+    last = statistics.resample(statistics.group(whole[whole["tokens"] == 10]))
+    assert found.intervals is not None and found.intervals.shape == (2, 2)
+    assert tuple(found.intervals[1]) == statistics.estimate(list(last.values())).interval
+    assert learning_curves(records(tmp_path / "few", along(19)), ["CLM"], tmp_path / "f").curves[0].intervals is None
+
+
+def test_shares_of_choice_are_stacked_to_one(tmp_path: Path, drawn: list[Any]) -> None:
+    shares = {"own (target)": (0.5, 0.25), "Gemma": (0.25, 0.25), "Qwen": (0.25, 0.5), "fused": (1.0, 1.0)}
+    rows = [
+        {"source": name, "domain": d, "chosen": s}
+        for name, both in shares.items()
+        for d, s in zip("ab", both, strict=True)
+    ]
+    choice_figure(pd.DataFrame(rows), tmp_path / "f")
+    (axes,) = drawn[0].axes
+    assert [bar.get_label() for bar in axes.containers] == ["own (target)", "Gemma", "Qwen"]
+    tops = [max(bar.get_y() + bar.get_height() for bar in (group[i] for group in axes.containers)) for i in (0, 1)]
+    assert tops == pytest.approx([1, 1])
+    assert len({(bar[0].get_facecolor(), bar[0].get_hatch()) for bar in axes.containers}) == 3
+
+
+def test_coverage_is_the_share_of_positions_paired(tmp_path: Path, drawn: list[Any]) -> None:
+    coverage_figure(measures(), tmp_path / "f")
+    (axes,) = drawn[0].axes
+    heights = [bar.get_height() for group in axes.containers for bar in group]
+    assert heights == pytest.approx(measures()["paired"].tolist())
+    with pytest.raises(UserError, match="lack the columns paired"):
+        coverage_figure(measures().drop(columns="paired"), tmp_path / "f")
+
+
+def at_lambdas() -> list[list[Record]]:
+    shifts = {"CLM": 0.0, "at 0.9": -0.02, "at 0.7": 0.01, "at 0.5": 0.03}
+    return [final(method, (0,), shift, {"a": 20, "b": 25, "c": 30}) for method, shift in shifts.items()]
+
+
+def lambdas(found: pd.DataFrame) -> Table:
+    return main_table(found, ["CLM", "at 0.9", "at 0.7", "at 0.5"], title="lambda")
+
+
+def test_differences_are_sorted(tmp_path: Path, drawn: list[Any]) -> None:
+    table = lambdas(records(tmp_path, *at_lambdas()))
+    differences_figure(table, tmp_path / "f")
+    assert [axes.get_xlabel() for axes in drawn[0].axes] == ["at 0.9 − CLM", "at 0.7 − CLM", "at 0.5 − CLM"]
+    for row, axes in enumerate(drawn[0].axes, 1):
+        widths = [bar.get_width() for bar in axes.containers[0]] if len(axes.containers) == 1 else [
+            group[0].get_width() for group in axes.containers
+        ]  # fmt: skip
+        assert widths == sorted(widths) and len(widths) == 3
+        labels = [label.get_text() for label in axes.get_yticklabels()]
+        by_task = {column.label: cell.difference for column, cell in zip(table.columns, table.cells[row], strict=True)}
+        assert [by_task[label] for label in labels] == widths
+    assert differences_figure(table, tmp_path / "f", ["CLM"]) == ()
+    with pytest.raises(UserError, match=r"unknown method .at 0\.8.; did you mean .at 0\.9."):
+        differences_figure(table, tmp_path / "f", ["at 0.8"])
+
+
+def test_quality_against_a_setting(tmp_path: Path, drawn: list[Any]) -> None:
+    table = lambdas(records(tmp_path, *at_lambdas()))
+    at = {"at 0.9": 0.9, "at 0.7": 0.7, "at 0.5": 0.5}
+    quality_figure(table, {"mended": at}, tmp_path / "f", along="lambda")
+    line = drawn[0].axes[0].lines[0]
+    assert list(line.get_xdata()) == [0.5, 0.7, 0.9]
+    assert list(line.get_ydata()) == [table.cells[row][3].difference for row in (3, 2, 1)]
+    assert drawn[0].axes[0].get_ylabel() == "average − CLM (lower is better)"
+    with pytest.raises(UserError, match=r"unknown row .at 0\.6."):
+        quality_figure(table, {"mended": {"at 0.6": 0.6}}, tmp_path / "f", along="lambda")
+    with pytest.raises(UserError, match="unknown column 'averag'"):
+        quality_figure(table, {"mended": at}, tmp_path / "f", along="lambda", column="averag")
+    with pytest.raises(UserError, match="no row of CLM has a difference to CLM"):
+        quality_figure(table, {"CLM": {"CLM": 1.0}}, tmp_path / "f", along="lambda")

@@ -1,5 +1,7 @@
 import json
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +21,7 @@ ONE = Record("main", "small", "CLM", 0, "perplexity", "code", "doc", "bits_per_b
 def test_round_trip_keeps_every_column_and_the_missing_tokens(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", [ONE, replace(ONE, tokens=2**53 + 1)])
     frame = read(tmp_path / "a.parquet")
-    assert tuple(frame.columns) == COLUMNS
+    assert tuple(frame.columns) == (*COLUMNS, "evaluation")
     assert frame["tokens"].isna().tolist() == [False, True]
     assert int(frame["tokens"].iloc[0]) == 2**53 + 1
     assert str(frame["seed"].dtype) == "int64"
@@ -55,7 +57,9 @@ def test_order_split_and_duplication_of_files_change_nothing(
 def test_disagreement_names_both_files(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", [ONE])
     write(tmp_path / "b.parquet", [replace(ONE, numerator=71.0)])
-    with pytest.raises(UserError, match=r"disagree about .*doc.*a\.parquet and .*b\.parquet"):
+    with pytest.raises(
+        UserError, match=r"disagree about .*doc.*: 70 / 100 against 71 / 100, in .*a\.parquet and .*b\.parquet"
+    ):
         read(tmp_path)
 
 
@@ -125,6 +129,32 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
 def test_provenance_lies_beside(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", [ONE], provenance={"artifact": "abc"})
     assert json.loads((tmp_path / "a.json").read_text()) == {"artifact": "abc"}
+
+
+def test_the_evaluation_is_known_of_each_record_though_a_copy_lacks_its_provenance(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", [ONE], provenance={"evaluation": "abc"})
+    write(tmp_path / "z.parquet", [ONE])
+    assert read(tmp_path)["evaluation"].tolist() == ["abc"]
+    (tmp_path / "a.json").write_text("[")
+    with pytest.raises(UserError, match=r"a\.json is no provenance"):
+        read(tmp_path)
+
+
+def test_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
+    code = (
+        "import sys; from results.records import Record, write\n"
+        "for i in range(40):\n"
+        "    for name in (f'{sys.argv[1]}-{i}', f'both-{i}'):\n"
+        "        one = Record('main', 'small', name, 0, 'perplexity', 'code', 'doc', 'bits_per_byte', 70.0, 100.0)\n"
+        f"        write({str(tmp_path)!r} + f'/{{name}}.parquet', [one], {{'evaluation': name}})"
+    )
+    root = Path(__file__).parents[2]
+    running = [subprocess.Popen([sys.executable, "-c", code, name], cwd=root) for name in ("one", "two")]
+    assert [process.wait() for process in running] == [0, 0]
+    found = read(tmp_path)
+    assert set(found["method"]) == {f"{name}-{i}" for name in ("one", "two", "both") for i in range(40)}
+    assert (found["method"] == found["evaluation"]).all()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_wrong_paths_are_refused(tmp_path: Path) -> None:

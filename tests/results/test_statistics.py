@@ -1,5 +1,6 @@
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -8,12 +9,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from results import statistics
+from results import resampling, statistics
 from results.errors import UserError
+from results.layout import Part
 from results.metrics import METRICS, metric_of
 from results.records import COLUMNS, Record
-from results.statistics import Units
-from tests.results.sample import final
+from results.statistics import Estimate, Units
+from tests.results.sample import final, scores
+
+
+def text(task: str) -> Part:
+    return Part("perplexity", task, "bits_per_byte")
+
+
+def value(found: dict[tuple[str, Part], Units], method: str, *tasks: str) -> Estimate:
+    """The estimate of one method over domains of text."""
+    resampled = statistics.resample(found)
+    return statistics.estimate([resampled[method, text(task)] for task in tasks])
+
+
+def compared(found: dict[tuple[str, Part], Units], a: str, b: str, *tasks: str) -> Estimate:
+    """The estimate of method a minus method b over domains of text."""
+    apart = {task: statistics.contrast(found[a, text(task)], found[b, text(task)]) for task in tasks}
+    return statistics.estimate(list(statistics.resample(apart).values()))
 
 
 def frame(records: Sequence[Record]) -> pd.DataFrame:
@@ -25,8 +43,8 @@ def units(nats: np.ndarray, size: np.ndarray, task: str = "code", method: str = 
     nats = np.atleast_2d(nats)
     seeds = tuple(range(len(nats)))
     ids = tuple(f"{i:04}" for i in range(len(size)))
-    made = Units(method, task, METRICS["bits_per_byte"], ids, seeds, nats, size, np.ones(len(size)))
-    return statistics.resample({(method, task): made})[method, task]
+    made = Units(method, text(task), METRICS["bits_per_byte"], ids, seeds, nats, size, np.ones(len(size)))
+    return statistics.resample({0: made})[0]
 
 
 @settings(max_examples=40, deadline=None)
@@ -41,93 +59,88 @@ def test_a_domain_is_a_ratio_of_sums_in_bits(documents: list[tuple[float, int]])
 
 def test_the_average_is_the_unweighted_mean_of_the_domains() -> None:
     found = statistics.group(frame(final("CLM", documents={"code": 24, "news": 50})))
-    code, news = found["CLM", "code"], found["CLM", "news"]
-    each = [statistics.estimate([one]).value for one in (code, news)]
-    assert statistics.estimate([code, news]).value == pytest.approx(sum(each) / 2, rel=1e-14)
+    each = [value(found, "CLM", task).value for task in ("code", "news")]
+    assert value(found, "CLM", "code", "news").value == pytest.approx(sum(each) / 2, rel=1e-14)
 
 
 def test_no_interval_of_an_average_with_one_small_domain() -> None:
     found = statistics.group(frame(final("CLM", documents={"code": 24, "news": 19})))
-    assert statistics.estimate([found["CLM", "code"]]).interval is not None
-    assert statistics.estimate([found["CLM", "news"]]).interval is None
-    assert statistics.estimate([found["CLM", "code"], found["CLM", "news"]]).interval is None
+    assert value(found, "CLM", "code").interval is not None
+    assert value(found, "CLM", "news").interval is None
+    assert value(found, "CLM", "code", "news").interval is None
 
 
-def test_the_interval_agrees_with_scipy() -> None:
+def test_the_interval_agrees_with_a_plain_studentised_bootstrap() -> None:
+    rng = np.random.default_rng(3)
+    size = rng.lognormal(6, 0.5, 60)
+    nats = size * rng.normal(0.7, 0.1, 60)
+
+    def error(top: np.ndarray, bottom: np.ndarray) -> float:
+        return float(np.std(top - top.sum() / bottom.sum() * bottom, ddof=1) * len(top) ** 0.5 / bottom.sum())
+
+    centre, off = nats.sum() / size.sum(), []
+    for _ in range(4000):
+        drawn = rng.integers(0, 60, 60)
+        top, bottom = nats[drawn], size[drawn]
+        # The residuals of a resample sum to zero only around its own ratio.
+        off.append(abs(top.sum() / bottom.sum() - centre) / error(top, bottom))
+    half = np.quantile(off, 0.95) * error(nats, size) / math.log(2)
+    ours = statistics.estimate([units(nats, size)])
+    assert ours.interval is not None
+    assert ours.interval == pytest.approx((ours.value - half, ours.value + half), abs=0.05 * half)
+
+
+def test_resamples_agree_with_scipy() -> None:
     rng = np.random.default_rng(3)
     size = rng.lognormal(6, 0.5, 250)
     nats = size * rng.normal(0.7, 0.1, 250)
     theirs = stats.bootstrap(
-        (nats, size), lambda x, y, axis: x.sum(axis) / y.sum(axis) / math.log(2), paired=True, vectorized=True,
+        (nats, size), lambda x, y, axis: x.sum(axis) / y.sum(axis), paired=True, vectorized=True,
         method="percentile", n_resamples=4000, rng=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
-    ours = statistics.estimate([units(nats, size)]).interval
-    assert ours is not None
-    width = theirs.high - theirs.low
-    assert ours[0] == pytest.approx(theirs.low, abs=0.06 * width)
-    assert ours[1] == pytest.approx(theirs.high, abs=0.06 * width)
-
-
-@pytest.mark.parametrize("n", [20, 50])
-def test_intervals_cover_the_truth(n: int) -> None:
-    """Documents of lognormal length (sigma 0.5) and normal nats per byte, paired: 95 % give or take the 300 trials."""
-    rng = np.random.default_rng(n)
-    trials, value_hits, difference_hits, average_hits = 300, 0, 0, 0
-    for _ in range(trials):
-        pairs = []
-        for task in ("code", "news"):
-            size = rng.lognormal(6, 0.5, n)
-            hard = rng.normal(0.7, 0.1, n)
-            clm = units(size * hard, size, task)
-            fused = units(size * (hard - 0.01 + rng.normal(0, 0.02, n)), size, task, "FuseLLM")
-            pairs.append((fused, clm))
-        ends = (
-            statistics.estimate([pairs[0][1]]).interval,
-            statistics.difference([pairs[0][0]], [pairs[0][1]]).interval,
-            statistics.estimate([clm for _, clm in pairs]).interval,
-        )
-        assert ends[0] and ends[1] and ends[2]
-        value_hits += ends[0][0] <= 0.7 / math.log(2) <= ends[0][1]
-        difference_hits += ends[1][0] <= -0.01 / math.log(2) <= ends[1][1]
-        average_hits += ends[2][0] <= 0.7 / math.log(2) <= ends[2][1]
-    for hits in (value_hits, difference_hits, average_hits):
-        assert 0.91 <= hits / trials <= 0.985
+    )  # fmt: skip
+    ratio = resampling.Ratio("code", nats, size)
+    ours = resampling.resample({0: ratio})[0]
+    assert ours.deviation.std() == pytest.approx(theirs.standard_error, rel=0.05)
+    assert ours.variance.mean() ** 0.5 == pytest.approx(theirs.standard_error, rel=0.05)
+    assert ratio.variance**0.5 == pytest.approx(theirs.standard_error, rel=0.05)
 
 
 def test_pairing_makes_the_interval_of_the_difference_narrow() -> None:
     found = statistics.group(frame(final("CLM") + final("FuseLLM", shift=-0.01)))
-    own = [found["FuseLLM", task] for task in ("code", "news")]
-    base = [found["CLM", task] for task in ("code", "news")]
-    value, difference = statistics.estimate(own), statistics.difference(own, base)
-    assert value.interval is not None and difference.interval is not None
-    assert difference.value == pytest.approx(value.value - statistics.estimate(base).value, abs=1e-15)
-    assert difference.interval[1] - difference.interval[0] < 0.5 * (value.interval[1] - value.interval[0])
-    mirrored = statistics.difference(base, own)
+    own, base = (value(found, method, "code", "news") for method in ("FuseLLM", "CLM"))
+    difference = compared(found, "FuseLLM", "CLM", "code", "news")
+    assert own.interval is not None and difference.interval is not None
+    assert difference.value == pytest.approx(own.value - base.value, abs=1e-15)
+    assert difference.interval[1] - difference.interval[0] < 0.5 * (own.interval[1] - own.interval[0])
+    mirrored = compared(found, "CLM", "FuseLLM", "code", "news")
     assert mirrored.interval is not None
     assert mirrored.interval == pytest.approx((-difference.interval[1], -difference.interval[0]), abs=1e-12)
+    assert mirrored.p == difference.p
 
 
 def test_a_constant_difference_has_an_interval_of_no_width() -> None:
     size = np.full(30, 100.0)
     nats = np.random.default_rng(0).normal(70, 10, 30)
-    found = statistics.difference([units(nats - 1, size, method="FuseLLM")], [units(nats, size)])
+    apart = statistics.contrast(units(nats - 1, size, method="FuseLLM"), units(nats, size))
+    found = statistics.estimate([statistics.resample({0: apart})[0]])
     assert found.interval == pytest.approx((-0.01 / math.log(2),) * 2, abs=1e-12)
+    assert found.p is not None and found.p < 0.001
 
 
 def test_an_interval_depends_on_its_own_domain_only() -> None:
-    alone = statistics.group(frame(final("CLM", documents={"news": 30})))["CLM", "news"]
-    beside = statistics.group(frame(final("CLM") + final("FuseLLM")))["CLM", "news"]
-    assert statistics.estimate([alone]) == statistics.estimate([beside])
+    alone = statistics.group(frame(final("CLM", documents={"news": 30})))
+    beside = statistics.group(frame(final("CLM") + final("FuseLLM")))
+    assert value(alone, "CLM", "news") == value(beside, "CLM", "news")
 
 
 def test_seeds_are_averaged_per_document_and_their_spread_kept() -> None:
     found = statistics.group(frame(final("CLM", seeds=(0, 1, 2)) + final("FuseLLM", seeds=(1, 2, 3), shift=-0.01)))
-    clm, fused = found["CLM", "code"], found["FuseLLM", "code"]
-    value = statistics.estimate([clm])
-    assert value.seeds == (0, 1, 2)
-    assert value.value == pytest.approx(clm.by_seed().mean(), rel=1e-14)
-    assert value.spread == pytest.approx(np.std(clm.by_seed(), ddof=1), rel=1e-12)
-    difference = statistics.difference([fused], [clm])
+    clm, fused = found["CLM", text("code")], found["FuseLLM", text("code")]
+    own = value(found, "CLM", "code")
+    assert own.seeds == (0, 1, 2)
+    assert own.value == pytest.approx(clm.by_seed().mean(), rel=1e-14)
+    assert own.spread == pytest.approx(np.std(clm.by_seed(), ddof=1), rel=1e-12)
+    difference = compared(found, "FuseLLM", "CLM", "code")
     assert difference.seeds == (1, 2)
     apart = fused.by_seed()[:2] - clm.by_seed()[1:]
     assert difference.value == pytest.approx(apart.mean(), rel=1e-10)
@@ -136,30 +149,29 @@ def test_seeds_are_averaged_per_document_and_their_spread_kept() -> None:
 
 def test_a_method_without_seeds_is_compared_with_the_mean_over_seeds() -> None:
     found = statistics.group(frame(final("CLM", seeds=(0, 1)) + final("as it is", seeds=(-1,), shift=0.1)))
-    difference = statistics.difference([found["as it is", "code"]], [found["CLM", "code"]])
+    difference = compared(found, "as it is", "CLM", "code")
     assert difference.seeds == (0, 1)
-    values = (statistics.estimate([found[method, "code"]]).value for method in ("as it is", "CLM"))
+    values = (value(found, method, "code").value for method in ("as it is", "CLM"))
     assert difference.value == pytest.approx(next(values) - next(values), abs=1e-15)
+    assert compared(found, "CLM", "as it is", "code").seeds == (0, 1)
 
 
 def test_no_common_seed_is_refused() -> None:
     found = statistics.group(frame(final("CLM", seeds=(0,)) + final("FuseLLM", seeds=(1,))))
     with pytest.raises(UserError, match="no seed in common"):
-        statistics.difference([found["FuseLLM", "code"]], [found["CLM", "code"]])
+        compared(found, "FuseLLM", "CLM", "code")
 
 
 def test_other_documents_and_other_bytes_are_refused_naming_both() -> None:
     clm = final("CLM")
     fewer = statistics.group(frame(clm + final("FuseLLM")[1:]))
     with pytest.raises(UserError, match=r"FuseLLM .* and CLM .* same examples of code.*'doc000'"):
-        statistics.difference([fewer["FuseLLM", "code"]], [fewer["CLM", "code"]])
+        compared(fewer, "FuseLLM", "CLM", "code")
     other = frame(clm + final("FuseLLM"))
     other.loc[other["method"] == "FuseLLM", "denominator"] += 1
     bytes_differ = statistics.group(other)
     with pytest.raises(UserError, match=r"FuseLLM .* and CLM .* disagree about the data"):
-        statistics.difference([bytes_differ["FuseLLM", "code"]], [bytes_differ["CLM", "code"]])
-    with pytest.raises(UserError, match="not measured on the same tasks"):
-        statistics.difference([fewer["CLM", "code"]], [fewer["CLM", "news"]])
+        compared(bytes_differ, "FuseLLM", "CLM", "code")
 
 
 def test_seeds_of_one_method_must_have_the_same_documents() -> None:
@@ -173,7 +185,7 @@ def test_an_average_over_domains_with_other_seeds_is_refused() -> None:
     records = final("CLM", seeds=(0, 1))
     found = statistics.group(frame([one for one in records if one.task == "code" or one.seed == 0]))
     with pytest.raises(UserError, match="no average can be given"):
-        statistics.estimate([found["CLM", "code"], found["CLM", "news"]])
+        value(found, "CLM", "code", "news")
 
 
 def test_records_of_two_profiles_are_refused() -> None:
@@ -187,15 +199,130 @@ def test_an_unknown_metric_names_the_nearest() -> None:
 
 
 def test_resamples_draw_every_example_n_times_on_average() -> None:
-    draws = np.concatenate(list(statistics._multinomial("code", 30)))
-    assert len(draws) == statistics.RESAMPLES
+    draws = np.concatenate(list(resampling._draws("code", 30)))
+    assert len(draws) == resampling.RESAMPLES
     assert (draws.sum(axis=1) == 30).all()
     assert draws.mean(axis=0) == pytest.approx(np.ones(30), abs=0.1)
     assert draws.var() == pytest.approx(29 / 30, rel=0.03)
 
 
 def test_resampling_in_parts_gives_every_resample_once() -> None:
-    parts = list(statistics._multinomial("code", 600))
+    parts = list(resampling._draws("code", 600))
     assert len(parts) > 1
-    assert sum(len(part) for part in parts) == statistics.RESAMPLES
+    assert sum(len(part) for part in parts) == resampling.RESAMPLES
     assert all((part.sum(axis=1) == 600).all() for part in parts)
+
+
+def test_few_different_scores_are_drawn_like_many() -> None:
+    rng = np.random.default_rng(0)
+    ratio = resampling.Ratio("code", rng.choice([-1.0, 0.0, 1.0], 300, p=[0.1, 0.7, 0.2]), np.ones(300))
+    quick = resampling.resample({0: ratio})[0]
+    many = resampling.Ratio("code", ratio.top + 1e-12 * rng.random(300), np.ones(300))
+    slow = resampling.resample({0: many})[0]
+    assert not np.array_equal(quick.deviation, slow.deviation)
+    for a, b in ((quick.deviation, slow.deviation), (quick.variance, slow.variance)):
+        assert stats.ks_2samp(a, b).pvalue > 0.001
+
+
+def test_sums_do_not_depend_on_their_neighbours() -> None:
+    rng = np.random.default_rng(0)
+    draws, columns = next(resampling._draws("code", 500)), rng.lognormal(0, 3, (500, 40))
+    whole = resampling._sums(draws, columns)
+    assert np.array_equal(whole[:, 3:4], resampling._sums(draws, columns[:, 3:4]))
+    shuffled = rng.permutation(500)
+    assert np.array_equal(whole, resampling._sums(draws[:, shuffled], columns[shuffled]))
+    assert whole == pytest.approx(draws @ columns, rel=1e-10)
+
+
+def test_right_and_wrong_answers_of_one_task_have_wilsons_interval_and_mcnemars_test() -> None:
+    right = {"CLM": [1.0] * 30 + [0.0] * 70, "FuseLLM": [1.0] * 25 + [0.0] * 65 + [1.0] * 10}
+    found = statistics.group(frame([one for method in right for one in scores(method, "boolq", right[method])]))
+    boolq = Part("commonsense", "boolq", "acc")
+    own = statistics.estimate([found["FuseLLM", boolq]])
+    low, high = stats.binomtest(35, 100).proportion_ci(method="wilson")
+    assert (own.value, own.interval) == (35.0, pytest.approx((100 * low, 100 * high)))
+    difference = statistics.estimate([statistics.contrast(found["FuseLLM", boolq], found["CLM", boolq])])
+    assert difference.value == pytest.approx(5)
+    assert difference.p == pytest.approx(stats.binomtest(5, 15).pvalue)
+    assert difference.interval is not None and difference.interval[0] < 0 < difference.interval[1]
+
+
+def test_many_wins_and_losses_are_tested_by_the_corrected_normal_approximation() -> None:
+    clm, fused = [1.0] * 100 + [0.0] * 100, [1.0] * 60 + [0.0] * 40 + [1.0] * 20 + [0.0] * 80
+    found = statistics.group(frame(scores("CLM", "boolq", clm) + scores("FuseLLM", "boolq", fused)))
+    boolq = Part("commonsense", "boolq", "acc")
+    p = statistics.estimate([statistics.contrast(found["FuseLLM", boolq], found["CLM", boolq])]).p
+    assert p == pytest.approx(float(stats.chi2.sf((40 - 20 - 1) ** 2 / 60, 1)))
+    assert p == pytest.approx(stats.binomtest(20, 60).pvalue, rel=0.2)
+
+
+def test_scores_under_several_seeds_are_resampled() -> None:
+    rng = np.random.default_rng(0)
+    records = [one for seed in (0, 1) for one in scores("CLM", "boolq", rng.integers(0, 2, 100).tolist(), seed)]
+    unit = statistics.group(frame(records))["CLM", Part("commonsense", "boolq", "acc")]
+    assert not unit.right_or_wrong
+    assert statistics.estimate([unit]).interval is None
+    assert statistics.estimate([statistics.resample({0: unit})[0]]).interval is not None
+
+
+def test_nothing_solved_in_several_tasks_has_no_interval_and_shows_no_difference() -> None:
+    records = [
+        one
+        for method in ("CLM", "FuseLLM")
+        for task in ("a", "b")
+        for one in scores(method, task, [0.0] * 40, suite="multipl_e", metric="passed", of=5)
+    ]
+    found = statistics.group(frame(records))
+    parts = [Part("multipl_e", task, "passed") for task in ("a", "b")]
+    own = statistics.estimate([statistics.resample(found)["CLM", part] for part in parts])
+    assert (own.value, own.interval) == (0.0, None)
+    apart = {part: statistics.contrast(found["FuseLLM", part], found["CLM", part]) for part in parts}
+    difference = statistics.estimate(list(statistics.resample(apart).values()))
+    assert (difference.value, difference.interval, difference.p) == (0.0, None, 1.0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 10), min_size=1, max_size=8), st.integers(1, 10))
+def test_pass_at_k_is_the_chance_that_one_of_k_drawn_samples_passes(passed: list[int], k: int) -> None:
+    records = scores("CLM", "cpp", passed, suite="multipl_e", metric="passed", of=10)
+    found = statistics.group(frame(records), k=k)["CLM", Part("multipl_e", "cpp", "passed")]
+    failing = [math.comb(10 - one, k) / math.comb(10, k) for one in passed]
+    assert statistics.estimate([found]).value == pytest.approx(100 * (1 - np.mean(failing)), abs=1e-9)
+    assert found.metric.label == f"pass@{k}, percent"
+
+
+def test_scores_that_cannot_be_are_refused() -> None:
+    with pytest.raises(UserError, match="pass@20, percent needs 20 samples a problem, but one has 10"):
+        statistics.group(frame(scores("CLM", "cpp", [3], suite="multipl_e", metric="passed", of=10)), k=20)
+    with pytest.raises(UserError, match="score outside 0 to 1"):
+        statistics.group(frame(scores("CLM", "boolq", [1.5])))
+
+
+def test_holm_multiplies_the_smallest_most() -> None:
+    assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert statistics.holm([]) == []
+
+
+def test_five_seeds_count_themselves_in_the_test() -> None:
+    few = statistics.group(frame(final("CLM", seeds=tuple(range(4))) + final("FuseLLM", (0, 1, 2, 3), -0.01)))
+    many = statistics.group(frame(final("CLM", seeds=tuple(range(5))) + final("FuseLLM", (0, 1, 2, 3, 4), -0.01)))
+    assert not compared(few, "FuseLLM", "CLM", "code").general
+    found = compared(many, "FuseLLM", "CLM", "code")
+    assert found.general and found.p is not None
+    one_seed = statistics.contrast(many["FuseLLM", text("code")], many["CLM", text("code")])
+    errors = one_seed.ratio.variance**0.5 / math.log(2), float(found.spread or 0) / 5**0.5
+    freedom = sum(e**2 for e in errors) ** 2 / (errors[0] ** 4 / 23 + errors[1] ** 4 / 4)
+    both = 2 * stats.t.sf(abs(found.value) / math.hypot(*errors), freedom)
+    alone = 2 * stats.t.sf(abs(found.value) / errors[1], 4)
+    assert found.p == pytest.approx(max(both, alone))
+
+
+def test_five_seeds_that_agree_leave_the_doubt_of_the_examples() -> None:
+    rng = np.random.default_rng(0)
+    nats, size = rng.normal(0.5, 1, 50), np.ones(50)
+    apart = replace(units(np.stack([nats] * 5), size), against="CLM")
+    found = statistics.estimate([statistics.resample({0: apart})[0]])
+    error = apart.ratio.variance**0.5
+    assert found.p == pytest.approx(2 * stats.t.sf(nats.mean() / error, 49))
+    nothing = replace(units(np.zeros((5, 50)), size), against="CLM")
+    assert statistics.estimate([statistics.resample({0: nothing})[0]]).p == 1.0

@@ -1,0 +1,183 @@
+"""Finished runs and the tables made of them: from records alone, and without importing anything heavy."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusion.errors import UserError
+from harness.artifacts import file_sha256, read_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from results.layout import Table
+
+RUN_FILE = "run.json"
+SUITES_FILE = "suites.json"
+PUBLISHED = "paper/"
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Tables by name, and a sentence for each that was asked for and has no run."""
+
+    made: "dict[str, Table]"
+    absent: tuple[str, ...]
+
+
+def find_run(root: Path, name: str, profile: str | None) -> Path:
+    """The newest finished run of an experiment. Raises UserError when there is none."""
+    name = Path(name).stem if name.endswith((".yaml", ".yml")) else name
+    runs = sorted((root / "runs" / name).glob(f"{profile or '*'}/*/{RUN_FILE}"))
+    if not runs:
+        from results.metrics import unknown
+        from results.published import NAMES
+
+        if name not in _experiments(root):
+            if name in NAMES:
+                raise UserError(
+                    f"There is no experiment {name!r}: `fusellm tables {PUBLISHED}{name}` prints the published table."
+                )
+            raise UserError(unknown("table", name, [ALL, *dict.fromkeys([*NAMES, *_experiments(root)])]))
+        wanted = f" in profile {profile}" if profile else ""
+        raise UserError(
+            f"The experiment {name!r} has no finished run{wanted} below {root}: run `fusellm experiment run {name}"
+            f"{' --profile ' + profile if profile else ''}`."
+        )
+    return max(runs, key=lambda p: described(p)["finished"]).parent
+
+
+def described(path: Path) -> dict[str, Any]:
+    """What a run wrote at `path` about itself; empty where there is nothing, refused when damaged."""
+    if not path.exists():
+        return {}
+    return read_json(path, "remove that file and run the experiment again, with all its seeds")
+
+
+def open_run(folder: Path) -> "tuple[dict[str, Any], pd.DataFrame]":
+    """The resolved configuration and the records of a finished run. Raises UserError where they are damaged.
+
+    Record files that are gone are left out: the table says what it lacks.
+    """
+    from results.records import read
+
+    description = described(folder / RUN_FILE)
+    paths = [folder / "records" / name for name in sorted(description["records"])]
+    for path in paths:
+        if path.exists() and file_sha256(path) != description["records"][path.name]:
+            raise UserError(f"{path} does not match its SHA-256 in {RUN_FILE}: remove it and run the experiment again.")
+    return description["configuration"], read([path for path in paths if path.exists()])
+
+
+def _experiments(root: Path) -> list[str]:
+    """The experiments that ship with the harness, and those that were run."""
+    shipped = {path.name.removesuffix(".yaml") for path in (files("harness") / "conf" / "experiments").iterdir()}
+    return sorted(shipped | {path.name for path in (root / "runs").glob("*") if path.is_dir()})
+
+
+def table(folder: Path, *, baseline: str | None = None, with_paper: bool = False) -> "Table":
+    """The table of a run, from its records alone; in the paper's layout where the paper has it.
+
+    baseline: the row that the others are compared with, by default the configuration's. with_paper: the published
+    values beside ours. Raises UserError for an unknown baseline, and where the paper has no such table.
+    """
+    from results.comparison import LAYOUTS, comparison
+    from results.tables import main_table
+
+    config, records = open_run(folder)
+    try:
+        name, profile, methods, title = (config[key] for key in ("experiment", "profile", "methods", "title"))
+        baseline, banner = baseline or config["baseline"], config["banner"] or ""
+        roles = {entry.get("role", "target"): label for label, entry in methods.items() if entry["method"] == "as_is"}
+    except (KeyError, TypeError):
+        raise UserError(f"{folder} was made by another version of fusellm-harness: run the experiment again.") from None
+    if name in LAYOUTS:
+        return comparison(
+            name,
+            records,
+            list(methods),
+            roles,
+            profile=profile,
+            baseline=baseline,
+            with_paper=with_paper,
+            banner=banner,
+            command=f"fusellm experiment run {name} --profile {profile}",
+            reasons=_reasons(folder),
+        )
+    if with_paper:
+        raise UserError(f"The paper has no table {name!r}: those it has are {', '.join(LAYOUTS)}.")
+    text = records[(records["suite"] == "perplexity") & records["tokens"].isna()]
+    return main_table(
+        records,
+        list(methods),
+        baseline,
+        metric=str(text["metric"].iloc[0]) if len(text) else "bits_per_byte",
+        title=f"{title} ({name}, {profile})",
+        banner=banner,
+    )
+
+
+def _reasons(folder: Path) -> dict[tuple[str, str, str], str]:
+    """Why a method has no numbers in a task, by method, suite and task, where the run noted it."""
+    noted = described(folder / SUITES_FILE)
+    return {
+        (method, suite, task): why
+        for suite, one in noted.items()
+        for method, tasks in one["missing"].items()
+        for task, why in tasks.items()
+    }
+
+
+def tables(
+    root: Path, names: Sequence[str], profile: str | None, *, baseline: str | None = None, with_paper: bool = False
+) -> Tables:
+    """The tables of the newest runs of `names`: experiments, `paper/NAME` for a published table, or `all` there are.
+
+    Under `all` a table that was not run is left to `absent`, or is the published one under with_paper. Raises UserError
+    for a name that is not there, and where there is nothing at all.
+    """
+    from results.published import NAMES, paper_table
+
+    everything = ALL in names or not names
+    made: dict[str, Table] = {}
+    absent = []
+    for name in dict.fromkeys([*NAMES, *_experiments(root)] if everything else names):
+        if name.startswith(PUBLISHED):
+            made[name] = paper_table(name.removeprefix(PUBLISHED))
+            continue
+        try:
+            folder = find_run(root, name, profile)
+        except UserError as error:
+            if not everything:
+                raise
+            absent.append(str(error))
+            if with_paper and name in NAMES:
+                made[PUBLISHED + name] = paper_table(name)
+            continue
+        made[name] = table(folder, baseline=baseline, with_paper=with_paper and (name in NAMES or not everything))
+    if not made:
+        raise UserError(
+            f"There are no finished runs below {root}: run `fusellm experiment run` (see `experiment list`)."
+        )
+    return Tables(made, tuple(absent))
+
+
+def write(made: "Mapping[str, Table]", out: Path, forms: Sequence[str]) -> list[Path]:
+    """Each table below `out` in each of the formats, and a figure of the differences in each task where there are."""
+    from harness.artifacts import write_atomically
+    from results.figures import differences_figure
+    from results.render import ENDINGS, render
+
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, one in made.items():
+        stem = out / name.replace("/", "-")
+        for form in forms:
+            path = stem.with_name(f"{stem.name}.{ENDINGS[form]}")
+            write_atomically(path, render(one, form))
+            written.append(path)
+        written += differences_figure(one, stem.with_name(f"{stem.name}-differences"))
+    return written
