@@ -158,7 +158,7 @@ NAMES: list[tuple[list[str], str]] = [
         ["models", "fetch", "some/model", "--root", "{here}/root"],
         "only on the hub .some/model., which cannot be reached",
     ),
-    (["tables", "quikstart"], "'quikstart' has no finished run below .*root .did you mean 'quickstart'."),
+    (["tables", "quikstart"], "unknown table 'quikstart'; did you mean 'quickstart'"),
     (["tables", "main"], "'main' has no finished run below .*root: run `fusellm experiment run main`"),
     (["tables", "main", "--profile", "small"], "run `fusellm experiment run main --profile small`"),
     (["tables", "paper/tabel1"], "unknown published table 'tabel1'; did you mean 'table1'"),

@@ -7,10 +7,11 @@ import pytest
 
 from fusion.errors import UserError
 from harness import runs
+from harness.artifacts import file_sha256, write_json
 from results.errors import UserError as RecordsError
 from results.records import Record, write
 from results.render import FORMATS, render
-from tests.harness.test_cli import _answer
+from tests.harness.command import answer
 from tests.results.sample import final, scores
 
 METHODS = {
@@ -24,13 +25,14 @@ METHODS = {
 def finished(root: Path, experiment: str, records: list[Record], profile: str = "small", finished: float = 1.0) -> Path:
     """The folder of a run that left these records."""
     folder = root / "runs" / experiment / profile / f"{finished:.0f}"
-    write(folder / "records" / "all.parquet", records, {"evaluation": "abc"})
+    path = folder / "records" / "all.parquet"
+    write(path, records, {"evaluation": "abc"})
     config = {
         "experiment": experiment, "profile": profile, "title": f"about {experiment}", "baseline": "CLM", "banner": None,
         "methods": METHODS,
     }  # fmt: skip
-    description = {"configuration": config, "records": ["all.parquet"], "finished": finished}
-    (folder / runs.RUN_FILE).write_text(json.dumps(description))
+    description = {"configuration": config, "records": {path.name: file_sha256(path)}, "finished": finished}
+    write_json(folder / runs.RUN_FILE, description)
     return folder
 
 
@@ -58,7 +60,7 @@ def main() -> list[Record]:
 def test_a_table_of_the_paper_has_its_layout_and_another_the_main_one(tmp_path: Path) -> None:
     folder = finished(tmp_path, "table2", commonsense())
     noted = {"commonsense": {"shown": {}, "missing": {"Gemma": {"hellaswag": "its rows cannot be had"}}}}
-    (folder / runs.SUITES_FILE).write_text(json.dumps(noted))
+    write_json(folder / runs.SUITES_FILE, noted)
     table = runs.table(runs.find_run(tmp_path, "table2", None), with_paper=True)
     assert [one.label for one in table.columns] == ["Gemma", "SmolLM2", "CLM", "FuseLLM"]
     assert table.cells[0][3].published == 75.04 and table.cells[0][3].evaluations == ("abc",)
@@ -111,13 +113,13 @@ def test_out_gets_every_format_and_the_figure_the_same_each_time(tmp_path: Path)
 def test_the_command_prints_and_writes(tmp_path: Path) -> None:
     finished(tmp_path, "table2", commonsense())
     root = ["--root", str(tmp_path)]
-    status, printed = _answer(["tables", "table2", "paper/table5", "--format", "json", *root])
+    status, printed, _ = answer("tables", "table2", "paper/table5", "--format", "json", *root)
     assert status == 0
     ours, theirs = json.loads(printed)
     assert ours["title"].startswith("table2, profile small") and theirs["title"].startswith("table5 as published")
-    status, printed = _answer(["tables", "table2", "--format", "latex", "--baseline", "Gemma", *root])
+    status, printed, _ = answer("tables", "table2", "--format", "latex", "--baseline", "Gemma", *root)
     assert status == 0 and r"\toprule" in printed and "worse than Gemma" in printed
-    status, printed = _answer(["tables", "--format", "csv", "--out", str(tmp_path / "out"), *root])
+    status, printed, _ = answer("tables", "--format", "csv", "--out", str(tmp_path / "out"), *root)
     assert status == 0 and str(tmp_path / "out" / "table2.csv") in printed
     assert (tmp_path / "out" / "table2.csv").exists()
 
@@ -139,17 +141,18 @@ def test_mistakes_are_one_sentence(tmp_path: Path, arguments: list[str], sentenc
     finished(tmp_path, "table2", commonsense())
     finished(tmp_path, "main", main())
     folder = finished(tmp_path, "damaged", main())
-    (folder / runs.RUN_FILE).write_text(json.dumps({"configuration": {}, "finished": 1, "records": []}))
-    status, printed = _answer(["tables", *arguments, "--root", str(tmp_path)])
-    assert (status, len(printed.strip().splitlines())) == (2, 1), printed
-    assert sentence in printed
+    write_json(folder / runs.RUN_FILE, {"configuration": {}, "finished": 1, "records": {}})
+    status, _, said = answer("tables", *arguments, "--root", str(tmp_path))
+    assert (status, len(said.strip().splitlines())) == (2, 1), said
+    assert sentence in said
 
 
 def test_records_that_disagree_about_the_data_are_refused_naming_both(tmp_path: Path) -> None:
     folder = finished(tmp_path, "table2", commonsense())
     write(folder / "records" / "more.parquet", scores("CLM", "boolq", [0.0], metric="acc", experiment="table2"))
-    description = json.loads((folder / runs.RUN_FILE).read_text())
-    (folder / runs.RUN_FILE).write_text(json.dumps({**description, "records": ["all.parquet", "more.parquet"]}))
+    description = runs.described(folder / runs.RUN_FILE)
+    records = {path.name: file_sha256(path) for path in (folder / "records").glob("*.parquet")}
+    write_json(folder / runs.RUN_FILE, {**description, "records": records})
     with pytest.raises(RecordsError, match=r"disagree about .*all\.parquet and .*more\.parquet"):
         runs.table(folder)
 
