@@ -88,7 +88,8 @@ def run(config: Config, root: Path) -> Path:
     for row in candidates(experiment):
         spec, path = experiment.evaluate(row.label, row.candidate, row.role)
         name = _record(config, row, spec.fingerprint, perplexity.read_evaluation(path), folder)
-        records[name] = file_sha256(folder / "records" / name)
+        for file in (folder / "records" / name, (folder / "records" / name).with_suffix(".json")):
+            records[file.name] = file_sha256(file)
     with alone(folder / ".lock", f"run {folder.name}"):
         # Other seeds that were finished before, or meanwhile by another process, belong to the same table.
         before = described(folder / RUN_FILE)

@@ -65,11 +65,17 @@ def open_run(folder: Path) -> "tuple[dict[str, Any], pd.DataFrame]":
     from results.records import read
 
     description = described(folder / RUN_FILE)
-    paths = [folder / "records" / name for name in sorted(description["records"])]
-    for path in paths:
-        if path.exists() and file_sha256(path) != description["records"][path.name]:
+    paths = []
+    for name, sha256 in sorted(description["records"].items()):
+        path = folder / "records" / name
+        records = path.with_suffix(".parquet")  # beside each lies its provenance
+        if not records.exists():
+            continue
+        if not path.exists() or file_sha256(path) != sha256:
             raise UserError(f"{path} does not match its SHA-256 in {RUN_FILE}: remove it and run the experiment again.")
-    return description["configuration"], read([path for path in paths if path.exists()])
+        if path == records:
+            paths.append(path)
+    return description["configuration"], read(paths)
 
 
 def _experiments(root: Path) -> list[str]:
