@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEEPSPEED := deepspeed==0.19.8
 
-.PHONY: help setup quickstart test lint format lock clean
+.PHONY: help setup quickstart toolchains test lint format lock clean
 
 help:
 	@echo 'make quickstart  the main job on tiny models: environment, then about three minutes on two cores'
+	@echo 'make toolchains  on Debian: bubblewrap and the compilers of the ten languages of MultiPL-E'
 	@echo 'make test        environment, then all tests'
 	@echo 'make lint        ruff and mypy'
 	@echo 'make lock        new exact versions from the ranges in pyproject.toml'
@@ -26,6 +27,9 @@ $(READY): requirements.lock pyproject.toml
 
 quickstart: $(READY)
 	$(BIN)/fusellm quickstart
+
+toolchains:
+	.ci/toolchains
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto

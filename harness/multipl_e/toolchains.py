@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -112,17 +113,20 @@ def available(
     names: Sequence[str], cache: Path, *, unsafe: bool = False
 ) -> tuple[dict[str, Toolchain], dict[str, str]]:
     """The toolchains that work, and of the others why not, each tried once."""
-    found: dict[str, Toolchain] = {}
-    not_run: dict[str, str] = {}
-    for name in names:
+
+    def tried(slot: int, name: str) -> Toolchain | str:
         try:
             toolchain = find(name, cache)
-            with Sandbox(toolchain.roots, unsafe=unsafe) as sandbox:
+            with Sandbox(toolchain.roots, slot=slot, unsafe=unsafe) as sandbox:
                 toolchain.check(sandbox)
-            found[name] = toolchain
         except UserError as error:
-            not_run[name] = str(error)
-    return found, not_run
+            return str(error)
+        return toolchain
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        answers = dict(zip(names, pool.map(tried, range(len(names)), names), strict=True))
+    found = {name: answer for name, answer in answers.items() if isinstance(answer, Toolchain)}
+    return found, {name: answer for name, answer in answers.items() if isinstance(answer, str)}
 
 
 def _refused(language: Language, why: str) -> UserError:
@@ -147,27 +151,25 @@ def _ask(language: Language, *command: str) -> list[str]:
 
 def _prepared(language: Language, cache: Path, version: str, make: Callable[[Path], None]) -> Path:
     """A folder made once for a version of a toolchain, beside its place and renamed when it is whole."""
+    from filelock import FileLock
+
     key = hashlib.sha256(f"{version}\n{_SAMPLES[language.name]}".encode()).hexdigest()[:16]
     folder = cache.resolve() / f"{language.name}-{key}"
-    if folder.is_dir():
-        return folder
     cache.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache.resolve()))
-    try:
-        make(beside)
-        for path in (beside, *beside.rglob("*")):
-            path.chmod(0o755 if path.is_dir() else 0o644)  # the sandbox reads them as nobody
+    with FileLock(folder.with_suffix(".lock")):
+        if folder.is_dir():
+            return folder
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            beside.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster
-                raise
-    except subprocess.CalledProcessError as error:
-        said = error.stderr.decode("utf-8", "replace").strip().partition("\n")[0]
-        raise _refused(language, f"its toolchain cannot be prepared, {said or error}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return folder
+            make(beside)
+            for path in (beside, *beside.rglob("*")):
+                path.chmod(0o755 if path.is_dir() else 0o644)  # the sandbox reads them as nobody
+            return beside.rename(folder)
+        except subprocess.CalledProcessError as error:
+            said = error.stderr.decode("utf-8", "replace").strip().partition("\n")[0]
+            raise _refused(language, f"its toolchain cannot be prepared, {said or error}") from error
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def _made(command: Sequence[str | Path], folder: Path, **env: str) -> None:

@@ -52,13 +52,16 @@ def main() -> None:
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     if config["cpu"] is not None:
         os.sched_setaffinity(0, {config["cpu"]})
-    places = {root: root for root in config["roots"]}
+    places, broken = {root: root for root in config["roots"]}, None
     if config["bwrap"] and os.geteuid() == 0:
-        places = _staged(libc, config["roots"])
+        try:
+            places = _staged(libc, config["roots"])
+        except OSError as error:
+            broken = {"error": str(error)}
         _drop_root()
     for line in sys.stdin.buffer:
         try:
-            reply = _run(json.loads(line), config, places, null)
+            reply = broken or _run(json.loads(line), config, places, null)
         except OSError as error:
             reply = {"error": str(error)}
         sys.stdout.write(json.dumps(reply) + "\n")
@@ -330,6 +333,8 @@ def _in_memory(data: bytes) -> int:
 
 def _filter() -> bytes:
     """A BPF program (linux/seccomp.h) that answers the refused calls with EPERM and ends programs of another kind."""
+    if platform.machine() not in _REFUSED_CALLS:
+        raise OSError(f"it is made for {' and '.join(_REFUSED_CALLS)}, not for {platform.machine()}")
     architecture, numbers = _REFUSED_CALLS[platform.machine()]
     load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
     rules = [
