@@ -47,10 +47,8 @@ def _toolchains(cache: Path) -> list[Row]:
     from harness.sandbox import refusal
 
     refused = refusal()
-    if refused:
-        return [("sandbox for generated programs", refused, "-")]
+    rows = [("sandbox for generated programs", refused or "bubblewrap works", "-" if refused else "yes")]
     found, not_run = available(list(LANGUAGES), cache)
-    rows = [("sandbox for generated programs", "bubblewrap works", "yes")]
     for name, language in LANGUAGES.items():
         rows.append(
             (

@@ -279,15 +279,14 @@ def _php(language: Language, cache: Path) -> Toolchain:
 
 
 def _python(language: Language, cache: Path) -> Toolchain:
-    """The interpreter that runs the harness, without its environment's packages."""
-    python = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
-    return Toolchain(
-        language,
-        f"Python {sys.version.split()[0]}",
-        [str(python), "-I", language.file],
-        roots=[Path(sys.base_prefix)],
-        needs=[python],
-    )
+    """The system's interpreter of the harness's version, which starts fastest, else the harness's own."""
+    system = shutil.which(f"python3.{sys.version_info.minor}", path="/usr/local/bin:/usr/bin")
+    python = Path(system or str(getattr(sys, "_base_executable", sys.executable))).resolve()
+    prefix, version = _ask(language, str(python), "-I", "-c", "import sys; print(sys.prefix, sys.version, sep='\\n')")[
+        :2
+    ]
+    run = [str(python), "-I", language.file]  # without the user's packages
+    return Toolchain(language, f"Python {version}", run, roots=[Path(prefix)], needs=[python])
 
 
 def _r(language: Language, cache: Path) -> Toolchain:

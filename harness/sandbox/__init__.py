@@ -116,8 +116,10 @@ class Sandbox:
     def close(self) -> None:
         """Ends the program that runs, if any."""
         assert self._process.stdin
+        assert self._process.stdout
         self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
     def __enter__(self) -> Self:
         return self

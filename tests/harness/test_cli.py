@@ -31,7 +31,15 @@ def test_help_does_not_import_what_is_slow() -> None:
 
 
 def test_every_help_answers() -> None:
-    for command in (["experiment", "run"], ["models", "fetch"], ["artifacts", "gc"], ["tables"], ["audit"], ["doctor"]):
+    for command in (
+        ["experiment", "run"],
+        ["models", "fetch"],
+        ["artifacts", "gc"],
+        ["tables"],
+        ["audit"],
+        ["doctor"],
+        ["multipl-e", "execute"],
+    ):
         assert "Usage" in _answer([*command, "--help"])[1]
 
 
@@ -127,6 +135,7 @@ def _answer(arguments: list[str]) -> tuple[int, str]:
         (["models", "fetch", "SmolLM2"], "There is no model"),
         (["models", "convert", "nothing.gguf"], "nothing.gguf"),
         (["audit", "qickstart"], "did you mean 'quickstart'?"),
+        (["multipl-e", "execute", "nothing.jsonl"], "There is no file nothing.jsonl"),
     ],
 )
 def test_mistakes_end_in_one_sentence(arguments: list[str], sentence: str, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -26,7 +25,6 @@ from harness.multipl_e import toolchains
 from harness.multipl_e.execute import Executed, execute
 from harness.multipl_e.files import read_generations
 from harness.multipl_e.languages import LANGUAGES, cut, language_of
-from harness.multipl_e.rows import read_rows
 from harness.multipl_e.scores import Example, pass_at_k, read_results, summary
 from harness.sandbox import Limits
 from tests.shared import needed, shared
@@ -47,6 +45,21 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What makes toolchains fast, made once for all processes of a test run."""
     base = tmp_path_factory.getbasetemp()
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "toolchains"
+
+
+def rows_of(name: str) -> dict[str, dict[str, Any]]:
+    """A language's problems by name, Python's from HumanEval."""
+    import pyarrow.parquet as pq
+
+    if name != "python":
+        table = pq.read_table(shared(f"data/hub/nuprl/MultiPL-E/humaneval-{name}/test.parquet"))
+        return {row["name"]: row for row in table.to_pylist()}
+    table = pq.read_table(shared("data/hub/openai/openai_humaneval/openai_humaneval/test.parquet"))
+    rows = {}
+    for row in table.to_pylist():
+        key = f"{row['task_id'].replace('/', '_')}_{row['entry_point']}"
+        rows[key] = {**PROMPT, "name": key, "prompt": row["prompt"], "tests": f"{row['test']}\n"}
+    return rows
 
 
 Run = Callable[..., list[dict[str, Any]]]
@@ -86,7 +99,7 @@ def verdicts(results: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("name", LANGUAGES)
 def test_every_verdict_of_the_oracle(name: str, tmp_path: Path, cache: Path) -> None:
-    rows = {row["name"]: row for row in read_rows(name, shared("data/hub"))}
+    rows = rows_of(name)
     cases = [json.loads(line) for line in shared(f"oracle/multipl_e/{name}.jsonl").read_text().splitlines()]
     needed(sandboxes.refusal())
     by_name = [(row, list(group)) for row, group in itertools.groupby(cases, key=lambda case: case["name"])]
@@ -114,7 +127,7 @@ def test_every_verdict_of_the_oracle(name: str, tmp_path: Path, cache: Path) -> 
 )
 def test_a_forged_success_does_not_pass_strictly(name: str, completion: str, tmp_path: Path, cache: Path) -> None:
     needed(sandboxes.refusal())
-    row = next(row for row in read_rows(name, shared("data/hub")) if row["name"] == "HumanEval_53_add")
+    row = rows_of(name)["HumanEval_53_add"]
     path = write(tmp_path / "g.jsonl", [{**row, "completions": [completion]}])
     done = execute(path, tmp_path / "r.jsonl", cache=cache, limits=LIMITS)
     needed(done.not_run.get(name))
@@ -127,7 +140,7 @@ def test_harm_does_not_touch_other_scores(run: Run) -> None:
     harm = [
         "    import os\n    while True:\n        try: os.fork()\n        except OSError: pass\n",
         "    hoard = []\n    while True: hoard.append(bytearray(1 << 24))\n",
-        "    import os, time\n    for _ in range(20):\n        if not os.fork(): hoard = b'x' * (1 << 26); time.sleep(9)\n",
+        "    import os, time\n    for _ in range(20):\n        os.fork() or time.sleep(len(b'x' * (1 << 26)))\n",
         "    while True: print('x' * 4096)\n",
         "    import os\n    os.system('rm -rf /tmp/* /usr /home; kill -9 -1')\n    return x + y\n",
         f"    open('{file}', 'wb').write(bytes(1 << 30))\n",
@@ -233,8 +246,10 @@ def test_a_missing_language_is_named_and_never_counted(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed(sandboxes.refusal())
-    which = shutil.which
-    monkeypatch.setattr(toolchains.shutil, "which", lambda command: None if command == "ruby" else which(command))
+    which = toolchains._which
+    monkeypatch.setattr(
+        toolchains, "_which", lambda language, command: which(language, command.replace("ruby", "nothing"))
+    )
     ruby = problem("  x + y\nend", language="rb", prompt="def add(x, y)\n", tests="class A\ndef t\nend\nend\n")
     path = write(tmp_path / "g.jsonl", [ruby, problem(RIGHT)])
     done = execute(path, tmp_path / "r.jsonl", cache=cache, limits=LIMITS)
@@ -274,7 +289,7 @@ def test_two_executions_do_not_write_one_file(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["python", "js", "php", "r", "rb"])
 def test_any_text_is_a_program(name: str, tmp_path: Path, cache: Path) -> None:
     needed(sandboxes.refusal())
-    row = next(row for row in read_rows(name, shared("data/hub")) if row["name"] == "HumanEval_53_add")
+    row = rows_of(name)["HumanEval_53_add"]
     texts = ["\0", "\ud800", "\udcff\udcfe", "\u2028\x85", "x" * (1 << 20), ""]
     path = write(tmp_path / "g.jsonl", [{**row, "completions": texts}])
     done = execute(path, tmp_path / "r.jsonl", cache=cache, limits=LIMITS)
@@ -318,21 +333,6 @@ def test_files_without_problems_are_refused(tmp_path: Path) -> None:
         read_results(tmp_path / "g.jsonl")
 
 
-def test_rows_are_those_of_the_benchmark(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"humaneval-cpp/test\.parquet .*is missing"):
-        read_rows("cpp", tmp_path)
-    folder = tmp_path / "openai/openai_humaneval/openai_humaneval"
-    folder.mkdir(parents=True)
-    row = {"task_id": "HumanEval/53", "prompt": "def add():\n", "test": "def check(c): pass\n", "entry_point": "add"}
-    write(folder / "test.jsonl", [row, {**row, "test": "def check(c): pass\n\ncheck(add)\n"}])
-    first, second = read_rows("python", tmp_path)
-    assert first["name"] == "HumanEval_53_add"
-    assert first["tests"].count("check(add)") == second["tests"].count("check(add)") == 1
-    write(folder / "test.jsonl", [{**row, "test": None}])
-    with pytest.raises(UserError, match="row 1 lacks test"):
-        read_rows("python", tmp_path)
-
-
 @given(st.integers(1, 7), st.data())
 def test_pass_at_k_is_the_mean_over_all_choices(samples: int, data: st.DataObject) -> None:
     passed, k = data.draw(st.integers(0, samples)), data.draw(st.integers(1, samples))
@@ -361,9 +361,8 @@ def test_unsolvable_rows_count_and_are_named() -> None:
 
 
 def test_the_nonce_comes_after_the_last_test() -> None:
-    rows = {name: {row["name"]: row for row in read_rows(name, shared("data/hub"))} for name in LANGUAGES}
-    for name, problems in rows.items():
-        for row in random.Random(0).sample(list(problems.values()), 10):
+    for name in LANGUAGES:
+        for row in rows_of(name).values():
             text = language_of(row["language"]).with_nonce(f"prompt\n{row['tests']}", row["tests"], "NONCE")
             lines = [line for line in text.splitlines() if line.strip(" \t})")]
             assert "NONCE" in lines[-1] or (name == "rb" and "NONCE" in lines[-3]), (name, text)
