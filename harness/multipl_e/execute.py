@@ -9,9 +9,9 @@ import os
 import queue
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from fusion.errors import UserError
 from harness.artifacts import write_atomically
 from harness.multipl_e.files import Problem, json_lines, read_generations
-from harness.multipl_e.languages import language_of
+from harness.multipl_e.languages import LANGUAGES, language_of
 from harness.multipl_e.toolchains import Toolchain, available
 from harness.progress import say, track
 from harness.sandbox import Limits, Sandbox, refusal
@@ -27,8 +27,8 @@ from harness.training_log import whole_lines
 
 VERSION = 1  # of the way in which programs are put together, run and scored
 
-Results = dict[tuple[str, str], dict[str, Any]]
-"""By toolchain (with everything else that can change a verdict) and program."""
+Key = tuple[str, str]
+"""A toolchain, with everything else that can change a verdict, and a program."""
 
 
 @dataclass(frozen=True)
@@ -75,65 +75,88 @@ def execute(
 
 def _execute(problems: list[Problem], out: Path, cache: Path, workers: int, limits: Limits, unsafe: bool) -> Executed:
     old = _old_lines(out, problems)
-    found, not_run = available(sorted({p.language.name for p in problems}), cache, unsafe=unsafe)
+    names = sorted({problem.language.name for problem in problems})
+    found, not_run = available(names, cache, unsafe=unsafe)
     kind = {name: _identity(toolchain, limits, unsafe) for name, toolchain in found.items()}
     journal = out.with_name(f"{out.name}.journal")
     results = _finished(journal, old.values())
-    programs = {
-        (kind[problem.language.name], program): problem
-        for problem in problems
-        if problem.language.name in found
-        for program in problem.programs
-    }
-    todo = [key for key in programs if key not in results]
-    toolchains = {kind[name]: toolchain for name, toolchain in found.items()}
+    programs: dict[Key, Problem] = {}
+    for problem in problems:
+        if problem.language.name in found:
+            programs |= {(kind[problem.language.name], program): problem for program in problem.programs}
+    todo = {key: problem for key, problem in programs.items() if key not in results}
+    with (
+        track("executing", len(programs), "programs", done=len(programs) - len(todo)) as advance,
+        journal.open("a", encoding="ascii") as file,
+        closing(_run_all(todo, found, workers, limits, unsafe)) as running,
+    ):
+        try:
+            for result in running:
+                file.write(json.dumps(result) + "\n")
+                file.flush()
+                results[result["toolchain"], result["program"]] = result
+                advance(1)
+        except UserError as error:
+            kept = sum(key in results for key in programs)
+            raise UserError(f"{error} {kept} of {len(programs)} results are kept; the same command goes on.") from None
+    _refuse_broken({p.language.name: kind[p.language.name] for p in todo.values()}, journal, cache, limits, unsafe)
+
+    lines, left_out = [], set()
+    for problem in problems:
+        name = problem.language.name
+        if name in found:
+            ours = [results[kind[name], program] for program in problem.programs]
+            lines.append({**problem.row, "results": ours})
+        elif problem.key in old:
+            lines.append(old[problem.key])
+        else:
+            left_out.add(name)
+    write_atomically(out, "".join(json.dumps(line) + "\n" for line in lines))
+    if not left_out:
+        journal.unlink()
+    for name in sorted(left_out):
+        say(not_run[name])
+    return Executed(out, len(todo), {name: not_run[name] for name in sorted(left_out)})
+
+
+def _run_all(
+    todo: Mapping[Key, Problem], found: Mapping[str, Toolchain], workers: int, limits: Limits, unsafe: bool
+) -> Generator[dict[str, Any], None, None]:
+    """The results, in the order in which programs end."""
+    roots = [root for toolchain in found.values() for root in toolchain.roots]
+    boxes: queue.SimpleQueue[Sandbox] = queue.SimpleQueue()
+
+    def one(key: Key) -> dict[str, Any]:
+        box = boxes.get()
+        try:
+            return _run(found[todo[key].language.name], key, todo[key].row["tests"], box)
+        finally:
+            boxes.put(box)
 
     with ExitStack() as stack:
-        advance = stack.enter_context(track("executing", len(programs), "programs", done=len(programs) - len(todo)))
-        file = stack.enter_context(journal.open("a", encoding="ascii"))
         pool = stack.enter_context(ThreadPoolExecutor(workers))
-        boxes: queue.SimpleQueue[Sandbox] = queue.SimpleQueue()
-        roots = [root for toolchain in found.values() for root in toolchain.roots]
-        # Left before the pool, so that an interrupt ends the programs that its threads wait for.
+        # Closed before the pool, so that an interrupt ends the programs that its threads wait for.
         for slot in range(min(workers, len(todo))):
             boxes.put(stack.enter_context(Sandbox(roots, limits, slot=slot, unsafe=unsafe)))
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-
-        def one(key: tuple[str, str]) -> dict[str, Any]:
-            box = boxes.get()
-            try:
-                return _run(toolchains[key[0]], key, programs[key].row["tests"], box)
-            finally:
-                boxes.put(box)
-
         for done in as_completed([pool.submit(one, key) for key in todo]):
-            try:
-                result = done.result()
-            except UserError as error:
-                kept = len(programs) - len(todo) + sum(key in results for key in todo)
-                raise UserError(
-                    f"{error} {kept} of {len(programs)} results are kept; the same command goes on."
-                ) from None
-            file.write(json.dumps(result) + "\n")
-            file.flush()
-            results[result["toolchain"], result["program"]] = result
-            advance(1)
+            yield done.result()
 
-    lines = []
-    for problem in problems:
-        if problem.language.name in found:
-            name = kind[problem.language.name]
-            lines.append({**problem.row, "results": [results[name, program] for program in problem.programs]})
-        elif problem.key in old:
-            lines.append(old[problem.key])
-    write_atomically(out, "".join(json.dumps(line) + "\n" for line in lines))
-    left_out = {p.language.name for p in problems if p.language.name not in found and p.key not in old}
-    if not left_out:
-        journal.unlink()
-    not_run = {name: why for name, why in not_run.items() if name in left_out}
-    for why in not_run.values():
-        say(why)
-    return Executed(out, len(todo), not_run)
+
+def _refuse_broken(used: Mapping[str, str], journal: Path, cache: Path, limits: Limits, unsafe: bool) -> None:
+    """Raises UserError, and drops the results, where a toolchain no longer works as it did when the run began.
+
+    Otherwise what an upgrade, say, has left incomplete would count against the completions.
+    """
+    found, not_run = available(sorted(used), cache, unsafe=unsafe)
+    changed = [name for name in used if name not in found or _identity(found[name], limits, unsafe) != used[name]]
+    if changed:
+        dropped = {used[name] for name in changed}
+        kept = [line for line in whole_lines(journal) if json.loads(line)["toolchain"] not in dropped]
+        write_atomically(journal, "".join(kept))
+        titles = " and ".join(LANGUAGES[name].title for name in changed)
+        why = " ".join(not_run.values())
+        raise UserError(f"{titles} changed during the run, so its results are dropped; run again. {why}".rstrip())
 
 
 def _identity(toolchain: Toolchain, limits: Limits, unsafe: bool) -> str:
@@ -142,7 +165,7 @@ def _identity(toolchain: Toolchain, limits: Limits, unsafe: bool) -> str:
     return f"{toolchain.version}; {bounds}{'; no sandbox' if unsafe else ''}; version {VERSION}"
 
 
-def _run(toolchain: Toolchain, key: tuple[str, str], tests: str, sandbox: Sandbox) -> dict[str, Any]:
+def _run(toolchain: Toolchain, key: Key, tests: str, sandbox: Sandbox) -> dict[str, Any]:
     """The result of one program; raises UserError where its toolchain is gone, which is no failure of the program."""
     kind, program = key
     nonce = secrets.token_hex(16)
@@ -181,7 +204,7 @@ def _old_lines(out: Path, problems: list[Problem]) -> dict[tuple[str, str], dict
     return old
 
 
-def _finished(journal: Path, lines: Iterable[Mapping[str, Any]]) -> Results:
+def _finished(journal: Path, lines: Iterable[Mapping[str, Any]]) -> dict[Key, dict[str, Any]]:
     """What needs not be run again: the journal of an interrupted execution, and earlier results."""
     kept = whole_lines(journal)
     if journal.exists():

@@ -3,14 +3,13 @@
 import itertools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,40 +205,48 @@ def test_a_killed_execution_goes_on(tmp_path: Path, cache: Path) -> None:
     assert not journal.exists()
 
 
-def test_a_toolchain_that_disappears_ends_in_one_sentence(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def fragile(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The interpreter, behind a script of ours that a test may harm."""
     needed(sandboxes.refusal())
     real = toolchains.find("python", cache)
-    folder = Path(tempfile.mkdtemp())
-    try:
-        (folder / "bin").mkdir()
-        python = folder / "bin" / "python"
-        python.write_text(f'#!/bin/sh\nexec {real.run[0]} "$@"\n')
-        for path in (folder, python.parent, python):
+    with tempfile.TemporaryDirectory() as folder:  # unlike pytest's folders it can be opened to everybody
+        script = Path(folder, "bin", "python")
+        script.parent.mkdir()
+        script.write_text(f'#!/bin/sh\nexec {real.run[0]} "$@"\n')
+        for path in (script.parents[1], script.parent, script):
             path.chmod(0o755)
-        ours = toolchains.Toolchain(
-            real.language, "1", [str(python), *real.run[1:]], roots=[*real.roots, folder], needs=[python]
-        )
+        roots = [*real.roots, Path(folder)]
+        ours = toolchains.Toolchain(real.language, "1", [str(script), *real.run[1:]], roots=roots, needs=[script])
         monkeypatch.setitem(toolchains._FINDERS, "python", lambda language, cache: ours)
-        runs = itertools.count(1)
-        run_one = executing._run
+        yield script
 
-        def vanishing(*arguments: Any) -> dict[str, Any]:
-            if next(runs) == 4:
-                python.rename(folder / "gone")
-            return run_one(*arguments)
 
-        monkeypatch.setattr(executing, "_run", vanishing)
-        path = write(tmp_path / "g.jsonl", [problem(*[f"    return x + y + {n} - {n}\n" for n in range(8)])])
-        with pytest.raises(UserError, match=r"Python stopped: .* has disappeared.* 3 of 8 results are kept"):
-            execute(path, tmp_path / "r.jsonl", cache=cache, limits=LIMITS, workers=1)
-        (folder / "gone").rename(python)
-        done = execute(path, tmp_path / "r.jsonl", cache=cache, limits=LIMITS, workers=1)
-        assert done.ran == 5
-        assert all(result["strict"] for result in results_of(done))
-    finally:
-        shutil.rmtree(folder)
+@pytest.mark.parametrize("harm", ["gone", "broken"])
+def test_a_toolchain_that_disappears_ends_in_one_sentence(
+    harm: str, fragile: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, run_one, whole = itertools.count(1), executing._run, fragile.read_text()
+
+    def harming(*arguments: Any) -> dict[str, Any]:
+        if next(runs) == 4:
+            fragile.unlink() if harm == "gone" else fragile.write_text("exit 1")
+        return run_one(*arguments)
+
+    monkeypatch.setattr(executing, "_run", harming)
+    path = write(tmp_path / "g.jsonl", [problem(*[f"    return x + y + {n} - {n}\n" for n in range(8)])])
+    says = {
+        "gone": r"Python stopped: .* has disappeared.* 3 of 8 results are kept",
+        "broken": r"Python changed during the run, so its results are dropped",
+    }
+    with pytest.raises(UserError, match=says[harm]):
+        execute(path, tmp_path / "r.jsonl", cache=cache, limits=LIMITS, workers=1)
+    assert not (tmp_path / "r.jsonl").exists()
+    fragile.write_text(whole)
+    fragile.chmod(0o755)
+    done = execute(path, tmp_path / "r.jsonl", cache=cache, limits=LIMITS, workers=1)
+    assert done.ran == {"gone": 5, "broken": 8}[harm]
+    assert all(result["strict"] for result in results_of(done))
 
 
 def test_a_missing_language_is_named_and_never_counted(
