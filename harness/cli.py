@@ -243,8 +243,10 @@ def multipl_e_execute(
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Execute completions in ten languages and print pass@k; a second start goes on from what is finished."""
-    from harness.multipl_e import execute, scores
+    from harness.multipl_e import execute, files, scores
 
+    for problem in files.read_generations(generations):
+        scores.pass_at_k(len(problem.programs), 0, k)  # too few samples should not be found out at the end
     done = execute.execute(
         generations, out or execute.results_path(generations), cache=root / "toolchains", workers=workers, unsafe=unsafe
     )

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from fusion.errors import UserError
 from harness.sandbox import Outcome
 
-# By MultiPL-E's number: their tests contradict the problem, or no value of the language's types satisfies them. They
-# stay in the denominator.
+# By HumanEval's number: rows that cannot be solved as published. They stay in the denominator, so that numbers compare.
 UNSOLVABLE = {"js": (51,), "php": (23,), "cpp": (137,), "go": (87,)}
 
 _OTHER_NAMES = {"go_test.go": "go", "py": "python"}

@@ -9,8 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -62,7 +62,7 @@ class Outcome:
 
 
 class Sandbox:
-    """Runs programs one after another; several sandboxes run beside each other, each (`slot`) on a core of its own."""
+    """Runs programs one after another, for one thread; others may run beside it, each (`slot`) on a core of its own."""
 
     def __init__(
         self, roots: Iterable[Path] = (), limits: Limits | None = None, *, slot: int = 0, unsafe: bool = False
@@ -90,19 +90,17 @@ class Sandbox:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={}, start_new_session=True
         )
-        self._lock = threading.Lock()
 
     def run(self, program: Program) -> Outcome:
         """Raises UserError where the sandbox itself fails; whatever the program does is an Outcome."""
         assert self._process.stdin
         assert self._process.stdout
-        with self._lock:
-            try:
-                self._process.stdin.write(json.dumps(asdict(program)) + "\n")
-                self._process.stdin.flush()
-                answer = self._process.stdout.readline()
-            except BrokenPipeError:
-                answer = ""
+        try:
+            self._process.stdin.write(json.dumps(asdict(program)) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
         if not answer:
             raise UserError("The sandbox's supervisor ended unexpectedly: run again; what is finished is kept.")
         reply = json.loads(answer)
@@ -117,7 +115,8 @@ class Sandbox:
         """Ends the program that runs, if any."""
         assert self._process.stdin
         assert self._process.stdout
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
 

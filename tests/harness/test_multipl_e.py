@@ -347,9 +347,15 @@ def test_pass_at_k_is_the_mean_over_all_choices(samples: int, data: st.DataObjec
     assert pass_at_k(samples, passed, k) == pytest.approx(sum(map(any, choices)) / len(choices))
 
 
-def test_pass_at_k_needs_k_samples() -> None:
+def test_pass_at_k_needs_k_samples_before_anything_is_run(tmp_path: Path) -> None:
+    from harness.cli import multipl_e_execute
+
     with pytest.raises(UserError, match="at least 5 samples"):
         pass_at_k(4, 4, 5)
+    path = write(tmp_path / "g.jsonl", [problem(RIGHT)])
+    with pytest.raises(UserError, match="at least 2 samples"):
+        multipl_e_execute(path, k=2, root=tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @given(st.text("ab\n}"), st.lists(st.text("ab\n}", max_size=3), max_size=3))
