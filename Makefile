@@ -8,10 +8,11 @@ ROOT ?= work
 SHARED ?= ../shared
 DEEPSPEED := deepspeed==0.19.8
 
-.PHONY: help setup quickstart test bench lint format lock clean
+.PHONY: help setup quickstart toolchains test bench lint format lock clean
 
 help:
 	@echo 'make quickstart  the main job on tiny models: environment, then about three minutes on two cores'
+	@echo 'make toolchains  on Debian: bubblewrap and the compilers of the ten languages of MultiPL-E'
 	@echo 'make test        environment, then all tests'
 	@echo 'make bench       speed and memory, on a machine that does nothing else: docs/results/bench/README.md'
 	@echo 'make lint        ruff and mypy'
@@ -30,6 +31,9 @@ $(READY): requirements.lock pyproject.toml
 
 quickstart: $(READY)
 	$(BIN)/fusellm quickstart
+
+toolchains:
+	.ci/toolchains
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadfile

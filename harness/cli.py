@@ -24,9 +24,11 @@ app = typer.Typer(
 experiments = typer.Typer(help="List, show and run experiments.", no_args_is_help=True)
 models = typer.Typer(help="The models known by name: list, fetch, convert.", no_args_is_help=True)
 artifacts = typer.Typer(help="What has been made: list, verify, clean up.", no_args_is_help=True)
+multipl_e = typer.Typer(help="MultiPL-E: execute generated programs in the sandbox.", no_args_is_help=True)
 app.add_typer(experiments, name="experiment")
 app.add_typer(models, name="models")
 app.add_typer(artifacts, name="artifacts")
+app.add_typer(multipl_e, name="multipl-e")
 
 Format = Literal["md", "csv", "json"]
 Root = Annotated[
@@ -272,6 +274,31 @@ def artifacts_gc(
         typer.echo(f"{'removed' if yes else 'unused'} {path} ({size:,} bytes)")
         if yes:
             housekeeping.remove(root, path)
+
+
+@multipl_e.command("execute")
+def multipl_e_execute(
+    generations: Annotated[Path, typer.Argument(help="JSON lines with the fields of MultiPL-E's own tools.")],
+    out: Annotated[Path | None, typer.Option(help="The results; beside the generations without.")] = None,
+    k: Annotated[int, typer.Option(min=1, help="The k of pass@k.")] = 1,
+    workers: Annotated[int | None, typer.Option(min=1, help="Programs at a time; as many as cores without.")] = None,
+    unsafe: Annotated[
+        bool, typer.Option("--unsafe-no-sandbox", help="Without bubblewrap: programs do what you may do.")
+    ] = False,
+    form: FormatOption = None,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Execute completions in ten languages and print pass@k; a second start goes on from what is finished."""
+    from harness.multipl_e import execute, files, scores
+
+    for problem in files.read_generations(generations):
+        scores.pass_at_k(len(problem.programs), 0, k)  # too few samples should not be found out at the end
+    done = execute.execute(
+        generations, out or execute.results_path(generations), cache=root / "toolchains", workers=workers, unsafe=unsafe
+    )
+    rows = scores.summary(scores.read_results(done.results), done.not_run, k)
+    _print([column.format(k=k) for column in scores.COLUMNS], rows, form)
+    typer.echo(f"Results: {done.results}", err=True)
 
 
 @app.command()

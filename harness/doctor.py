@@ -34,9 +34,30 @@ def check(root: Path, *, gpu: bool) -> tuple[list[Row], bool]:
     rows.append(("computing precision on the CPU", compute_dtype("auto", "cpu"), "yes"))
     cuda = torch.cuda.is_available()
     rows.append(("CUDA devices", str(torch.cuda.device_count()) if cuda else "none", "yes" if cuda else "-"))
+    rows += _toolchains(root / "toolchains")
     if gpu:
         rows.append(_gpu_tests(cuda))
     return rows, not any(found == "no" for *_, found in rows)
+
+
+def _toolchains(cache: Path) -> list[Row]:
+    """The sandbox, and the toolchains as they are in it: a program of each language is run."""
+    from harness.multipl_e.languages import LANGUAGES
+    from harness.multipl_e.toolchains import available
+    from harness.sandbox import refusal
+
+    refused = refusal()
+    rows = [("sandbox for generated programs", refused or "bubblewrap works", "-" if refused else "yes")]
+    found, not_run = available(list(LANGUAGES), cache)
+    for name, language in LANGUAGES.items():
+        rows.append(
+            (
+                f"MultiPL-E in {language.title}",
+                not_run.get(name) or found[name].version,
+                "-" if name in not_run else "yes",
+            )
+        )
+    return rows
 
 
 def _gpu_tests(cuda: bool) -> Row:

@@ -158,6 +158,7 @@ NAMES: list[tuple[list[str], str]] = [
         ["models", "fetch", "some/model", "--root", "{here}/root"],
         "only on the hub .some/model., which cannot be reached",
     ),
+    (["multipl-e", "execute", "nothing.jsonl"], "There is no file nothing.jsonl"),
     (["tables", "quikstart"], "unknown table 'quikstart'; did you mean 'quickstart'"),
     (["tables", "main"], "'main' has no finished run below .*root: run `fusellm experiment run main`"),
     (["tables", "main", "--profile", "small"], "run `fusellm experiment run main --profile small`"),

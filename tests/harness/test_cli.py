@@ -21,7 +21,15 @@ def test_help_does_not_import_what_is_slow() -> None:
 
 
 def test_every_help_answers() -> None:
-    for command in (["experiment", "run"], ["models", "fetch"], ["artifacts", "gc"], ["tables"], ["audit"], ["doctor"]):
+    for command in (
+        ["experiment", "run"],
+        ["models", "fetch"],
+        ["artifacts", "gc"],
+        ["tables"],
+        ["audit"],
+        ["doctor"],
+        ["multipl-e", "execute"],
+    ):
         assert "Usage" in answer(*command, "--help")[1]
 
 
