@@ -106,6 +106,13 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
+def whole_lines(path: Path) -> list[str]:
+    """Lines of a file that is appended to; the last one may have been cut short by a kill and is left out then."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON object that carries its own checksum (see `read_json`)."""
     checksum = fingerprint(json.loads(json.dumps(value)))

@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
-from harness.artifacts import write_atomically
+from harness.artifacts import whole_lines, write_atomically
 from harness.multipl_e.files import Problem, json_lines, read_generations
 from harness.multipl_e.languages import LANGUAGES, language_of
 from harness.multipl_e.toolchains import Toolchain, available
 from harness.progress import say, track
 from harness.sandbox import Limits, Sandbox, refusal
-from harness.training_log import whole_lines
 
 VERSION = 1  # of the way in which programs are put together, run and scored
 
