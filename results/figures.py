@@ -213,10 +213,8 @@ def audit_figure(measures: pd.DataFrame, path: Path | str, *, title: str = "", b
         for i, (name, label) in enumerate(_BY_SOURCE.items()):
             axes = figure.add_subplot(grid[0, 2 * i : 2 * i + 2])
             drawing.bars(axes, domains, by_source[name], label, first=0)
-            if i == 1:
-                axes.legend(
-                    loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(sources), fontsize=8, frameon=False
-                )
+        # Not within the axes: a legend wider than one of them would leave it no room.
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=len(sources), fontsize=8)
         shared: dict[str, Axes] = {}
         for row, source in enumerate(sources, 1):
             for i, (label, names) in enumerate(_BY_STAGE.items()):
@@ -225,7 +223,7 @@ def audit_figure(measures: pd.DataFrame, path: Path | str, *, title: str = "", b
                 series = {stage: by_source[name][source] for stage, name in zip(_STAGES, names, strict=True)}
                 drawing.bars(axes, domains, series, label, first=3)
                 axes.set_title(f"{source}, at its paired positions", fontsize=9)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(_STAGES), fontsize=8)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower right", ncols=len(_STAGES), fontsize=8)
         drawing.entitle(figure, title, banner)
         return drawing.save(figure, Path(path))
 
