@@ -21,7 +21,7 @@ def families(sequences: Sequence[Sequence[int]]) -> list[tuple[int, list[int]]]:
     common, since what follows it is to be predicted. A family that is not worth a stem has 0 in common.
     """
     found: list[tuple[int, list[int]]] = []
-    for number in sorted(range(len(sequences)), key=lambda i: sequences[i]):
+    for number in sorted(range(len(sequences)), key=lambda i: tuple(sequences[i])):
         sequence = sequences[number]
         if found:
             common, members = found[-1]

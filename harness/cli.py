@@ -99,6 +99,8 @@ def experiment_run(
         return
     folder = experiment.run(config, root)
     _print_table(experiment.table(folder), None)
+    for table in experiment.suite_tables(folder).values():
+        _print_table(table, None)
     for line in _lines(folder / "equal_quality.txt"):
         typer.echo(line)
     typer.echo(f"Table, figure and records: {folder}", err=True)
@@ -120,6 +122,48 @@ def tables(
     from harness import experiment
 
     _print_table(experiment.table(experiment.find_run(root, name, profile)), form)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Catalogue name, hub id, local folder or .gguf file.")],
+    suites: Annotated[str, typer.Option("--suite", help="bbh, commonsense, ...; several with commas.")],
+    tasks: Annotated[list[str], typer.Option("--task", help="Only this task or language; repeats.")] = [],  # noqa: B006
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows of each task.")] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help="Folder of HUB ID/CONFIGURATION/SPLIT.parquet (or .jsonl); the hub without.")
+    ] = None,
+    batch_size: Annotated[str, typer.Option(help="Answers generated at one time, or auto.")] = "auto",
+    samples: Annotated[int | None, typer.Option(min=1, help="multipl_e: completions a problem (20).")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of sampled answers (0).")] = None,
+    settings: Annotated[
+        list[str], typer.Option("--set", help="A suite's setting, as in bbh.variant=zeroshot; repeats.")
+    ] = [],  # noqa: B006
+    revision: Annotated[str | None, typer.Option(help="The model's hub revision.")] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Computing precision.")
+    ] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option(help="Run Python that lies in the model's folder.")] = False,
+    form: FormatOption = None,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Measure one model on suites; what an earlier call finished is not computed again."""
+    _quiet_libraries()
+    from harness import evaluation
+    from harness.context import usable_device
+    from harness.models import ModelSpec
+
+    common = {"limit": limit, "samples": samples, "seed": seed, "batch_size": batch_size}
+    chosen = evaluation.sections(
+        [name.strip() for name in suites.split(",")], tasks=tasks, common=common, settings=settings, data_root=data_root
+    )
+    spec = ModelSpec(name=model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+    folder = evaluation.evaluate(spec, chosen, root, device=usable_device(device))
+    for table in evaluation.tables(folder).values():
+        _print_table(table, form)
+    if form is None:
+        typer.echo(f"Tables and records: {folder}", err=True)
 
 
 @app.command()
@@ -324,6 +368,7 @@ def _lines(path: Path) -> list[str]:
 def _quiet_libraries() -> None:
     """Progress bars and advice of libraries would tear our own bars apart."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 

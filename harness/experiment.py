@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from baselines.method import Candidate, method
 from fusion.errors import UserError
-from harness import perplexity
+from harness import evaluation, perplexity
 from harness.artifacts import Planned, write_atomically
 from harness.config import Config, Role, method_parameters
 from harness.context import TARGET, Experiment, MethodContext
@@ -54,6 +54,8 @@ def plan(config: Config, root: Path) -> list[Planned]:
     experiment = Experiment(config, root, dry=True)
     for row in candidates(experiment):
         experiment.evaluate(row.label, row.candidate, row.role)
+        for suite in experiment.suites.values():
+            suite.measure(experiment.subject(row.label, row.candidate, row.role), experiment.store, experiment.costs)
     return list(experiment.store.planned.values())
 
 
@@ -73,9 +75,12 @@ def run(config: Config, root: Path) -> Path:
     artifacts = sorted(str(p.path.relative_to(root)) for p in planned)
     write_atomically(folder / PLAN_FILE, json.dumps({"artifacts": artifacts}, indent=1))
     files = set()
+    missing: dict[str, dict[str, dict[str, str]]] = {}
     for row in candidates(experiment):
         spec, path = experiment.evaluate(row.label, row.candidate, row.role)
         files.add(_record(config, row, spec.fingerprint, perplexity.read_evaluation(path), folder))
+        files |= _record_suites(experiment, row, folder, missing)
+    evaluation.note_suites(folder, experiment.suites, missing)
     if (folder / RUN_FILE).exists():  # other seeds that were finished before belong to the same table
         files |= set(json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["records"])
     description = {
@@ -121,6 +126,28 @@ def _record(config: Config, row: Row, evaluation: str, rows: Sequence[dict[str, 
     return name
 
 
+def _record_suites(
+    experiment: Experiment, row: Row, folder: Path, missing: dict[str, dict[str, dict[str, str]]]
+) -> set[str]:
+    """Measures a row on the suites beside perplexity; its record files. Adds what was left out to `missing`."""
+    config, files = experiment.config, set()
+    subject = experiment.subject(row.label, row.candidate, row.role)
+    for name, suite in experiment.suites.items():
+        measured = suite.measure(subject, experiment.store, experiment.costs)
+        missing.setdefault(name, {}).setdefault(row.label, {}).update(measured.missing)
+        file = evaluation.write_measured(
+            folder,
+            name,
+            measured,
+            experiment=config.experiment,
+            profile=config.profile,
+            method=row.label,
+            seed=row.seed,
+        )
+        files |= {file} if file else set()
+    return files
+
+
 def find_run(root: Path, name: str, profile: str | None) -> Path:
     """The newest finished run of an experiment. Raises UserError when there is none."""
     name = Path(name).stem if name.endswith((".yaml", ".yml")) else name
@@ -160,8 +187,15 @@ def table(folder: Path) -> "Table":
     )
 
 
+def suite_tables(folder: Path) -> "dict[str, Table]":
+    """The tables of the suites beside perplexity."""
+    config, records = _open_run(folder)
+    title = f"{config.title} ({config.experiment}, {config.profile})"
+    return evaluation.suite_tables(folder, records, list(config.methods), title, config.banner or "")
+
+
 def write_tables(folder: Path) -> None:
-    """The run's table in every format, and its figure where something was trained."""
+    """The run's tables in every format, and its figure where something was trained."""
     from results.figures import learning_curves
     from results.render import FORMATS, render
 
@@ -169,6 +203,8 @@ def write_tables(folder: Path) -> None:
     made = table(folder)
     for form in FORMATS:
         write_atomically(folder / f"table.{form}", render(made, form))
+        for name, of_suite in suite_tables(folder).items():
+            write_atomically(folder / f"table-{name}.{form}", render(of_suite, form))
     along = set(records.loc[records["tokens"].notna(), "method"])
     trained = [label for label in config.methods if label in along]
     if config.baseline in trained:

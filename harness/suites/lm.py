@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import psutil
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -23,8 +24,9 @@ from fusion.decoding import decode, families, packs
 from fusion.errors import UserError
 from fusion.prefixes import PrefixReader, Run, Unsupported
 from harness.progress import say
+from harness.suites.tasks import quietly
 
-ROWS = 32  # sequences decoded at one time
+ROWS = 32  # sequences decoded at one time, if memory allows
 _HFLM_BATCH = 4  # prompts that HFLM reads at one time, where it must: it holds the logits of every position
 _LOGITS = 2**26  # numbers of logits that exist at one time: 256 MB
 _WARPERS = ("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")  # left to transformers' own sampling
@@ -74,7 +76,7 @@ class _Row:
         """The next token by logits[V], of which `greedy` is the best."""
         if self.processors:
             read = torch.tensor([[*self.prompt, *self.new]], device=logits.device)
-            logits = self.processors(read, logits[None].float())[0]
+            logits = self.processors(read, logits[None].float())[0]  # type: ignore[arg-type]  # declared a LongTensor
             greedy = int(logits.argmax())
         return greedy if self.sampling is None else self.sampling.draw(logits)
 
@@ -107,10 +109,11 @@ class SharedPrefixLM(HFLM):
                 f"The tokenizer of {label} has no end-of-text token, so that no answer would ever end: name it as "
                 "eos_token in tokenizer_config.json."
             )
-        self.rows = ROWS if batch_size == "auto" else batch_size
         own = _HFLM_BATCH if batch_size == "auto" else batch_size
-        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=own)
+        with quietly():
+            super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=own)
         self.label = label
+        self._rows = batch_size
         self._batch_tokens = batch_tokens
         self._seed = seed
         try:
@@ -276,9 +279,23 @@ class SharedPrefixLM(HFLM):
             self.reader,
             [rows[i].prompt for i in indices],
             choose,
-            rows=self.rows,
+            rows=self._room(max(len(row.prompt) + row.limit for row in rows.values())),
             batch_tokens=self._batch_tokens,
         )
+
+    def _room(self, length: int) -> int:
+        """How many sequences of `length` tokens are decoded at one time: half of the free memory is theirs at most."""
+        if self._rows != "auto":
+            return self._rows
+        config: Any = self.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token = 2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+        else:
+            free = psutil.virtual_memory().available
+        return max(1, min(ROWS, free // 2 // (token * length)))
 
     def _check_window(self, read: int, new: int) -> None:
         if read + new > self.max_length:
