@@ -29,7 +29,14 @@ from harness.suites.tasks import quietly
 ROWS = 32  # sequences decoded at one time, if memory allows
 _HFLM_BATCH = 4  # prompts that HFLM reads at one time, where it must: it holds the logits of every position
 _LOGITS = 2**26  # numbers of logits that exist at one time: 256 MB
-_WARPERS = ("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")  # left to transformers' own sampling
+# How transformers may draw otherwise, and the values under which it does not.
+_WARPERS = {
+    "min_p": (None,),
+    "top_h": (None,),
+    "typical_p": (None, 1.0),
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
+}
 
 BatchSize = int | Literal["auto"]
 
@@ -223,7 +230,8 @@ class SharedPrefixLM(HFLM):
         config, others = self.model._prepare_generation_config(None, **given)
         mode = config.get_generation_mode()
         ours = mode == GenerationMode.GREEDY_SEARCH or (
-            mode == GenerationMode.SAMPLE and all(getattr(config, name, None) is None for name in _WARPERS)
+            mode == GenerationMode.SAMPLE
+            and all(getattr(config, name, None) in plain for name, plain in _WARPERS.items())
         )
         if others or not ours or config.guidance_scale not in (None, 1) or config.watermarking_config is not None:
             return None
