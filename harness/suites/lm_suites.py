@@ -15,7 +15,17 @@ from fusion.errors import UserError
 from harness.artifacts import Spec, Store
 from harness.costs import Costs
 from harness.progress import say, track
-from harness.suites.suite import SUITES, Example, Measured, Section, Subject, append_line, chosen, kept_lines
+from harness.suites.suite import (
+    SUITES,
+    Example,
+    Measured,
+    Section,
+    Subject,
+    append_line,
+    chosen,
+    kept_lines,
+    read_lines,
+)
 from harness.suites.tasks import (
     Overrides,
     Prepared,
@@ -210,7 +220,7 @@ def _plain(value: Any) -> Any:
 
 
 def _examples(task: str, folder: Path) -> Iterator[Example]:
-    for line in sorted(kept_lines(folder / EXAMPLES), key=lambda line: str(line["example"])):
+    for line in sorted(read_lines(folder / EXAMPLES), key=lambda line: str(line["example"])):
         for metric, score in line["scores"].items():
             yield Example(task, line["example"], metric, score)
 

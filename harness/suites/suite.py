@@ -144,11 +144,15 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
         file.write(json.dumps(value, allow_nan=False) + "\n")
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file that `append_line` wrote."""
+    return [json.loads(line) for line in whole_lines(path)]
+
+
 def kept_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines that an interrupted run finished; what is left of a torn one is removed."""
-    kept = whole_lines(path)
-    write_atomically(path, "".join(kept))
-    return [json.loads(line) for line in kept]
+    """The lines that an interrupted run finished, to go on after them; what is left of a torn one is removed."""
+    write_atomically(path, "".join(whole_lines(path)))
+    return read_lines(path)
 
 
 def chosen(wanted: Sequence[str] | None, known: Sequence[str], suite_name: str) -> list[str]:

@@ -121,7 +121,7 @@ def local_split(hub: str, configuration: str | None, split: str, data_root: Path
     folder = data_root.expanduser() / hub if data_root else None
     if folder is None or not folder.is_dir():
         return None
-    files = [(folder / (configuration or "default") / split).with_suffix(suffix) for suffix in _FORMATS]
+    files = [folder / (configuration or "default") / f"{split}{suffix}" for suffix in _FORMATS]
     found = next((path for path in files if path.exists()), None)
     if found is None:
         raise UserError(f"{files[0]} (or .jsonl) is missing, which {reader} reads: put it there, or leave that out.")

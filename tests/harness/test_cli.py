@@ -39,6 +39,7 @@ def test_every_help_answers() -> None:
         ["audit"],
         ["doctor"],
         ["multipl-e", "execute"],
+        ["eval"],
     ):
         assert "Usage" in _answer([*command, "--help"])[1]
 
@@ -134,6 +135,10 @@ def _answer(arguments: list[str]) -> tuple[int, str]:
         (["tables", "paper/table99"], "table99"),
         (["models", "fetch", "SmolLM2"], "There is no model"),
         (["models", "convert", "nothing.gguf"], "nothing.gguf"),
+        (["eval", "SmolLM2", "--suite", "bbh"], "There is no model"),
+        (["eval", "SmolLM2", "--suite", "bhb"], "did you mean 'bbh'?"),
+        (["eval", "SmolLM2", "--suite", "bbh", "--task", "snarkz"], "did you mean 'snarks'?"),
+        (["eval", "SmolLM2", "--suite", "bbh", "--set", "multipl_e.k=1"], "is no setting of bbh"),
         (["audit", "qickstart"], "did you mean 'quickstart'?"),
         (["multipl-e", "execute", "nothing.jsonl"], "There is no file nothing.jsonl"),
     ],

@@ -18,7 +18,7 @@ from harness.costs import Costs
 from harness.models import ModelSpec, count_parameters, resolve
 from harness.suites import lm_suites, suite, tasks
 from harness.suites.multipl_e import COMPLETIONS, read_completions
-from harness.suites.suite import Measured, Subject, kept_lines
+from harness.suites.suite import Measured, Subject, read_lines
 from harness.suites.tasks import task_folder
 from tests.harness.suite_rows import make_data_root, write_rows
 from tests.harness.tiny_models import save_model
@@ -61,7 +61,7 @@ def measure(name: str, section: dict[str, Any], model: Path, root: Path, data: P
 def lines(measured: Measured) -> dict[str, list[dict[str, Any]]]:
     """By task, what is kept of every example, in the order of the rows."""
     return {
-        task: sorted(kept_lines(path / lm_suites.EXAMPLES), key=lambda line: line["example"])
+        task: sorted(read_lines(path / lm_suites.EXAMPLES), key=lambda line: line["example"])
         for task, path in measured.artifacts.items()
     }
 
@@ -327,3 +327,54 @@ def test_perplexity_is_the_experiments(made: Path, models: dict[str, Path], tmp_
     examples = list(measured.examples())
     assert len(examples) == 24 and {e.metric for e in examples} == {"bits_per_byte"}
     assert all(e.denominator <= 300 < 8 * e.numerator for e in examples)
+
+
+def test_suites_are_a_stage_of_an_experiment(experiment_file: Path, rows: Path, tmp_path: Path) -> None:
+    from harness import experiment
+    from harness.config import load
+    from harness.housekeeping import unused
+    from results.records import read
+
+    settings = ["methods.FuseLLM=null", "methods.FuseLLM published=null", "curve.per_domain=0"]
+    settings += ["methods.CLM.method=as_is", f"data.root={rows}"]
+    plain = experiment.run(load(str(experiment_file), overrides=settings), tmp_path)
+    more = ["suites.commonsense.tasks=[boolq,arc_easy]", "suites.commonsense.limit=3", "suites.bbh={tasks: [navigate]}"]
+    config = load(str(experiment_file), overrides=[*settings, *more, "suites.generative=null"])
+    planned = experiment.plan(config, tmp_path)
+    assert sum(p.spec.kind == "commonsense" and p.state == "to do" for p in planned) == 4  # CLM is the target itself
+    folder = experiment.run(config, tmp_path)
+    assert folder != plain
+    records = read([folder / "records"]).query("suite == 'commonsense'")
+    assert set(records["method"]) == {"llama", "neox", "CLM"} and set(records["metric"]) == {"acc", "acc_norm"}
+    assert len(records.query("metric == 'acc_norm'")) == 9 and records["numerator"].isin([0, 1]).all()
+    text = (folder / "table-commonsense.md").read_text()
+    assert "arc_easy (acc_norm)" in text and "| neox |" in text
+    # BBH's prompts do not fit these models: said in its table, and nothing else suffers.
+    assert "do not fit the context of 256" in (folder / "table-bbh.md").read_text()
+    for form in ("md", "csv", "json"):
+        assert (folder / f"table.{form}").read_bytes() == (plain / f"table.{form}").read_bytes()
+    assert not list(unused(tmp_path))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "artifacts").rglob("*.jsonl")}
+    assert before and experiment.run(config, tmp_path) == folder
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_eval_prints_a_table_and_computes_nothing_twice(
+    rows: Path, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from harness.housekeeping import unused
+    from tests.harness.test_cli import _answer as answer
+
+    command = ["eval", str(models["one"]), "--suite", "bbh,commonsense", "--task", "arc_easy", "--limit", "3"]
+    command += ["--task", "navigate", "--data-root", str(rows), "--root", str(tmp_path), "--set"]
+    command += ["bbh.max_new_tokens=4", "--dtype", "float32"]
+    status, printed = answer([*command, "--format", "md"])
+    assert status == 0, printed
+    assert "one: bbh" in printed and "one: commonsense" in printed and "| navigate | average |" in printed
+    monkeypatch.setattr(suite, "load_model", lambda *_: pytest.fail("loaded"))
+    status, again = answer([*command, "--format", "json"])
+    assert status == 0, again
+    assert '"value"' in again
+    assert not list(unused(tmp_path))
+    status, printed = answer([*command, "--task", "snarkz"])
+    assert status == 2 and "did you mean 'snarks'" in printed and len(printed.strip().splitlines()) == 1
