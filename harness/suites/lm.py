@@ -145,17 +145,21 @@ class SharedPrefixLM(HFLM):
             of_context.setdefault(tuple(context), []).append(index)
         contexts = list(of_context)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        runs: list[tuple[Run, list[int]]] = []
         with self.reader.reading():
             for common, members in families(contexts):
                 stem = self.reader.begin([Run(contexts[members[0]][:common])])[1][0] if common else None
-                runs: list[tuple[Run, list[int]]] = []
                 for m in members:
                     trunk, all_of_it = contexts[m][common:], of_context[contexts[m]]
                     sizes = [len(requests[i][2]) - 1 for i in all_of_it]
                     for part in packs(sizes, max(1, self._batch_tokens - len(trunk))):
                         some = [all_of_it[p] for p in part]
                         runs.append((Run(trunk, stem, [requests[i][2][:-1] for i in some]), some))
-                self._score(runs, requests, answers)
+                # Families wait for one another to fill a call, but not all of them: their stems are kept meanwhile.
+                if sum(len(run.tokens) for run, _ in runs) >= self._batch_tokens:
+                    self._score(runs, requests, answers)
+                    runs = []
+            self._score(runs, requests, answers)
         return answers
 
     def _score(
