@@ -26,7 +26,7 @@ from fusion.prefixes import PrefixReader, Run, Unsupported
 from harness.progress import say
 from harness.suites.tasks import quietly
 
-ROWS = 32  # sequences decoded at one time, if memory allows
+ROWS = 64  # sequences decoded at one time, if memory allows
 _HFLM_BATCH = 4  # prompts that HFLM reads at one time, where it must: it holds the logits of every position
 _LOGITS = 2**26  # numbers of logits that exist at one time: 256 MB
 # How transformers may draw otherwise, and the values under which it does not.

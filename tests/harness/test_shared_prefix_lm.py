@@ -184,6 +184,6 @@ def test_memory_bounds_the_rows(parts: tuple[Any, Any], tmp_path: Path, monkeypa
     import psutil
 
     lm = ours(parts)
-    assert lm._room(100) == 32
+    assert lm._room(100) == 64
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
     assert lm._room(100) == 1
