@@ -126,8 +126,8 @@ def tables(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Catalogue name, hub id, local folder or .gguf file.")],
-    suites: Annotated[str, typer.Option("--suite", help="bbh, commonsense, ...; several with commas.")],
+    model: Annotated[str | None, typer.Argument(help="Catalogue name, hub id, local folder or .gguf file.")] = None,
+    suites: Annotated[str, typer.Option("--suite", help="bbh, commonsense, ...; several with commas.")] = "",
     tasks: Annotated[list[str], typer.Option("--task", help="Only this task or language; repeats.")] = [],  # noqa: B006
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows of each task.")] = None,
     data_root: Annotated[
@@ -136,6 +136,15 @@ def evaluate(
     batch_size: Annotated[str, typer.Option(help="Answers generated at one time, or auto.")] = "auto",
     samples: Annotated[int | None, typer.Option(min=1, help="multipl_e: completions a problem (20).")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of sampled answers (0).")] = None,
+    generate_only: Annotated[
+        bool, typer.Option("--generate-only", help="multipl_e: write completions, run none.")
+    ] = False,
+    execute: Annotated[
+        Path | None, typer.Option("--execute", help="multipl_e: run a file of completions that was written before.")
+    ] = None,
+    unsafe: Annotated[
+        bool, typer.Option("--unsafe-no-sandbox", help="Without bubblewrap: programs do what you may do.")
+    ] = False,
     settings: Annotated[
         list[str], typer.Option("--set", help="A suite's setting, as in bbh.variant=zeroshot; repeats.")
     ] = [],  # noqa: B006
@@ -149,19 +158,28 @@ def evaluate(
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Measure one model on suites; what an earlier call finished is not computed again."""
+    if execute is not None:
+        multipl_e_execute(execute, unsafe=unsafe, form=form, root=root)
+        return
+    if model is None or not suites:
+        raise UserError("fusellm eval needs a model and --suite, or --execute with a file of completions.")
     _quiet_libraries()
     from harness import evaluation
     from harness.context import usable_device
     from harness.models import ModelSpec
 
     common = {"limit": limit, "samples": samples, "seed": seed, "batch_size": batch_size}
+    common |= {"execute": not generate_only, "sandbox": not unsafe}
     chosen = evaluation.sections(
         [name.strip() for name in suites.split(",")], tasks=tasks, common=common, settings=settings, data_root=data_root
     )
     spec = ModelSpec(name=model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     folder = evaluation.evaluate(spec, chosen, root, device=usable_device(device))
     for table in evaluation.tables(folder).values():
-        _print_table(table, form)
+        if len(table.columns) > 1 or not generate_only:
+            _print_table(table, form)
+    for line in evaluation.generated(folder) if generate_only else []:
+        typer.echo(line)
     if form is None:
         typer.echo(f"Tables and records: {folder}", err=True)
 

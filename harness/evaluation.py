@@ -45,11 +45,20 @@ def write_measured(
     return file
 
 
-def note_suites(
-    folder: Path, suites: Mapping[str, Suite], missing: Mapping[str, Mapping[str, Mapping[str, str]]]
-) -> None:
-    """Writes down what tables need beside the records: the tasks, their metrics, and by row what was left out."""
-    noted = {name: {"shown": one.shown(), "missing": missing.get(name, {})} for name, one in suites.items()}
+def note_suites(folder: Path, suites: Mapping[str, Suite], found: Mapping[str, Mapping[str, Measured]]) -> None:
+    """Writes down what tables need beside the records: tasks and their metrics, what was left out by row, and notes.
+
+    `found` is what every suite measured, by row.
+    """
+    noted = {
+        name: {
+            "shown": one.shown(),
+            "k": getattr(one.section, "k", 1),
+            "missing": {row: measured.missing for row, measured in found[name].items()},
+            "notes": sorted({note for measured in found[name].values() for note in measured.notes}),
+        }
+        for name, one in suites.items()
+    }
     write_atomically(folder / SUITES_FILE, json.dumps(noted, indent=1, ensure_ascii=False))
 
 
@@ -61,26 +70,21 @@ def suite_tables(
     noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     final = records[records["tokens"].isna()]
     return {
-        name: _table(final[final["suite"] == name], order, one["shown"], one["missing"], f"{title}: {name}", banner)
+        name: _table(final[final["suite"] == name], order, one, f"{title}: {name}", banner)
         for name, one in noted.items()
     }
 
 
-def _table(
-    records: "pd.DataFrame",
-    order: Sequence[str],
-    shown: Mapping[str, str],
-    missing: Mapping[str, Mapping[str, str]],
-    title: str,
-    banner: str,
-) -> "Table":
+def _table(records: "pd.DataFrame", order: Sequence[str], noted: Mapping[str, Any], title: str, banner: str) -> "Table":
     from results.layout import Cell, Column, Table
 
+    shown: dict[str, str] = noted["shown"]
+    missing: dict[str, dict[str, str]] = noted["missing"]
     values: dict[tuple[str, str], tuple[float, int]] = {}
     for task, metric in shown.items():
         of_task = records[(records["task"] == task) & (records["metric"] == metric)]
         for method, of_method in of_task.groupby("method"):
-            seeds = [_score(metric, one) for _, one in of_method.groupby("seed")]
+            seeds = [_score(metric, one, noted["k"]) for _, one in of_method.groupby("seed")]
             values[str(method), task] = sum(seeds) / len(seeds), of_method["example"].nunique()
     tasks = [task for task in shown if any((method, task) in values for method in order)]
     rows = []
@@ -97,14 +101,14 @@ def _table(
         note = f"no average without {', '.join(gone)}" if gone else ""
         rows.append((*cells, Cell(None if gone or not scores else sum(scores) / len(scores), note=note)))
     metrics = sorted({shown[task] for task in tasks})
-    notes = ["The average is the unweighted mean over tasks."]
+    notes = ["The average is the unweighted mean over tasks.", *noted["notes"]]
     for task in shown:
         if task not in tasks:
             why = sorted({reasons[task] for reasons in missing.values() if task in reasons}) or ["not run"]
             notes.append(f"Left out, also of the average: {task}: {'; '.join(why)}.")
     unit = "bits per byte" if any(_is_ratio(metric) for metric in metrics) else "percent"
     return Table(
-        title=f"{title} ({', '.join(metrics)}), {unit}",
+        title=f"{title} ({', '.join(_label(metric, noted['k']) for metric in metrics)}), {unit}",
         rows=tuple(order),
         columns=(
             *(Column(f"{task} ({shown[task]})" if len(metrics) > 1 else task) for task in tasks),
@@ -118,17 +122,26 @@ def _table(
     )
 
 
+def _label(metric: str, k: int) -> str:
+    return f"pass@{k}" if metric == "passed" else metric
+
+
 def _is_ratio(metric: str) -> bool:
     return metric.startswith("bits_per_byte")
 
 
-def _score(metric: str, examples: "pd.DataFrame") -> float:
+def _score(metric: str, examples: "pd.DataFrame", k: int) -> float:
     """A task's score: the ratio of sums where text is measured, else the mean over examples in percent."""
+    from harness.multipl_e.scores import pass_at_k
     from results.metrics import metric_of
 
     numerator, denominator = examples["numerator"].to_numpy(), examples["denominator"].to_numpy()
     if _is_ratio(metric):
         return float(metric_of(metric).value(numerator.sum(), denominator.sum()))
+    if metric == "passed":
+        return (
+            sum(pass_at_k(int(n), int(c), k) for c, n in zip(numerator, denominator, strict=True)) / len(examples) * 100
+        )
     return float((numerator / denominator).mean() * 100)
 
 
@@ -209,13 +222,13 @@ def evaluate(
     _describe(folder, identity, plan, root, [])
     store = Store(root / "artifacts", info={"configuration": identity})
     files: list[str] = []
-    missing: dict[str, dict[str, dict[str, str]]] = {}
+    found: dict[str, dict[str, Measured]] = {}
     for name, one in suites.items():
         measured = one.measure(subject, store, costs)
-        missing[name] = {subject.label: measured.missing}
+        found[name] = {subject.label: measured}
         file = write_measured(folder, name, measured, experiment="eval", profile=dtype, method=subject.label, seed=None)
         files += [file] if file else []
-    note_suites(folder, suites, missing)
+    note_suites(folder, suites, found)
     _describe(folder, identity, store, root, files)
     return folder
 
@@ -224,6 +237,16 @@ def _describe(folder: Path, identity: Mapping[str, Any], store: Store, root: Pat
     artifacts = sorted(str(p.path.relative_to(root)) for p in store.planned.values())
     description = {"evaluation": identity, "artifacts": artifacts, "records": list(files), "finished": time.time()}
     write_atomically(folder / RUN_FILE, json.dumps(description, indent=1, ensure_ascii=False))
+
+
+def generated(folder: Path) -> list[str]:
+    """The files of completions that an evaluation wrote."""
+    from harness.suites.multipl_e import COMPLETIONS
+
+    description = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    root = folder.parents[2]
+    found = (root / name / COMPLETIONS for name in description["artifacts"])
+    return [str(path) for path in found if path.exists()]
 
 
 def tables(folder: Path) -> "dict[str, Table]":

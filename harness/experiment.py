@@ -15,6 +15,7 @@ from harness import evaluation, perplexity
 from harness.artifacts import Planned, write_atomically
 from harness.config import Config, Role, method_parameters
 from harness.context import TARGET, Experiment, MethodContext
+from harness.suites.suite import Measured
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,12 +76,12 @@ def run(config: Config, root: Path) -> Path:
     artifacts = sorted(str(p.path.relative_to(root)) for p in planned)
     write_atomically(folder / PLAN_FILE, json.dumps({"artifacts": artifacts}, indent=1))
     files = set()
-    missing: dict[str, dict[str, dict[str, str]]] = {}
+    measured: dict[str, dict[str, Measured]] = {name: {} for name in experiment.suites}
     for row in candidates(experiment):
         spec, path = experiment.evaluate(row.label, row.candidate, row.role)
         files.add(_record(config, row, spec.fingerprint, perplexity.read_evaluation(path), folder))
-        files |= _record_suites(experiment, row, folder, missing)
-    evaluation.note_suites(folder, experiment.suites, missing)
+        files |= _record_suites(experiment, row, folder, measured)
+    evaluation.note_suites(folder, experiment.suites, measured)
     if (folder / RUN_FILE).exists():  # other seeds that were finished before belong to the same table
         files |= set(json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["records"])
     description = {
@@ -127,18 +128,17 @@ def _record(config: Config, row: Row, evaluation: str, rows: Sequence[dict[str, 
 
 
 def _record_suites(
-    experiment: Experiment, row: Row, folder: Path, missing: dict[str, dict[str, dict[str, str]]]
+    experiment: Experiment, row: Row, folder: Path, measured: dict[str, dict[str, Measured]]
 ) -> set[str]:
-    """Measures a row on the suites beside perplexity; its record files. Adds what was left out to `missing`."""
+    """Measures a row on the suites beside perplexity, adds that to `measured`, and gives its record files."""
     config, files = experiment.config, set()
     subject = experiment.subject(row.label, row.candidate, row.role)
     for name, suite in experiment.suites.items():
-        measured = suite.measure(subject, experiment.store, experiment.costs)
-        missing.setdefault(name, {}).setdefault(row.label, {}).update(measured.missing)
+        found = measured[name][row.label] = suite.measure(subject, experiment.store, experiment.costs)
         file = evaluation.write_measured(
             folder,
             name,
-            measured,
+            found,
             experiment=config.experiment,
             profile=config.profile,
             method=row.label,

@@ -218,6 +218,7 @@ class SharedPrefixLM(HFLM):
             elif kwargs["do_sample"]:  # one by one, for the answer must not depend on its neighbours
                 torch.manual_seed(int(hashlib.sha256(seed.encode()).hexdigest()[:15], 16))
                 answers[index] = super().generate_until([request], disable_tqdm=True)[0]
+                self.cache_hook.add_partial("generate_until", request.args, answers[index])
             else:
                 slow.append(index)
         if rows:

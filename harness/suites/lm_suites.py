@@ -263,29 +263,38 @@ def answer(lm: Any, examples: Mapping[str, list["Instance"]], finished: Callable
     """
     from lm_eval.api.model import CacheHook
 
-    open_requests = {example: len(requests) for example, requests in examples.items()}
+    unanswered = {example: len(requests) for example, requests in examples.items()}
     owner = {id(request): example for example, requests in examples.items() for request in requests}
-    waiting: dict[tuple[Any, str], list[Instance]] = {}
+    itself: dict[int, Instance] = {}
+    alike: dict[tuple[Any, str], list[Instance]] = {}
 
     def settle(request: "Instance", responses: list[Any]) -> None:
+        if request.resps:
+            return
         request.resps = responses
         example = owner[id(request)]
-        open_requests[example] -= 1
-        if not open_requests[example]:
+        unanswered[example] -= 1
+        if not unanswered[example]:
             finished(example)
 
     class Hook(CacheHook):
         def add_partial(self, attr: str, req: Any, res: Any) -> None:
-            for request in waiting.pop(_key(req), ()):
-                settle(request, [res])
+            if id(req) in itself:
+                settle(itself[id(req)], [res])
+            else:
+                for request in alike.pop(_key(req), ()):
+                    settle(request, [res])
 
     requests = [request for some in examples.values() for request in some]
     for kind in dict.fromkeys(request.request_type for request in requests):
         of_kind = [request for request in requests if request.request_type == kind]
         for request in of_kind:
             request.resps = []
-            if request.repeats == 1:  # several answers to one question cannot be told apart by the question
-                waiting.setdefault(_key(request.args), []).append(request)
+            if (request.repeats or 1) == 1:
+                itself[id(request.args)] = request
+                if not (kind == "generate_until" and request.args[1].get("do_sample")):
+                    # HFLM gives the hook a copy of the arguments; where nothing is drawn, equals have one answer.
+                    alike.setdefault(_key(request.args), []).append(request)
         lm.set_cache_hook(Hook(None))
         try:
             named = [request for request in of_kind for _ in range(request.repeats or 1)]
@@ -295,8 +304,7 @@ def answer(lm: Any, examples: Mapping[str, list["Instance"]], finished: Callable
         finally:
             lm.set_cache_hook(CacheHook(None))
         for request in of_kind:
-            if not request.resps:
-                settle(request, responses[id(request)])
+            settle(request, responses[id(request)])
 
 
 def _key(arguments: Sequence[Any]) -> tuple[Any, str]:

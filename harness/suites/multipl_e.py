@@ -1,29 +1,31 @@
-"""MultiPL-E's samples: what a candidate writes where the problems of ten languages leave off.
+"""MultiPL-E: what a candidate writes where the problems of ten languages leave off, and whether it runs.
 
-Samples are made apart from their execution, so that one machine can write them and another run them, and are kept in
-the fields of MultiPL-E's own tools: name, language, prompt, tests, stop_tokens, completions, temperature, top_p,
-max_tokens; one JSON line a problem.
+Samples are an artifact of their own, apart from their execution (`harness.multipl_e`), so that one machine can write
+them and another run them. They are kept in the fields of MultiPL-E's own tools.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
 from fusion.errors import UserError
-from harness.artifacts import Spec, Store, file_sha256, write_atomically
+from harness.artifacts import Estimate, Spec, Store, file_sha256, write_atomically
 from harness.costs import Costs
+from harness.multipl_e.languages import LANGUAGES
 from harness.progress import say, track
 from harness.suites.lm_suites import answer
-from harness.suites.suite import SUITES, Measured, Section, Subject, append_line, chosen, kept_lines
+from harness.suites.suite import SUITES, Example, Measured, Section, Subject, append_line, chosen, kept_lines
 from harness.suites.tasks import load_rows, local_split
 
 VERSION = 1
 SAMPLES = "samples.jsonl"
 COMPLETIONS = "completions.jsonl"
-LANGUAGES = ("cpp", "go", "java", "js", "php", "python", "r", "rb", "rs", "ts")
+RESULTS = "results.jsonl"
+_PROBLEMS = 160  # of a language, for estimates
+_RUN_SECONDS = 0.5  # of one program, for estimates
 TEMPERATURE, TOP_P = 0.2, 0.95  # section 4.1 of arXiv 2401.10491
 _PYTHON_STOPS = ["\ndef", "\n#", "\nif", "\nclass"]  # MultiPL-E's own for Python, whose rows are HumanEval's
 _FIELDS = ("name", "prompt", "tests", "stop_tokens")
@@ -38,6 +40,8 @@ class MultiplESection(Section):
     max_new_tokens: int = Field(1024, gt=0, description="longest completion (tokens)")
     batch_size: int | Literal["auto"] = Field("auto", description="completions generated at one time")
     seed: int = Field(0, ge=0, description="of the samples")
+    execute: bool = Field(True, description="run the completions; otherwise only write them")
+    sandbox: bool = Field(True, description="without it generated programs do what you may do")
 
     @property
     def n(self) -> int:
@@ -60,8 +64,9 @@ class MultiplE:
     def __init__(self, section: MultiplESection, data_root: Path | None) -> None:
         self.section = section
         self._data_root = data_root
-        self._languages = chosen(section.tasks, LANGUAGES, self.name)
+        self._languages = chosen(section.tasks, list(LANGUAGES), self.name)
         self._problems: dict[str, list[dict[str, Any]]] = {}
+        self._tried: dict[str, str | None] = {}  # why a language's toolchain does not work, None where it does
 
     def shown(self) -> dict[str, str]:
         return dict.fromkeys(self._languages, "passed")
@@ -70,12 +75,63 @@ class MultiplE:
         return {"version": VERSION, "data": {language: self._data(language) for language in self._languages}}
 
     def measure(self, subject: Subject, store: Store, costs: Costs) -> Measured:
-        _, paths, missing = self.generate(subject, store, costs)
-        return Measured(lambda: iter(()), paths, {}, missing)
+        todo = [] if store.dry else [n for n in self._languages if not store.path(self._results(subject, n)).exists()]
+        if todo and self.section.execute and self.section.sandbox:
+            from harness.sandbox import refusal
 
-    def generate(
-        self, subject: Subject, store: Store, costs: Costs
-    ) -> tuple[dict[str, Spec], dict[str, Path], dict[str, str]]:
+            if why := refusal():  # before hours are spent on samples
+                raise UserError(f"{why} Without it write samples only (--generate-only) and run them elsewhere.")
+        samples, missing = self._generate(subject, store, costs)
+        artifacts = {f"{language} samples": path for language, path in samples.items()}
+        if not self.section.execute:
+            return Measured(lambda: iter(()), artifacts, missing=missing)
+        not_run = self._without_toolchain([name for name in todo if name in samples], store)
+        for language, reason in not_run.items():
+            say(f"{self.name} {subject.label}: {language} is not run, {reason}")
+        paths: dict[str, Path] = {}
+        for language, written in samples.items():
+            if language not in not_run:
+                programs = (self.section.limit or _PROBLEMS) * self.section.n
+                paths[language] = store.ensure(
+                    self._results(subject, language),
+                    lambda folder, source=written: self._execute(source, folder, store),  # type: ignore[misc]
+                    Estimate(seconds=programs * _RUN_SECONDS),
+                )
+        return Measured(
+            examples=lambda: (e for language, path in paths.items() for e in _examples(language, path)),
+            artifacts={**artifacts, **paths},
+            fingerprints={name: self._results(subject, name).fingerprint for name in paths},
+            missing={**missing, **not_run},
+            notes=[] if store.dry else _unsolvable(paths),
+        )
+
+    def _results(self, subject: Subject, language: str) -> Spec:
+        from harness.multipl_e.execute import VERSION as executing
+
+        samples = self._spec(subject, language)
+        params = {"sandbox": self.section.sandbox}
+        return Spec(self.name, samples.label, executing, {"samples": samples.fingerprint}, params)
+
+    def _without_toolchain(self, languages: Sequence[str], store: Store) -> dict[str, str]:
+        from harness.multipl_e.toolchains import available
+
+        unknown = [name for name in languages if name not in self._tried]
+        if unknown:
+            _, not_run = available(unknown, _toolchains(store), unsafe=not self.section.sandbox)
+            self._tried |= {name: not_run.get(name) for name in unknown}
+        return {name: reason for name in languages if (reason := self._tried[name])}
+
+    def _execute(self, samples: Path, folder: Path, store: Store) -> None:
+        from harness.multipl_e.execute import execute
+
+        out = folder / RESULTS
+        done = execute(samples / COMPLETIONS, out, cache=_toolchains(store), unsafe=not self.section.sandbox)
+        if done.not_run:
+            raise UserError(next(iter(done.not_run.values())))
+        for lock in folder.glob(".*.lock"):
+            lock.unlink()
+
+    def _generate(self, subject: Subject, store: Store, costs: Costs) -> tuple[dict[str, Path], dict[str, str]]:
         """The samples by language, and of the languages whose problems cannot be had or do not fit, why not."""
         specs = {language: self._spec(subject, language) for language in self._languages}
         missing: dict[str, str] = {}
@@ -87,12 +143,12 @@ class MultiplE:
         paths: dict[str, Path] = {}
         for language, spec in specs.items():
             if language not in missing:
-                tokens = (self.section.limit or 160) * self.section.n * min(self.section.max_new_tokens, 256)
+                tokens = (self.section.limit or _PROBLEMS) * self.section.n * min(self.section.max_new_tokens, 256)
                 estimate = costs.forward(subject.parameters, 4.0 * tokens)
                 paths[language] = store.ensure(
                     spec, lambda folder, name=language: self._write(folder, name, subject), estimate  # type: ignore[misc]
                 )  # fmt: skip
-        return {name: specs[name] for name in paths}, paths, missing
+        return paths, missing
 
     def _spec(self, subject: Subject, language: str) -> Spec:
         section = self.section
@@ -215,8 +271,26 @@ def _problem(language: str, row: dict[str, Any]) -> dict[str, Any]:
     return {"name": name, "prompt": row["prompt"], "tests": tests, "stop_tokens": _PYTHON_STOPS}
 
 
-def read_completions(path: Path) -> Iterator[dict[str, Any]]:
-    """The problems of a file of samples, each with its completions."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
+def _toolchains(store: Store) -> Path:
+    return store.root.parent / "toolchains"
+
+
+def _examples(language: str, folder: Path) -> Iterator[Example]:
+    """Per problem how many samples pass, strictly and by exit status alone."""
+    from harness.multipl_e.scores import read_results
+
+    for problem in read_results(folder / RESULTS):
+        for metric, passed in (("passed", problem.strict), ("passed_exit", problem.by_exit_status)):
+            yield Example(language, problem.name, metric, passed, problem.samples)
+
+
+def _unsolvable(paths: dict[str, Path]) -> list[str]:
+    from harness.multipl_e.scores import read_results
+
+    names = [
+        f"{problem.name} ({language})"
+        for language, path in paths.items()
+        for problem in read_results(path / RESULTS)
+        if problem.unsolvable
+    ]
+    return [f"Cannot be solved as published, and counted all the same: {', '.join(names)}."] if names else []

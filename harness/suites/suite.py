@@ -107,6 +107,8 @@ class Measured:
     fingerprints: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     """By task that could not be run: why not."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences that belong below its table."""
 
 
 class Suite(Protocol):

@@ -78,7 +78,7 @@ def make_data_root(root: Path, n: int = 5) -> Path:
             "name": f"HumanEval_{i}_half",
             "language": "js",
             "prompt": f"// the half of x, {i}\nfunction half(x) {{\n",
-            "tests": "assert.equal(half(4), 2);",
+            "tests": "const assert = require('node:assert');\nassert.equal(half(4), 2);",
             "stop_tokens": ["\nfunction ", "\n//"],
         }
         for i in numbers

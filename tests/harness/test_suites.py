@@ -16,12 +16,13 @@ from harness.artifacts import Store
 from harness.config import suite_section
 from harness.costs import Costs
 from harness.models import ModelSpec, count_parameters, resolve
-from harness.suites import lm_suites, suite, tasks
-from harness.suites.multipl_e import COMPLETIONS, read_completions
-from harness.suites.suite import Measured, Subject, read_lines
+from harness.suites import lm_suites, multipl_e, suite, tasks
+from harness.suites.multipl_e import COMPLETIONS
+from harness.suites.suite import Measured, Subject, append_line, read_lines
 from harness.suites.tasks import task_folder
 from tests.harness.suite_rows import make_data_root, write_rows
 from tests.harness.tiny_models import save_model
+from tests.shared import needed
 
 # Few of the rows' words are tokens of the tiny vocabulary, so that a BBH prompt has thousands of them.
 CONTEXT = 8192
@@ -64,6 +65,10 @@ def lines(measured: Measured) -> dict[str, list[dict[str, Any]]]:
         task: sorted(read_lines(path / lm_suites.EXAMPLES), key=lambda line: line["example"])
         for task, path in measured.artifacts.items()
     }
+
+
+def completions(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / COMPLETIONS).read_text().splitlines()]
 
 
 BBH = {"tasks": ["boolean_expressions", "navigate"], "max_new_tokens": 6}
@@ -257,7 +262,7 @@ def test_rows_that_are_not_as_expected_are_named(rows: Path, models: dict[str, P
         measure("commonsense", {"tasks": ["arc_easy"]}, models["one"], tmp_path, data)
     write_rows(data, "nuprl/MultiPL-E/humaneval-js/test.parquet", [{"name": "a", "prompt": "b"}])
     with pytest.raises(UserError, match="js has no 'tests'"):
-        measure("multipl_e", {"tasks": ["js"]}, models["one"], tmp_path, data)
+        measure("multipl_e", {"tasks": ["js"], "execute": False}, models["one"], tmp_path, data)
 
 
 @pytest.mark.parametrize(
@@ -279,38 +284,89 @@ def test_unknown_names_have_a_nearest_spelling(name: str, section: dict[str, Any
 
 
 def test_samples_are_in_multipl_es_form_and_independent(
-    rows: Path, models: dict[str, Path], tmp_path: Path, asked: list[str]
+    rows: Path, models: dict[str, Path], tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    section = {"tasks": ["js", "python"], "limit": 3, "samples": 3, "max_new_tokens": 8}
+    section = {"tasks": ["js", "python"], "limit": 3, "samples": 3, "max_new_tokens": 8, "execute": False}
     measured = measure("multipl_e", section, models["one"], tmp_path / "a", rows)
-    found = {name: list(read_completions(path / COMPLETIONS)) for name, path in measured.artifacts.items()}
+    found = {name.split()[0]: completions(path) for name, path in measured.artifacts.items()}
     fields = {"name", "language", "prompt", "tests", "stop_tokens", "completions", "temperature", "top_p", "max_tokens"}
     for name, problems in found.items():
         assert all(set(problem) == fields and problem["language"] == name for problem in problems)
         assert [len(problem["completions"]) for problem in problems] == [3, 3, 3]
     assert found["python"][2]["name"] == "HumanEval_2_half" and found["python"][2]["tests"].endswith("check(half)\n")
-    assert len({c for p in found["js"] for c in p["completions"]}) > 3
+    assert all(len(set(problem["completions"])) == 3 for problems in found.values() for problem in problems)
     # Another number of problems and of samples, at another batch size: the same samples.
     other = {**section, "tasks": ["js"], "limit": 2, "samples": 2, "batch_size": 1}
-    fewer = list(
-        read_completions(measure("multipl_e", other, models["one"], tmp_path / "b", rows).artifacts["js"] / COMPLETIONS)
-    )
+    fewer = completions(measure("multipl_e", other, models["one"], tmp_path / "b", rows).artifacts["js samples"])
     assert [p["completions"] for p in fewer] == [p["completions"][:2] for p in found["js"][:2]]
-    # After a kill only what is missing is written.
-    made = suite.suite("multipl_e")(suite_section("multipl_e", other), rows)
-    candidate = subject(models["one"], tmp_path / "b")
-    spec = made._spec(candidate, "js")  # type: ignore[attr-defined]
-    store = Store(tmp_path / "c")
-    begun = store._begun(spec)
-    begun.mkdir(parents=True)
-    kept = (measured.artifacts["js"] / "samples.jsonl").read_text().splitlines(keepends=True)
-    (begun / "samples.jsonl").write_text("".join(line for line in kept if json.loads(line)["sample"] == 0))
+    # After a kill only what is missing is written; what was finished before it is there.
+    written = 0
+
+    def until_killed(path: Path, value: dict[str, Any]) -> None:
+        nonlocal written
+        if written == 3:
+            raise KeyboardInterrupt
+        append_line(path, value)
+        written += 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(multipl_e, "append_line", until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            measure("multipl_e", other, models["one"], tmp_path / "c", rows)
     asked.clear()
-    made.measure(candidate, store, Costs("cpu"))
-    assert len(asked) == 2
+    (resumed,) = measure("multipl_e", other, models["one"], tmp_path / "c", rows).artifacts.values()
+    assert len(asked) == 1 and completions(resumed) == fewer
     greedy = {**other, "greedy": True}
     (path,) = measure("multipl_e", greedy, models["one"], tmp_path / "b", rows).artifacts.values()
-    assert all(len(p["completions"]) == 1 and p["temperature"] == 0 for p in read_completions(path / COMPLETIONS))
+    assert all(len(p["completions"]) == 1 and p["temperature"] == 0 for p in completions(path))
+
+
+def test_passing_samples_are_counted(
+    rows: Path, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written by a model whose second and third samples are right, run in the sandbox, averaged as pass@k."""
+    from harness.multipl_e import toolchains
+    from harness.sandbox import refusal
+    from harness.suites.lm import SharedPrefixLM
+
+    needed(refusal())
+    right = {"js": "  return x / 2;\n}", "python": "    return x / 2\n"}
+
+    def generate(self: Any, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        return [right["js" if "function" in r.args[0] else "python"] if r.idx else "syntax error" for r in requests]
+
+    monkeypatch.setattr(SharedPrefixLM, "generate_until", generate)
+    section = {"tasks": ["js", "python"], "limit": 2, "samples": 3, "k": 2, "max_new_tokens": 8}
+    measured = measure("multipl_e", section, models["one"], tmp_path, rows)
+    assert not measured.missing
+    found = {(e.task, e.example, e.metric): (e.numerator, e.denominator) for e in measured.examples()}
+    assert len(found) == 8 and set(found.values()) == {(2, 3)}
+    suites = evaluation.sections(
+        ["multipl_e"], tasks=["js"], common={"limit": 2, "samples": 3}, settings=["multipl_e.k=2"], data_root=rows
+    )
+    spec = ModelSpec(name=str(models["one"]), dtype="float32")
+    table = evaluation.tables(evaluation.evaluate(spec, suites, tmp_path, device="cpu"))["multipl_e"]
+    assert table.cells[0][0].value == pytest.approx(100) and "pass@2" in table.title
+    # A machine without Node: named, not zero, and the other language stands.
+    own = toolchains.available
+    monkeypatch.setattr(
+        toolchains,
+        "available",
+        lambda names, *a, **k: (own([n for n in names if n != "js"], *a, **k)[0], {"js": "gone"}),
+    )
+    again = measure("multipl_e", {**section, "limit": 1}, models["one"], tmp_path, rows)
+    assert again.missing == {"js": "gone"} and {e.task for e in again.examples()} == {"python"}
+
+
+def test_without_a_sandbox_nothing_is_written_for_hours(
+    rows: Path, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import harness.sandbox
+
+    monkeypatch.setattr(harness.sandbox, "refusal", lambda: "There is no bubblewrap.")
+    with pytest.raises(UserError, match="--generate-only"):
+        measure("multipl_e", {"tasks": ["js"]}, models["one"], tmp_path, rows)
+    assert not (tmp_path / "artifacts").exists()
 
 
 def test_variants_of_bbh(rows: Path, models: dict[str, Path], tmp_path: Path) -> None:
