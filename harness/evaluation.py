@@ -12,6 +12,7 @@ from harness.artifacts import Store, fingerprint, write_atomically
 from harness.config import load, suite_section
 from harness.costs import Costs
 from harness.models import ModelSpec, compute_dtype, count_parameters, resolve
+from harness.progress import say
 from harness.suites.suite import Measured, Subject, Suite, suite
 
 if TYPE_CHECKING:
@@ -184,6 +185,7 @@ def sections(
                     if task in unknown and "did you mean" not in str(unknown[task]):
                         unknown[task] = error
             if not known:
+                say(f"{name} is left out: it has none of the tasks that were asked for.")
                 continue
             merged["tasks"] = known
         made[name] = kind(suite_section(name, merged), data_root)

@@ -434,3 +434,27 @@ def test_eval_prints_a_table_and_computes_nothing_twice(
     assert not list(unused(tmp_path))
     status, printed = answer([*command, "--task", "snarkz"])
     assert status == 2 and "did you mean 'snarks'" in printed and len(printed.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_equal_questions_have_one_answer_unless_it_is_drawn(sampled: bool) -> None:
+    """Of an LM that gives lm-eval's hook copies of what it was asked, as HFLM does."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import CacheHook
+
+    kwargs = {"until": ["\n"], "do_sample": sampled}
+    examples = {str(n): [Instance("generate_until", {}, ("same", dict(kwargs)), 0)] for n in range(3)}
+    finished: list[str] = []
+
+    class Lm:
+        def set_cache_hook(self, hook: CacheHook) -> None:
+            self.hook = hook
+
+        def generate_until(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
+            self.hook.add_partial("generate_until", ("same", dict(kwargs)), "0")
+            assert finished == ([] if sampled else ["0", "1", "2"])
+            return [str(n) if sampled else "0" for n in range(len(requests))]
+
+    lm_suites.answer(Lm(), examples, finished.append)
+    assert finished == ["0", "1", "2"]
+    assert [requests[0].resps for requests in examples.values()] == ([["0"], ["1"], ["2"]] if sampled else [["0"]] * 3)
