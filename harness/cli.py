@@ -359,21 +359,25 @@ def _console() -> Any:
 def _print_plan(planned: list[Any], root: Path) -> None:
     rows: list[list[object]] = []
     disk = memory = seconds = 0.0
-    for p in planned:
-        todo = p.state != "there"
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for p in planned:  # the tasks of a suite are one line a candidate
+        groups.setdefault((p.spec.kind, str(p.spec.info.get("candidate", p.spec.label))), []).append(p)
+    for (kind, label), parts in groups.items():
+        states = {p.state: sum(q.state == p.state for q in parts) for p in parts}
+        todo = [p.estimate for p in parts if p.state != "there"]
+        costs = [p.estimate for p in parts]
         rows.append(
             [
-                p.spec.kind,
-                p.spec.label,
-                p.state,
-                f"{p.estimate.disk / 1e9:.3f}",
-                f"{p.estimate.memory / 1e9:.2f}",
-                f"{p.estimate.seconds / 60:.1f}" if todo else "0.0",
+                kind,
+                label,
+                ", ".join(state if len(states) == 1 else f"{n} {state}" for state, n in states.items()),
+                f"{sum(e.disk for e in costs) / 1e9:.3f}",
+                f"{max(e.memory for e in costs) / 1e9:.2f}",
+                f"{sum(e.seconds for e in todo) / 60:.1f}",
             ]
         )
-        if todo:
-            disk, seconds = disk + p.estimate.disk, seconds + p.estimate.seconds
-            memory = max(memory, p.estimate.memory)
+        disk, seconds = disk + sum(e.disk for e in todo), seconds + sum(e.seconds for e in todo)
+        memory = max([memory, *(e.memory for e in todo)])
     rows.append(["total", "", "", f"{disk / 1e9:.3f}", f"{memory / 1e9:.2f}", f"{seconds / 60:.1f}"])
     _print(["stage", "of", "state", "disk (GB)", "memory (GB)", "time (min)"], rows, None)
     typer.echo(f"Estimates, not measurements. Below {root.resolve()}.", err=True)

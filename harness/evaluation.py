@@ -160,6 +160,7 @@ def sections(
     from omegaconf import OmegaConf
 
     made: dict[str, Suite] = {}
+    left_out: list[str] = []
     unknown = {task: UserError("") for task in tasks}
     for item in settings:
         if "=" not in item or item.split(".")[0] not in names:
@@ -185,12 +186,14 @@ def sections(
                     if task in unknown and "did you mean" not in str(unknown[task]):
                         unknown[task] = error
             if not known:
-                say(f"{name} is left out: it has none of the tasks that were asked for.")
+                left_out.append(name)
                 continue
             merged["tasks"] = known
         made[name] = kind(suite_section(name, merged), data_root)
     if unknown:
         raise next(iter(unknown.values()))
+    for name in left_out:
+        say(f"{name} is left out: it has none of the tasks that were asked for.")
     return made
 
 

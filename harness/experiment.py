@@ -145,6 +145,7 @@ def _record_suites(
             seed=row.seed,
         )
         files |= {file} if file else set()
+    subject.release()  # before the next row is trained
     return files
 
 

@@ -5,7 +5,7 @@ Every example is written down as soon as all its requests are answered, so that 
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -77,7 +77,10 @@ class LmSuite:
         """The one that is shown for a task."""
         source = self._sources[task]
         listed = [m for m in source.config.get("metric_list") or () if m.get("aggregation", "mean") == "mean"]
-        return str(listed[0]["metric"]) if listed else _DEFAULT_METRICS.get(source.config.get("output_type", ""), "acc")
+        if not listed:
+            return _DEFAULT_METRICS.get(source.config.get("output_type", ""), "acc")
+        name = str(listed[0]["metric"])
+        return name.rsplit(".", 1)[-1] if "/" in name else name  # a function is named by its path
 
     def main_filter(self, filters: Sequence[str]) -> str:
         """Of the ways in which lm-eval cleans an answer, the one whose score bears the metric's plain name."""
@@ -107,7 +110,7 @@ class LmSuite:
         for task, spec in specs.items():
             if task not in missing:
                 estimate = costs.forward(subject.parameters, self._rows(task) * _PROMPT_BYTES)
-                paths[task] = store.ensure(spec, lambda folder, t=task: self._run(folder, t, subject), estimate)  # type: ignore[misc]
+                paths[task] = store.ensure(spec, partial(self._run, task=task, subject=subject), estimate)
         return Measured(
             examples=lambda: (e for task, path in paths.items() for e in _examples(task, path)),
             artifacts=paths,
@@ -122,7 +125,7 @@ class LmSuite:
             VERSION,
             {"model": subject.fingerprint, "task": self._sources[task].identity()},
             {"limit": self.section.limit, "seed": self.section.seed, "dtype": subject.dtype},
-            {"batch_size": self.section.batch_size, "batch_tokens": subject.batch_tokens},
+            {"candidate": subject.label, "batch_size": self.section.batch_size, "batch_tokens": subject.batch_tokens},
         )
 
     def _rows(self, task: str) -> int:
@@ -141,10 +144,7 @@ class LmSuite:
         found = {}
         for task in tasks:
             name = self._sources[task].name
-            reason = unavailable.get(name) or too_long(prepared[name], subject)
-            if reason is None and not _means(prepared[name]):
-                reason = "none of its metrics is a mean over examples"
-            if reason:
+            if reason := unavailable.get(name) or _unfit(prepared[name]) or too_long(prepared[name], subject):
                 found[task] = reason
         return found
 
@@ -199,6 +199,15 @@ class LmSuite:
             "scores": scores,
             "other_scores": others,
         }
+
+
+def _unfit(prepared: Prepared) -> str | None:
+    """Why the task can be run for no candidate here; None for a task like any other."""
+    if getattr(prepared.task, "UNSAFE_CODE", False):
+        return "it runs what a model writes outside of any sandbox"
+    if getattr(prepared.task, "MULTIMODAL", False):
+        return "it needs more than text"
+    return None if _means(prepared) else "none of its metrics is a mean over examples"
 
 
 def _means(prepared: Prepared) -> set[str]:

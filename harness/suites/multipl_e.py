@@ -6,6 +6,7 @@ them and another run them. They are kept in the fields of MultiPL-E's own tools.
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -94,7 +95,7 @@ class MultiplE:
                 programs = (self.section.limit or _PROBLEMS) * self.section.n
                 paths[language] = store.ensure(
                     self._results(subject, language),
-                    lambda folder, source=written: self._execute(source, folder, store),  # type: ignore[misc]
+                    partial(self._execute, samples=written, store=store),
                     Estimate(seconds=programs * _RUN_SECONDS),
                 )
         return Measured(
@@ -110,7 +111,8 @@ class MultiplE:
 
         samples = self._spec(subject, language)
         params = {"sandbox": self.section.sandbox}
-        return Spec(self.name, samples.label, executing, {"samples": samples.fingerprint}, params)
+        info = {"candidate": subject.label}
+        return Spec(self.name, samples.label, executing, {"samples": samples.fingerprint}, params, info)
 
     def _without_toolchain(self, languages: Sequence[str], store: Store) -> dict[str, str]:
         from harness.multipl_e.toolchains import available
@@ -121,7 +123,7 @@ class MultiplE:
             self._tried |= {name: not_run.get(name) for name in unknown}
         return {name: reason for name in languages if (reason := self._tried[name])}
 
-    def _execute(self, samples: Path, folder: Path, store: Store) -> None:
+    def _execute(self, folder: Path, *, samples: Path, store: Store) -> None:
         from harness.multipl_e.execute import execute
 
         out = folder / RESULTS
@@ -145,9 +147,8 @@ class MultiplE:
             if language not in missing:
                 tokens = (self.section.limit or _PROBLEMS) * self.section.n * min(self.section.max_new_tokens, 256)
                 estimate = costs.forward(subject.parameters, 4.0 * tokens)
-                paths[language] = store.ensure(
-                    spec, lambda folder, name=language: self._write(folder, name, subject), estimate  # type: ignore[misc]
-                )  # fmt: skip
+                build = partial(self._write, language=language, subject=subject)
+                paths[language] = store.ensure(spec, build, estimate)
         return paths, missing
 
     def _spec(self, subject: Subject, language: str) -> Spec:
@@ -166,7 +167,7 @@ class MultiplE:
                 "dtype": subject.dtype,
                 **sampling,
             },
-            {"batch_size": section.batch_size, "batch_tokens": subject.batch_tokens},
+            {"candidate": subject.label, "batch_size": section.batch_size, "batch_tokens": subject.batch_tokens},
         )
 
     def _place(self, language: str) -> tuple[str, str, str]:

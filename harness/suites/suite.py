@@ -69,6 +69,11 @@ class Subject:
         config = AutoConfig.from_pretrained(self.resolved.folder, local_files_only=True, trust_remote_code=trusted)
         return resolve_max_length(config, self.tokenizer)
 
+    def release(self) -> None:
+        """Frees the model's memory; it is loaded again when it is needed again."""
+        self._lm = None
+        self.__dict__.pop("model", None)
+
     def lm(self, *, batch_size: Any, seed: int) -> "LM":
         """The candidate as lm-eval's LM."""
         from harness.suites.lm import SharedPrefixLM

@@ -250,6 +250,19 @@ def test_what_cannot_be_fetched_is_named_and_not_averaged(rows: Path, models: di
     assert any("Left out" in note and "drop" in note and "EleutherAI/drop" in note for note in table.notes)
 
 
+@pytest.mark.parametrize(
+    ("mark", "reason"), [("UNSAFE_CODE", "outside of any sandbox"), ("MULTIMODAL", "more than text")]
+)
+def test_tasks_that_are_not_for_us_are_left_out(
+    rows: Path, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: str, reason: str
+) -> None:
+    from lm_eval.api.task import ConfigurableTask
+
+    monkeypatch.setattr(ConfigurableTask, mark, True, raising=False)
+    measured = measure("generative", {"tasks": ["triviaqa"]}, models["one"], tmp_path, rows)
+    assert not measured.artifacts and reason in measured.missing["triviaqa"]
+
+
 def test_rows_that_are_not_as_expected_are_named(rows: Path, models: dict[str, Path], tmp_path: Path) -> None:
     data = tmp_path / "data"
     write_rows(data, "Rowan/hellaswag/default/validation.parquet", [{"ctx_a": "a", "label": "0"}])
