@@ -110,6 +110,8 @@ def experiment_run(
     if not ranks.first():
         return
     _print_table(runs.table(folder), None)
+    for table in experiment.suite_tables(folder).values():
+        _print_table(table, None)
     for line in _lines(folder / "equal_quality.txt"):
         typer.echo(line)
     typer.echo(f"Table, figure and records: {folder}", err=True)
@@ -147,6 +149,66 @@ def tables(
             _print_table(table, None)
     for sentence in found.absent:
         typer.echo(sentence, err=True)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str | None, typer.Argument(help="Catalogue name, hub id, local folder or .gguf file.")] = None,
+    suites: Annotated[str, typer.Option("--suite", help="bbh, commonsense, ...; several with commas.")] = "",
+    tasks: Annotated[list[str], typer.Option("--task", help="Only this task or language; repeats.")] = [],  # noqa: B006
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows of each task.")] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help="Folder of HUB ID/CONFIGURATION/SPLIT.parquet (or .jsonl); the hub without.")
+    ] = None,
+    batch_size: Annotated[str, typer.Option(help="Answers generated at one time, or auto.")] = "auto",
+    samples: Annotated[int | None, typer.Option(min=1, help="multipl_e: completions a problem (20).")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of sampled answers (0).")] = None,
+    generate_only: Annotated[
+        bool, typer.Option("--generate-only", help="multipl_e: write completions, run none.")
+    ] = False,
+    execute: Annotated[
+        Path | None, typer.Option("--execute", help="multipl_e: run a file of completions that was written before.")
+    ] = None,
+    unsafe: Annotated[
+        bool, typer.Option("--unsafe-no-sandbox", help="Without bubblewrap: programs do what you may do.")
+    ] = False,
+    settings: Annotated[
+        list[str], typer.Option("--set", help="A suite's setting, as in bbh.variant=zeroshot; repeats.")
+    ] = [],  # noqa: B006
+    revision: Annotated[str | None, typer.Option(help="The model's hub revision.")] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Computing precision.")
+    ] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option(help="Run Python that lies in the model's folder.")] = False,
+    form: FormatOption = None,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Measure one model on suites; what an earlier call finished is not computed again."""
+    if execute is not None:
+        multipl_e_execute(execute, unsafe=unsafe, form=form, root=root)
+        return
+    if model is None or not suites:
+        raise UserError("fusellm eval needs a model and --suite, or --execute with a file of completions.")
+    _quiet_libraries()
+    from harness import evaluation
+    from harness.context import usable_device
+    from harness.models import ModelSpec
+
+    common = {"limit": limit, "samples": samples, "seed": seed, "batch_size": batch_size}
+    common |= {"execute": not generate_only, "sandbox": not unsafe}
+    chosen = evaluation.sections(
+        [name.strip() for name in suites.split(",")], tasks=tasks, common=common, settings=settings, data_root=data_root
+    )
+    spec = ModelSpec(name=model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+    folder = evaluation.evaluate(spec, chosen, root, device=usable_device(device, dry=False))
+    for table in evaluation.tables(folder).values():
+        if len(table.columns) > 1 or not generate_only:
+            _print_table(table, form)
+    for line in evaluation.generated(folder) if generate_only else []:
+        typer.echo(line)
+    if form is None:
+        typer.echo(f"Tables and records: {folder}", err=True)
 
 
 @app.command()
@@ -351,21 +413,25 @@ def _console() -> Any:
 def _print_plan(planned: list[Any], root: Path) -> None:
     rows: list[list[object]] = []
     disk = memory = seconds = 0.0
-    for p in planned:
-        todo = p.state != "there"
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for p in planned:  # the tasks of a suite are one line a candidate
+        groups.setdefault((p.spec.kind, str(p.spec.info.get("candidate", p.spec.label))), []).append(p)
+    for (kind, label), parts in groups.items():
+        states = {p.state: sum(q.state == p.state for q in parts) for p in parts}
+        todo = [p.estimate for p in parts if p.state != "there"]
+        costs = [p.estimate for p in parts]
         rows.append(
             [
-                p.spec.kind,
-                p.spec.label,
-                p.state,
-                f"{p.estimate.disk / 1e9:.3f}",
-                f"{p.estimate.memory / 1e9:.2f}",
-                f"{p.estimate.seconds / 60:.1f}" if todo else "0.0",
+                kind,
+                label,
+                ", ".join(state if len(states) == 1 else f"{n} {state}" for state, n in states.items()),
+                f"{sum(e.disk for e in costs) / 1e9:.3f}",
+                f"{max(e.memory for e in costs) / 1e9:.2f}",
+                f"{sum(e.seconds for e in todo) / 60:.1f}",
             ]
         )
-        if todo:
-            disk, seconds = disk + p.estimate.disk, seconds + p.estimate.seconds
-            memory = max(memory, p.estimate.memory)
+        disk, seconds = disk + sum(e.disk for e in todo), seconds + sum(e.seconds for e in todo)
+        memory = max([memory, *(e.memory for e in todo)])
     rows.append(["total", "", "", f"{disk / 1e9:.3f}", f"{memory / 1e9:.2f}", f"{seconds / 60:.1f}"])
     _print(["stage", "of", "state", "disk (GB)", "memory (GB)", "time (min)"], rows, None)
     typer.echo(f"Estimates, not measurements. Below {root.resolve()}.", err=True)
@@ -384,6 +450,7 @@ def _quiet_libraries() -> None:
     # It finds that the Trainer and DeepSpeed accumulate differently, which they do on purpose: the Trainer alone does.
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 

@@ -97,8 +97,22 @@ class CurveSection(Strict):
     points: int = Field(8, gt=0, description="measurements along the training, the start not counted")
 
 
-class Suites(Strict):
+class Suites(BaseModel):
+    """The suites of an experiment: perplexity, and a section for every other suite that is to be run."""
+
+    model_config = ConfigDict(extra="allow")
+
     perplexity: PerplexitySection
+
+    @model_validator(mode="after")
+    def _others_hold(self) -> "Suites":
+        self.__pydantic_extra__ = {name: suite_section(name, given) for name, given in self.others.items()}
+        return self
+
+    @property
+    def others(self) -> dict[str, Any]:
+        """The sections beside perplexity's; one that is set to null is left out."""
+        return {name: given for name, given in (self.model_extra or {}).items() if given is not None}
 
 
 class Config(Strict):
@@ -160,6 +174,17 @@ def method_parameters(label: str, entry: Mapping[str, Any], schema: type[BaseMod
         return schema.model_validate({k: v for k, v in entry.items() if k != "method"})
     except ValidationError as error:
         raise _sentence(error, schema, f"methods.{label}") from None
+
+
+def suite_section(name: str, given: Any) -> BaseModel:
+    """A suite's section, validated by the suite's own model. Raises UserError for an unknown suite or key."""
+    from harness.suites.suite import suite
+
+    schema = suite(name).schema
+    try:
+        return given if isinstance(given, schema) else schema.model_validate(given)
+    except ValidationError as error:
+        raise _sentence(error, schema, f"suites.{name}") from None
 
 
 def names(kind: str) -> list[str]:

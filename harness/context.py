@@ -11,7 +11,7 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -37,6 +37,9 @@ from harness.models import (
 )
 from harness.shards import position_bytes
 from harness.zero import zero_config
+
+if TYPE_CHECKING:
+    from harness.suites.suite import Subject, Suite
 
 MAP_VERSION = 1
 TRAIN_VERSION = 3
@@ -67,7 +70,7 @@ class Experiment:
         self.store = Store(root / "artifacts", dry=dry, info={"configuration": config.model_dump(mode="json")})
         self.models_dir = root / "models"
         self.data_root = Path(config.data.root) if config.data.root else None
-        self.device = _device(config.device, dry)
+        self.device = usable_device(config.device, dry=dry)
         if not dry:
             ranks.join(self.device)
         if config.threads is not None:
@@ -77,6 +80,7 @@ class Experiment:
         self.costs = Costs(self.device)
         self._resolved: dict[str, ResolvedModel] = {}
         self._vocabularies: dict[str, tuple[Any, Vocabulary]] = {}
+        self._subject: Subject | None = None
 
     def role(self, name: str) -> Role:
         """The role's setting. Raises UserError for a role the experiment does not have."""
@@ -124,7 +128,7 @@ class Experiment:
         Beside the configuration these are what it only names: texts, models, computing precision, stages.
         """
         roles = [TARGET, *self.config.roles.sources]
-        identity = {
+        identity: dict[str, Any] = {
             "config": self.config.model_dump(
                 mode="json",
                 exclude={
@@ -140,6 +144,8 @@ class Experiment:
             "models": {name: self.model(name).fingerprint for name in roles},
             "dtypes": {name: compute_dtype(self.role(name).dtype, self.device) for name in roles},
         }
+        if self.suites:
+            identity["suites"] = {name: suite.identity() for name, suite in self.suites.items()}
         return fingerprint(identity)
 
     def sized(self, name: str) -> _Sized:
@@ -376,29 +382,43 @@ class Experiment:
 
     def evaluate(self, label: str, candidate: Candidate, role: Role) -> tuple[Spec, Path]:
         """The candidate's nats and bytes on every held-out document."""
+        from harness.suites.perplexity import evaluate
+
         documents, n_bytes = self._held_out()
-        section = self.config.suites.perplexity
-        dtype = compute_dtype(role.dtype, self.device)
-        spec = perplexity.evaluation_spec(
-            label, candidate.fingerprint, documents, section, dtype=dtype, batch_tokens=role.batch_tokens
-        )
-        model = ModelSpec(
+        subject = self.subject(label, candidate, role)
+        return evaluate(self.config.suites.perplexity, documents, subject, self.store, self.costs, n_bytes)
+
+    def subject(self, label: str, candidate: Candidate, role: Role) -> "Subject":
+        """The candidate as suites see it; the same for all suites, so that it is loaded once, and only the last."""
+        from harness.suites.suite import Subject
+
+        if self._subject and (self._subject.label, self._subject.fingerprint) == (label, candidate.fingerprint):
+            return self._subject
+        role_name = next(n for n in [TARGET, *self.config.roles.sources] if self.role(n) is role)
+        spec = ModelSpec(
             name=str(candidate.folder),
             dtype=role.dtype,
             trust_remote_code=role.trust_remote_code,
             attn_implementation=role.attn_implementation,
         )
+        self._subject = Subject(
+            label=label,
+            fingerprint=candidate.fingerprint,
+            spec=spec,
+            dtype=compute_dtype(role.dtype, self.device),
+            device=self.device,
+            batch_tokens=role.batch_tokens,
+            parameters=self.sized(role_name).parameters,
+            models_dir=self.models_dir,
+        )
+        return self._subject
 
-        def load() -> tuple[Any, Any]:
-            resolved = resolve(model, self.models_dir)
-            return load_model(resolved, dtype, self.device), load_tokenizer(resolved)
+    @cached_property
+    def suites(self) -> "dict[str, Suite]":
+        """The suites beside perplexity, whose data are prepared once for all candidates."""
+        from harness.suites.suite import suite
 
-        def build(folder: Path) -> None:
-            perplexity.evaluate(folder, load, documents, section, label=label, batch_tokens=role.batch_tokens)
-
-        role_name = next(n for n in [TARGET, *self.config.roles.sources] if self.role(n) is role)
-        estimate = self.costs.forward(self.sized(role_name).parameters, n_bytes)
-        return spec, self.store.ensure(spec, build, estimate)
+        return {name: suite(name)(section, self.data_root) for name, section in self.config.suites.others.items()}
 
 
 class MethodContext:
@@ -432,7 +452,7 @@ def _json(value: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _device(device: str, dry: bool) -> str:
+def usable_device(device: str, *, dry: bool) -> str:
     import torch
 
     if device != "cpu" and torch.cuda.is_available():

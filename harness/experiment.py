@@ -10,15 +10,18 @@ from pydantic import ValidationError
 
 from baselines.method import Candidate, method
 from fusion.errors import UserError
-from harness import perplexity, ranks
-from harness.artifacts import Planned, alone, file_sha256, write_atomically, write_json
+from harness import evaluation, perplexity, ranks
+from harness.artifacts import Planned, alone, write_atomically, write_json
 from harness.checks import check_inputs, check_lengths, check_sizes, check_space
 from harness.config import Config, Role, method_parameters
 from harness.context import TARGET, Experiment, MethodContext
-from harness.runs import RUN_FILE, described, open_run, table
+from harness.runs import RUN_FILE, described, hashes, open_run, table
+from harness.suites.suite import Measured
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from results.layout import Table
 
 PLAN_FILE = "plan.json"
 
@@ -53,6 +56,8 @@ def plan(config: Config, root: Path) -> list[Planned]:
     check_sizes(experiment)
     for row in candidates(experiment):
         experiment.evaluate(row.label, row.candidate, row.role)
+        for suite in experiment.suites.values():
+            suite.measure(experiment.subject(row.label, row.candidate, row.role), experiment.store, experiment.costs)
     return list(experiment.store.planned.values())
 
 
@@ -84,19 +89,20 @@ def run(config: Config, root: Path) -> Path:
         before = described(folder / PLAN_FILE).get("artifacts", [])
         write_json(folder / PLAN_FILE, {"artifacts": sorted(artifacts.union(before))})
         described(folder / RUN_FILE)  # refused now if it is damaged, not when all is done
-    records = {}
+    files: set[str] = set()
+    measured: dict[str, dict[str, Measured]] = {name: {} for name in experiment.suites}
     for row in candidates(experiment):
         spec, path = experiment.evaluate(row.label, row.candidate, row.role)
-        name = _record(config, row, spec.fingerprint, perplexity.read_evaluation(path), folder)
-        for file in (folder / "records" / name, (folder / "records" / name).with_suffix(".json")):
-            records[file.name] = file_sha256(file)
+        files.add(_record(config, row, spec.fingerprint, perplexity.read_evaluation(path), folder))
+        files |= _record_suites(experiment, row, folder, measured)
     with alone(folder / ".lock", f"run {folder.name}"):
         # Other seeds that were finished before, or meanwhile by another process, belong to the same table.
         before = described(folder / RUN_FILE)
+        evaluation.note_suites(folder, experiment.suites, measured)
         description = {
             "configuration": config.model_dump(mode="json"),
             "artifacts": sorted(artifacts.union(before.get("artifacts", []))),
-            "records": {**before.get("records", {}), **records},
+            "records": {**before.get("records", {}), **hashes(folder, files)},
             "finished": time.time(),
         }
         write_json(folder / RUN_FILE, description)
@@ -136,6 +142,28 @@ def _record(config: Config, row: Row, evaluation: str, rows: Sequence[dict[str, 
     return name
 
 
+def _record_suites(
+    experiment: Experiment, row: Row, folder: Path, measured: dict[str, dict[str, Measured]]
+) -> set[str]:
+    """Measures a row on the suites beside perplexity, adds that to `measured`, and gives its record files."""
+    config, files = experiment.config, set()
+    subject = experiment.subject(row.label, row.candidate, row.role)
+    for name, suite in experiment.suites.items():
+        found = measured[name][row.label] = suite.measure(subject, experiment.store, experiment.costs)
+        file = evaluation.write_measured(
+            folder,
+            name,
+            found,
+            experiment=config.experiment,
+            profile=config.profile,
+            method=row.label,
+            seed=row.seed,
+        )
+        files |= {file} if file else set()
+    subject.release()  # before the next row is trained
+    return files
+
+
 def _open_run(folder: Path) -> tuple[Config, "pd.DataFrame"]:
     raw, records = open_run(folder)
     try:
@@ -144,8 +172,15 @@ def _open_run(folder: Path) -> tuple[Config, "pd.DataFrame"]:
         raise UserError(f"{folder} was made by another version of fusellm-harness: run the experiment again.") from None
 
 
+def suite_tables(folder: Path) -> "dict[str, Table]":
+    """The tables of the suites beside perplexity."""
+    config, records = _open_run(folder)
+    title = f"{config.title} ({config.experiment}, {config.profile})"
+    return evaluation.suite_tables(folder, records, list(config.methods), title, config.banner or "")
+
+
 def write_tables(folder: Path) -> None:
-    """The run's table in every format, and its figure where something was trained."""
+    """The run's tables in every format, and its figure where something was trained."""
     from results.figures import learning_curves
     from results.render import FORMATS, render
 
@@ -153,6 +188,8 @@ def write_tables(folder: Path) -> None:
     made = table(folder)
     for form in FORMATS:
         write_atomically(folder / f"table.{form}", render(made, form))
+        for name, of_suite in suite_tables(folder).items():
+            write_atomically(folder / f"table-{name}.{form}", render(of_suite, form))
     along = set(records.loc[records["tokens"].notna(), "method"])
     trained = [label for label in config.methods if label in along]
     if config.baseline in trained:

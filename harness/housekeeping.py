@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.artifacts import Store
+from harness.evaluation import FOLDER
 from harness.experiment import PLAN_FILE
 from harness.runs import RUN_FILE, described
 
@@ -19,7 +20,7 @@ def unused(root: Path) -> Iterator[tuple[Path, int]]:
     used = {
         root / name
         for pattern in (RUN_FILE, PLAN_FILE)
-        for run in (root / "runs").glob(f"*/*/*/{pattern}")
+        for run in [*(root / "runs").glob(f"*/*/*/{pattern}"), *(root / FOLDER).glob(f"*/*/{pattern}")]
         for name in described(run)["artifacts"]
     }
     for path in [*store.leftovers(), *(p for p in store.artifacts() if p not in used)]:

@@ -1,6 +1,6 @@
 """Finished runs and the tables made of them: from records alone, and without importing anything heavy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -55,6 +55,12 @@ def described(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     return read_json(path, "remove that file and run the experiment again, with all its seeds")
+
+
+def hashes(folder: Path, files: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of record files and of the provenance beside each, by name: what `open_run` checks."""
+    paths = [path.with_suffix(end) for path in (folder / "records" / f for f in files) for end in (".parquet", ".json")]
+    return {path.name: file_sha256(path) for path in paths}
 
 
 def open_run(folder: Path) -> "tuple[dict[str, Any], pd.DataFrame]":

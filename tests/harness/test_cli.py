@@ -29,6 +29,7 @@ def test_every_help_answers() -> None:
         ["audit"],
         ["doctor"],
         ["multipl-e", "execute"],
+        ["eval"],
     ):
         assert "Usage" in answer(*command, "--help")[1]
 

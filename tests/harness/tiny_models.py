@@ -62,11 +62,17 @@ _SMALL = {
 }
 
 
-def save_model(folder: Path, config: type[PreTrainedConfig], vocabulary: int, seed: int, **options: Any) -> Path:
-    """A random model of two layers and its tokenizer."""
+def save_model(
+    folder: Path, config: type[PreTrainedConfig], vocabulary: int, seed: int, spread: float = 1, **settings: Any
+) -> Path:
+    """A random model of two layers and its tokenizer; with a `spread` of weights above 1 it has opinions."""
     torch.manual_seed(seed)
     tokens = tokenizer(vocabulary)
-    AutoModelForCausalLM.from_config(config(vocab_size=len(tokens), **_SMALL, **options)).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config(vocab_size=len(tokens), **{**_SMALL, **settings}))
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(spread)
+    model.save_pretrained(folder)
     tokens.save_pretrained(folder)
     return folder
 
