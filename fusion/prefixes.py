@@ -56,6 +56,10 @@ class Run:
         set_(self, "branch", [0] * len(self.trunk) + [n for n, b in enumerate(self.branches, 1) for _ in b])
         set_(self, "positions", [*range(start, end), *(end + i for b in self.branches for i in range(len(b)))])
 
+    def is_plain(self, window: int | None) -> bool:
+        """Whether each of its tokens sees all before it, and there is nothing else."""
+        return self.stem is None and not self.branches and (window is None or len(self.tokens) <= window)
+
     def mask(self, window: int | None) -> Tensor:
         """bool[t, L + t]: which of stem and run each of the run's t tokens sees."""
         at, branch = torch.tensor(self.positions), torch.tensor(self.branch)
@@ -134,6 +138,7 @@ class _Reading:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         """out[A, T, D] of q[A, T, D], k[H, T, D], v[H, T, D]; A is a multiple of H."""
         out = q.new_empty(*q.shape[:2], v.shape[2])
+        attention = nn.functional.scaled_dot_product_attention
         heads, group = k.shape[0], q.shape[0] // k.shape[0]
         for number, (run, span) in enumerate(zip(self._runs, self.spans, strict=True)):
             keys, values = k[:, span], v[:, span]
@@ -144,12 +149,15 @@ class _Reading:
                 keys = torch.cat([run.stem.keys[layer], keys], 1)
                 values = torch.cat([run.stem.values[layer], values], 1)
             n = span.stop - span.start
+            if run.is_plain(window):
+                out[:, span] = attention(
+                    q[None, :, span], keys[None], values[None], is_causal=True, scale=scale, enable_gqa=group > 1
+                )[0]
+                continue
             # Query heads that share keys are stacked as more queries: nothing is repeated.
             stacked = q[:, span].reshape(1, heads, group * n, -1)
             mask = self._mask(number, window).repeat(group, 1)
-            attended = nn.functional.scaled_dot_product_attention(
-                stacked, keys[None], values[None], attn_mask=mask, scale=scale
-            )
+            attended = attention(stacked, keys[None], values[None], attn_mask=mask, scale=scale)
             out[:, span] = attended.reshape(q.shape[0], n, -1)
         return out
 

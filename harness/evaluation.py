@@ -210,9 +210,7 @@ def evaluate(
         parameters=count_parameters(resolved.folder),
         models_dir=root / "models",
     )
-    parts = {
-        name: {"section": one.section.model_dump(mode="json"), **one.identity()} for name, one in suites.items()
-    }
+    parts = {name: {"section": one.section.model_dump(mode="json"), **one.identity()} for name, one in suites.items()}
     identity = {"model": resolved.fingerprint, "dtype": dtype, "suites": parts}
     folder = root / FOLDER / resolved.name / fingerprint(identity)[:16]
     (folder / "records").mkdir(parents=True, exist_ok=True)

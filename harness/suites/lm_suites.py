@@ -4,10 +4,10 @@ Every example is written down as soon as all its requests are answered, so that 
 """
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, Field
 
@@ -25,6 +25,7 @@ from harness.suites.suite import (
     chosen,
     kept_lines,
     read_lines,
+    together,
 )
 from harness.suites.tasks import (
     Overrides,
@@ -106,11 +107,12 @@ class LmSuite:
         missing = {} if store.dry else self._missing(subject, [t for t in specs if not store.path(specs[t]).exists()])
         for task, reason in missing.items():
             say(f"{self.name} {subject.label}: {task} is left out, {reason}.")
-        paths = {}
-        for task, spec in specs.items():
-            if task not in missing:
-                estimate = costs.forward(subject.parameters, self._rows(task) * _PROMPT_BYTES)
-                paths[task] = store.ensure(spec, partial(self._run, task=task, subject=subject), estimate)
+        wanted = [
+            (task, spec, costs.forward(subject.parameters, self._rows(task) * _PROMPT_BYTES))
+            for task, spec in specs.items()
+            if task not in missing
+        ]
+        paths = together(store, wanted, partial(self._run, subject))
         return Measured(
             examples=lambda: (e for task, path in paths.items() for e in _examples(task, path)),
             artifacts=paths,
@@ -148,25 +150,24 @@ class LmSuite:
                 found[task] = reason
         return found
 
-    def _run(self, folder: Path, task: str, subject: Subject) -> None:
-        prepared = self._prepared[0][self._sources[task].name]
-        path = folder / EXAMPLES
-        done = {line["example"] for line in kept_lines(path)}
-        pending = {example: requests for example, requests in prepared.examples.items() if example not in done}
-        total = len(prepared.examples)
-        with track(f"{self.name} {subject.label} {task}", total, "examples", done=total - len(pending)) as advance:
+    def _run(self, subject: Subject, folders: Mapping[str, Path]) -> None:
+        """Writes the examples of several tasks that an earlier start has not, each into its task's folder."""
+        prepared = {task: self._prepared[0][self._sources[task].name] for task in folders}
+        pending: dict[tuple[str, str], list[Instance]] = {}
+        for task, folder in folders.items():
+            done = {line["example"] for line in kept_lines(folder / EXAMPLES)}
+            pending |= {(task, e): requests for e, requests in prepared[task].examples.items() if e not in done}
+        total = sum(len(one.examples) for one in prepared.values())
+        with track(f"{self.name} {subject.label}", total, "examples", done=total - len(pending)) as advance:
             if not pending:
                 return
-            lm = subject.lm(batch_size=self.section.batch_size, seed=self.section.seed)
 
-            def finished(example: str) -> None:
-                append_line(path, self._line(prepared, example))
+            def finished(key: tuple[str, str]) -> None:
+                task, example = key
+                append_line(folders[task] / EXAMPLES, self._line(prepared[task], example))
                 advance(1)
 
-            try:
-                answer(lm, pending, finished)
-            except UserError as error:
-                raise UserError(f"The task {task} of {self.name}: {error}") from None
+            answer(subject.lm(batch_size=self.section.batch_size, seed=self.section.seed), pending, finished)
 
     def _line(self, prepared: Prepared, example: str) -> dict[str, Any]:
         """What is kept of an example whose requests are answered."""
@@ -264,7 +265,10 @@ def too_long(prepared: Prepared, subject: Subject) -> str | None:
     return f"its longest prompt has {length} tokens{new}, which do not fit the context of {context}{advice}"
 
 
-def answer(lm: Any, examples: Mapping[str, list["Instance"]], finished: Callable[[str], None]) -> None:
+Key = TypeVar("Key", bound=Hashable)
+
+
+def answer(lm: Any, examples: Mapping[Key, list["Instance"]], finished: Callable[[Key], None]) -> None:
     """Has `lm` answer all requests; `finished(example)` is called once, when all of an example's have their `resps`.
 
     Examples are finished while others are under way, through the hook that lm-eval has for its cache. (The cache

@@ -5,21 +5,24 @@ them and another run them. They are kept in the fields of MultiPL-E's own tools.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
 from fusion.errors import UserError
 from harness.artifacts import Estimate, Spec, Store, file_sha256, write_atomically
-from harness.costs import Costs
+from harness.costs import BYTES_PER_TOKEN, Costs
 from harness.multipl_e.languages import LANGUAGES
 from harness.progress import say, track
 from harness.suites.lm_suites import answer
-from harness.suites.suite import SUITES, Example, Measured, Section, Subject, append_line, chosen, kept_lines
+from harness.suites.suite import SUITES, Example, Measured, Section, Subject, append_line, chosen, kept_lines, together
 from harness.suites.tasks import load_rows, local_split
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
 
 VERSION = 1
 SAMPLES = "samples.jsonl"
@@ -30,6 +33,10 @@ _RUN_SECONDS = 0.5  # of one program, for estimates
 TEMPERATURE, TOP_P = 0.2, 0.95  # section 4.1 of arXiv 2401.10491
 _PYTHON_STOPS = ["\ndef", "\n#", "\nif", "\nclass"]  # MultiPL-E's own for Python, whose rows are HumanEval's
 _FIELDS = ("name", "prompt", "tests", "stop_tokens")
+
+
+Sample = tuple[str, str, int]
+"""A language, a problem's name, and the sample's number."""
 
 
 class MultiplESection(Section):
@@ -142,14 +149,10 @@ class MultiplE:
                 if not store.path(spec).exists() and (reason := self._obstacle(language, subject)):
                     missing[language] = reason
                     say(f"{self.name} {subject.label}: {language} is left out, {reason}.")
-        paths: dict[str, Path] = {}
-        for language, spec in specs.items():
-            if language not in missing:
-                tokens = (self.section.limit or _PROBLEMS) * self.section.n * min(self.section.max_new_tokens, 256)
-                estimate = costs.forward(subject.parameters, 4.0 * tokens)
-                build = partial(self._write, language=language, subject=subject)
-                paths[language] = store.ensure(spec, build, estimate)
-        return paths, missing
+        tokens = (self.section.limit or _PROBLEMS) * self.section.n * min(self.section.max_new_tokens, 256)
+        estimate = costs.forward(subject.parameters, BYTES_PER_TOKEN * tokens)
+        wanted = [(language, spec, estimate) for language, spec in specs.items() if language not in missing]
+        return together(store, wanted, partial(self._write, subject)), missing
 
     def _spec(self, subject: Subject, language: str) -> Spec:
         section = self.section
@@ -207,54 +210,60 @@ class MultiplE:
             )
         return None
 
-    def _write(self, folder: Path, language: str, subject: Subject) -> None:
-        """Writes what is missing of the samples, then all of them in MultiPL-E's form."""
+    def _write(self, subject: Subject, folders: Mapping[str, Path]) -> None:
+        """Writes what is missing of several languages' samples, then all of each in MultiPL-E's form."""
+        done: dict[Sample, str] = {}
+        pending: dict[Sample, list[Instance]] = {}
+        for language, folder in folders.items():
+            done |= {(language, x["name"], x["sample"]): x["completion"] for x in kept_lines(folder / SAMPLES)}
+            for problem in self.problems(language):
+                pending |= self._requests(language, problem, done)
+        total = len(done) + len(pending)
+        with track(f"{self.name} {subject.label}", total, "samples", done=len(done)) as advance:
+
+            def finished(key: Sample) -> None:
+                language, name, sample = key
+                done[key] = pending[key][0].resps[0]
+                append_line(folders[language] / SAMPLES, {"name": name, "sample": sample, "completion": done[key]})
+                advance(1)
+
+            if pending:
+                answer(subject.lm(batch_size=self.section.batch_size, seed=self.section.seed), pending, finished)
+        for language, folder in folders.items():
+            lines = [
+                {
+                    **problem,
+                    "language": language,
+                    "completions": [done[language, problem["name"], sample] for sample in range(self.section.n)],
+                    "temperature": 0.0 if self.section.greedy else TEMPERATURE,
+                    "top_p": 1.0 if self.section.greedy else TOP_P,
+                    "max_tokens": self.section.max_new_tokens,
+                }
+                for problem in self.problems(language)
+            ]
+            write_atomically(folder / COMPLETIONS, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def _requests(
+        self, language: str, problem: Mapping[str, Any], done: Mapping[Sample, str]
+    ) -> "dict[Sample, list[Instance]]":
+        """What lm-eval's LM is asked for each of a problem's samples that is not there."""
         from lm_eval.api.instance import Instance
 
-        section, path = self.section, folder / SAMPLES
-        problems = self.problems(language)
-        done = {(line["name"], line["sample"]): line["completion"] for line in kept_lines(path)}
-        total = len(problems) * section.n
-        sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0}
-        pending: dict[str, list[Instance]] = {}
-        whose: dict[str, tuple[str, int]] = {}
-        for problem in problems:
-            kwargs = {
-                "until": problem["stop_tokens"],
-                "max_gen_toks": section.max_new_tokens,
-                # Whatever the checkpoint's generation_config.json says: the protocol knows no penalty.
-                "repetition_penalty": 1.0,
-                **({"do_sample": False} if section.greedy else sampling),
-            }
-            for sample in range(section.n):
-                if (problem["name"], sample) not in done:
-                    key = f"{problem['name']}#{sample}"
-                    whose[key] = problem["name"], sample
-                    pending[key] = [Instance("generate_until", problem, (problem["prompt"], kwargs), sample)]
-        title = f"{self.name} {subject.label} {language}"
-        with track(title, total, "samples", done=total - len(pending)) as advance:
-            if pending:
-                lm = subject.lm(batch_size=section.batch_size, seed=section.seed)
-
-                def finished(key: str) -> None:
-                    name, sample = whose[key]
-                    done[name, sample] = pending[key][0].resps[0]
-                    append_line(path, {"name": name, "sample": sample, "completion": done[name, sample]})
-                    advance(1)
-
-                answer(lm, pending, finished)
-        lines = [
-            {
-                **problem,
-                "language": language,
-                "completions": [done[problem["name"], sample] for sample in range(section.n)],
-                "temperature": 0.0 if section.greedy else TEMPERATURE,
-                "top_p": 1.0 if section.greedy else TOP_P,
-                "max_tokens": section.max_new_tokens,
-            }
-            for problem in problems
-        ]
-        write_atomically(folder / COMPLETIONS, "".join(json.dumps(line) + "\n" for line in lines))
+        kwargs = {
+            "until": problem["stop_tokens"],
+            "max_gen_toks": self.section.max_new_tokens,
+            # Whatever the checkpoint's generation_config.json says: the protocol knows no penalty.
+            "repetition_penalty": 1.0,
+            "do_sample": False,
+        }
+        if not self.section.greedy:
+            kwargs |= {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0}
+        keys = [(language, str(problem["name"]), sample) for sample in range(self.section.n)]
+        return {
+            key: [Instance("generate_until", dict(problem), (problem["prompt"], kwargs), key[2])]
+            for key in keys
+            if key not in done
+        }
 
 
 def _problem(language: str, row: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from fusion.errors import UserError
 from fusion.registry import Registry
-from harness.artifacts import Store, whole_lines, write_atomically
+from harness.artifacts import Estimate, Spec, Store, whole_lines, write_atomically
 from harness.costs import Costs
 from harness.models import ModelSpec, ResolvedModel, load_model, load_tokenizer, resolve
 
@@ -142,6 +142,36 @@ def suite(name: str) -> type[Suite]:
     from harness.suites import lm_suites, multipl_e, perplexity  # noqa: F401  they register themselves
 
     return SUITES.get(name)
+
+
+def together(
+    store: Store, wanted: Sequence[tuple[str, Spec, Estimate]], run: Callable[[dict[str, Path]], None]
+) -> dict[str, Path]:
+    """The artifacts by name; those that are not there are made by one call, `run(their folders by name)`.
+
+    So several tasks share the batches of one model, and each has an artifact of its own all the same.
+    """
+    paths: dict[str, Path] = {}
+
+    def enter(rest: Sequence[tuple[str, Spec, Estimate]], folders: dict[str, Path]) -> None:
+        if not rest:
+            if folders:
+                run(folders)
+            return
+        (name, spec, estimate), *others = rest
+        entered = False
+
+        def build(folder: Path) -> None:
+            nonlocal entered
+            entered = True
+            enter(others, {**folders, name: folder})
+
+        paths[name] = store.ensure(spec, build, estimate)
+        if not entered:
+            enter(others, folders)
+
+    enter(wanted, {})
+    return {name: paths[name] for name, _, _ in wanted}
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
