@@ -17,7 +17,7 @@ from benchmarks.page import Result
 from fusion.extraction import batches_by_length, externalise, reader
 from fusion.heads import fused_forward
 from fusion.objective import Head, mixed_loss
-from fusion.packing import attending_by_piece, check_packing, own_forward, packed_inputs
+from fusion.packing import Packing, attending_by_piece, check_packing, own_forward, packed_inputs
 from fusion.vocabulary import encode, prefix_id
 from harness.artifacts import PeakMemory
 from harness.context import TARGET, Experiment
@@ -25,7 +25,7 @@ from harness.corpus import Pieces
 from harness.models import ResolvedModel, compute_dtype, load_model
 from harness.rows import IGNORED, FusionData, Rows, collate
 
-_KINDS = ("clm", "fusellm", "plain")
+_KINDS = ("clm", "masked", "fusellm", "plain")
 _LAMBDA = 0.9
 _ENTRIES = 10
 
@@ -153,18 +153,23 @@ class _Stepper:
         self.dtype = compute_dtype("auto", "cpu")
 
     def step(self, kind: str, batch: dict[str, Tensor]) -> float:
-        """Seconds of one step on a batch of `collate`: "clm", "fusellm", or "plain" (FuseLLM with dense targets)."""
+        """Seconds of one step on a batch of `collate`: "clm", "fusellm", "masked" (CLM a row at a time, whose attention
+        masks the other pieces), or "plain" (FuseLLM with dense targets).
+        """
         started = time.perf_counter()
-        with attending_by_piece(self.model, self.packing):
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bfloat16"):
-                loss = self._plain(batch) if kind == "plain" else self._loss(batch, fusion=kind == "fusellm")
-            (loss / batch["labels"].ne(IGNORED).sum()).backward()
+        packing: Packing = "positions" if kind == "masked" else self.packing
+        rows = [{n: v[i : i + 1] for n, v in batch.items()} for i in range(len(batch["labels"]))]
+        for part in rows if kind == "masked" else [batch]:
+            with attending_by_piece(self.model, packing):
+                with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bfloat16"):
+                    loss = self._plain(part) if kind == "plain" else self._loss(part, packing, fusion=kind == "fusellm")
+                (loss / batch["labels"].ne(IGNORED).sum()).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return time.perf_counter() - started
 
-    def _loss(self, batch: dict[str, Tensor], *, fusion: bool) -> Tensor:
+    def _loss(self, batch: dict[str, Tensor], packing: Packing, *, fusion: bool) -> Tensor:
         labels = batch["labels"]
         targets: Any = {"lam": 1.0}
         if fusion:
@@ -176,7 +181,7 @@ class _Stepper:
             batch["position_ids"],
             gold=labels.clamp(min=-1),
             clm_weight=(labels >= 0).float(),
-            packing=self.packing,
+            packing=packing,
             **targets,
         ).total
 
@@ -207,6 +212,16 @@ def training(prepared: Prepared, *, quick: bool) -> list[Result]:
     tokens = batch["input_ids"].numel()
     what = f"a FuseLLM step with {len(experiment.config.roles.sources)} sources, {tokens:,} positions"
     return [
+        Result(
+            f"a CLM step, of which the slowest stage of `{experiment.config.experiment}` is made, {tokens:,} positions",
+            "% of the step with masks",
+            100 * median["clm"] / median["masked"],
+            75.0,
+            limit=100 * 6 * parameters * tokens / machine.matmul(dtype) / median["masked"],
+            note=f"{median['clm']:.2f} s against {median['masked']:.2f} s: pieces attend by themselves and "
+            f"{len(batch['labels'])} rows are read at once, where a mask hid the other pieces of one row. Limit: the "
+            "matrix products of a step alone.",
+        ),
         Result(
             f"{what}: time",
             "CLM steps",
