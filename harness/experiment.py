@@ -83,7 +83,8 @@ def run(config: Config, root: Path) -> Path:
             experiment.evaluate(row.label, row.candidate, row.role)
         return folder
     (folder / "records").mkdir(parents=True, exist_ok=True)
-    artifacts = {str(p.path.relative_to(root)) for p in planned}
+    # What the plan has not asked for, naming the run has (the pieces, where nothing is trained).
+    artifacts = {str(p.path.relative_to(root)) for p in [*planned, *experiment.store.planned.values()]}
     with alone(folder / ".lock", f"run {folder.name}"):
         # Known from the beginning, so that cleaning up spares what a run under way has made.
         before = described(folder / PLAN_FILE).get("artifacts", [])

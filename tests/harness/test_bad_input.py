@@ -128,7 +128,7 @@ NAMES: list[tuple[list[str], str]] = [
     ([*SHOW, "main", "--profile", "tiny"], "main has no profile 'tiny': its profiles are small, paper"),
     (["audit", "qickstart"], "did you mean 'quickstart'"),
     (setting("training.learning_rat=1"), "unknown key training.learning_rat .did you mean 'learning_rate'."),
-    (setting("suites.perplexitty.window=3"), "unknown key suites.perplexitty .did you mean 'perplexity'."),
+    (setting("suites.perplexitty.window=3"), "There is no suite 'perplexitty' .did you mean 'perplexity'."),
     (setting("roles.source.x.model=y"), "unknown key roles.source .did you mean 'sources'."),
     (setting("methods.CLM.method=clmm"), "There is no method 'clmm' .did you mean 'clm'."),
     (setting("methods.FuseLLM.map=minde"), "methods.FuseLLM: There is no map 'minde' .did you mean 'mined'."),

@@ -432,21 +432,21 @@ def test_eval_prints_a_table_and_computes_nothing_twice(
     rows: Path, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from harness.housekeeping import unused
-    from tests.harness.test_cli import _answer as answer
+    from tests.harness.command import answer
 
     command = ["eval", str(models["one"]), "--suite", "bbh,commonsense", "--task", "arc_easy", "--limit", "3"]
     command += ["--task", "navigate", "--data-root", str(rows), "--root", str(tmp_path), "--set"]
     command += ["bbh.max_new_tokens=4", "--dtype", "float32"]
-    status, printed = answer([*command, "--format", "md"])
-    assert status == 0, printed
+    status, printed, said = answer(*command, "--format", "md")
+    assert status == 0, said
     assert "one: bbh" in printed and "one: commonsense" in printed and "| navigate | average |" in printed
     monkeypatch.setattr(suite, "load_model", lambda *_: pytest.fail("loaded"))
-    status, again = answer([*command, "--format", "json"])
-    assert status == 0, again
+    status, again, said = answer(*command, "--format", "json")
+    assert status == 0, said
     assert '"value"' in again
     assert not list(unused(tmp_path))
-    status, printed = answer([*command, "--task", "snarkz"])
-    assert status == 2 and "did you mean 'snarks'" in printed and len(printed.strip().splitlines()) == 1
+    status, _, said = answer(*command, "--task", "snarkz")
+    assert status == 2 and "did you mean 'snarks'" in said and len(said.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("sampled", [False, True])
