@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK = 256  # positions projected at once: large enough for a full matrix product, small beside a row of 2,048
+CHUNK = 512  # positions projected at once: large enough for a full matrix product, small beside a row of 2,048
+CACHED = 2**20  # logits of a chunk that a CPU works on at once: float32, they stay in its cache from step to step
 TAIL_FLOOR = 1e-30  # of 1 - Q; met only where nothing is left outside the kept ids, see `mixed_loss`
 
 
@@ -173,30 +174,31 @@ class _Projected(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
 
-            def project(
-                part: slice,
-            ) -> None:  # a function, so that a chunk's buffers are gone before the next's are made
+            def project(part: slice) -> None:  # a function, so that its buffer is gone before the next one is made
                 h = hidden[part].to(dtype)
-                logits = F.linear(h, w, b).to(exact)
-                slope = _scale_and_cap(logits, head, any(wants))
-                clm[part], fusion[part] = _terms(logits, targets[part], lam, floor, any(wants))
-                if not any(wants):
-                    return
-                d_logits = logits if slope is None else logits.mul_(slope)
-                if head.scale != 1:
-                    d_logits.mul_(head.scale)
-                if d_bias is not None:
-                    d_bias.add_(d_logits.sum(0))
-                d_projected = d_logits.to(dtype)
+                product = F.linear(h, w, b)
+                for few in _spans(part, _few(product)):
+                    here = slice(few.start - part.start, few.stop - part.start)
+                    logits = product[here].to(exact)
+                    slope = _scale_and_cap(logits, head, any(wants))
+                    clm[few], fusion[few] = _terms(logits, targets[few], lam, floor, any(wants))
+                    if not any(wants):
+                        continue
+                    d_logits = logits if slope is None else logits.mul_(slope)
+                    if head.scale != 1:
+                        d_logits.mul_(head.scale)
+                    if d_bias is not None:
+                        d_bias.add_(d_logits.sum(0))
+                    product[here] = d_logits
                 if d_hidden is not None:
-                    d_hidden[part] = d_projected @ w
+                    d_hidden[part] = product @ w
                 if d_weight is not None and dtype == exact:
-                    d_weight.addmm_(d_projected.T, h)
+                    d_weight.addmm_(product.T, h)
                 elif d_weight is not None:
-                    d_weight.add_(d_projected.T @ h)
+                    d_weight.add_(product.T @ h)
 
-            for start in range(0, len(hidden), chunk):
-                project(slice(start, start + chunk))
+            for part in _spans(slice(0, len(hidden)), chunk):
+                project(part)
         ctx.gradients = (d_hidden, d_weight, d_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return _sums(ctx, clm, fusion, lam)
@@ -204,6 +206,16 @@ class _Projected(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         return (*_scaled(ctx, upstream[0]), None, None, None, None, None, None, None)
+
+
+def _spans(whole: slice, size: int) -> list[slice]:
+    """`whole` cut into slices of at most `size`."""
+    return [slice(start, min(start + size, whole.stop)) for start in range(whole.start, whole.stop, size)]
+
+
+def _few(logits: Tensor) -> int:
+    """Positions of logits[C, V] that are worked on at once."""
+    return len(logits) if logits.device.type != "cpu" else max(1, CACHED // logits.shape[1])
 
 
 class _Given(torch.autograd.Function):

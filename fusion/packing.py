@@ -20,13 +20,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from fusion.attention import attend_by_piece
 from fusion.errors import UserError
 
 Packing = Literal["pieces", "positions", "flat", "mask"]
 PACKINGS: tuple[Packing, ...] = ("pieces", "positions", "flat", "mask")
-_BY_PIECE = "fusellm_by_piece"  # the name of `_attend_by_piece` among the attentions of transformers
+_BY_PIECE = "fusellm_by_piece"  # the name of `attend_by_piece` among the attentions of transformers
 
 
 def packed_inputs(packing: Packing, input_ids: Tensor, position_ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
@@ -66,43 +66,12 @@ def attending_by_piece(model: nn.Module, packing: Packing) -> Iterator[None]:
     before = model.config._attn_implementation  # type: ignore[union-attr]
     if before != "sdpa" or not _layer_kinds(model) <= {"full_attention", "sliding_attention"}:
         raise ValueError(f"its layers are {', '.join(sorted(_layer_kinds(model)))} under {before}")
-    AttentionInterface.register(_BY_PIECE, _attend_by_piece)
+    AttentionInterface.register(_BY_PIECE, attend_by_piece)
     model.set_attn_implementation(_BY_PIECE)  # type: ignore[operator]
     try:
         yield
     finally:
         model.set_attn_implementation(before)  # type: ignore[operator]
-
-
-def _attend_by_piece(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    piece_lengths: list[list[int]] | None = None,
-    sliding_window: int | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention [B, T, H, D] of query[B, H, T, D], key and value[B, Hkv, T, D] within each piece.
-
-    Without `piece_lengths` every row is one piece. A model is given no mask under an attention that it does not know,
-    so that what its masks would have said, causality and the window, is done here.
-    """
-    if attention_mask is not None or query.shape[2] != key.shape[2]:
-        raise ValueError("attention by piece serves whole rows without a mask or a cache")
-    rows = []
-    for row, parts in enumerate(zip(*(x.split(1) for x in (query, key, value)), strict=True)):
-        lengths = [query.shape[2]] if piece_lengths is None else piece_lengths[row]
-        pieces = []
-        for q, k, v in zip(*(part.split(lengths, dim=2) for part in parts), strict=True):
-            n, mask = q.shape[2], None
-            if sliding_window is not None and n > sliding_window:
-                mask = torch.ones(n, n, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)[None, None]
-            pieces.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0])
-        rows.append(torch.cat(pieces, dim=1))
-    return torch.cat(rows), None
 
 
 def piece_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:

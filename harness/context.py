@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from harness.suites.suite import Subject, Suite
 
 MAP_VERSION = 1
-TRAIN_VERSION = 3
+TRAIN_VERSION = 4
 TARGET = "target"
 MODEL_FOLDER = "model"
 VERSIONS = {
