@@ -12,6 +12,7 @@ from benchmarks.page import Result, page
 from fusion.errors import UserError
 from harness.config import load
 from harness.context import TARGET, Experiment
+from harness.memory import keep_freed
 from harness.progress import say
 
 WITHOUT_MODELS = {
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--experiment", default="main", help="whose models train and extract (default: main, small)")
     parser.add_argument("--output", type=Path, help="file for the page (default: standard output)")
     options = parser.parse_args(arguments)
+    keep_freed()  # as a run on a CPU does
     try:
         facts = machine.facts()
         results, left_out = measure(options)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-_SHORT = 448  # positions; below, on a CPU, whole products in bfloat16 beat the blocks of its flash attention
+_SHORT = 640  # positions; below, on a CPU, whole products in bfloat16 beat the blocks of its flash attention
 
 
 def attend_by_piece(

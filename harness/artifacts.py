@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 from fusion.errors import UserError
 from harness import ranks
 from harness.claims import Claims, in_use
+from harness.memory import give_back
 
 MANIFEST = "manifest.json"
 _IDENTITY = ("kind", "version", "inputs", "params")
@@ -249,6 +250,7 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = self._begun(spec)
         started, resumed = time.time(), folder.exists()
+        give_back()  # this stage's memory is not to be that of the one before
         with contextlib.ExitStack() as held:
             with PeakMemory() as peak, disk_errors(folder):
                 if share is not None:

@@ -3,7 +3,6 @@
 Everything goes through the store, so that nothing is made twice; with a dry store the same code only plans.
 """
 
-import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from harness.config import Config, Role
 from harness.corpus import Document, Pieces
 from harness.costs import BYTES_PER_TOKEN, Costs
 from harness.extraction import Extraction, extraction_spec
+from harness.memory import keep_freed
 from harness.models import (
     ModelSpec,
     ResolvedModel,
@@ -320,7 +320,6 @@ class Experiment:
             from harness.rows import Rows
             from harness.training import Curve, train
 
-            gc.collect()  # an earlier training's model lies in cycles, and would fill a GPU beside the next one
             tokenizer, vocabulary = self.tokenizer(TARGET)
             data = self.fusion_data(fusion) if fusion is not None else None
             rows = Rows(Pieces(self.pieces[1]), tokenizer, vocabulary, settings.row_length, data)
@@ -469,4 +468,5 @@ def usable_device(device: str, *, dry: bool) -> str:
         raise UserError("device is cuda, but this machine has no CUDA device that torch can use: set device=cpu.")
     # DeepSpeed would look for an accelerator by itself and warn on standard output, where tables go.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    keep_freed()
     return "cpu"

@@ -1,5 +1,6 @@
 """What a manifest says about the making of an artifact."""
 
+import subprocess
 import sys
 
 import numpy as np
@@ -19,3 +20,20 @@ def test_a_stage_is_not_charged_with_the_memory_of_the_one_before() -> None:
             np.ones(10 * MEGABYTE, np.uint8)
     assert large.bytes - small.bytes > 300 * MEGABYTE
     assert around.bytes >= large.bytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc's heap is told what to do")
+def test_freed_memory_is_kept_until_it_is_given_back() -> None:
+    """In a process of its own: what is told to the heap cannot be taken back."""
+    code = """
+import numpy as np, psutil
+from harness.memory import give_back, keep_freed
+resident = lambda: psutil.Process().memory_info().rss
+keep_freed()
+before = resident()
+np.ones(200 * 2**20, np.uint8)
+assert resident() - before > 150 * 2**20
+give_back()
+assert resident() - before < 50 * 2**20
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
