@@ -461,11 +461,20 @@ def main() -> None:
 
     def stop(number: int, frame: Any) -> None:
         nonlocal stopped_by
-        stopped_by = number
+        if number != signal.SIGALRM:
+            stopped_by = number
         raise KeyboardInterrupt
 
+    def ignored(unraisable: Any) -> None:
+        # Raised in a callback of the garbage collector it stops nothing: once more, when that is over.
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else:
+            hook(unraisable)
+
     # A batch system's signal cleans up as Ctrl-C does.
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    hook, sys.unraisablehook = sys.unraisablehook, ignored
     try:
         try:
             status = app(prog_name="fusellm", standalone_mode=False)
@@ -479,6 +488,8 @@ def main() -> None:
             status = 128 + stopped_by
         sys.exit(status)
     finally:
+        sys.unraisablehook = hook
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
 

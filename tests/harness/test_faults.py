@@ -13,17 +13,19 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
+import typer
 from filelock import FileLock
 
 from fusion.errors import UserError
 from fusion.vocabulary import encode
-from harness import context, experiment, extraction, perplexity, progress, training
+from harness import cli, context, experiment, extraction, perplexity, progress, training
 from harness.artifacts import Store, alone, read_manifest
 from harness.config import load
 from harness.housekeeping import unused
@@ -152,6 +154,24 @@ def test_a_signal_ends_in_one_sentence_and_leaves_no_process(
     assert answer(*arguments)[0] == 0
     records = {name: raw for name, raw in results(tmp_path / "root").items() if name.endswith(".parquet")}
     assert len(records) == 3 and records.items() <= results(finished).items()
+
+
+def test_a_signal_is_not_lost_in_a_callback_of_the_garbage_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Thing: ...
+
+    app = typer.Typer()
+
+    @app.command()
+    def work() -> None:
+        thing = Thing()
+        _kept = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        del thing
+        time.sleep(60)
+
+    monkeypatch.setattr(cli, "app", app)
+    status, _, err = answer()
+    assert status == 143
+    assert sentence(err) == "fusellm: terminated; the same command goes on from here."
 
 
 # Disks.
