@@ -182,24 +182,28 @@ class _Step:
         for number, rows in enumerate(self._groups):
             span = slice(start, start + len(rows))
             start = span.stop
-            out[:, span] = self._of_group(number, layer, q[:, span] * scale, k[:, span], v[:, span], window)
+            out[:, span] = self._of_group(number, layer, q[:, span], k[:, span], v[:, span], scale, window)
         return out
 
-    def _of_group(self, number: int, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    def _of_group(
+        self, number: int, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
         rows, lengths = self._groups[number], self._lengths[number]
         n, end = len(rows), max(rows.lengths) + 1
         keys, values = rows.keys[layer], rows.values[layer]
         at = torch.arange(n, device=lengths.device), slice(None), lengths
         keys[at], values[at] = k.transpose(0, 1), v.transpose(0, 1)
         heads, group = k.shape[0], q.shape[0] // k.shape[0]
-        q = q.reshape(heads, group, n, -1)
-        own = q.permute(2, 0, 1, 3) @ keys[:n, :, :end].transpose(2, 3)  # [n, H, group, end]
+        # As in flash attention scores are float32: there are models whose scores are in the hundreds.
+        exact = torch.promote_types(q.dtype, torch.float32)
+        q = q.reshape(heads, group, n, -1).to(exact) * scale
+        own = q.permute(2, 0, 1, 3) @ keys[:n, :, :end].transpose(2, 3).to(exact)  # [n, H, group, end]
         scores = own.permute(1, 2, 0, 3)
         if rows.stem is not None:
-            stem = q.flatten(1, 2) @ rows.stem.keys[layer].transpose(1, 2)
+            stem = q.flatten(1, 2) @ rows.stem.keys[layer].transpose(1, 2).to(exact)
             scores = torch.cat([stem.unflatten(1, (group, n)), scores], 3)
         scores = scores.masked_fill(self._hides(number, end, window), -torch.inf)
-        p = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+        p = scores.softmax(-1).to(v.dtype)
         own_p = p[..., rows.start :].permute(2, 0, 1, 3)
         out = (own_p @ values[:n, :, :end]).permute(1, 2, 0, 3)
         if rows.stem is not None:

@@ -151,6 +151,25 @@ def test_what_cannot_be_read_in_parts_says_why(
         PrefixReader(make(config, **settings))
 
 
+def test_great_scores_are_not_rounded() -> None:
+    """As in Qwen2.5: its keys have a great bias, which all scores share, and bfloat16 would round them to whole units."""
+    model = make(LlamaConfig, attention_bias=True, rope_parameters={"rope_type": "default", "rope_theta": 1e12})
+    for layer in model.model.layers:
+        # In each head of four the second number is one that hardly rotates.
+        layer.self_attn.k_proj.bias.data[1::4] = 200
+        layer.self_attn.q_proj.bias.data[1::4] = 2
+    model = model.to(torch.bfloat16)
+    tokens = text(12, 1)
+    reader = PrefixReader(model)
+    with reader.reading():
+        _, (kept,) = reader.begin([Run(tokens[:8])])
+        rows = Rows(None, 4)
+        rows.add(kept)
+        steps = torch.cat([reader.step([rows], [token]) for token in tokens[8:]])
+    expected = whole(model, tokens)[8:]
+    torch.testing.assert_close(steps, expected, rtol=0, atol=float(expected.abs().max()) / 16)
+
+
 def test_a_window_that_attention_does_not_name_is_refused() -> None:
     model = make(LlamaConfig)
     model.config.sliding_window = 4  # as of a model that keeps its window in the mask alone
