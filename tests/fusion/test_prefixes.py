@@ -152,7 +152,7 @@ def test_what_cannot_be_read_in_parts_says_why(
 
 
 def test_great_scores_are_not_rounded() -> None:
-    """As in Qwen2.5: its keys have a great bias, which all scores share, and bfloat16 would round them to whole units."""
+    """As in Qwen2.5: its keys have a great bias, which all scores share; bfloat16 would round them to whole units."""
     model = make(LlamaConfig, attention_bias=True, rope_parameters={"rope_type": "default", "rope_theta": 1e12})
     for layer in model.model.layers:
         # In each head of four the second number is one that hardly rotates.
