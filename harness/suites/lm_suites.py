@@ -3,7 +3,6 @@
 Every example is written down as soon as all its requests are answered, so that a kill costs only what was under way.
 """
 
-import difflib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, Field
 
-from fusion.errors import UserError
+from fusion.errors import UserError, did_you_mean
 from harness.artifacts import Spec, Store
 from harness.costs import Costs
 from harness.progress import say, track
@@ -399,8 +398,7 @@ class Generative(LmSuite):
             return task_folder() / self._FILES[task]
         index = task_index()
         if task not in index:
-            near = difflib.get_close_matches(task, index, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            hint = did_you_mean(task, index)
             raise UserError(f"lm-eval {lm_eval_version()} has no task {task!r}{hint}: correct the name.")
         kind, path = index[task]
         if kind != "task":

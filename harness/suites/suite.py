@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from fusion.errors import UserError
+from fusion.errors import UserError, did_you_mean
 from fusion.registry import Registry
 from harness.artifacts import Estimate, Spec, Store, whole_lines, write_atomically
 from harness.costs import Costs
@@ -196,11 +196,8 @@ def chosen(wanted: Sequence[str] | None, known: Sequence[str], suite_name: str) 
 
     Raises UserError with the nearest spelling for one that the suite does not have.
     """
-    import difflib
-
     for name in wanted or ():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            hint = did_you_mean(name, known)
             raise UserError(f"The suite {suite_name} has no task {name!r}{hint}: its tasks are {', '.join(known)}.")
     return [name for name in known if wanted is None or name in wanted]
