@@ -128,7 +128,9 @@ class Merge:
         def build(folder: Path) -> None:
             members.merge(context, configuration, folder / MODEL_FOLDER)
 
-        made = context.make("merge", build, version=VERSION, inputs=members.inputs, params=members.params(configuration))
+        made = context.make(
+            "merge", build, version=VERSION, inputs=members.inputs, params=members.params(configuration)
+        )
         return Candidate(made.folder / MODEL_FOLDER, made.fingerprint, seeded=members.seed is not None)
 
     def _tuned(self, context: Context, models: Sequence[str]) -> Candidate:
@@ -141,7 +143,9 @@ class Merge:
             def score(shares: Sequence[float], number: int) -> float:
                 trial, configuration = folder / "trial", parameters.configuration(models, shares)
                 members.merge(context, configuration, trial)
-                candidate = Candidate(trial, members.fingerprint(context, configuration), seeded=members.seed is not None)
+                candidate = Candidate(
+                    trial, members.fingerprint(configuration), seeded=members.seed is not None
+                )
                 found = context.score(candidate, f"{context.label}, trial {number} of {parameters.trials}")
                 shutil.rmtree(trial)
                 return found
@@ -307,9 +311,7 @@ def check_configuration(configuration: Mapping[str, Any], label: str) -> None:
         )
 
 
-def check_mergeable(
-    folders: Mapping[str, Path], label: str, *, sliced: bool = False, tokenizers: bool = True
-) -> None:
+def check_mergeable(folders: Mapping[str, Path], label: str, *, sliced: bool = False, tokenizers: bool = True) -> None:
     """Raises UserError, saying what differs, unless all checkpoints have one architecture, its sizes and a tokenizer.
 
     Reads configurations and tokenizers, no weights. `sliced`: the number of layers may differ.
@@ -344,16 +346,15 @@ def _tokenizers_differ(one: Path, other: Path) -> str:
     from tokenizers import Tokenizer
 
     # As the library writes them, since older ones wrote the same otherwise.
-    left, right = (json.loads(Tokenizer.from_file(str(f / "tokenizer.json")).to_str()) for f in (one, other))
-    words, others = ({**t["model"].get("vocab", {})} for t in (left, right))
-    if words != others:
-        token = min(words.items() ^ others.items(), key=lambda pair: pair[1])
-        return f"their vocabularies, first at token {token[1]}"
+    left, right = (Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (one, other))
+    if differing := left.get_vocab().items() ^ right.get_vocab().items():
+        token, number = min(differing, key=lambda pair: (pair[1], pair[0]))
+        return f"first in token {number}, {token!r}"
+    # As the library writes them, since older ones wrote the same otherwise.
+    mine, theirs = json.loads(left.to_str()), json.loads(right.to_str())
     for part in ("normalizer", "pre_tokenizer", "model"):
-        if left[part] != right[part]:
-            return f"their {part}"
-    if {t["content"]: t["id"] for t in left["added_tokens"]} != {t["content"]: t["id"] for t in right["added_tokens"]}:
-        return "their added tokens"
+        if mine[part] != theirs[part]:
+            return f"in their {part}"
     return ""
 
 
@@ -396,4 +397,6 @@ def _names(configuration: Any) -> Iterator[str]:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     # Pydantic says in its second line where something is wrong and in its third line what.
-    return " ".join(line.strip() for line in lines[1:3] if lines[0].endswith("MergeConfiguration")) or lines[0].rstrip(".")
+    return " ".join(line.strip() for line in lines[1:3] if lines[0].endswith("MergeConfiguration")) or lines[0].rstrip(
+        "."
+    )

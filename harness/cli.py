@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from fusion.errors import UserError
+from fusion.errors import UserError, did_you_mean
 from harness import ranks
 
 app = typer.Typer(
@@ -24,8 +24,10 @@ app = typer.Typer(
 experiments = typer.Typer(help="List, show and run experiments.", no_args_is_help=True)
 models = typer.Typer(help="The models known by name: list, fetch, convert.", no_args_is_help=True)
 artifacts = typer.Typer(help="What has been made: list, verify, clean up.", no_args_is_help=True)
+baselines = typer.Typer(help="What FuseLLM is compared with: list, show and build methods.", no_args_is_help=True)
 multipl_e = typer.Typer(help="MultiPL-E: execute generated programs in the sandbox.", no_args_is_help=True)
 app.add_typer(experiments, name="experiment")
+app.add_typer(baselines, name="baseline")
 app.add_typer(models, name="models")
 app.add_typer(artifacts, name="artifacts")
 app.add_typer(multipl_e, name="multipl-e")
@@ -51,7 +53,7 @@ def _global(
     # The deepspeed launcher adds --local_rank to every command; the environment says it, too.
     if debug:
         os.environ["FUSELLM_DEBUG"] = "1"
-    if ranks.world() > 1 and context.invoked_subcommand not in ("experiment", "quickstart", "extract"):
+    if ranks.world() > 1 and context.invoked_subcommand not in ("experiment", "baseline", "quickstart", "extract"):
         raise UserError(f"fusellm {context.invoked_subcommand} is one process: start it without torchrun or deepspeed.")
 
 
@@ -192,8 +194,8 @@ def evaluate(
         raise UserError("fusellm eval needs a model and --suite, or --execute with a file of completions.")
     _quiet_libraries()
     from harness import evaluation
-    from harness.context import usable_device
     from harness.models import ModelSpec
+    from harness.ranks import usable_device
 
     common = {"limit": limit, "samples": samples, "seed": seed, "batch_size": batch_size}
     common |= {"execute": not generate_only, "sandbox": not unsafe}
@@ -251,6 +253,64 @@ def extract(
     experiment = Experiment(config, root)
     for role in roles or [TARGET, *config.roles.sources]:
         typer.echo(f"{role}: {experiment.extract(role)[1]}")
+
+
+@baselines.command("list")
+def baseline_list(form: FormatOption = None) -> None:
+    """Every method, those of installed packages included: what it needs, what can be set, where it is from."""
+    from baselines.listing import all_listed
+
+    rows = []
+    for one in all_listed():
+        settings = ", ".join(f"{s.name}: {s.type} = {s.default}" for s in one.settings)
+        rows.append([one.name, one.refused or one.summary, ", ".join(one.needs), settings, one.reference])
+    _print(["method", "what it is", "needs", "parameters", "reference"], rows, form)
+
+
+@baselines.command("show")
+def baseline_show(
+    name: Annotated[str, typer.Argument(help="A method's name (see `baseline list`).")], form: FormatOption = None
+) -> None:
+    """The parameters of a method."""
+    from baselines.listing import listed
+
+    one = listed(name)
+    _print(["parameter", "type", "default", "what it is"], [list(vars(s).values()) for s in one.settings], form)
+    if form is None:
+        typer.echo(f"{one.summary} Needs: {', '.join(one.needs) or 'nothing more'}. Reference: {one.reference or '-'}")
+
+
+@baselines.command("build")
+def baseline_build(
+    name: Annotated[str, typer.Argument(help="A row of the experiment, or a method: all rows of it.")],
+    of: Annotated[str, typer.Option("--experiment", help="An experiment's name or a YAML file.")] = "quickstart",
+    profile: Profile = None,
+    settings: Settings = [],  # noqa: B006
+    seeds: Seeds = [],  # noqa: B006
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Make the candidate of a method and print its folder; nothing is evaluated.
+
+    Where the experiment has no row of the method, it is given one with the name of the method and its defaults.
+    """
+    from baselines.method import method_names
+    from harness.config import load, rows_of
+
+    own = name in method_names() and not rows_of(load(of, profile=profile), name)
+    added = [f"methods.{name}.method={name}"] if own else []
+    config = load(of, profile=profile, overrides=[*added, *settings], seeds=seeds)
+    labels = rows_of(config, name)
+    if not labels:
+        known = [*config.methods, *method_names()]
+        raise UserError(
+            f"{of} has no row and there is no method {name!r}{did_you_mean(name, known)}: there are {', '.join(known)}."
+        )
+    _quiet_libraries()
+    from harness import experiment
+
+    for row in experiment.build(config, labels, root):
+        if ranks.first():
+            typer.echo(f"{row.label}{'' if row.seed is None else f' (seed {row.seed})'}: {row.candidate.folder}")
 
 
 @models.command("list")

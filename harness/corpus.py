@@ -232,8 +232,8 @@ def _all_documents(config: CorpusConfig, data_root: Path | None) -> Iterator[Doc
         yield Document(name, domain, text, hashlib.sha256(raw).hexdigest())
     if absent := sorted(wanted.keys() - there):
         raise UserError(
-            f"The corpus {config.path} ({config.split}) has no domain {absent[0]!r}{did_you_mean(absent[0], there)}: it "
-            f"has {', '.join(sorted(there)) or 'none'}."
+            f"The corpus {config.path} ({config.split}) has no domain {absent[0]!r}{did_you_mean(absent[0], there)}: "
+            f"it has {', '.join(sorted(there)) or 'none'}."
         )
 
 
