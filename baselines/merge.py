@@ -30,6 +30,7 @@ _NOT_COMPARED = {
     "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "initializer_range",
     "max_position_embeddings", "pad_token_id", "transformers_version", "use_cache",
 }  # fmt: skip
+_FIRST = ("model_type", "hidden_size", "vocab_size")
 _PER_LAYER = {"num_hidden_layers", "layer_types"}  # what a mergekit configuration with slices may change
 
 
@@ -143,9 +144,7 @@ class Merge:
             def score(shares: Sequence[float], number: int) -> float:
                 trial, configuration = folder / "trial", parameters.configuration(models, shares)
                 members.merge(context, configuration, trial)
-                candidate = Candidate(
-                    trial, members.fingerprint(configuration), seeded=members.seed is not None
-                )
+                candidate = Candidate(trial, members.fingerprint(configuration), seeded=members.seed is not None)
                 found = context.score(candidate, f"{context.label}, trial {number} of {parameters.trials}")
                 shutil.rmtree(trial)
                 return found
@@ -219,7 +218,9 @@ def merge(configuration: Mapping[str, Any], folders: Mapping[str, Path], out: Pa
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     _define_gpt_neox()
     given = _renamed(configuration, lambda name: {"model": {"path": str(folders[name])}})
     LoaderCache().loaders.clear()  # it knows folders by path, and what lies there may be another model by now
@@ -239,10 +240,11 @@ def merge(configuration: Mapping[str, Any], folders: Mapping[str, Path], out: Pa
     for name in _BESIDE:
         if (donor / name).is_file() and not (out / name).exists():
             shutil.copyfile(donor / name, out / name)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         out, use_safetensors=True, local_files_only=True, output_loading_info=True
     )
-    check_loading(info, model, str(out))
+    model, info = loaded
+    check_loading(info, model, str(out), "mergekit cannot merge models of this architecture")
 
 
 def _define_gpt_neox() -> None:
@@ -327,8 +329,8 @@ def check_mergeable(folders: Mapping[str, Path], label: str, *, sliced: bool = F
 
     for name in others:
         one, other = configured(first), configured(name)
-        # The architecture before its sizes, and these before what follows from them.
-        for key in sorted(one.keys() | other.keys(), key=lambda key: (key != "model_type", key)):
+        # What follows from the size comes after it.
+        for key in [*_FIRST, *sorted((one.keys() | other.keys()) - set(_FIRST))]:
             if one.get(key) != other.get(key):
                 raise UserError(
                     f"{label} cannot merge {first} and {name}, which differ in {key} ({one.get(key)} and "

@@ -8,8 +8,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def check_loading(info: dict[str, Any], model: "PreTrainedModel", place: str) -> None:
-    """UserError when loading left a weight out (tied ones aside), had one too many, or met another shape.
+def check_loading(
+    info: dict[str, Any], model: "PreTrainedModel", place: str, remedy: str = "fetch or convert the model again"
+) -> None:
+    """UserError, ending in `remedy`, when loading left a weight out (tied ones aside), had one too many, or met another shape.
 
     `info` is what `from_pretrained(output_loading_info=True)` gives.
     """
@@ -19,6 +21,5 @@ def check_loading(info: dict[str, Any], model: "PreTrainedModel", place: str) ->
         if keys:
             what = problem.replace("_", " ").replace("msgs", "messages")
             raise UserError(
-                f"The weights in {place} do not fit its config.json ({len(keys)} {what}, first {keys[0]}): "
-                "fetch or convert the model again."
+                f"The weights in {place} do not fit its config.json ({len(keys)} {what}, first {keys[0]}): {remedy}."
             )
