@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 def check_loading(
     info: dict[str, Any], model: "PreTrainedModel", place: str, remedy: str = "fetch or convert the model again"
 ) -> None:
-    """UserError, ending in `remedy`, when loading left a weight out (tied ones aside), had one too many, or met another shape.
+    """UserError when loading left a weight out (tied ones aside), had one too many, or met another shape.
 
-    `info` is what `from_pretrained(output_loading_info=True)` gives.
+    The sentence ends in `remedy`. `info` is what `from_pretrained(output_loading_info=True)` gives.
     """
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):

@@ -193,7 +193,7 @@ class Experiment:
             return _Sized(1e6, 0)
         if found := find_entry(model):
             return _Sized(found[1].parameters, found[1].vocabulary)
-        return _Sized(count_parameters(self.model(name).folder), 0)
+        return _Sized(count_parameters(self.origin(name).folder), 0)
 
     @cached_property
     def documents(self) -> list[Document]:

@@ -55,7 +55,10 @@ def candidates(experiment: Experiment, labels: Sequence[str] | None = None) -> I
 
 def plan(config: Config, root: Path) -> list[Planned]:
     """All artifacts that the experiment needs, what is there of them, and what the others cost. Makes nothing."""
-    experiment = Experiment(config, root, dry=True)
+    return _plan(Experiment(config, root, dry=True))
+
+
+def _plan(experiment: Experiment) -> list[Planned]:
     check_sizes(experiment)
     for row in candidates(experiment):
         experiment.evaluate(row.label, row.candidate, row.role)
@@ -64,15 +67,22 @@ def plan(config: Config, root: Path) -> list[Planned]:
     return list(experiment.store.planned.values())
 
 
+def _check_validation(rehearsed: Experiment, experiment: Experiment) -> None:
+    """Refuses validation text that is trained or tested on, where a method has asked for it in the plan."""
+    if "validation" in vars(rehearsed):
+        _ = experiment.validation
+
+
 def build(config: Config, labels: Sequence[str], root: Path) -> Iterator[Row]:
     """Makes the candidates of rows without evaluating them; what is there is not made again."""
     experiment = Experiment(config, root)
     check_inputs(experiment)
     check_lengths(experiment)
-    plan = Experiment(config, root, dry=True)
-    for _ in candidates(plan, labels):
+    rehearsed = Experiment(config, root, dry=True)
+    for _ in candidates(rehearsed, labels):
         pass
-    check_space(list(plan.store.planned.values()), root)
+    _check_validation(rehearsed, experiment)
+    check_space(list(rehearsed.store.planned.values()), root)
     yield from candidates(experiment, labels)
 
 
@@ -88,7 +98,9 @@ def run(config: Config, root: Path) -> Path:
     """
     experiment = Experiment(config, root)
     check_inputs(experiment)
-    planned = plan(config, root)
+    rehearsed = Experiment(config, root, dry=True)
+    planned = _plan(rehearsed)
+    _check_validation(rehearsed, experiment)
     if any(p.state != "there" for p in planned):
         check_space(planned, root)
         check_lengths(experiment)
