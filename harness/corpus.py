@@ -43,6 +43,7 @@ class CorpusConfig(BaseModel):
     first_bytes: int | None = Field(None, gt=0, description="only the first so many bytes of each document")
     max_bytes: int | None = Field(None, gt=0, description="stop at so many bytes of text (bytes)")
     per_domain: int | None = Field(None, gt=0, description="at most so many documents a domain")
+    domain_bytes: int | None = Field(None, gt=0, description="stop a domain at so many bytes of text (bytes)")
     expected_bytes: int | None = Field(None, gt=0, description="size for estimates, where the text is not here (bytes)")
     seed: int = Field(0, description="which documents are taken where a limit is set")
 
@@ -81,7 +82,8 @@ def local_path(config: CorpusConfig, data_root: Path | None) -> Path | None:
 
 def expected_bytes(config: CorpusConfig, data_root: Path | None) -> float:
     """The size of the text (bytes), for estimates: as limited or as said, else that of the files; 0 where unknown."""
-    known = config.max_bytes or config.expected_bytes
+    of_domains = config.domain_bytes * len(config.domains) if config.domain_bytes and config.domains else None
+    known = config.max_bytes or of_domains or config.expected_bytes
     path = None if known or _is_stdlib(config) else local_path(config, data_root)
     if path is None:
         return float(known or 0)
@@ -244,7 +246,7 @@ def documents(config: CorpusConfig, data_root: Path | None) -> Iterator[Document
     the seed and the text alone. Raises UserError for an empty corpus and for documents that cannot be used.
     """
     chosen: set[str] | None = None
-    if config.max_bytes or config.per_domain:
+    if config.max_bytes or config.per_domain or config.domain_bytes:
         chosen = _draw(config, data_root)
     seen: set[str] = set()
     for document in _all_documents(config, data_root):
@@ -267,14 +269,18 @@ def _draw(config: CorpusConfig, data_root: Path | None) -> set[str]:
         key = hashlib.sha256(f"{config.seed}:{d.sha256}".encode()).hexdigest()
         sizes.setdefault(d.sha256, (key, d.domain, size))
     chosen: set[str] = set()
-    per_domain: dict[str, int] = {}
+    of_domain: dict[str, int] = {}
+    bytes_of_domain: dict[str, int] = {}
     total = 0
     for sha256, (_, domain, size) in sorted(sizes.items(), key=lambda item: item[1][0]):
         if config.max_bytes and total >= config.max_bytes:
             break
-        if config.per_domain and per_domain.get(domain, 0) >= config.per_domain:
+        if config.per_domain and of_domain.get(domain, 0) >= config.per_domain:
             continue
-        per_domain[domain] = per_domain.get(domain, 0) + 1
+        if config.domain_bytes and bytes_of_domain.get(domain, 0) >= config.domain_bytes:
+            continue
+        of_domain[domain] = of_domain.get(domain, 0) + 1
+        bytes_of_domain[domain] = bytes_of_domain.get(domain, 0) + size
         total += size
         chosen.add(sha256)
     return chosen
@@ -380,7 +386,7 @@ def write_pieces(folder: Path, texts: Iterable[Document], max_bytes: int) -> Non
 
 def pieces_spec(config: CorpusConfig, max_bytes: int, data_root: Path | None) -> Spec:
     # What came later is a part of it where it is set, so that what was made before is still known.
-    later = set() if config.domains else {"domains"}
+    later = {name for name in ("domains", "domain_bytes") if getattr(config, name) is None}
     params = config.model_dump(exclude={"path", "expected_bytes", *later}) | {"max_piece_bytes": max_bytes}
     content = content_fingerprint(config, data_root)
     return Spec("pieces", Path(config.path).name, VERSION, {"text": content}, params, {"path": config.path})
