@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from fusion.errors import UserError
 from fusion.registry import Registry
 from fusion.targets import Switches
 
@@ -128,9 +129,19 @@ METHODS: Registry[type[Method]] = Registry("method", "fusellm.methods")
 
 
 def method(name: str) -> type[Method]:
-    """The registered method of that name; imports the ones that come with the project first."""
+    """The registered method of that name; imports the ones that come with the project first.
+
+    Raises UserError where there is none, its package cannot be imported, or what it offers is no method.
+    """
     _register_own()
-    return METHODS.get(name)
+    kind = METHODS.get(name)
+    schema = getattr(kind, "schema", None)
+    if not (isinstance(schema, type) and issubclass(schema, Parameters) and hasattr(kind, "build")):
+        raise UserError(
+            f"The method {name!r} is no class with a schema (of baselines.method.Parameters) and build: mend or "
+            "uninstall the package that offers it."
+        )
+    return kind
 
 
 def method_names() -> list[str]:

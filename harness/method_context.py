@@ -88,7 +88,8 @@ class MethodContext:
         scores: int = 0,
     ) -> Artifact:
         experiment = self._experiment
-        spec = Spec(kind, self.label, version, dict(inputs), plain_json(dict(params)))
+        known = _nameable(params) if experiment.store.dry else params
+        spec = Spec(kind, self.label, version, dict(inputs), plain_json(known))
         parameters = experiment.sized(TARGET).parameters
         seconds = experiment.costs.forward(parameters, scores * experiment.validation[1]).seconds if scores else 0.0
         # About a checkpoint of the target is what most methods make.
@@ -97,3 +98,12 @@ class MethodContext:
 
     def progress(self, description: str, total: float, unit: str) -> AbstractContextManager[Callable[[float], None]]:
         return track(description, total, unit)
+
+
+def _nameable(value: Any) -> Any:
+    """Parameters that a plan can give a fingerprint to: scores that are not known yet are null instead of NaN."""
+    if isinstance(value, Mapping):
+        return {key: _nameable(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_nameable(one) for one in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -47,7 +47,7 @@ def file(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "FuseLLM em": {"method": "fusellm", "map": "em"},
         },
         "corpus": {"path": str(made / "train"), "first_bytes": 500},
-        "validation": {"path": str(folder / "validation"), "first_bytes": 200},
+        "validation": {"path": str(folder / "validation"), "first_bytes": 80},
         "pieces": {"max_bytes": 120},
         "extraction": {"k": 5, "pieces_per_shard": 4},
         "training": {"row_length": 200, "rows_per_step": 2, "learning_rate": 0.01, "save_every": 2, "dtype": "float32"},
