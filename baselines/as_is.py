@@ -1,10 +1,11 @@
 """The models as they are: the target before training, and every source."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from pydantic import Field
 
-from baselines.method import METHODS, Candidate, Context, Parameters
+from baselines.method import METHODS, Candidate, Context, Need, Parameters
 
 
 class AsIsParameters(Parameters):
@@ -16,6 +17,7 @@ class AsIs:
     """A role's model without any change."""
 
     schema: ClassVar[type[Parameters]] = AsIsParameters
+    needs: ClassVar[Sequence[Need]] = ()
 
     def __init__(self, parameters: AsIsParameters) -> None:
         self.parameters = parameters

@@ -1,8 +1,9 @@
 """Plain continued training of the target on the same tokens: what fusion must beat."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
-from baselines.method import METHODS, Candidate, Context, Parameters
+from baselines.method import METHODS, Candidate, Context, Need, Parameters
 
 
 @METHODS.register("clm", reference="arXiv 2401.10491, section 4.1 (Llama-2 CLM)")
@@ -10,6 +11,7 @@ class CLM:
     """The objective at lambda = 1."""
 
     schema: ClassVar[type[Parameters]] = Parameters
+    needs: ClassVar[Sequence[Need]] = ("training",)
 
     def __init__(self, parameters: Parameters) -> None:
         self.parameters = parameters

@@ -1,11 +1,11 @@
 """FuseLLM: the target learns from the aligned, fused distributions of the sources (arXiv 2401.10491)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from baselines.method import METHODS, Candidate, Context, Fusion, Parameters
+from baselines.method import METHODS, Candidate, Context, Fusion, Need, Parameters
 from fusion.errors import UserError, did_you_mean
 from fusion.maps import MAPS
 from fusion.targets import PRESETS, Switches
@@ -70,6 +70,7 @@ class FuseLLM:
     """The target trained on lambda * CLM + (1 - lambda) * fusion."""
 
     schema: ClassVar[type[Parameters]] = FuseLLMParameters
+    needs: ClassVar[Sequence[Need]] = ("training",)
 
     def __init__(self, parameters: FuseLLMParameters) -> None:
         self.parameters = parameters

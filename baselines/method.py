@@ -5,13 +5,15 @@ the context decides whether that is there already. The same `build` therefore al
 context answers with artifacts that do not exist yet, so a method must not open what it is given.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from fusion.errors import UserError
 from fusion.registry import Registry
 from fusion.targets import Switches
 
@@ -32,6 +34,17 @@ class Candidate:
     """Whether another seed would give another candidate."""
     training: Path | None = None
     """The training artifact, which holds the held-out curve."""
+
+
+Need = Literal["training", "same tokenizer", "same architecture", "teacher"]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A folder that is complete, or will be when a plan is carried out, and the fingerprint of what made it."""
+
+    folder: Path
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,10 @@ class Context(Protocol):
         """Names of the experiment's sources, in its order."""
 
     def model(self, role: str) -> Candidate:
-        """The model of a role as it is: `target` or a source's name. UserError for an unknown role."""
+        """The model of a role as it is: `target`, `teacher` or a source's name; or any other model by its own name.
+
+        UserError for a name that is neither.
+        """
 
     def extract(self, role: str) -> Path:
         """The stored extraction of a role's model on the training corpus."""
@@ -63,11 +79,46 @@ class Context(Protocol):
     def train(self, *, lam: float, fusion: Fusion | None) -> Candidate:
         """The target trained on the corpus with lam * CLM + (1 - lam) * fusion; the same rows for every method."""
 
+    @property
+    def held_out(self) -> str:
+        """Fingerprint of the text that `score` reads and of how: an input of what is chosen by scores.
+
+        UserError where the experiment has no validation text.
+        """
+
+    def score(self, candidate: Candidate, label: str = "") -> float:
+        """Nats per byte on validation text, on which nothing is trained and which no suite measures; lower is better.
+
+        `label` names the candidate in progress bars. In a plan NaN, where it was not measured before.
+        """
+
+    def make(
+        self,
+        kind: str,
+        build: Callable[[Path], Mapping[str, Any] | None],
+        *,
+        version: int,
+        inputs: Mapping[str, str],
+        params: Mapping[str, Any],
+        scores: int = 0,
+    ) -> Artifact:
+        """What `build(folder)` writes into a folder, made once; `params` is all that can change it beside `inputs`.
+
+        `inputs` are fingerprints; `version` is raised when `build` itself changes. `build` may find what an interrupted
+        run left there. What it returns is kept in the manifest; a sentence under "note" is printed below tables.
+        `scores` says how often it asks for `score`, for estimates.
+        """
+
+    def progress(self, description: str, total: float, unit: str) -> AbstractContextManager[Callable[[float], None]]:
+        """A progress bar: gives `advance(amount)`."""
+
 
 class Method(Protocol):
     """One row of a table. Registered in `METHODS` or by the entry-point group `fusellm.methods`."""
 
     schema: ClassVar[type[Parameters]]
+    needs: ClassVar[Sequence[Need]]
+    """What the models must have in common, and what else the experiment must offer."""
 
     def __init__(self, parameters: Any) -> None: ...
 
@@ -78,7 +129,26 @@ METHODS: Registry[type[Method]] = Registry("method", "fusellm.methods")
 
 
 def method(name: str) -> type[Method]:
-    """The registered method of that name; imports the ones that come with the project first."""
-    from baselines import as_is, clm, fusellm  # noqa: F401  they register themselves
+    """The registered method of that name; imports the ones that come with the project first.
 
-    return METHODS.get(name)
+    Raises UserError where there is none, its package cannot be imported, or what it offers is no method.
+    """
+    _register_own()
+    kind = METHODS.get(name)
+    schema = getattr(kind, "schema", None)
+    if not (isinstance(schema, type) and issubclass(schema, Parameters) and hasattr(kind, "build")):
+        raise UserError(
+            f"The method {name!r} is no class with a schema (of baselines.method.Parameters) and build: mend or "
+            "uninstall the package that offers it."
+        )
+    return kind
+
+
+def method_names() -> list[str]:
+    """The names of all methods; those of other packages are read without importing them."""
+    _register_own()
+    return METHODS.names()
+
+
+def _register_own() -> None:
+    from baselines import as_is, clm, fusellm, merge  # noqa: F401  they register themselves

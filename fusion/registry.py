@@ -25,7 +25,7 @@ class Registry(Generic[T]):
         self._registered: dict[str, T] = {}
         self._references: dict[str, str] = {}
         self._loaded: set[str] = set()
-        self._entries: dict[str, EntryPoint] = {}
+        self._entries: dict[str, list[EntryPoint]] = {}
         self._read_from: tuple[str, ...] | None = None
 
     def register(self, name: str, *, reference: str = "") -> Callable[[T], T]:
@@ -54,18 +54,19 @@ class Registry(Generic[T]):
 
     def get(self, name: str) -> T:
         """What is registered under `name`; UserError names the nearest spelling and everything there is."""
-        entries = self._entry_points()
+        entry = self._entry_point(name)
         if name in self._registered:
-            if name in entries and name not in self._loaded:
-                self._check_not_shadowed(name, entries[name])
+            if entry is not None and name not in self._loaded:
+                self._check_not_shadowed(name, entry)
             return self._registered[name]
-        if name in entries:
+        if entry is not None:
             try:
-                value: T = entries[name].load()
+                value: T = entry.load()
             except Exception as error:
+                said = " ".join(str(error).split())
                 raise UserError(
-                    f"The {self.noun} {name!r} could not be imported from {entries[name].value!r} "
-                    f"({type(error).__name__}: {error}): mend or uninstall the package that offers it."
+                    f"The {self.noun} {name!r} could not be imported from {entry.value!r} ({type(error).__name__}: "
+                    f"{said}): mend or uninstall the package that offers it."
                 ) from error
             self._loaded.add(name)
             # Importing may have run a decorator that registered the name already, with its reference.
@@ -75,26 +76,28 @@ class Registry(Generic[T]):
             f"{', '.join(self.names()) or 'none'}."
         )
 
-    def _entry_points(self) -> dict[str, EntryPoint]:
-        """The entry points of the group by name, read again only when the places to import from have changed."""
+    def _entry_point(self, name: str) -> EntryPoint | None:
+        """The entry point of that name, not imported. UserError where two packages offer different ones."""
+        offered = self._entry_points().get(name, [])
+        if len(offered) > 1:
+            raise UserError(
+                f"The {self.noun} {name!r} is offered by two packages, as {offered[0].value!r} and "
+                f"{offered[1].value!r}: uninstall one of them."
+            )
+        return offered[0] if offered else None
+
+    def _entry_points(self) -> dict[str, list[EntryPoint]]:
+        """The group's different entry points by name, read again only when the places to import from have changed."""
         if self.entry_point_group is None:
             return {}
         path = tuple(sys.path)
         if path != self._read_from:
-            self._entries = self._read_entry_points(self.entry_point_group)
-            self._read_from = path
+            self._entries, self._read_from = {}, path
+            for entry in entry_points(group=self.entry_point_group):
+                others = self._entries.setdefault(entry.name, [])
+                if entry.value not in [other.value for other in others]:
+                    others.append(entry)
         return self._entries
-
-    def _read_entry_points(self, group: str) -> dict[str, EntryPoint]:
-        found: dict[str, EntryPoint] = {}
-        for entry in entry_points(group=group):
-            other = found.setdefault(entry.name, entry)
-            if other.value != entry.value:
-                raise UserError(
-                    f"The {self.noun} {entry.name!r} is offered by two packages, as {other.value!r} and "
-                    f"{entry.value!r}: uninstall one of them."
-                )
-        return found
 
     def _check_not_shadowed(self, name: str, entry: EntryPoint) -> None:
         # A package may both decorate its class and offer it by entry point: that is one object, not two.

@@ -83,6 +83,12 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
+def plain_json(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain JSON values (tuples become lists), as a manifest will hold them."""
+    plain: dict[str, Any] = json.loads(canonical(value))
+    return plain
+
+
 def fingerprint(value: Any) -> str:
     """SHA-256 (hexadecimal) of a JSON value."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()

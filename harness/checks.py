@@ -29,7 +29,7 @@ def check_inputs(experiment: Experiment) -> None:
     ranks.micro_batches(training.rows_per_step, training.micro_rows)
     for name in _roles(experiment):
         if not experiment.role(name).model.startswith(_TINY):
-            experiment.model(name)
+            experiment.origin(name)
     check_sizes(experiment)
     _ = experiment.documents
 
@@ -54,7 +54,7 @@ def check_lengths(experiment: Experiment) -> None:
     for name in _roles(experiment):
         if experiment.role(name).model.startswith(_TINY):  # not made yet, but to measure
             continue
-        tokenizer = load_tokenizer(experiment.model(name))
+        tokenizer = load_tokenizer(experiment.origin(name))
         prefix_id(tokenizer)
         lengths = [1 + len(encode(tokenizer, pieces.text(piece))) for piece in longest]
         limits = {f"the context of {name}": _sizes(experiment, name)[1]}
@@ -80,7 +80,7 @@ def check_space(planned: Sequence[Planned], root: Path) -> None:
 
 
 def _roles(experiment: Experiment) -> list[str]:
-    return [TARGET, *experiment.config.roles.sources]
+    return list(experiment.config.roles.named())
 
 
 def _sizes(experiment: Experiment, name: str) -> tuple[int | None, int | None]:
@@ -91,7 +91,7 @@ def _sizes(experiment: Experiment, name: str) -> tuple[int | None, int | None]:
 
         tiny = tiny_recipe(experiment.config.profile).model(model.removeprefix(_TINY))
         return tiny.vocabulary, tiny.context
-    resolved = experiment.model(name)
+    resolved = experiment.origin(name)
     if not resolved.folder.exists():  # in a plan
         return None, None
     count_parameters(resolved.folder)

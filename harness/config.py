@@ -17,7 +17,7 @@ from harness.models import DType
 
 CONF = files("harness") / "conf"
 _OWN = "own"  # the profile of a user's file that names none
-_TAKEN = ("target", "fused")  # what a source cannot be called: the other role, and the audit's sum of all
+_TAKEN = ("target", "teacher", "fused")  # what a source cannot be called: the other roles, and the audit's sum of all
 
 
 class Strict(BaseModel):
@@ -33,11 +33,20 @@ class Role(Strict):
     batch_tokens: int = Field(2048, gt=0, description="padded tokens a batch (tokens)")
     trust_remote_code: bool = Field(False, description="run Python that lies in the model's folder")
     attn_implementation: str | None = None
+    corpus: CorpusConfig | None = Field(
+        None, description="the role is the model continued on this text; what is not said is as in `corpus`"
+    )
 
 
 class Roles(Strict):
     target: Role
     sources: dict[str, Role] = Field(min_length=1)
+    teacher: Role | None = Field(None, description="a larger model of the target's family")
+
+    def named(self) -> dict[str, Role]:
+        """Every role by its name, the target first."""
+        teacher = {"teacher": self.teacher} if self.teacher else {}
+        return {"target": self.target, **self.sources, **teacher}
 
 
 class PiecesConfig(Strict):
@@ -129,6 +138,9 @@ class Config(Strict):
     data: DataConfig = DataConfig()
     roles: Roles
     corpus: CorpusConfig
+    validation: CorpusConfig | None = Field(
+        None, description="text that methods choose by: neither trained nor tested on"
+    )
     pieces: PiecesConfig = PiecesConfig()
     extraction: ExtractionConfig = ExtractionConfig()
     training: TrainingSection = TrainingSection()
@@ -149,14 +161,14 @@ class Config(Strict):
         for label, entry in self.methods.items():
             if not isinstance(entry.get("method"), str):
                 raise UserError(f"methods.{label} does not say which method it is: add `method: NAME`.")
-            parameters = method_parameters(label, entry, method(entry["method"]).schema)
-            for name in [*(getattr(parameters, "sources", None) or []), getattr(parameters, "role", "target")]:
-                if name not in ("target", *self.roles.sources):
-                    roles = ["target", *self.roles.sources]
-                    raise UserError(
-                        f"methods.{label} names {name!r}, which is no role{did_you_mean(name, roles)}: roles are "
-                        f"{', '.join(roles)}."
-                    )
+            kind = method(entry["method"])
+            parameters = method_parameters(label, entry, kind.schema)
+            # What a parameter was read from (a file) may change; the resolved configuration says what it held.
+            self.methods[label] = {
+                "method": entry["method"],
+                **parameters.model_dump(mode="json", by_alias=True, exclude_unset=True),
+            }
+            self._check_roles(label, kind, parameters)
         if self.training.rows_per_step % self.training.micro_rows:
             raise UserError(
                 f"training.rows_per_step = {self.training.rows_per_step} is no multiple of training.micro_rows = "
@@ -166,6 +178,19 @@ class Config(Strict):
             hint = did_you_mean(self.baseline, self.methods)
             raise UserError(f"baseline {self.baseline!r} is no row{hint}: rows are {', '.join(self.methods)}.")
         return self
+
+    def _check_roles(self, label: str, kind: Any, parameters: Any) -> None:
+        """Raises UserError where a method names a role that is not there, or needs one."""
+        roles = list(self.roles.named())
+        named = [name for key in ("sources", "models") for name in getattr(parameters, key, None) or []]
+        for name in [*named, *(getattr(parameters, key, "target") for key in ("role", "base"))]:
+            if name not in roles:
+                raise UserError(
+                    f"methods.{label} names {name!r}, which is no role{did_you_mean(name, roles)}: roles are "
+                    f"{', '.join(roles)}."
+                )
+        if "teacher" in getattr(kind, "needs", ()) and self.roles.teacher is None:
+            raise UserError(f"methods.{label} needs a teacher, and there is none: say who it is in roles.teacher.")
 
 
 def method_parameters(label: str, entry: Mapping[str, Any], schema: type[BaseModel]) -> BaseModel:
@@ -185,6 +210,11 @@ def suite_section(name: str, given: Any) -> BaseModel:
         return given if isinstance(given, schema) else schema.model_validate(given)
     except ValidationError as error:
         raise _sentence(error, schema, f"suites.{name}") from None
+
+
+def rows_of(config: Config, name: str) -> list[str]:
+    """The rows of the experiment that are called so or are of the method that is."""
+    return [label for label, entry in config.methods.items() if name in (label, entry["method"])]
 
 
 def names(kind: str) -> list[str]:
@@ -273,9 +303,11 @@ def load(
     place = f"The configuration of {name}"
     try:
         chosen = profile or user.get("profile") or experiment.get("profiles", [_OWN])[0]
+        per_profile = experiment.pop("per_profile", {})
         layers = [OmegaConf.create((CONF / "defaults.yaml").read_text(encoding="utf-8")), experiment]
         if chosen != _OWN:
             layers.append(_shipped("profiles", str(chosen)))
+        layers.append(per_profile.get(str(chosen), {}))
         merged = OmegaConf.merge(*layers, user)
         for item in overrides:
             place = f"--set {item}"
@@ -295,15 +327,24 @@ def load(
         raise UserError(
             f"The experiment {name} has no profile {raw['profile']!r}: its profiles are {', '.join(raw['profiles'])}."
         )
-    for place in ("roles", "roles.sources", "roles.target", "methods"):
+    for place in ("roles", "roles.sources", "roles.target", "roles.teacher", "methods"):
         _check_mapping(raw, place, name)
     if sources := (raw.get("roles") or {}).get("sources"):
         raw["roles"]["sources"] = {name: role for name, role in sources.items() if role is not None}
+    _complete_corpora(raw)
     raw["methods"] = _expanded(raw.get("methods") or {}, raw.get("roles") or {})
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
         raise _sentence(error, Config, name) from None
+
+
+def _complete_corpora(raw: dict[str, Any]) -> None:
+    """What a role's text is not said to differ in is as in the experiment's own corpus."""
+    roles = raw.get("roles") or {}
+    for role in [roles.get("target"), *(roles.get("sources") or {}).values(), roles.get("teacher")]:
+        if isinstance((role or {}).get("corpus"), dict):
+            role["corpus"] = {**(raw.get("corpus") or {}), **role["corpus"]}
 
 
 def _check_mapping(raw: Mapping[str, Any], place: str, where: str) -> None:
@@ -317,14 +358,15 @@ def _check_mapping(raw: Mapping[str, Any], place: str, where: str) -> None:
 
 
 def _expanded(methods: Mapping[str, Any], roles: Mapping[str, Any]) -> dict[str, Any]:
-    """The rows with `{target}` and `{sources}` written out by name; rows that are set to null are left out."""
+    """The rows with `{target}`, `{teacher}` and `{sources}` written out by name; rows set to null are left out."""
     rows: dict[str, Any] = {}
     for label, entry in methods.items():
         if entry is None:
             continue
-        if label == "{target}":
-            model = str((roles.get("target") or {}).get("model", "target"))
-            found = {_short(model): {**entry, "role": "target"}}
+        if label in ("{target}", "{teacher}"):
+            role = label.strip("{}")
+            model = str((roles.get(role) or {}).get("model", role))
+            found = {_short(model): {**entry, "role": role}}
         elif label == "{sources}":
             found = {source: {**entry, "role": source} for source in roles.get("sources") or {}}
         else:

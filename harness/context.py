@@ -3,7 +3,6 @@
 Everything goes through the store, so that nothing is made twice; with a dry store the same code only plans.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -18,12 +17,11 @@ from baselines.method import Candidate, Fusion
 from fusion.errors import UserError, did_you_mean
 from fusion.vocabulary import Vocabulary, encode
 from harness import corpus, extraction, perplexity, ranks
-from harness.artifacts import Estimate, Spec, Store, canonical, fingerprint
+from harness.artifacts import Estimate, Spec, Store, canonical, fingerprint, plain_json
 from harness.config import Config, Role
 from harness.corpus import Document, Pieces
 from harness.costs import BYTES_PER_TOKEN, Costs
 from harness.extraction import Extraction, extraction_spec
-from harness.memory import keep_freed
 from harness.models import (
     ModelSpec,
     ResolvedModel,
@@ -36,6 +34,7 @@ from harness.models import (
     resolve,
 )
 from harness.shards import position_bytes
+from harness.siblings import make_sibling, sibling_spec
 from harness.zero import zero_config
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ class Experiment:
         self.store = Store(root / "artifacts", dry=dry, info={"configuration": config.model_dump(mode="json")})
         self.models_dir = root / "models"
         self.data_root = Path(config.data.root) if config.data.root else None
-        self.device = usable_device(config.device, dry=dry)
+        self.device = ranks.usable_device(config.device, dry=dry)
         if not dry:
             ranks.join(self.device)
         if config.threads is not None:
@@ -79,12 +78,13 @@ class Experiment:
             torch.set_num_threads(config.threads)
         self.costs = Costs(self.device)
         self._resolved: dict[str, ResolvedModel] = {}
+        self._origins: dict[str, ResolvedModel] = {}
         self._vocabularies: dict[str, tuple[Any, Vocabulary]] = {}
         self._subject: Subject | None = None
 
     def role(self, name: str) -> Role:
         """The role's setting. Raises UserError for a role the experiment does not have."""
-        roles = {**self.config.roles.sources, TARGET: self.config.roles.target}
+        roles = self.config.roles.named()
         if name not in roles:
             raise UserError(f"There is no role {name!r}{did_you_mean(name, roles)}: roles are {', '.join(roles)}.")
         return roles[name]
@@ -92,9 +92,15 @@ class Experiment:
     def model(self, name: str) -> ResolvedModel:
         """The role's model on this machine. In a plan a model that is not here yet is known by its name alone."""
         if name not in self._resolved:
+            self._resolved[name] = self.origin(name) if self.role(name).corpus is None else self._sibling(name)
+        return self._resolved[name]
+
+    def origin(self, name: str) -> ResolvedModel:
+        """The model that the role is, or that it is a continuation of."""
+        if name not in self._origins:
             role = self.role(name)
             if role.model.startswith("tiny:"):
-                self._resolved[name] = self._tiny(role)
+                self._origins[name] = self._tiny(role)
             else:
                 spec = ModelSpec(
                     name=role.model,
@@ -103,10 +109,37 @@ class Experiment:
                     trust_remote_code=role.trust_remote_code,
                     attn_implementation=role.attn_implementation,
                 )
-                self._resolved[name] = self._resolve(spec)
-        return self._resolved[name]
+                self._origins[name] = self.resolve(spec)
+        return self._origins[name]
 
-    def _resolve(self, spec: ModelSpec) -> ResolvedModel:
+    def _sibling_spec(self, name: str) -> Spec:
+        pieces, _ = self._own_pieces(name)
+        training = self.config.training
+        return sibling_spec(name, self.origin(name), pieces, training, device=self.device, version=TRAIN_VERSION)
+
+    def _sibling(self, name: str) -> ResolvedModel:
+        spec, role = self._sibling_spec(name), self.role(name)
+        assert role.corpus is not None
+        tokens = corpus.expected_bytes(role.corpus, self.data_root) / BYTES_PER_TOKEN * self.config.training.epochs
+        path = make_sibling(
+            self.store,
+            spec,
+            self.origin(name),
+            self._own_pieces(name)[1],
+            self.config.training,
+            device=self.device,
+            estimate=self.costs.training(self.sized(name).parameters, tokens),
+        )
+        own = ModelSpec(name=str(path / MODEL_FOLDER), dtype=role.dtype, attn_implementation=role.attn_implementation)
+        return ResolvedModel(path / MODEL_FOLDER, name, spec.fingerprint, own)
+
+    def _own_pieces(self, name: str) -> tuple[Spec, Path]:
+        """The text that a role was continued on."""
+        text = self.role(name).corpus
+        assert text is not None
+        return corpus.make_pieces(self.store, text, self.config.pieces.max_bytes, self.data_root)
+
+    def resolve(self, spec: ModelSpec) -> ResolvedModel:
         try:
             return resolve(spec, self.models_dir)
         except UserError:
@@ -127,7 +160,7 @@ class Experiment:
 
         Beside the configuration these are what it only names: texts, models, computing precision, stages.
         """
-        roles = [TARGET, *self.config.roles.sources]
+        roles = self.config.roles.named()
         identity: dict[str, Any] = {
             "config": self.config.model_dump(
                 mode="json",
@@ -141,9 +174,14 @@ class Experiment:
             "versions": VERSIONS,
             "pieces": self.pieces[0].fingerprint,
             "documents": perplexity.documents_fingerprint(self._held_out()[0]),
-            "models": {name: self.model(name).fingerprint for name in roles},
-            "dtypes": {name: compute_dtype(self.role(name).dtype, self.device) for name in roles},
+            "models": {
+                name: (self.model(name) if role.corpus is None else self._sibling_spec(name)).fingerprint
+                for name, role in roles.items()
+            },
+            "dtypes": {name: compute_dtype(role.dtype, self.device) for name, role in roles.items()},
         }
+        if self.config.validation is not None:
+            identity["validation"] = corpus.content_fingerprint(self.config.validation, self.data_root)
         if self.suites:
             identity["suites"] = {name: suite.identity() for name, suite in self.suites.items()}
         return fingerprint(identity)
@@ -155,20 +193,49 @@ class Experiment:
             return _Sized(1e6, 0)
         if found := find_entry(model):
             return _Sized(found[1].parameters, found[1].vocabulary)
-        return _Sized(count_parameters(self.model(name).folder), 0)
+        return _Sized(count_parameters(self.origin(name).folder), 0)
 
     @cached_property
     def documents(self) -> list[Document]:
-        """The held-out documents. Raises UserError when one of them is in the training corpus."""
+        """The test documents. Raises UserError when one of them is in a training corpus."""
         found = list(corpus.documents(self.config.suites.perplexity.documents, self.data_root))
-        if not self.store.dry:
-            trained = Pieces(self.pieces[1]).document_hashes()
-            if shared := [d for d in found if d.sha256 in trained]:
-                raise UserError(
-                    f"{len(shared)} held-out documents are in the training corpus (first {shared[0].name}): "
-                    "choose another split in suites.perplexity.documents."
-                )
+        self._check_not_trained(found, "suites.perplexity.documents")
         return found
+
+    @cached_property
+    def validation(self) -> tuple[Sequence[Document], float]:
+        """The documents that methods choose by, and their bytes; in a plan without the text only the expected bytes.
+
+        Raises UserError where the experiment has none, and when one of them is trained or tested on.
+        """
+        settings = self.config.validation
+        if settings is None:
+            raise UserError(
+                f"The experiment {self.config.experiment} has no text to choose by: add a validation section, with "
+                "documents that are neither in corpus nor in suites.perplexity.documents."
+            )
+        if self.store.dry and settings.expected_bytes and corpus.is_on_hub(settings, self.data_root):
+            return [], float(settings.expected_bytes)
+        found = list(corpus.documents(settings, self.data_root))
+        self._check_not_trained(found, "validation")
+        tested = {d.sha256 for d in self._held_out()[0]}
+        if shared := [d for d in found if d.sha256 in tested]:
+            raise UserError(
+                f"{len(shared)} validation documents are in suites.perplexity.documents, too (first {shared[0].name}): "
+                "choose another split in validation."
+            )
+        return found, sum(len(d.text.encode()) for d in found)
+
+    def _check_not_trained(self, found: Sequence[Document], section: str) -> None:
+        if self.store.dry:
+            return
+        continued = [self._own_pieces(name) for name, role in self.config.roles.named().items() if role.corpus]
+        trained = set[str]().union(*(Pieces(folder).document_hashes() for _, folder in [self.pieces, *continued]))
+        if shared := [d for d in found if d.sha256 in trained]:
+            raise UserError(
+                f"{len(shared)} held-out documents are in the training corpus (first {shared[0].name}): "
+                f"choose another split in {section}."
+            )
 
     @cached_property
     def curve_documents(self) -> list[Document]:
@@ -311,7 +378,7 @@ class Experiment:
             inputs["maps"] = {n: self.map(n, fusion.map, fusion.map_on)[0].fingerprint for n in fusion.sources}
         # The number of ranks is no part of it: as with rows at once, sums are rounded otherwise and that is all.
         info = {"ranks": ranks.world()}
-        spec = Spec("train", f"{label}-seed{seed}", TRAIN_VERSION, _json(inputs), _json(params), info)
+        spec = Spec("train", f"{label}-seed{seed}", TRAIN_VERSION, plain_json(inputs), plain_json(params), info)
         card = self._card(label, spec)
 
         def build(folder: Path) -> None:
@@ -393,7 +460,7 @@ class Experiment:
 
         if self._subject and (self._subject.label, self._subject.fingerprint) == (label, candidate.fingerprint):
             return self._subject
-        role_name = next(n for n in [TARGET, *self.config.roles.sources] if self.role(n) is role)
+        role_name = next(n for n, r in self.config.roles.named().items() if r is role)
         spec = ModelSpec(
             name=str(candidate.folder),
             dtype=role.dtype,
@@ -418,55 +485,3 @@ class Experiment:
         from harness.suites.suite import suite
 
         return {name: suite(name)(section, self.data_root) for name, section in self.config.suites.others.items()}
-
-
-class MethodContext:
-    """What one method with one seed is given (`baselines.method.Context`)."""
-
-    def __init__(self, experiment: Experiment, label: str, seed: int) -> None:
-        self._experiment = experiment
-        self.label = label
-        self.seed = seed
-
-    @property
-    def sources(self) -> Sequence[str]:
-        return list(self._experiment.config.roles.sources)
-
-    def model(self, role: str) -> Candidate:
-        model = self._experiment.model(role)
-        return Candidate(model.folder, model.fingerprint, seeded=False)
-
-    def extract(self, role: str) -> Path:
-        return self._experiment.extract(role)[1]
-
-    def train(self, *, lam: float, fusion: Fusion | None) -> Candidate:
-        return self._experiment.train(self.label, self.seed, lam=lam, fusion=fusion)
-
-
-def _json(value: dict[str, Any]) -> dict[str, Any]:
-    """Plain JSON values (tuples become lists), as the manifest will hold them."""
-    import json
-
-    plain: dict[str, Any] = json.loads(canonical(value))
-    return plain
-
-
-def usable_device(device: str, *, dry: bool) -> str:
-    import torch
-
-    if device != "cpu" and torch.cuda.is_available():
-        n, own = torch.cuda.device_count(), ranks.local_rank()
-        if own >= n:
-            raise UserError(f"This machine has {n} CUDA devices, but its rank {own} needs one more: start {n} ranks.")
-        if n > 1 and not ranks.launched() and not dry:
-            raise UserError(
-                f"A process uses one GPU and {n} are visible: start one for each with {ranks.COMMAND}, or set "
-                "CUDA_VISIBLE_DEVICES to one of them."
-            )
-        return f"cuda:{own}" if ranks.launched() else "cuda"
-    if device == "cuda":
-        raise UserError("device is cuda, but this machine has no CUDA device that torch can use: set device=cpu.")
-    # DeepSpeed would look for an accelerator by itself and warn on standard output, where tables go.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    keep_freed()
-    return "cpu"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
+from fusion.loading import check_loading
 from harness.artifacts import disk_errors, file_sha256, write_atomically
 from harness.models import (
     MANIFEST,
@@ -23,7 +24,6 @@ from harness.models import (
     ModelSpec,
     ResolvedModel,
     check_config_file,
-    check_loading,
     load_model,
     load_tokenizer,
     read_manifest,

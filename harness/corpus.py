@@ -35,11 +35,15 @@ class CorpusConfig(BaseModel):
     revision: str = Field("main", description="the hub dataset's revision; a commit keeps the text from changing")
     text_column: str = "text"
     name_column: str | None = Field(None, description="the document's name; its number in the file without")
-    domain_column: str | None = Field(None, description="column that gives the domain")
+    domain_column: str | None = Field(None, description="column that gives the domain; a.b for b in a structure")
     domain: str = Field("all", description="the domain where no column gives it")
+    domains: list[str] | dict[str, str] | None = Field(
+        None, description="only documents of these domains; a mapping also says what they are called here"
+    )
     first_bytes: int | None = Field(None, gt=0, description="only the first so many bytes of each document")
     max_bytes: int | None = Field(None, gt=0, description="stop at so many bytes of text (bytes)")
     per_domain: int | None = Field(None, gt=0, description="at most so many documents a domain")
+    domain_bytes: int | None = Field(None, gt=0, description="stop a domain at so many bytes of text (bytes)")
     expected_bytes: int | None = Field(None, gt=0, description="size for estimates, where the text is not here (bytes)")
     seed: int = Field(0, description="which documents are taken where a limit is set")
 
@@ -78,7 +82,8 @@ def local_path(config: CorpusConfig, data_root: Path | None) -> Path | None:
 
 def expected_bytes(config: CorpusConfig, data_root: Path | None) -> float:
     """The size of the text (bytes), for estimates: as limited or as said, else that of the files; 0 where unknown."""
-    known = config.max_bytes or config.expected_bytes
+    of_domains = config.domain_bytes * len(config.domains) if config.domain_bytes and config.domains else None
+    known = config.max_bytes or of_domains or config.expected_bytes
     path = None if known or _is_stdlib(config) else local_path(config, data_root)
     if path is None:
         return float(known or 0)
@@ -126,7 +131,7 @@ def _parquet_rows(path: Path, config: CorpusConfig) -> Iterator[dict[str, Any]]:
     try:
         with pq.ParquetFile(path) as file:
             columns = file.schema_arrow.names
-            if missing := sorted(set(wanted) - set(columns)):
+            if missing := sorted({c if c in columns else c.partition(".")[0] for c in wanted} - set(columns)):
                 raise UserError(
                     f"{path} has no column {missing[0]!r}{did_you_mean(missing[0], columns)} (it has "
                     f"{', '.join(columns)}): set corpus.*_column."
@@ -149,7 +154,7 @@ def _json_rows(path: Path, config: CorpusConfig) -> Iterator[dict[str, Any]]:
             except (json.JSONDecodeError, UnicodeDecodeError):
                 raise UserError(f"{path}, line {number} is not JSON in UTF-8: correct that line.") from None
             for column in (config.text_column, config.name_column, config.domain_column):
-                if column and (not isinstance(row, dict) or column not in row):
+                if column and (not isinstance(row, dict) or not {column, column.partition(".")[0]} & row.keys()):
                     raise UserError(f"{path}, line {number} has no {column!r}: set corpus.*_column.")
             yield row
 
@@ -199,19 +204,39 @@ def _rows(config: CorpusConfig, data_root: Path | None) -> Iterator[dict[str, An
     raise UserError(f"{path} is neither .parquet, .jsonl, .txt nor a folder of .txt files: correct corpus.path.")
 
 
+def _value(row: dict[str, Any], column: str) -> Any:
+    """What a row has in a column, or in a field of a structure; None where there is none."""
+    value: Any = row
+    for part in [column] if column in row else column.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
 def _all_documents(config: CorpusConfig, data_root: Path | None) -> Iterator[Document]:
     name_column, domain_column = config.name_column or "name", config.domain_column or "domain"
+    wanted = dict(config.domains) if isinstance(config.domains, dict) else {d: d for d in config.domains or ()}
+    there: set[str] = set()
     for number, row in enumerate(_rows(config, data_root)):
-        name = str(row.get(name_column, number))
-        text = row.get(config.text_column)
+        domain = str(_value(row, domain_column) or config.domain)
+        there.add(domain)
+        if wanted and domain not in wanted:
+            continue
+        domain = wanted.get(domain, domain)
+        found = _value(row, name_column)
+        name = str(number if found is None else found)
+        text = _value(row, config.text_column)
         if not isinstance(text, str) or not text:
             raise UserError(f"Document {name!r} of {config.path} ({config.split}) has no text: remove it.")
-        domain = str(row.get(domain_column) or config.domain)
         try:
             raw, *_ = (part.encode("utf-8") for part in (text, name, domain))
         except UnicodeEncodeError:
             raise UserError(f"Document {name!r} of {config.path} is not valid Unicode: correct or remove it.") from None
         yield Document(name, domain, text, hashlib.sha256(raw).hexdigest())
+    if absent := sorted(wanted.keys() - there):
+        raise UserError(
+            f"The corpus {config.path} ({config.split}) has no domain {absent[0]!r}{did_you_mean(absent[0], there)}: "
+            f"it has {', '.join(sorted(there)) or 'none'}."
+        )
 
 
 def documents(config: CorpusConfig, data_root: Path | None) -> Iterator[Document]:
@@ -221,7 +246,7 @@ def documents(config: CorpusConfig, data_root: Path | None) -> Iterator[Document
     the seed and the text alone. Raises UserError for an empty corpus and for documents that cannot be used.
     """
     chosen: set[str] | None = None
-    if config.max_bytes or config.per_domain:
+    if config.max_bytes or config.per_domain or config.domain_bytes:
         chosen = _draw(config, data_root)
     seen: set[str] = set()
     for document in _all_documents(config, data_root):
@@ -244,14 +269,18 @@ def _draw(config: CorpusConfig, data_root: Path | None) -> set[str]:
         key = hashlib.sha256(f"{config.seed}:{d.sha256}".encode()).hexdigest()
         sizes.setdefault(d.sha256, (key, d.domain, size))
     chosen: set[str] = set()
-    per_domain: dict[str, int] = {}
+    of_domain: dict[str, int] = {}
+    bytes_of_domain: dict[str, int] = {}
     total = 0
     for sha256, (_, domain, size) in sorted(sizes.items(), key=lambda item: item[1][0]):
         if config.max_bytes and total >= config.max_bytes:
             break
-        if config.per_domain and per_domain.get(domain, 0) >= config.per_domain:
+        if config.per_domain and of_domain.get(domain, 0) >= config.per_domain:
             continue
-        per_domain[domain] = per_domain.get(domain, 0) + 1
+        if config.domain_bytes and bytes_of_domain.get(domain, 0) >= config.domain_bytes:
+            continue
+        of_domain[domain] = of_domain.get(domain, 0) + 1
+        bytes_of_domain[domain] = bytes_of_domain.get(domain, 0) + size
         total += size
         chosen.add(sha256)
     return chosen
@@ -356,7 +385,9 @@ def write_pieces(folder: Path, texts: Iterable[Document], max_bytes: int) -> Non
 
 
 def pieces_spec(config: CorpusConfig, max_bytes: int, data_root: Path | None) -> Spec:
-    params = config.model_dump(exclude={"path", "expected_bytes"}) | {"max_piece_bytes": max_bytes}
+    # What came later is a part of it where it is set, so that what was made before is still known.
+    later = {name for name in ("domains", "domain_bytes") if getattr(config, name) is None}
+    params = config.model_dump(exclude={"path", "expected_bytes", *later}) | {"max_piece_bytes": max_bytes}
     content = content_fingerprint(config, data_root)
     return Spec("pieces", Path(config.path).name, VERSION, {"text": content}, params, {"path": config.path})
 

@@ -11,11 +11,13 @@ from pydantic import ValidationError
 from baselines.method import Candidate, method
 from fusion.errors import UserError
 from harness import evaluation, perplexity, ranks
-from harness.artifacts import Planned, alone, write_atomically, write_json
+from harness.artifacts import Planned, alone, read_manifest, write_atomically, write_json
 from harness.checks import check_inputs, check_lengths, check_sizes, check_space
 from harness.config import Config, Role, method_parameters
-from harness.context import TARGET, Experiment, MethodContext
+from harness.context import TARGET, Experiment
+from harness.method_context import MethodContext
 from harness.runs import RUN_FILE, described, hashes, open_run, table
+from harness.siblings import tokens_seen
 from harness.suites.suite import Measured
 
 if TYPE_CHECKING:
@@ -36,10 +38,11 @@ class Row:
     role: Role
 
 
-def candidates(experiment: Experiment) -> Iterator[Row]:
-    """Every row of the table built in turn, for every seed."""
+def candidates(experiment: Experiment, labels: Sequence[str] | None = None) -> Iterator[Row]:
+    """Every row of the table (of those called so) built in turn, for every seed."""
     config = experiment.config
-    for label, entry in config.methods.items():
+    for label in config.methods if labels is None else labels:
+        entry = config.methods[label]
         kind = method(entry["method"])
         built = kind(method_parameters(label, entry, kind.schema))
         role = experiment.role(entry["role"]) if "role" in entry else experiment.role(TARGET)
@@ -52,13 +55,35 @@ def candidates(experiment: Experiment) -> Iterator[Row]:
 
 def plan(config: Config, root: Path) -> list[Planned]:
     """All artifacts that the experiment needs, what is there of them, and what the others cost. Makes nothing."""
-    experiment = Experiment(config, root, dry=True)
+    return _plan(Experiment(config, root, dry=True))
+
+
+def _plan(experiment: Experiment) -> list[Planned]:
     check_sizes(experiment)
     for row in candidates(experiment):
         experiment.evaluate(row.label, row.candidate, row.role)
         for suite in experiment.suites.values():
             suite.measure(experiment.subject(row.label, row.candidate, row.role), experiment.store, experiment.costs)
     return list(experiment.store.planned.values())
+
+
+def _check_validation(rehearsed: Experiment, experiment: Experiment) -> None:
+    """Refuses validation text that is trained or tested on, where a method has asked for it in the plan."""
+    if "validation" in vars(rehearsed):
+        _ = experiment.validation
+
+
+def build(config: Config, labels: Sequence[str], root: Path) -> Iterator[Row]:
+    """Makes the candidates of rows without evaluating them; what is there is not made again."""
+    experiment = Experiment(config, root)
+    check_inputs(experiment)
+    check_lengths(experiment)
+    rehearsed = Experiment(config, root, dry=True)
+    for _ in candidates(rehearsed, labels):
+        pass
+    _check_validation(rehearsed, experiment)
+    check_space(list(rehearsed.store.planned.values()), root)
+    yield from candidates(experiment, labels)
 
 
 def run_folder(experiment: Experiment, root: Path) -> Path:
@@ -73,7 +98,9 @@ def run(config: Config, root: Path) -> Path:
     """
     experiment = Experiment(config, root)
     check_inputs(experiment)
-    planned = plan(config, root)
+    rehearsed = Experiment(config, root, dry=True)
+    planned = _plan(rehearsed)
+    _check_validation(rehearsed, experiment)
     if any(p.state != "there" for p in planned):
         check_space(planned, root)
         check_lengths(experiment)
@@ -92,23 +119,40 @@ def run(config: Config, root: Path) -> Path:
         described(folder / RUN_FILE)  # refused now if it is damaged, not when all is done
     files: set[str] = set()
     measured: dict[str, dict[str, Measured]] = {name: {} for name in experiment.suites}
+    notes: dict[str, None] = {}  # each sentence once, in order
     for row in candidates(experiment):
+        notes |= dict.fromkeys(_notes(experiment, row))
         spec, path = experiment.evaluate(row.label, row.candidate, row.role)
         files.add(_record(config, row, spec.fingerprint, perplexity.read_evaluation(path), folder))
         files |= _record_suites(experiment, row, folder, measured)
     with alone(folder / ".lock", f"run {folder.name}"):
         # Other seeds that were finished before, or meanwhile by another process, belong to the same table.
         before = described(folder / RUN_FILE)
+        # What was made to find out what to make is known by now.
+        artifacts |= {str(p.path.relative_to(root)) for p in experiment.store.planned.values()}
         evaluation.note_suites(folder, experiment.suites, measured)
         description = {
             "configuration": config.model_dump(mode="json"),
             "artifacts": sorted(artifacts.union(before.get("artifacts", []))),
             "records": {**before.get("records", {}), **hashes(folder, files)},
+            "notes": list(dict.fromkeys([*before.get("notes", []), *notes])),
             "finished": time.time(),
         }
         write_json(folder / RUN_FILE, description)
         write_tables(folder)
     return folder
+
+
+def _notes(experiment: Experiment, row: Row) -> Iterator[str]:
+    """Sentences about how a candidate was made that belong below the tables."""
+    role = experiment.config.methods[row.label].get("role")
+    if role is not None and row.role.corpus is not None:
+        tokens = tokens_seen(row.candidate.folder.parent)
+        base = experiment.origin(role).name
+        yield f"{row.label} is {base} continued on {tokens:,} tokens of its own text, which no other row counts."
+    made = experiment.store.planned.get(row.candidate.fingerprint)
+    if made is not None and (note := read_manifest(made.path)["info"].get("note")):
+        yield str(note)
 
 
 def _record(config: Config, row: Row, evaluation: str, rows: Sequence[dict[str, Any]], folder: Path) -> str:

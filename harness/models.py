@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from fusion.errors import UserError, did_you_mean
+from fusion.loading import check_loading
 from harness.artifacts import canonical, file_sha256, fingerprint, write_atomically
 
 if TYPE_CHECKING:
@@ -353,22 +354,6 @@ def load_model(resolved: ResolvedModel, dtype: DType | None = None, device: str 
     check_loading(info, model, str(resolved.folder))
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
-
-
-def check_loading(info: dict[str, Any], model: "PreTrainedModel", place: str) -> None:
-    """UserError when loading left a weight out (tied ones aside), had one too many, or met another shape.
-
-    `info` is what `from_pretrained(output_loading_info=True)` gives.
-    """
-    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
-    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
-        keys = sorted(str(key) for key in info.get(problem) or () if not (problem == "missing_keys" and key in tied))
-        if keys:
-            what = problem.replace("_", " ").replace("msgs", "messages")
-            raise UserError(
-                f"The weights in {place} do not fit its config.json ({len(keys)} {what}, first {keys[0]}): "
-                "fetch or convert the model again."
-            )
 
 
 def load_tokenizer(resolved: ResolvedModel) -> "PreTrainedTokenizerFast":

@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 from fusion.errors import UserError
+from harness.memory import keep_freed
 
 COMMAND = "torchrun --nproc_per_node N -m harness.cli experiment run ..."
 _PATIENCE = timedelta(days=7)  # a rank that is gone is noticed by the launcher; one that is busy is waited for
@@ -100,3 +101,25 @@ def let_the_cause_speak(understood: bool) -> None:
     """
     if world() > 1 and not (understood and first()):
         time.sleep(_GRACE if understood else 2 * _GRACE)
+
+
+def usable_device(device: str, *, dry: bool) -> str:
+    """The device of this process, ready to use, by the configuration's word for it. UserError where there is none."""
+    import torch
+
+    if device != "cpu" and torch.cuda.is_available():
+        n, own = torch.cuda.device_count(), local_rank()
+        if own >= n:
+            raise UserError(f"This machine has {n} CUDA devices, but its rank {own} needs one more: start {n} ranks.")
+        if n > 1 and not launched() and not dry:
+            raise UserError(
+                f"A process uses one GPU and {n} are visible: start one for each with {COMMAND}, or set "
+                "CUDA_VISIBLE_DEVICES to one of them."
+            )
+        return f"cuda:{own}" if launched() else "cuda"
+    if device == "cuda":
+        raise UserError("device is cuda, but this machine has no CUDA device that torch can use: set device=cpu.")
+    # DeepSpeed would look for an accelerator by itself and warn on standard output, where tables go.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    keep_freed()
+    return "cpu"

@@ -1,7 +1,7 @@
 """Finished runs and the tables made of them: from records alone, and without importing anything heavy."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,8 +106,9 @@ def table(folder: Path, *, baseline: str | None = None, with_paper: bool = False
         roles = {entry.get("role", "target"): label for label, entry in methods.items() if entry["method"] == "as_is"}
     except (KeyError, TypeError):
         raise UserError(f"{folder} was made by another version of fusellm-harness: run the experiment again.") from None
+    noted = described(folder / RUN_FILE).get("notes", [])
     if name in LAYOUTS:
-        return comparison(
+        made = comparison(
             name,
             records,
             list(methods),
@@ -119,10 +120,11 @@ def table(folder: Path, *, baseline: str | None = None, with_paper: bool = False
             command=f"fusellm experiment run {name} --profile {profile}",
             reasons=_reasons(folder),
         )
+        return replace(made, notes=(*made.notes, *noted))
     if with_paper:
         raise UserError(f"The paper has no table {name!r}: those it has are {', '.join(LAYOUTS)}.")
     text = records[(records["suite"] == "perplexity") & records["tokens"].isna()]
-    return main_table(
+    made = main_table(
         records,
         list(methods),
         baseline,
@@ -130,6 +132,7 @@ def table(folder: Path, *, baseline: str | None = None, with_paper: bool = False
         title=f"{title} ({name}, {profile})",
         banner=banner,
     )
+    return replace(made, notes=(*made.notes, *noted))
 
 
 def _reasons(folder: Path) -> dict[tuple[str, str, str], str]:

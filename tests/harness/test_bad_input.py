@@ -18,10 +18,11 @@ Prepare = Callable[[Path], object]
 
 @pytest.fixture
 def here(made: Path, experiment_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with copies of the two models, of the text and of the experiment, which is also where commands run."""
+    """A folder with copies of the models, of the text and of the experiment, which is also where commands run."""
     folder = tmp_path / "here"
     for name in ("llama", "neox", "train", "test"):
         shutil.copytree(made / name, folder / name)
+    shutil.copytree(made / "llama", folder / "wide")
     text = experiment_file.read_text(encoding="utf-8").replace(str(made), str(folder))
     (folder / "small.yaml").write_text(text, encoding="utf-8")
     monkeypatch.chdir(folder)
@@ -86,6 +87,18 @@ def other_tokenizer(here: Path) -> None:
     shutil.copy(here / "neox" / "tokenizer.json", here / "llama")
 
 
+def swapped(name: str) -> Prepare:
+    """A tokenizer that numbers two letters the other way round."""
+
+    def prepare(here: Path) -> None:
+        raw = json.loads((here / name).read_text(encoding="utf-8"))
+        words = raw["model"]["vocab"]
+        words["x"], words["y"] = words["y"], words["x"]
+        (here / name).write_text(json.dumps(raw), encoding="utf-8")
+
+    return prepare
+
+
 def artifact(name: str, content: str) -> Prepare:
     """A complete artifact, one file of which is then overwritten."""
 
@@ -107,8 +120,18 @@ def setting(*values: str, of: str = "main") -> list[str]:
     return [*SHOW, of, *(part for value in values for part in ("--set", value))]
 
 
+def merged(*values: str) -> list[str]:
+    return setting("methods.M.method=merge", *(f"methods.M.{value}" for value in values))
+
+
 def run(*values: str) -> list[str]:
     return [*RUN, *(part for value in values for part in ("--set", value))]
+
+
+def merge(*values: str, wide: bool = False) -> list[str]:
+    """A run with a merge of roles, of which `wide` is a copy of the target's model."""
+    role = ["roles.sources.wide.model={here}/wide"] if wide else []
+    return run(*role, "methods.M.method=merge", *(f"methods.M.{value}" for value in values))
 
 
 USAGE: list[tuple[list[str], str]] = [
@@ -143,6 +166,20 @@ NAMES: list[tuple[list[str], str]] = [
         setting("methods.X.method=as_is", "methods.X.role=targt"),
         "names 'targt', which is no role .did you mean 'target'.",
     ),
+    (
+        setting("methods.M.method=merge", "methods.M.base=targt"),
+        "names 'targt', which is no role .did you mean 'target'.",
+    ),
+    (setting("methods.M.method=merge", "methods.M.models=[target,gemma]"), "methods.M names 'gemma', which is no role"),
+    (
+        setting("methods.M.method=merge", "methods.M.merge_method=tise"),
+        "methods.M has merge_method = 'tise', which is wrong",
+    ),
+    (setting("methods.X.method=as_is", "methods.X.role=teacher"), "methods.X names 'teacher', which is no role"),
+    (setting("roles.teacher=Llama"), "roles.teacher = 'Llama', which must hold keys and values"),
+    (["baseline", "show", "mrege"], "There is no method 'mrege' .did you mean 'merge'."),
+    (["baseline", "build", "mrege"], "quickstart has no row and there is no method 'mrege' .did you mean 'merge'."),
+    (["baseline", "build", "clm", "--experiment", "mian"], "There is no experiment 'mian' .did you mean 'main'."),
     (["quickstart", "--set", "roles.target.modle=x"], "unknown key roles.target.modle .did you mean 'model'."),
     (setting("methods.X.role=target"), "methods.X does not say which method it is"),
     (setting("methods.X.method=[clm]"), "methods.X does not say which method it is"),
@@ -180,6 +217,15 @@ VALUES: list[tuple[list[str], str]] = [
     (setting("methods.FuseLLM.weight_temperature=0"), "weight_temperature is 0.0; it must be greater than 0"),
     (setting("methods.FuseLLM.sources=[]"), r"methods.FuseLLM has sources = \[\]"),
     (setting("methods.FuseLLM.sources=[Gemma-3-270M,Gemma-3-270M]"), "sources .* names one twice"),
+    (merged("weights=[1,-1]"), r"methods.M: weights \[1.0, -1.0\] do not sum to a positive number: raise one of them"),
+    (merged("weights=[0,0]"), "do not sum to a positive number"),
+    (merged("weights=[.nan,1]"), "methods.M has weights"),
+    (merged("weights=[1,2,3]", "models=[target,Gemma-3-270M]"), "weights has 3 numbers for 2 models: give one each"),
+    (merged("models=[target,target]"), "names one twice: give each model once"),
+    (merged("density=0"), "methods.M has density = 0, .* greater than 0"),
+    (merged("trials=0"), "methods.M has trials = 0, .* greater than 0"),
+    (merged("mergekit={}", "scale=2"), "a mergekit configuration says everything by itself: remove scale"),
+    (merged("mergekit=nowhere.yaml"), "the mergekit configuration nowhere.yaml cannot be read .No such file"),
     (setting("extraction.k=0"), "extraction.k = 0, .* greater than 0"),
     (setting("seeds=[-1]"), r"seeds.0 = -1"),
     ([*SHOW, "main", "--seed", "1", "--seed", "1"], r"seeds \[1, 1\] names one twice: give each seed once"),
@@ -323,6 +369,43 @@ FILES: list[tuple[Prepare, list[str], str]] = [
         write("train/long.txt", "".join(map(str, range(2000)))),
         run("pieces.max_bytes=3000", "corpus.first_bytes=3000", "training.row_length=4000"),
         r"long.txt .bytes from 0. is \d+ tokens for target and exceeds the context of target, 256: lower pieces",
+    ),
+    # Merges: refused before anything is loaded or trained.
+    (
+        nothing,
+        merge("models=[target,neox]"),
+        r"M cannot merge target and neox, which differ in model_type .llama and gpt_neox.",
+    ),
+    (
+        set_key("wide/config.json", intermediate_size=80),
+        merge("models=[target,wide]", wide=True),
+        r"M cannot merge target and wide, which differ in intermediate_size .\d+ and 80.: choose models of one arch",
+    ),
+    (
+        swapped("wide/tokenizer.json"),
+        merge("models=[target,wide]", wide=True),
+        r"M cannot merge target and wide, whose tokenizers differ .first in token \d+, '[xy]'.: choose",
+    ),
+    (nothing, merge(), r"M merges at least two models with linear and not 1 .neox.: say which in its `models`"),
+    (nothing, merge("merge_method=slerp"), "M merges two models with slerp and not 1"),
+    (nothing, merge("models=[target,neox]", "weights=[1]"), "weights has 1 numbers for 2 models"),
+    (write("m.yaml", "models: ["), merge("mergekit=m.yaml"), "m.yaml is not valid YAML"),
+    (write("m.yaml", "- a"), merge("mergekit=m.yaml"), "m.yaml does not hold keys and values"),
+    (write("m.yaml", b"\xff"), merge("mergekit=m.yaml"), "m.yaml is not valid YAML"),
+    (
+        write("m.yaml", "merge_method: linaer\ndtype: float32\nmodels: [{model: target}, {model: neox}]"),
+        merge("mergekit=m.yaml"),
+        "M: mergekit has no merge_method 'linaer' .did you mean 'linear'.*: it has",
+    ),
+    (
+        write("m.yaml", "merge_method: linear\nmodels: [{mdel: target}]"),
+        merge("mergekit=m.yaml"),
+        "M: mergekit does not take its configuration: models.0.*model",
+    ),
+    (
+        write("m.yaml", "merge_method: linear\ndtype: float32\nmodels: [{model: target}, {model: nowhere}]"),
+        merge("mergekit=m.yaml"),
+        "no role 'nowhere'",
     ),
     (nothing, run("training.deepspeed=zero.json"), "'zero.json' is no JSON file and none of zero1, zero2, zero3"),
     (nothing, run("training.deepspeed=zer2"), r"did you mean 'zero2'\?"),

@@ -73,6 +73,19 @@ def test_data_root_maps_a_hub_id(tmp_path: Path) -> None:
         list(documents(config.model_copy(update={"name_column": "nome"}), tmp_path))
 
 
+def test_the_domains_of_a_corpus_add_up_to_it(tmp_path: Path) -> None:
+    """What is drawn of several domains is what is drawn of each, so that their continuations and it see the same."""
+    rows = [{"text": f"text {i} " + "x" * (i % 5 * 20), "name": f"n{i}", "source": "aab"[i % 3]} for i in range(60)]
+    _parquet(tmp_path / "some/set/default/train.parquet", rows)
+    whole = CorpusConfig(path="some/set", domain_column="source", domains=["a", "b"], domain_bytes=200)
+    parts = [list(documents(whole.model_copy(update={"domains": [domain]}), tmp_path)) for domain in "ab"]
+    assert {d.sha256 for d in documents(whole, tmp_path)} == {d.sha256 for part in parts for d in part}
+    for part in parts:
+        sizes = [len(d.text.encode()) for d in part]
+        assert 200 <= sum(sizes) < 200 + max(sizes)
+    assert expected_bytes(whole, tmp_path) == 400
+
+
 @pytest.mark.parametrize(
     ("name", "raw", "sentence"),
     [

@@ -1,0 +1,25 @@
+"""What must hold of a model that has just been loaded."""
+
+from typing import TYPE_CHECKING, Any
+
+from fusion.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def check_loading(
+    info: dict[str, Any], model: "PreTrainedModel", place: str, remedy: str = "fetch or convert the model again"
+) -> None:
+    """UserError when loading left a weight out (tied ones aside), had one too many, or met another shape.
+
+    The sentence ends in `remedy`. `info` is what `from_pretrained(output_loading_info=True)` gives.
+    """
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
+        keys = sorted(str(key) for key in info.get(problem) or () if not (problem == "missing_keys" and key in tied))
+        if keys:
+            what = problem.replace("_", " ").replace("msgs", "messages")
+            raise UserError(
+                f"The weights in {place} do not fit its config.json ({len(keys)} {what}, first {keys[0]}): {remedy}."
+            )

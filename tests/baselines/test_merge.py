@@ -1,0 +1,234 @@
+"""Weight merging: what mergekit computes, what it is asked for, and what is refused before anything is loaded."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, PreTrainedConfig, Qwen2Config
+
+from baselines.merge import Merge, MergeParameters, check_mergeable, merge, search_shares
+from baselines.method import Artifact, Candidate
+from fusion.errors import UserError
+from tests.harness.tiny_models import save_model
+
+KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "tied llama": (LlamaConfig, {"tie_word_embeddings": True}),
+    "qwen2": (Qwen2Config, {"num_key_value_heads": 1}),
+    "gemma3": (Gemma3TextConfig, {"head_dim": 8, "num_key_value_heads": 1}),
+    "neox": (GPTNeoXConfig, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
+    """Of every architecture a base and two others like it."""
+    folder = tmp_path_factory.mktemp("families")
+    return {
+        kind: {
+            name: save_model(folder / kind / name, config, 300, seed, **settings)
+            for seed, name in enumerate(["base", "a", "b"])
+        }
+        for kind, (config, settings) in KINDS.items()
+    }
+
+
+class _Context:
+    """The context of a row, with two sources whose models are there."""
+
+    seed = 3
+    label = "Merged"
+    sources = ("a", "b")
+    held_out = "text"
+
+    def __init__(self, folders: Mapping[str, Path], root: Path, score: Callable[[Path], float] | None = None) -> None:
+        self.folders = folders
+        self.root = root
+        self.scored: list[str] = []
+        self.made: dict[str, Any] = {}
+        self._score = score
+
+    def model(self, role: str) -> Candidate:
+        return Candidate(self.folders["base" if role == "target" else role], f"fingerprint of {role}", seeded=False)
+
+    def score(self, candidate: Candidate, label: str = "") -> float:
+        assert self._score is not None
+        self.scored.append(label)
+        return self._score(candidate.folder)
+
+    def make(self, kind: str, build: Callable[[Path], Any], **identity: Any) -> Artifact:
+        self.root.mkdir(exist_ok=True)
+        self.made = {"kind": kind, **identity, "found": build(self.root)}
+        return Artifact(self.root, "made")
+
+    @contextmanager
+    def progress(self, description: str, total: float, unit: str) -> Iterator[Callable[[float], None]]:
+        yield lambda amount: None
+
+
+def _merged(families: dict[str, dict[str, Path]], kind: str, out: Path, **parameters: Any) -> dict[str, torch.Tensor]:
+    context: Any = _Context(families[kind], out)
+    candidate = Merge(MergeParameters(**parameters)).build(context)
+    return load_file(candidate.folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_linear_and_task_arithmetic_are_their_formulas(
+    families: dict[str, dict[str, Path]], kind: str, tmp_path: Path
+) -> None:
+    base, a, b = (load_file(families[kind][name] / "model.safetensors") for name in ("base", "a", "b"))
+    linear = _merged(families, kind, tmp_path / "linear", weights=[1.0, 3.0])
+    arithmetic = _merged(
+        families, kind, tmp_path / "arithmetic", merge_method="task_arithmetic", weights=[1.0, 3.0], scale=1.5
+    )
+    assert linear.keys() == arithmetic.keys() == a.keys()
+    for name in a:
+        torch.testing.assert_close(linear[name], 0.25 * a[name] + 0.75 * b[name], rtol=0, atol=1e-6)
+        change = 0.25 * (a[name] - base[name]) + 0.75 * (b[name] - base[name])
+        torch.testing.assert_close(arithmetic[name], base[name] + 1.5 * change, rtol=0, atol=1e-6)
+    assert (tmp_path / "linear/model/tokenizer.json").exists()
+
+
+def test_a_merge_that_lacks_a_weight_is_refused(
+    families: dict[str, dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a definition mergekit leaves the head of a GPT-NeoX model out, and loading would make one up."""
+    from mergekit.architecture.json_definitions import NAME_TO_ARCH
+
+    monkeypatch.setattr("baselines.merge._define_gpt_neox", lambda: NAME_TO_ARCH.pop("GPTNeoXForCausalLM", None))
+    with pytest.raises(UserError, match=r"1 missing keys, first lm_head.weight\): mergekit cannot"):
+        _merged(families, "neox", tmp_path)
+
+
+def test_slerp_goes_from_one_model_to_the_other(families: dict[str, dict[str, Path]], tmp_path: Path) -> None:
+    for weights, end in (([1.0, 0.0], "a"), ([0.0, 1.0], "b")):
+        made = _merged(families, "llama", tmp_path / end, merge_method="slerp", weights=weights)
+        for name, tensor in load_file(families["llama"][end] / "model.safetensors").items():
+            torch.testing.assert_close(made[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_dare_draws_by_the_seed_and_ties_does_not(families: dict[str, dict[str, Path]], tmp_path: Path) -> None:
+    for algorithm, seeded in (("ties", False), ("dare_ties", True)):
+        made = []
+        for seed in (3, 4):
+            context: Any = _Context(families["llama"], tmp_path / f"{algorithm}{seed}")
+            context.seed = seed
+            candidate = Merge(MergeParameters(merge_method=algorithm)).build(context)
+            assert candidate.seeded == seeded and (context.made["params"]["seed"] == seed) == seeded
+            made.append(load_file(candidate.folder / "model.safetensors")["model.norm.weight"])
+            made.append(load_file(candidate.folder / "model.safetensors")["model.layers.0.mlp.up_proj.weight"])
+        assert torch.equal(made[1], made[3]) != seeded
+
+
+def test_a_mergekit_configuration_is_taken_as_it_is(families: dict[str, dict[str, Path]], tmp_path: Path) -> None:
+    written = tmp_path / "mine.yaml"
+    written.write_text(
+        "merge_method: linear\ndtype: float32\nmodels:\n"
+        "  - {model: a, parameters: {weight: [{filter: mlp, value: 1.0}, {value: 0.0}]}}\n"
+        "  - {model: b, parameters: {weight: [{filter: mlp, value: 0.0}, {value: 1.0}]}}\n"
+    )
+    made = _merged(families, "qwen2", tmp_path / "made", mergekit=str(written))
+    a, b = (load_file(families["qwen2"][name] / "model.safetensors") for name in ("a", "b"))
+    for name, tensor in made.items():
+        torch.testing.assert_close(tensor, a[name] if "mlp" in name else b[name], rtol=0, atol=1e-6)
+
+
+def test_what_makes_a_merge_does_not_depend_on_names(families: dict[str, dict[str, Path]], tmp_path: Path) -> None:
+    context: Any = _Context(families["llama"], tmp_path)
+    Merge(MergeParameters()).build(context)
+    written = str(context.made["params"])
+    assert "fingerprint of a" in written and "'a'" not in written and str(tmp_path) not in written
+
+
+def test_tuned_weights_find_the_better_model(families: dict[str, dict[str, Path]], tmp_path: Path) -> None:
+    """Scores fall towards b: its share grows, no trial is left behind, and a second start scores nothing again."""
+    target = load_file(families["llama"]["b"] / "model.safetensors")["lm_head.weight"]
+
+    def score(folder: Path) -> float:
+        return float((load_file(folder / "model.safetensors")["lm_head.weight"] - target).norm())
+
+    parameters = MergeParameters(weights="tuned", trials=6)
+    context: Any = _Context(families["llama"], tmp_path / "made", score)
+    folder = Merge(parameters).build(context).folder
+    assert context.scored == [f"Merged, trial {i} of 6" for i in range(1, 7)]
+    assert context.made["inputs"]["held_out"] == "text" and context.made["scores"] == 6
+    uniform = 0.5 * (load_file(families["llama"]["a"] / "model.safetensors")["lm_head.weight"] + target)
+    assert score(folder) < 0.5 * float((uniform - target).norm())
+    assert "the best of 6 merges" in context.made["found"]["note"]
+    assert not (tmp_path / "made" / "trial").exists()
+    again: Any = _Context(families["llama"], tmp_path / "made", score)
+    Merge(parameters).build(again)
+    assert again.scored == []
+
+
+def test_the_search_keeps_to_its_budget_and_to_shares(tmp_path: Path) -> None:
+    best = np.array([0.7, 0.2, 0.1])
+    tried = search_shares(lambda shares, n: float(np.abs(shares - best).sum()), 3, 40, tmp_path / "log")
+    assert len(tried) <= 40 and tried[0][0] == pytest.approx([1 / 3] * 3)
+    assert all(sum(shares) == pytest.approx(1) and min(shares) >= 0 for shares, _ in tried)
+    np.testing.assert_allclose(min(tried, key=lambda one: one[1])[0], best, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({"weights": [1.0, -1.0]}, "do not sum to a positive number"),
+        ({"weights": [1.0], "models": ["a", "b"]}, "weights has 1 numbers for 2 models"),
+        ({"models": ["a", "a"]}, "names one twice"),
+        ({"mergekit": {"merge_method": "linear"}, "scale": 2.0}, "says everything by itself: remove scale"),
+        ({"mergekit": "nowhere.yaml"}, "nowhere.yaml cannot be read"),
+        ({"merge_method": "ties", "weights": [1.0]}, "Merged has 1 weights for 2 models .a, b.: give one each"),
+        ({"merge_method": "slerp", "models": ["base", "a", "b"]}, "merges two models with slerp and not 3"),
+        ({"mergekit": {"merge_method": "lineal", "models": [{"model": "a"}]}}, "no merge_method 'lineal'.*'linear'"),
+        ({"mergekit": {"merge_method": "linear", "models": "a"}}, "mergekit does not take its configuration: models"),
+        ({"mergekit": {"merge_method": "slerp", "models": [{"model": "a"}]}}, "mergekit cannot merge a"),
+    ],
+)
+def test_what_cannot_be_asked_for(
+    families: dict[str, dict[str, Path]], tmp_path: Path, parameters: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises((UserError, ValueError), match=expected):
+        _merged(families, "llama", tmp_path, **parameters)
+
+
+def test_other_shapes_and_tokenizers_are_refused(families: dict[str, dict[str, Path]], tmp_path: Path) -> None:
+    a = families["llama"]["a"]
+    wide = save_model(tmp_path / "wide", LlamaConfig, 300, 0, hidden_size=24)
+    with pytest.raises(UserError, match=r"row cannot merge a and wide, which differ in hidden_size \(16 and 24\)"):
+        check_mergeable({"a": a, "wide": wide}, "row")
+    with pytest.raises(UserError, match=r"a and neox, which differ in model_type \(llama and gpt_neox\)"):
+        check_mergeable({"a": a, "neox": families["neox"]["a"]}, "row")
+    strange = shutil.copytree(a, tmp_path / "strange")
+    written = (strange / "tokenizer.json").read_text(encoding="utf-8")
+    raw = json.loads(written)
+    words = raw["model"]["vocab"]
+    words["x"], words["y"] = words["y"], words["x"]
+    (strange / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+    with pytest.raises(UserError, match=r"a and strange, whose tokenizers differ \(first in token \d+, '[xy]'\)"):
+        check_mergeable({"a": a, "strange": strange}, "row")
+    # Written by another version of the library, and read alike.
+    (strange / "tokenizer.json").write_text(json.dumps(json.loads(written)), encoding="utf-8")
+    check_mergeable({"a": a, "strange": strange}, "row")
+
+
+def test_layers_can_be_stacked(families: dict[str, dict[str, Path]], tmp_path: Path) -> None:
+    stacked = {
+        "merge_method": "passthrough",
+        "dtype": "float32",
+        "slices": [
+            {"sources": [{"model": "a", "layer_range": [0, 2]}]},
+            {"sources": [{"model": "b", "layer_range": [1, 2]}]},
+        ],
+    }
+    merge(stacked, families["llama"], tmp_path / "made")
+    made = load_file(tmp_path / "made" / "model.safetensors")
+    b = load_file(families["llama"]["b"] / "model.safetensors")
+    name = "mlp.up_proj.weight"
+    assert torch.equal(made[f"model.layers.2.{name}"], b[f"model.layers.1.{name}"])
