@@ -369,7 +369,7 @@ def _expanded(methods: Mapping[str, Any], roles: Mapping[str, Any]) -> dict[str,
     """The rows with `{target}`, `{teacher}` and `{sources}` written out by name; rows set to null are left out."""
     rows: dict[str, Any] = {}
     for label, entry in methods.items():
-        if entry is None:
+        if entry is None or (label == "{teacher}" and not roles.get("teacher")):
             continue
         if label in ("{target}", "{teacher}"):
             role = label.strip("{}")

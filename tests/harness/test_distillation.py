@@ -224,7 +224,7 @@ def test_an_empty_row_teaches_nothing(line: Line) -> None:
 @pytest.mark.parametrize(
     ("row", "teacher", "sentence"),
     [
-        ({"method": "distillation", "teachers": ["teacher"]}, TEACHER, "methods.X names 'teacher', which is no role"),
+        ({"method": "distillation", "teachers": ["teacher"]}, TEACHER, "methods.X needs a teacher, and there is none: say who"),
         ({"method": "distillation", "online": True}, other(), "X has s read the target's tokens, but its tokenizer is"),
         ({"method": "distillation", "temperature": 2}, TEACHER, "temperature 2, and those extracted are 1: add it to"),
         (
