@@ -100,7 +100,7 @@ def _tokens(small: Experiment) -> int:
 
 
 @pytest.mark.parametrize("online", [True, False])
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])
 def test_a_model_teaches_itself_nothing(line: Line, online: bool, divergence: str) -> None:
     """Not online, and not with the bucket of what is beyond its top 3; as its own role or as a copy."""
     row = {"method": "distillation", "lambda": 0.5, "online": online, "divergence": divergence}
@@ -186,6 +186,12 @@ def test_rows_of_a_table(line: Line) -> None:
     assert set(records["method"]) == {"X", *ROWS}
     nats = records[records["tokens"].isna()].groupby("method")["numerator"].sum()
     assert len(set(nats)) == 5
+    # All see the same tokens in the same steps.
+    logs = [
+        [entry["tokens"] for entry in json.loads(path.read_text()) if "tokens" in entry]
+        for path in (line.folder / "root" / "artifacts" / "train").glob("*/log.json")
+    ]
+    assert len(logs) == 5 and all(log == logs[0] for log in logs) and len(logs[0]) == 3
     # One extraction of the source for all of them; the target's own readings are nobody's teachers but its.
     made = [p.name for p in (line.folder / "root" / "artifacts" / "extraction").iterdir() if p.is_dir()]
     assert len(made) == 1
@@ -224,7 +230,11 @@ def test_an_empty_row_teaches_nothing(line: Line) -> None:
 @pytest.mark.parametrize(
     ("row", "teacher", "sentence"),
     [
-        ({"method": "distillation", "teachers": ["teacher"]}, TEACHER, "methods.X needs a teacher, and there is none: say who"),
+        (
+            {"method": "distillation", "teachers": ["teacher"]},
+            TEACHER,
+            "methods.X needs a teacher, and there is none: say who",
+        ),
         ({"method": "distillation", "online": True}, other(), "X has s read the target's tokens, but its tokenizer is"),
         ({"method": "distillation", "temperature": 2}, TEACHER, "temperature 2, and those extracted are 1: add it to"),
         (
