@@ -17,4 +17,4 @@ class CLM:
         self.parameters = parameters
 
     def build(self, context: Context) -> Candidate:
-        return context.train(lam=1.0, fusion=None)
+        return context.train(lam=1.0)

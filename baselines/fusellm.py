@@ -5,8 +5,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from baselines.method import METHODS, Candidate, Context, Fusion, Need, Parameters
+from baselines.method import METHODS, Candidate, Context, Need, Parameters
 from fusion.errors import UserError, did_you_mean
+from fusion.learning import Fusion
 from fusion.maps import MAPS
 from fusion.targets import PRESETS, Switches
 
@@ -81,5 +82,4 @@ class FuseLLM:
             raise UserError(
                 f"{context.label} names the source {unknown[0]!r}; the experiment's are {', '.join(context.sources)}."
             )
-        fusion = self.parameters.fused(sources)
-        return context.train(lam=self.parameters.lam, fusion=fusion)
+        return context.train(lam=self.parameters.lam, learn=self.parameters.fused(sources))

@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Literal, Protocol
 from pydantic import BaseModel, ConfigDict
 
 from fusion.errors import UserError
+from fusion.learning import Learning
 from fusion.registry import Registry
-from fusion.targets import Switches
 
 
 class Parameters(BaseModel):
@@ -47,16 +47,6 @@ class Artifact:
     fingerprint: str
 
 
-@dataclass(frozen=True)
-class Fusion:
-    """How sources are fused: which of them, through which map, by which switches."""
-
-    sources: Sequence[str]
-    map: str
-    map_on: Literal["bytes", "strings"]
-    switches: Switches
-
-
 class Context(Protocol):
     """What a method is given. Everything it makes is an artifact: made once, shared by all who ask."""
 
@@ -76,8 +66,11 @@ class Context(Protocol):
     def extract(self, role: str) -> Path:
         """The stored extraction of a role's model on the training corpus."""
 
-    def train(self, *, lam: float, fusion: Fusion | None) -> Candidate:
-        """The target trained on the corpus with lam * CLM + (1 - lam) * fusion; the same rows for every method."""
+    def train(self, *, lam: float, learn: Learning | None = None) -> Candidate:
+        """The target trained on the corpus with lam * CLM + (1 - lam) * what is learnt besides (`fusion.learning`).
+
+        The same rows in the same order for every method. UserError where what it needs cannot be had.
+        """
 
     @property
     def held_out(self) -> str:
@@ -151,4 +144,4 @@ def method_names() -> list[str]:
 
 
 def _register_own() -> None:
-    from baselines import as_is, clm, fusellm, merge  # noqa: F401  they register themselves
+    from baselines import alm, as_is, clm, distillation, fusellm, merge, uld  # noqa: F401  they register themselves

@@ -18,15 +18,18 @@ from benchmarks.material import Material
 from benchmarks.page import Result
 from fusion.extraction import batches_by_length, externalise, reader
 from fusion.heads import fused_forward
+from fusion.learning import FusedLesson
 from fusion.objective import Head, mixed_loss
 from fusion.packing import Packing, attending_by_piece, check_packing, own_forward, packed_inputs
 from fusion.vocabulary import encode, prefix_id
+from harness import lessons
 from harness.artifacts import PeakMemory
 from harness.context import TARGET, Experiment
 from harness.corpus import Pieces
+from harness.extraction import Extraction
 from harness.memory import keep_freed
 from harness.models import ResolvedModel, compute_dtype, load_model
-from harness.rows import IGNORED, FusionData, Rows, collate
+from harness.rows import IGNORED, Rows, collate
 
 _KINDS = ("clm", "fusellm", "plain")
 _LAMBDA = 0.9
@@ -133,17 +136,20 @@ class Prepared:
 
     experiment: Experiment
     pieces: Pieces
-    data: FusionData
+    lesson: FusedLesson
+    extractions: dict[str, Extraction]
     rows: Rows
 
 
 def prepare(experiment: Experiment) -> Prepared:
     """Extracts and maps what is not there yet."""
-    data = experiment.fusion_data(FuseLLMParameters().fused(list(experiment.config.roles.sources)))
+    fusion = FuseLLMParameters().fused(list(experiment.config.roles.sources))
+    needs = fusion.needs(TARGET)
+    lesson, extractions = fusion.lesson(lessons.material(experiment, needs)), lessons.readers(experiment, needs)
     pieces = Pieces(experiment.pieces[1])
     tokenizer, vocabulary = experiment.tokenizer(TARGET)
-    rows = Rows(pieces, tokenizer, vocabulary, experiment.config.training.row_length, data)
-    return Prepared(experiment, pieces, data, rows)
+    rows = Rows(pieces, tokenizer, vocabulary, experiment.config.training.row_length, lesson, extractions)
+    return Prepared(experiment, pieces, lesson, extractions, rows)
 
 
 class _Stepper:
@@ -288,20 +294,20 @@ def _step_peak(kind: str, model: ResolvedModel, batch: dict[str, np.ndarray]) ->
 
 def _loader(prepared: Prepared, step_seconds: float) -> Result:
     """Reading, encoding, aligning, fusing and collating a row beside the step on it."""
-    rows, data = prepared.rows, prepared.data
+    rows, lesson, extractions = prepared.rows, prepared.lesson, prepared.extractions
     each = [machine.seconds(partial(_load, rows, i), repeat=5) for i in range(min(len(rows), 8))]
     taken = statistics.median(each)
     members = rows.rows[0]
-    readings = [{name: e.reading(p) for name, e in data.extractions.items()} for p in members]
+    readings = [{name: e.reading(p) for name, e in extractions.items()} for p in members]
     pairs = {
-        s.name: [plain.same_end(r[s.name].ends.tolist(), r[data.target].ends.tolist()) for r in readings]
-        for s in data.sources
+        s.name: [plain.same_end(r[s.name].ends.tolist(), r[lesson.target].ends.tolist()) for r in readings]
+        for s in lesson.sources
     }
-    images = {source.name: source.map for source in data.sources}
-    size = len(data.extractions[data.target].vocabulary)
-    plainly = machine.seconds(lambda: plain.fuse(readings, pairs, images, data.target, size), repeat=1, warm=False)
+    images = {source.name: source.map for source in lesson.sources}
+    size = len(extractions[lesson.target].vocabulary)
+    plainly = machine.seconds(lambda: plain.fuse(readings, pairs, images, lesson.target, size), repeat=1, warm=False)
     texts = [prepared.pieces.text(p) for p in members]
-    tokenizers = [prepared.experiment.tokenizer(name)[0] for name in data.extractions]
+    tokenizers = [prepared.experiment.tokenizer(name)[0] for name in extractions]
     encoding = machine.seconds(lambda: [encode(t, text) for t in tokenizers for text in texts], repeat=5)
     return Result(
         f"the data loader, a row of {rows.row_length:,} positions",
@@ -323,7 +329,7 @@ def _load(rows: Rows, index: int) -> dict[str, Tensor]:
 
 def extraction(prepared: Prepared, *, quick: bool) -> list[Result]:
     """Extraction beside a bare forward pass, logits included, of the same batches."""
-    return [_extraction(prepared, name, quick) for name in prepared.data.extractions]
+    return [_extraction(prepared, name, quick) for name in prepared.extractions]
 
 
 def _extraction(prepared: Prepared, name: str, quick: bool) -> Result:

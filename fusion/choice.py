@@ -179,20 +179,20 @@ def gather_evidence(
     units: list[np.ndarray] = []
     for readings, target, size in zip(pieces, targets, n_bytes, strict=True):
         heard = [reading for reading in readings if not reading.left_out]
-        starts = _starts([*heard, target], size) if level == "token" else np.zeros(1, np.int64)
+        starts = segment_starts([*heard, target], size) if level == "token" else np.zeros(1, np.int64)
         count = len(starts)
         sums, counts = np.zeros((n_sources, count)), np.zeros((n_sources, count), np.int64)
         for s, reading in enumerate(readings):
             if reading.left_out:
                 sums[s] = np.inf
                 continue
-            unit = _unit(reading, starts)[:-1]  # the last position has no next token
+            unit = segment_of(reading, starts)[:-1]  # the last position has no next token
             sums[s] = np.bincount(unit, reading.nats[:-1], count)
             counts[s] = np.bincount(unit, minlength=count)
         nats.append(sums)
         tokens.append(counts)
         sizes.append(np.diff(starts, append=size))
-        units.append(_unit(target, starts) + first)
+        units.append(segment_of(target, starts) + first)
         first += count
     evidence = Evidence(
         names, np.concatenate(nats, 1), np.concatenate(tokens, 1), np.concatenate(sizes), np.concatenate(units)
@@ -211,13 +211,13 @@ def gather_evidence(
     )
 
 
-def _starts(readings: Sequence[Reading], n_bytes: int) -> np.ndarray:
+def segment_starts(readings: Sequence[Reading], n_bytes: int) -> np.ndarray:
     """Bytes where the segments of a piece begin: the ends that all readings have, without the end of the text."""
     common = reduce(np.intersect1d, [reading.ends[reading.ends >= 0] for reading in readings])
     return common[common < n_bytes] if n_bytes else common[:1]
 
 
-def _unit(reading: Reading, starts: np.ndarray) -> np.ndarray:
+def segment_of(reading: Reading, starts: np.ndarray) -> np.ndarray:
     """int64[M], the segment of each position."""
     return np.where(reading.ends < 0, len(starts), np.searchsorted(starts, reading.ends, side="right")) - 1
 

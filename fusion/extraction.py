@@ -43,6 +43,7 @@ class Externalised:
     log_p: np.ndarray  # float32[M, k]
     tail: np.ndarray  # float32[M], 1 - sum of the top k
     nats: np.ndarray  # float32[M], -log p(next token); 0 at M - 1
+    log_z: np.ndarray | None = None  # float32[M, n], log sum over all V ids of p^(1/T) at the n temperatures asked for
 
 
 def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -67,6 +68,7 @@ def externalise(
     *,
     k: int,
     device: torch.device,
+    temperatures: Sequence[float] = (),
     chunk: int = 256,
 ) -> list[Externalised]:
     """Reads one batch of sequences (prefix first, no padding).
@@ -97,7 +99,9 @@ def externalise(
         rows = chunk
         if device.type == "cpu":
             rows = max(1, _CACHED // logits.shape[-1]) * torch.get_num_threads()
-        parts += [_summary(*part, k) for part in zip(logits.split(rows), gold_part.split(rows), strict=True)]
+        parts += [
+            _summary(*part, k, temperatures) for part in zip(logits.split(rows), gold_part.split(rows), strict=True)
+        ]
     columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
 
     results = []
@@ -109,7 +113,7 @@ def externalise(
     return results
 
 
-def _summary(logits: Tensor, gold: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _summary(logits: Tensor, gold: Tensor, k: int, temperatures: Sequence[float]) -> tuple[Tensor, ...]:
     """The columns of `Externalised` for logits[N, V] and the next tokens gold[N], -1 for none; in float32."""
     logits = logits.float()
     total = logits.logsumexp(-1, keepdim=True)
@@ -118,4 +122,7 @@ def _summary(logits: Tensor, gold: Tensor, k: int) -> tuple[Tensor, Tensor, Tens
     # Summed in float64: the tail is a small difference of numbers near one.
     tail = (1 - log_p.double().exp().sum(-1)).clamp(min=0).float()
     nats = (total - logits.gather(-1, gold.clamp(min=0)[:, None]))[:, 0].masked_fill(gold < 0, 0)
-    return ids.int(), log_p, tail, nats
+    if not temperatures:
+        return ids.int(), log_p, tail, nats
+    log_z = torch.stack([((logits - total) / t).logsumexp(-1) for t in temperatures], -1)
+    return ids.int(), log_p, tail, nats, log_z

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fusion.objective import CHUNK, Head, MixedLoss, logits_of, mixed_loss, mixed_loss_from_logits
+from fusion.objective import CHUNK, Head, MixedLoss, Term, logits_of, mixed_loss, mixed_loss_from_logits
 from fusion.packing import Packing, device_of, dtype_of, own_forward, packed_inputs, trying
 
 
@@ -79,16 +79,18 @@ def fused_forward(
     p: Tensor | None = None,
     tail: Tensor | None = None,
     fusion_weight: Tensor | None = None,
+    term: Term | None = None,
     lam: float,
     packing: Packing = "positions",
     chunk: int = CHUNK,
 ) -> MixedLoss:
     """The mixed loss of input_ids[B, T], in which pieces are packed and position_ids[B, T] restart with each.
 
-    gold, clm_weight, tail and fusion_weight are [B, T], ids and p [B, T, K]; see `objective.mixed_loss` for their
-    meaning and for what is raised. gold is given as the token that follows, nothing is shifted here. `packing` is what
-    `check_packing` answered. To be called inside the model's replaced forward, so that the hooks of whatever wraps
-    the model run: it calls the backbone and the head as modules, never `model` itself.
+    gold, clm_weight, tail and fusion_weight are [B, T], ids and p [B, T, K]; a term in their place is of B * T
+    positions. See `objective.mixed_loss` for their meaning and for what is raised. gold is given as the token that
+    follows, nothing is shifted here. `packing` is what `check_packing` answered. To be called inside the model's
+    replaced forward, so that the hooks of whatever wraps the model run: it calls the backbone and the head as modules,
+    never `model` itself.
     """
     found = split(model)
     arrays = {"gold": gold, "clm_weight": clm_weight, "ids": ids, "p": p, "tail": tail, "fusion_weight": fusion_weight}
@@ -96,12 +98,12 @@ def fused_forward(
     inputs = packed_inputs(packing, input_ids, position_ids, dtype_of(model))
     if not found.fused:
         logits = own_forward(model, **inputs).logits
-        return mixed_loss_from_logits(logits.flatten(0, 1), **flat, lam=lam, chunk=chunk)
+        return mixed_loss_from_logits(logits.flatten(0, 1), **flat, term=term, lam=lam, chunk=chunk)
     hidden = _backbone(model)(**inputs).last_hidden_state.flatten(0, 1)
     output = _output(model)
 
     def loss(hidden: Tensor) -> tuple[Tensor, ...]:
-        return tuple(mixed_loss(hidden, _head(output, found), **flat, lam=lam, chunk=chunk))
+        return tuple(mixed_loss(hidden, _head(output, found), **flat, term=term, lam=lam, chunk=chunk))
 
     # Through the head's own call, as the model would: parameters that ZeRO-3 or FSDP has partitioned are gathered by
     # the hooks on it, again before its backward, so that the gradient reaches them whole.

@@ -21,11 +21,16 @@ logits is
     (S R - tail Q) c       outside
 
 which for S + tail = 1 is q - p, and q (S - Q) / (1 - Q), without the division. (Method: arXiv 2401.10491, section 3.)
+
+Any other second term is a `Term`, of which autograd takes the gradient while its chunk exists. That holds a chunk
+several times over, so that the chunks are smaller.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +39,7 @@ from torch.nn import functional as F
 CHUNK = 512  # positions projected at once: large enough for a full matrix product, small beside a row of 2,048
 CACHED = 2**20  # logits of a chunk that a CPU works on at once: float32, they stay in its cache from step to step
 TAIL_FLOOR = 1e-30  # of 1 - Q; met only where nothing is left outside the kept ids, see `mixed_loss`
+_BUFFERS = 4  # by so much a chunk is smaller where autograd is at work on it
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,24 @@ class MixedLoss(NamedTuple):
     fusion: Tensor
 
 
+class Term(Protocol):
+    """What N positions learn beside their next token: a differentiable function of their logits."""
+
+    @property
+    def active(self) -> Tensor:
+        """bool[N], where it is not 0 whatever the logits."""
+
+    @property
+    def cuts(self) -> Tensor | None:
+        """bool[N], the positions at which a chunk may begin; None for all. What lies between two is never parted."""
+
+    def __getitem__(self, index: Any) -> "Term":
+        """The term of some of the positions, in their order."""
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Weighted nats[N] of logits[N, V], in the dtype of the logits."""
+
+
 @dataclass(frozen=True)
 class _Targets:
     """What the N positions are compared with; float arrays in the dtype of the computation, ids without weight -1."""
@@ -78,6 +102,60 @@ class _Targets:
     def __getitem__(self, index: Any) -> "_Targets":
         return _Targets(*(array[index] for array in vars(self).values()))
 
+    @property
+    def active(self) -> Tensor:
+        return (self.clm_weight != 0) | (self.fusion_weight != 0)
+
+    def parts(self, chunk: int) -> Iterator[slice]:
+        """The positions that are projected at once."""
+        yield from _spans(slice(0, len(self.gold)), chunk)
+
+    def spans(self, part: slice, logits: Tensor) -> list[slice]:
+        """Those of a part[C] whose logits[C, V] are worked on at once."""
+        return _spans(part, len(logits) if logits.device.type != "cpu" else max(1, CACHED // logits.shape[1]))
+
+    def terms(self, logits: Tensor, lam: float, floor: float, grad: bool) -> tuple[Tensor, Tensor]:
+        return _terms(logits, self, lam, floor, grad)
+
+
+@dataclass(frozen=True)
+class _WithTerm:
+    """The same for a second term of any kind."""
+
+    gold: Tensor  # [N]
+    clm_weight: Tensor  # [N], 0 where gold is -1
+    term: Term
+
+    def __getitem__(self, index: Any) -> "_WithTerm":
+        return _WithTerm(self.gold[index], self.clm_weight[index], self.term[index])
+
+    @property
+    def active(self) -> Tensor:
+        return (self.clm_weight != 0) | self.term.active
+
+    def parts(self, chunk: int) -> Iterator[slice]:
+        n, size, cuts = len(self.gold), max(1, chunk // _BUFFERS), self.term.cuts
+        allowed = range(1, n) if cuts is None else cuts[1:].nonzero()[:, 0].add(1).tolist()
+        start = 0
+        for here, after in pairwise([*allowed, n, math.inf]):
+            if after > start + size and here > start:
+                yield slice(start, int(here))
+                start = int(here)
+
+    def spans(self, part: slice, logits: Tensor) -> list[slice]:
+        return [part]  # a teacher projects them, too, and a term may join all of them
+
+    def terms(self, logits: Tensor, lam: float, floor: float, grad: bool) -> tuple[Tensor, Tensor]:
+        """As `_terms`; `floor` is the kept entries' alone."""
+        with torch.set_grad_enabled(grad):
+            leaf = logits.detach().requires_grad_(grad)
+            nats = F.cross_entropy(leaf, self.gold, ignore_index=-1, reduction="none")
+            clm = torch.where(self.clm_weight != 0, self.clm_weight * nats, 0)
+            other = self.term(leaf)
+            if grad:
+                logits.copy_(torch.autograd.grad(_mixed(clm.sum(), other.sum(), lam), leaf)[0])
+        return clm.detach(), other.detach()
+
 
 def mixed_loss(
     hidden: Tensor,
@@ -89,6 +167,7 @@ def mixed_loss(
     p: Tensor | None = None,
     tail: Tensor | None = None,
     fusion_weight: Tensor | None = None,
+    term: Term | None = None,
     lam: float,
     tail_floor: float = TAIL_FLOOR,
     chunk: int = CHUNK,
@@ -98,18 +177,21 @@ def mixed_loss(
     Sums, not means: the caller divides by whatever it counts. gold[N] are target ids, -1 where there is none;
     clm_weight[N] weighs -log q(gold). ids[N, K] are distinct target ids with pads of -1, p[N, K] their probabilities
     (anything at pads is ignored), tail[N] the mass outside them; fusion_weight[N] weighs the fusion term. The four
-    fusion arrays may all be None: then it is 0 and `lam` must be 1. Positions with both weights 0 are not projected.
+    fusion arrays may all be None: then `term` takes their place, or the second term is 0 and `lam` must be 1. Positions
+    at which neither term has a weight are not projected.
 
     The projection runs in the wider dtype of hidden and weight (or autocast's), as the model's own would; everything
     after it in float32, float64 if that dtype is float64, and the projection's gradient is summed in the same.
     `tail_floor` bounds 1 - Q from below: there the tail term is constant, with gradient 0.
     Under `torch.no_grad` only the values are computed. Backward may run once.
 
-    Raises ValueError for shapes that do not fit, repeated ids, lam outside [0, 1] or missing fusion arrays.
+    Raises ValueError for shapes that do not fit, repeated ids, lam outside [0, 1], missing fusion arrays, or a term
+    beside them.
     """
-    _check_shapes(hidden, gold, clm_weight, ids, p, tail, fusion_weight, lam, chunk)
+    _check_shapes(hidden, gold, clm_weight, ids, p, tail, fusion_weight, term, lam, chunk)
     dtype = _projection_dtype(hidden, head)
-    targets = _targets(torch.promote_types(dtype, torch.float32), gold, clm_weight, ids, p, tail, fusion_weight)
+    exact = torch.promote_types(dtype, torch.float32)
+    targets = _targets(exact, gold, clm_weight, ids, p, tail, fusion_weight, term)
     hidden, targets = _active(hidden, targets)
     total, clm, fusion = _Projected.apply(
         hidden, head.weight, head.bias, head, targets, lam, tail_floor, chunk, dtype, torch.is_grad_enabled()
@@ -126,14 +208,15 @@ def mixed_loss_from_logits(
     p: Tensor | None = None,
     tail: Tensor | None = None,
     fusion_weight: Tensor | None = None,
+    term: Term | None = None,
     lam: float,
     tail_floor: float = TAIL_FLOOR,
     chunk: int = CHUNK,
 ) -> MixedLoss:
     """`mixed_loss` on given logits[N, V], for models whose head has an unknown form: same numbers, dense memory."""
-    _check_shapes(logits, gold, clm_weight, ids, p, tail, fusion_weight, lam, chunk)
+    _check_shapes(logits, gold, clm_weight, ids, p, tail, fusion_weight, term, lam, chunk)
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    targets = _targets(dtype, gold, clm_weight, ids, p, tail, fusion_weight)
+    targets = _targets(dtype, gold, clm_weight, ids, p, tail, fusion_weight, term)
     logits, targets = _active(logits, targets)
     total, clm, fusion = _Given.apply(logits, targets, lam, tail_floor, chunk, torch.is_grad_enabled())
     return MixedLoss(total, clm, fusion)
@@ -156,14 +239,14 @@ class _Projected(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         head: Head,
-        targets: _Targets,
+        targets: _Targets | _WithTerm,
         lam: float,
         floor: float,
         chunk: int,
         dtype: torch.dtype,
         grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        exact = targets.p.dtype
+        exact = targets.clm_weight.dtype
         wants = [grad and wanted for wanted in ctx.needs_input_grad[:3]]
         d_hidden = torch.empty_like(hidden) if wants[0] else None
         d_weight = torch.zeros_like(weight, dtype=exact) if wants[1] else None
@@ -177,11 +260,11 @@ class _Projected(torch.autograd.Function):
             def project(part: slice) -> None:  # a function, so that its buffer is gone before the next one is made
                 h = hidden[part].to(dtype)
                 product = F.linear(h, w, b)
-                for few in _spans(part, _few(product)):
+                for few in targets.spans(part, product):
                     here = slice(few.start - part.start, few.stop - part.start)
                     logits = product[here].to(exact)
                     slope = _scale_and_cap(logits, head, any(wants))
-                    clm[few], fusion[few] = _terms(logits, targets[few], lam, floor, any(wants))
+                    clm[few], fusion[few] = targets[few].terms(logits, lam, floor, any(wants))
                     if not any(wants):
                         continue
                     d_logits = logits if slope is None else logits.mul_(slope)
@@ -197,7 +280,7 @@ class _Projected(torch.autograd.Function):
                 elif d_weight is not None:
                     d_weight.add_(product.T @ h)
 
-            for part in _spans(slice(0, len(hidden)), chunk):
+            for part in targets.parts(chunk):
                 project(part)
         ctx.gradients = (d_hidden, d_weight, d_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
@@ -213,26 +296,20 @@ def _spans(whole: slice, size: int) -> list[slice]:
     return [slice(start, min(start + size, whole.stop)) for start in range(whole.start, whole.stop, size)]
 
 
-def _few(logits: Tensor) -> int:
-    """Positions of logits[C, V] that are worked on at once."""
-    return len(logits) if logits.device.type != "cpu" else max(1, CACHED // logits.shape[1])
-
-
 class _Given(torch.autograd.Function):
     """Values and gradient of logits[N, V]."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: _Targets, lam: float, floor: float, chunk: int, grad: bool
+        ctx: Any, logits: Tensor, targets: _Targets | _WithTerm, lam: float, floor: float, chunk: int, grad: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        exact = targets.p.dtype
+        exact = targets.clm_weight.dtype
         wanted = grad and ctx.needs_input_grad[0]
         d_logits = torch.empty_like(logits) if wanted else None
         clm, fusion = (torch.zeros(len(logits), dtype=exact, device=logits.device) for _ in range(2))
-        for start in range(0, len(logits), chunk):
-            part = slice(start, start + chunk)
+        for part in targets.parts(chunk):
             buffer = logits[part].to(exact, copy=True)
-            clm[part], fusion[part] = _terms(buffer, targets[part], lam, floor, wanted)
+            clm[part], fusion[part] = targets[part].terms(buffer, lam, floor, wanted)
             if d_logits is not None:
                 d_logits[part] = buffer
         ctx.gradients, ctx.dtypes = (d_logits,), (logits.dtype,)
@@ -300,9 +377,12 @@ def _scale_and_cap(logits: Tensor, head: Head, grad: bool) -> Tensor | None:
 def _sums(ctx: Any, clm: Tensor, fusion: Tensor, lam: float) -> tuple[Tensor, Tensor, Tensor]:
     clm, fusion = clm.sum(), fusion.sum()
     ctx.mark_non_differentiable(clm, fusion)
+    return _mixed(clm, fusion, lam), clm, fusion
+
+
+def _mixed(clm: Tensor, fusion: Tensor, lam: float) -> Tensor:
     # Not lam * clm + 0 * fusion at lam = 1: an infinite fusion term would make it NaN.
-    total = clm.clone() if lam == 1 else fusion.clone() if lam == 0 else lam * clm + (1 - lam) * fusion
-    return total, clm, fusion
+    return clm.clone() if lam == 1 else fusion.clone() if lam == 0 else lam * clm + (1 - lam) * fusion
 
 
 def _scaled(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -330,9 +410,12 @@ def _targets(
     p: Tensor | None,
     tail: Tensor | None,
     fusion_weight: Tensor | None,
-) -> _Targets:
+    term: Term | None,
+) -> _Targets | _WithTerm:
     gold = gold.long()
     clm_weight = torch.where(gold >= 0, clm_weight.to(dtype), 0)
+    if term is not None:
+        return _WithTerm(gold, clm_weight, term)
     if ids is None or p is None or tail is None or fusion_weight is None:
         zero = torch.zeros_like(clm_weight)
         none = gold.new_empty((len(gold), 0))
@@ -343,10 +426,9 @@ def _targets(
     )
 
 
-def _active(rows: Tensor, targets: _Targets) -> tuple[Tensor, _Targets]:
+def _active(rows: Tensor, targets: _Targets | _WithTerm) -> tuple[Tensor, _Targets | _WithTerm]:
     """The rows[N, ...] and targets of which at least one weight is not 0."""
-    active = (targets.clm_weight != 0) | (targets.fusion_weight != 0)
-    index = active.nonzero()[:, 0]
+    index = targets.active.nonzero()[:, 0]
     return (rows, targets) if len(index) == len(rows) else (rows[index], targets[index])
 
 
@@ -358,6 +440,7 @@ def _check_shapes(
     p: Tensor | None,
     tail: Tensor | None,
     fusion_weight: Tensor | None,
+    term: Term | None,
     lam: float,
     chunk: int,
 ) -> None:
@@ -369,7 +452,9 @@ def _check_shapes(
         raise ValueError(f"chunk must be at least 1, not {chunk}")
     fusion = {"ids": ids, "p": p, "tail": tail, "fusion_weight": fusion_weight}
     missing = [name for name, array in fusion.items() if array is None]
-    if missing and (lam != 1 or len(missing) < len(fusion)):
+    if term is not None and len(missing) < len(fusion):
+        raise ValueError("a term and fusion arrays are given: give one or the other")
+    if term is None and missing and (lam != 1 or len(missing) < len(fusion)):
         raise ValueError(f"lam = {lam} without {', '.join(missing)}: give all fusion arrays, or none and lam = 1")
     for name, array in {"gold": gold, "clm_weight": clm_weight, "tail": tail, "fusion_weight": fusion_weight}.items():
         if array is not None and array.shape != rows.shape[:1]:

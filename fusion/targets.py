@@ -37,8 +37,8 @@ class Reading:
     @classmethod
     def without(cls, tokens: np.ndarray, ends: np.ndarray, k: int) -> "Reading":
         """The reading of a piece that is left out."""
-        zeros = np.zeros((len(tokens), k), np.float32)
-        return cls(tokens, ends, zeros.astype(np.int32), zeros, zeros[:, 0], zeros[:, 0], left_out=True)
+        zeros, zero = np.zeros((len(tokens), k), np.float32), np.zeros(len(tokens), np.float32)
+        return cls(tokens, ends, zeros.astype(np.int32), zeros, zero, zero, left_out=True)
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,13 @@ class Vocabulary:
         )
 
 
+def same_ids(one: Vocabulary, other: Vocabulary) -> bool:
+    """Whether every id means the same in both; a model may have more rows than tokens, and those mean nothing."""
+    n = min(len(one), len(other))
+    alike = one.tokens[:n] == other.tokens[:n] and one.token_bytes[:n] == other.token_bytes[:n]
+    return alike and not any(one.tokens[n:]) and not any(other.tokens[n:])
+
+
 def _utf8(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 

@@ -19,10 +19,11 @@ import numpy as np
 import pandas as pd
 
 from baselines.fusellm import FuseLLMParameters
-from baselines.method import Fusion
 from fusion.errors import UserError
 from fusion.fuse import UNPAIRED, fuse_row
+from fusion.learning import Fusion
 from fusion.targets import Reading, Sparse
+from harness import lessons
 from harness.artifacts import write_atomically
 from harness.config import Config, method_parameters
 from harness.context import TARGET, Experiment
@@ -75,16 +76,17 @@ def _fusellm(config: Config) -> FuseLLMParameters:
 
 def _measures(experiment: Experiment, fusion: Fusion) -> tuple[pd.DataFrame, int]:
     """The measures over the pieces that all models could read, and how many the others are."""
-    data = experiment.fusion_data(fusion)
+    needs = fusion.needs(TARGET)
+    sources, readers = fusion.lesson(lessons.material(experiment, needs)).sources, lessons.readers(experiment, needs)
     pieces = Pieces(experiment.pieces[1])
     target_vocabulary = experiment.tokenizer(TARGET)[1]
-    sizes = {name: len(reader.vocabulary) for name, reader in data.extractions.items()}
+    sizes = {name: len(reader.vocabulary) for name, reader in readers.items()}
     alone = replace(fusion.switches, include_target=False, tail="bucket", fusion="mince", empty="tail")
     rows: list[dict[str, Any]] = []
     left_out = 0
     with track("audit", len(pieces), "pieces") as advance:
         for piece in range(len(pieces)):
-            readings = {name: reader.reading(piece) for name, reader in data.extractions.items()}
+            readings = {name: reader.reading(piece) for name, reader in readers.items()}
             advance(1)
             if any(reading.left_out for reading in readings.values()):
                 left_out += 1
@@ -101,9 +103,9 @@ def _measures(experiment: Experiment, fusion: Fusion) -> tuple[pd.DataFrame, int
                     switches=switches,
                 )
 
-            together = fuse(data.sources, fusion.switches)
+            together = fuse(sources, fusion.switches)
             own = readings[TARGET]
-            for source in [None, *data.sources]:
+            for source in [None, *sources]:
                 name = TARGET if source is None else source.name
                 reading = readings[name]
                 row: dict[str, Any] = {"source": name, "domain": domain, "bytes": size, "pieces": 1}
@@ -123,7 +125,7 @@ def _measures(experiment: Experiment, fusion: Fusion) -> tuple[pd.DataFrame, int
                 row |= _sums(reading, own, carried, at, partner, (sizes[name], sizes[TARGET]))
                 rows.append(row)
             rows.append(_chosen(together, own, {"domain": domain, "bytes": size, "pieces": 1}, sizes[TARGET]))
-    names = [TARGET, *(s.name for s in data.sources), CHOSEN]
+    names = [TARGET, *(s.name for s in sources), CHOSEN]
     return _by_domain(pd.DataFrame(rows), names, experiment.model(TARGET).name), left_out
 
 

@@ -56,6 +56,10 @@ class PiecesConfig(Strict):
 class ExtractionConfig(Strict):
     k: int = Field(10, gt=0, description="entries kept a position (paper: 10)")
     pieces_per_shard: int = Field(256, gt=0)
+    store_dtype: Literal["float16", "float32"] = Field("float16", description="of stored log-probabilities and tails")
+    temperatures: list[Annotated[float, Field(gt=0)]] = Field(
+        [], description="beside 1: those at which distillation may take stored distributions"
+    )
     compression: Literal["zstd", "none"] = Field("zstd", description="of what is stored; the numbers are the same")
     max_left_out: float = Field(
         0.001,
@@ -182,15 +186,19 @@ class Config(Strict):
     def _check_roles(self, label: str, kind: Any, parameters: Any) -> None:
         """Raises UserError where a method names a role that is not there, or needs one."""
         roles = list(self.roles.named())
-        named = [name for key in ("sources", "models") for name in getattr(parameters, key, None) or []]
-        for name in [*named, *(getattr(parameters, key, "target") for key in ("role", "base"))]:
+        keys = ("sources", "models", "teachers")
+        named = [name for key in keys for name in getattr(parameters, key, None) or []]
+        named += [getattr(parameters, key, "target") for key in ("role", "base")]
+        if "teacher" in getattr(kind, "needs", ()) and not hasattr(parameters, "teachers"):
+            named.append("teacher")
+        for name in named:
+            if name == "teacher" and self.roles.teacher is None:
+                raise UserError(f"methods.{label} needs a teacher, and there is none: say who it is in roles.teacher.")
             if name not in roles:
                 raise UserError(
                     f"methods.{label} names {name!r}, which is no role{did_you_mean(name, roles)}: roles are "
                     f"{', '.join(roles)}."
                 )
-        if "teacher" in getattr(kind, "needs", ()) and self.roles.teacher is None:
-            raise UserError(f"methods.{label} needs a teacher, and there is none: say who it is in roles.teacher.")
 
 
 def method_parameters(label: str, entry: Mapping[str, Any], schema: type[BaseModel]) -> BaseModel:
@@ -361,7 +369,7 @@ def _expanded(methods: Mapping[str, Any], roles: Mapping[str, Any]) -> dict[str,
     """The rows with `{target}`, `{teacher}` and `{sources}` written out by name; rows set to null are left out."""
     rows: dict[str, Any] = {}
     for label, entry in methods.items():
-        if entry is None:
+        if entry is None or (label == "{teacher}" and not roles.get("teacher")):
             continue
         if label in ("{target}", "{teacher}"):
             role = label.strip("{}")

@@ -6,17 +6,18 @@ Everything goes through the store, so that nothing is made twice; with a dry sto
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from baselines.method import Candidate, Fusion
+from baselines.method import Candidate
 from fusion.errors import UserError, did_you_mean
+from fusion.learning import Learning, Needs
 from fusion.vocabulary import Vocabulary, encode
-from harness import corpus, extraction, perplexity, ranks
+from harness import corpus, extraction, lessons, perplexity, ranks
 from harness.artifacts import Estimate, Spec, Store, canonical, fingerprint, plain_json
 from harness.config import Config, Role
 from harness.corpus import Document, Pieces
@@ -272,13 +273,12 @@ class Experiment:
         spec = extraction_spec(
             model,
             pieces_spec,
-            k=settings.k,
+            settings,
             dtype=compute_dtype(role.dtype, self.device),
-            pieces_per_shard=settings.pieces_per_shard,
             batch_tokens=role.batch_tokens,
         )
         sized = self.sized(name)
-        stored = position_bytes(settings.k, sized.vocabulary)
+        stored = position_bytes(settings.k, sized.vocabulary, settings.store_dtype, len(settings.temperatures))
         estimate = self.costs.forward(sized.parameters, self.corpus_bytes, disk_per_token=stored)
         path = extraction.make_extraction(
             self.store, spec, model, pieces_folder, settings, device=self.device, estimate=estimate
@@ -293,10 +293,10 @@ class Experiment:
             self._vocabularies[name] = tokenizer, Vocabulary.from_tokenizer(tokenizer, load_config(model).vocab_size)
         return self._vocabularies[name]
 
-    def reader(self, name: str) -> Extraction:
+    def reader(self, name: str, temperature: float = 1.0) -> Extraction:
         """The role's extraction, piece by piece."""
         tokenizer, vocabulary = self.tokenizer(name)
-        return Extraction(self.extract(name)[1], Pieces(self.pieces[1]), tokenizer, vocabulary)
+        return Extraction(self.extract(name)[1], Pieces(self.pieces[1]), tokenizer, vocabulary, temperature)
 
     def map(self, source: str, kind: str, on: Literal["bytes", "strings"]) -> tuple[Spec, Path]:
         """The vocabulary map of a source onto the target, for the tokens that its extraction holds."""
@@ -338,27 +338,12 @@ class Experiment:
         sized = self.sized(source)
         return spec, self.store.ensure(spec, build, Estimate(disk=4 * sized.vocabulary, memory=1e9, seconds=10))
 
-    def fusion_data(self, fusion: Fusion) -> Any:
-        """Readers, maps and switches, for the data loader. Reads files: not for a plan."""
-        from fusion.fuse import Source
-        from harness.rows import FusionData
-
-        sources = [
-            Source(
-                name,
-                self.tokenizer(name)[1],
-                np.load(self.map(name, fusion.map, fusion.map_on)[1] / "map.npy", allow_pickle=False),
-            )
-            for name in fusion.sources
-        ]
-        readers = {name: self.reader(name) for name in [TARGET, *fusion.sources]}
-        return FusionData(target=TARGET, sources=sources, extractions=readers, switches=fusion.switches)
-
-    def train(self, label: str, seed: int, *, lam: float, fusion: Fusion | None) -> Candidate:
+    def train(self, label: str, seed: int, *, lam: float, learn: Learning | None = None) -> Candidate:
         """The target trained on the corpus' rows (see `harness.training.train`)."""
         settings, target = self.config.training, self.model(TARGET)
         if lam == 1:
-            fusion = None  # nothing of it would be learnt, and plain continued training is there already
+            learn = None  # nothing of it would be learnt, and plain continued training is there already
+        needs = Needs() if learn is None else learn.needs(TARGET)
         documents, n_bytes = self._curve()
         dtype = compute_dtype(settings.dtype, self.device)
         zero = zero_config(settings.deepspeed) if settings.deepspeed else None
@@ -372,10 +357,9 @@ class Experiment:
             "deepspeed": zero,
         }
         inputs: dict[str, Any] = {"model": target.fingerprint, "pieces": self.pieces[0].fingerprint}
-        if fusion is not None:
-            params["fusion"] = {"sources": list(fusion.sources), **asdict(fusion.switches)}
-            inputs["extractions"] = {n: self.extract(n)[0].fingerprint for n in [TARGET, *fusion.sources]}
-            inputs["maps"] = {n: self.map(n, fusion.map, fusion.map_on)[0].fingerprint for n in fusion.sources}
+        if learn is not None:
+            params |= learn.identity()
+            inputs |= lessons.made_of(self, label, needs)
         # The number of ranks is no part of it: as with rows at once, sums are rounded otherwise and that is all.
         info = {"ranks": ranks.world()}
         spec = Spec("train", f"{label}-seed{seed}", TRAIN_VERSION, plain_json(inputs), plain_json(params), info)
@@ -388,8 +372,9 @@ class Experiment:
             from harness.training import Curve, train
 
             tokenizer, vocabulary = self.tokenizer(TARGET)
-            data = self.fusion_data(fusion) if fusion is not None else None
-            rows = Rows(Pieces(self.pieces[1]), tokenizer, vocabulary, settings.row_length, data)
+            lesson = None if learn is None else learn.lesson(lessons.material(self, needs))
+            pieces, readers = Pieces(self.pieces[1]), lessons.readers(self, needs)
+            rows = Rows(pieces, tokenizer, vocabulary, settings.row_length, lesson, readers)
             set_seed(seed)
             role, section = self.role(TARGET), self.config.suites.perplexity
             curve = None
@@ -409,6 +394,8 @@ class Experiment:
                     rows,
                     settings,
                     lam=lam,
+                    lesson=lesson,
+                    teachers={n: load_model(self.model(n), self.role(n).dtype, self.device) for n in needs.models},
                     seed=seed,
                     device=self.device,
                     folder=folder,
@@ -421,7 +408,15 @@ class Experiment:
         tokens = self.corpus_bytes / BYTES_PER_TOKEN * settings.epochs
         estimate = self.costs.training(sized.parameters, tokens)
         measured = self.costs.forward(sized.parameters, n_bytes * (self.config.curve.points + 1))
-        estimate = Estimate(estimate.disk, estimate.memory, estimate.seconds + measured.seconds)
+        along = [
+            self.costs.forward(self.sized(name).parameters, self.corpus_bytes * settings.epochs)
+            for name in needs.models
+        ]
+        estimate = Estimate(
+            estimate.disk,
+            estimate.memory + sum(e.memory for e in along),
+            estimate.seconds + measured.seconds + sum(e.seconds for e in along),
+        )
         path = self.store.ensure(spec, build, estimate, together=True)
         return Candidate(path / MODEL_FOLDER, spec.fingerprint, True, path)
 

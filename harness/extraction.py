@@ -36,14 +36,20 @@ _POLL_S = 1.0
 
 
 def extraction_spec(
-    model: "ResolvedModel", pieces: Spec, *, k: int, dtype: str, pieces_per_shard: int, batch_tokens: int
+    model: "ResolvedModel", pieces: Spec, settings: ExtractionConfig, *, dtype: str, batch_tokens: int
 ) -> Spec:
+    # What came later is a part of it where it is set, so that what was made before is still known.
+    later: dict[str, Any] = {}
+    if settings.store_dtype != "float16":
+        later["store_dtype"] = settings.store_dtype
+    if settings.temperatures:
+        later["temperatures"] = sorted(set(settings.temperatures))
     return Spec(
         "extraction",
         model.name,
         VERSION,
         {"model": model.fingerprint, "pieces": pieces.fingerprint},
-        {"k": k, "dtype": dtype, "pieces_per_shard": pieces_per_shard},
+        {"k": settings.k, "dtype": dtype, "pieces_per_shard": settings.pieces_per_shard, **later},
         {"batch_tokens": batch_tokens},
     )
 
@@ -126,7 +132,14 @@ def _extract(
                 own.add(index)
                 if not path.exists():  # else we were silent for so long that another took it over
                     beside = claims.folder / uuid.uuid4().hex
-                    write_shard(path, beside, *read, wide=reader.wide, compression=settings.compression)
+                    write_shard(
+                        path,
+                        beside,
+                        *read,
+                        wide=reader.wide,
+                        compression=settings.compression,
+                        dtype=settings.store_dtype,
+                    )
             now = there()
             advance(sum(n_bytes[i] for i in now - finished - own))
             finished = now
@@ -182,8 +195,14 @@ class _Reader:
 
         from fusion.extraction import externalise
 
-        k, device = int(self._spec.params["k"]), torch.device(self._device)
-        return externalise(self._backbone, self._project, sequences, k=k, device=device)
+        return externalise(
+            self._backbone,
+            self._project,
+            sequences,
+            k=int(self._spec.params["k"]),
+            device=torch.device(self._device),
+            temperatures=self._spec.params.get("temperatures", ()),
+        )
 
     def _tokens(self, piece: int) -> list[int]:
         tokens = [prefix_id(self._tokenizer), *encode(self._tokenizer, self._pieces.text(piece))]
@@ -243,9 +262,12 @@ class Extraction:
     """A stored extraction, read piece by piece from memory-mapped shards.
 
     Token ids are not stored: they are the tokenizer's, and `reading` refuses when their number is not the stored one.
+    At a temperature T other than 1, one of the extraction's own, distributions are those to the power 1/T.
     """
 
-    def __init__(self, folder: Path, pieces: Pieces, tokenizer: Any, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self, folder: Path, pieces: Pieces, tokenizer: Any, vocabulary: Vocabulary, temperature: float = 1.0
+    ) -> None:
         self._folder = folder
         self._pieces = pieces
         self._tokenizer = tokenizer
@@ -253,6 +275,8 @@ class Extraction:
         self.vocabulary = vocabulary
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         self._size = int(manifest["params"]["pieces_per_shard"])
+        self._temperature = temperature
+        self._column = None if temperature == 1 else manifest["params"]["temperatures"].index(temperature)
         self._open: OrderedDict[int, Shard] = OrderedDict()
 
     def _shard(self, index: int) -> Shard:
@@ -280,12 +304,16 @@ class Extraction:
         steps = columns["steps"].astype(np.int64)
         ends = np.cumsum(steps).astype(np.int32)
         ends[np.maximum.accumulate(steps == int(LOST))] = -1
+        log_p, tail = columns["log_p"].astype(np.float32), columns["tail"].astype(np.float32)
+        if self._column is not None:
+            log_p = log_p / np.float32(self._temperature) - columns["log_z"][:, self._column, None]
+            tail = np.maximum(1 - np.exp(log_p, dtype=np.float64).sum(axis=1), 0).astype(np.float32)
         return Reading(
             tokens=tokens,
             ends=ends,
             ids=columns["ids"].astype(np.int32),
-            log_p=columns["log_p"].astype(np.float32),
-            tail=columns["tail"].astype(np.float32),
+            log_p=log_p,
+            tail=tail,
             nats=columns["nats"],
         )
 

@@ -6,8 +6,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from baselines.method import Artifact, Candidate, Fusion
+from baselines.method import Artifact, Candidate
 from fusion.errors import UserError
+from fusion.learning import Learning
 from harness import perplexity
 from harness.artifacts import Estimate, Spec, fingerprint
 from harness.config import PerplexitySection
@@ -39,8 +40,8 @@ class MethodContext:
     def extract(self, role: str) -> Path:
         return self._experiment.extract(role)[1]
 
-    def train(self, *, lam: float, fusion: Fusion | None) -> Candidate:
-        return self._experiment.train(self.label, self.seed, lam=lam, fusion=fusion)
+    def train(self, *, lam: float, learn: Learning | None = None) -> Candidate:
+        return self._experiment.train(self.label, self.seed, lam=lam, learn=learn)
 
     @property
     def _section(self) -> PerplexitySection:

@@ -1,10 +1,10 @@
 """Rows: pieces packed for training, with what the target is to learn at each of their positions.
 
-Fusing is a pure function of stored extractions and maps, run here in the data loader; nothing dense is built.
+A lesson's arrays are a pure function of stored extractions and maps, made here in the data loader; nothing dense is
+built.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,9 @@ import torch
 from torch.utils.data import Dataset
 
 from fusion.errors import UserError
-from fusion.fuse import Source, fuse_row
-from fusion.targets import Reading, Switches
-from fusion.vocabulary import Vocabulary, encode, prefix_id
+from fusion.learning import Lesson
+from fusion.targets import Reading
+from fusion.vocabulary import Vocabulary, byte_ends, encode, prefix_id
 from harness.corpus import Pieces
 from harness.extraction import Extraction
 
@@ -42,22 +42,13 @@ def pack(lengths: Sequence[int], row_length: int, *, window: int = 512) -> list[
     return rows
 
 
-@dataclass(frozen=True)
-class FusionData:
-    """Everything the fused distributions are computed from."""
-
-    target: str
-    sources: list[Source]
-    extractions: dict[str, Extraction]  # by name, the target's own included where it is needed
-    switches: Switches
-
-
 class Rows(Dataset[dict[str, np.ndarray]]):
     """Rows of `row_length` positions, ready for `fusion.heads.fused_forward`.
 
     Every piece is `[prefix] + tokens`; its last position's gold token is the end of text where the piece is its
-    document's last, and none otherwise. Without `fusion` the same rows are plain continued training. Beyond the last
-    row there are empty ones, which hold nothing to learn: where ranks share rows unevenly, they make up the number.
+    document's last, and none otherwise. Without `lesson` the same rows are plain continued training; with it,
+    `extractions` are those it needs, by role. Beyond the last row there are empty ones, which hold nothing to learn:
+    where ranks share rows unevenly, they make up the number.
 
     Raises:
         UserError: a piece does not fit a row.
@@ -69,14 +60,16 @@ class Rows(Dataset[dict[str, np.ndarray]]):
         tokenizer: Any,
         vocabulary: Vocabulary,
         row_length: int,
-        fusion: FusionData | None = None,
+        lesson: Lesson | None = None,
+        extractions: Mapping[str, Extraction] = {},
     ) -> None:
         self._pieces = pieces
         self._tokenizer = tokenizer
         self._prefix = prefix_id(tokenizer)
         self._eos = tokenizer.eos_token_id
         self._vocabulary = vocabulary
-        self._fusion = fusion
+        self._lesson = lesson
+        self._extractions = extractions
         self.row_length = row_length
         self._lengths = lengths = list[int]()
         for piece in range(len(pieces)):
@@ -104,20 +97,23 @@ class Rows(Dataset[dict[str, np.ndarray]]):
         return (self[index] for index in range(len(self)))  # without it an empty row would follow for ever
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """One row: input_ids, position_ids, labels [row_length] and, with fusion, ids, p [N, K], tail, weight [N]."""
-        members, data = self.rows[index] if index < len(self.rows) else [], self._fusion
-        if data is None:
-            tokens = [np.array([self._prefix, *encode(self._tokenizer, self._pieces.text(p))]) for p in members]
-            fused = {}
+        """One row: input_ids, position_ids, labels [row_length] and, with a lesson, its arrays [N, ...]."""
+        members, lesson = self.rows[index] if index < len(self.rows) else [], self._lesson
+        if lesson is None:
+            tokens = [self._tokens(p) for p in members]
+            arrays = {}
         else:
-            readings = [{name: e.reading(p) for name, e in data.extractions.items()} for p in members]
+            # The arrays of no positions are nobody's but have their names and types.
+            readings = [self._readings(p, lesson.target) for p in members or self.rows[0]]
+            arrays = lesson.arrays(readings, [int(self._pieces.n_bytes[p]) for p in members or self.rows[0]])
+            if not members:
+                readings, arrays = [], {name: array[:0] for name, array in arrays.items()}
             # Encoding the text takes longer than fusing: the target's own reading holds what it gave.
-            tokens = [piece[data.target].tokens for piece in readings]
+            tokens = [piece[lesson.target].tokens for piece in readings]
             if [len(t) for t in tokens] != [self._lengths[p] for p in members]:
                 raise UserError(
-                    f"the extraction of {data.target} was made with another tokenizer than the target's own."
+                    f"the extraction of {lesson.target} was made with another tokenizer than the target's own."
                 )
-            fused = self._fused(data, members, readings)
         n = sum(len(t) for t in tokens)
         left = self.row_length - n
         gold = [self._gold(t, bool(self._pieces.last[p])) for t, p in zip(tokens, members, strict=True)]
@@ -126,58 +122,38 @@ class Rows(Dataset[dict[str, np.ndarray]]):
             "input_ids": np.concatenate([*tokens, np.full(left, self._prefix)]),
             "position_ids": np.concatenate([*(np.arange(len(t)) for t in tokens), np.arange(left)]),
             "labels": np.concatenate([*gold, np.full(left, IGNORED)]),
-            **fused,
+            **arrays,
         }
+
+    def _tokens(self, piece: int) -> np.ndarray:
+        return np.array([self._prefix, *encode(self._tokenizer, self._pieces.text(piece))])
+
+    def _readings(self, piece: int, target: str) -> dict[str, Reading]:
+        """What was extracted of a piece, and the target's own tokens and ends where nothing of it was."""
+        readings = {name: extraction.reading(piece) for name, extraction in self._extractions.items()}
+        if target not in readings:
+            tokens = self._tokens(piece)
+            ends = byte_ends(tokens[1:], self._vocabulary, self._pieces.text(piece).encode("utf-8"))
+            readings[target] = Reading.without(tokens, np.append(0, ends).astype(np.int32), 0)
+        return readings
 
     def _gold(self, tokens: np.ndarray, last: bool) -> np.ndarray:
         end = self._eos if last and self._eos is not None else IGNORED
         return np.concatenate([tokens[1:], [end]])
 
-    def _fused(self, data: FusionData, members: list[int], readings: list[dict[str, Reading]]) -> dict[str, np.ndarray]:
-        if not members:
-            none = np.zeros(0, np.float32)
-            return {
-                "fused_ids": np.zeros((0, 1), np.int32),
-                "fused_p": none[:, None],
-                "fused_tail": none,
-                "fusion_weight": none,
-            }
-        fused = fuse_row(
-            readings,
-            [int(self._pieces.n_bytes[p]) for p in members],
-            target=data.target,
-            sources=data.sources,
-            target_vocabulary=self._vocabulary,
-            switches=data.switches,
-        )
-        return {
-            "fused_ids": fused.targets.ids,
-            "fused_p": fused.targets.p,
-            "fused_tail": fused.targets.tail,
-            "fusion_weight": fused.fusion_weight,
-        }
-
 
 def collate(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-    """Rows stacked to [B, L], fused entries padded to the widest [B, L, K] with ids of -1."""
-    batch = {
-        name: torch.from_numpy(np.stack([r[name] for r in rows]).astype(np.int64))
-        for name in ("input_ids", "position_ids", "labels")
-    }
-    if "fused_ids" in rows[0]:
-        size, length = batch["labels"].shape
-        width = max(r["fused_ids"].shape[1] for r in rows)
-        ids = np.full((size, length, width), -1, np.int64)
-        p = np.zeros((size, length, width), np.float32)
-        tail, weight = np.zeros((size, length), np.float32), np.zeros((size, length), np.float32)
-        for i, row in enumerate(rows):
-            n, k = row["fused_ids"].shape
-            ids[i, :n, :k], p[i, :n, :k] = row["fused_ids"], row["fused_p"]
-            tail[i, :n], weight[i, :n] = row["fused_tail"], row["fusion_weight"]
-        batch |= {
-            "fused_ids": torch.from_numpy(ids),
-            "fused_p": torch.from_numpy(p),
-            "fused_tail": torch.from_numpy(tail),
-            "fusion_weight": torch.from_numpy(weight),
-        }
+    """Rows stacked to [B, L]; a lesson's arrays [N, ...] padded to [B, L, ...], each dimension to the widest row's.
+
+    Integers become int64, padded with -1, all else float32, padded with 0.
+    """
+    batch = {}
+    for name in rows[0]:
+        arrays = [row[name] for row in rows]
+        shape = (len(rows), len(rows[0]["labels"]), *np.max([a.shape[1:] for a in arrays], axis=0).astype(int))
+        integer = np.issubdtype(arrays[0].dtype, np.integer)
+        padded = np.full(shape, -1, np.int64) if integer else np.zeros(shape, np.float32)
+        for i, array in enumerate(arrays):
+            padded[i][tuple(slice(n) for n in array.shape)] = array
+        batch[name] = torch.from_numpy(padded)
     return batch

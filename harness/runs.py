@@ -91,12 +91,12 @@ def _experiments(root: Path) -> list[str]:
 
 
 def table(folder: Path, *, baseline: str | None = None, with_paper: bool = False) -> "Table":
-    """The table of a run, from its records alone; in the paper's layout where the paper has it.
+    """The table of a run, from its records alone; in the paper's layout where it measured what the paper did.
 
     baseline: the row that the others are compared with, by default the configuration's. with_paper: the published
     values beside ours. Raises UserError for an unknown baseline, and where the paper has no such table.
     """
-    from results.comparison import LAYOUTS, comparison
+    from results.comparison import LAYOUTS, comparison, measured_for
     from results.tables import main_table
 
     config, records = open_run(folder)
@@ -107,7 +107,7 @@ def table(folder: Path, *, baseline: str | None = None, with_paper: bool = False
     except (KeyError, TypeError):
         raise UserError(f"{folder} was made by another version of fusellm-harness: run the experiment again.") from None
     noted = described(folder / RUN_FILE).get("notes", [])
-    if name in LAYOUTS:
+    if measured_for(name, records) or (with_paper and name in LAYOUTS):
         made = comparison(
             name,
             records,

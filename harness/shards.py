@@ -1,8 +1,9 @@
 """The files of an extraction: each holds what a model said about some pieces, and is there whole or not at all.
 
-A shard is a safetensors file of the columns `ids`, `log_p`, `tail`, `nats` and `steps`, all pieces' positions one after
-the other, and of the pieces' `offsets` in them. Compressed, the columns are empty and say only what they are made of;
-`zstd` holds a frame for each piece, so that a piece is read without its neighbours, and `frames` their offsets.
+A shard is a safetensors file of the columns `ids`, `log_p`, `tail`, `nats` and `steps` (and `log_z` where temperatures
+were asked for), all pieces' positions one after the other, and of the pieces' `offsets` in them. Compressed, the
+columns are empty and say only what they are made of; `zstd` holds a frame for each piece, so that a piece is read
+without its neighbours, and `frames` their offsets.
 """
 
 import hashlib
@@ -21,18 +22,20 @@ if TYPE_CHECKING:
     from fusion.extraction import Externalised
 
 Compression = Literal["zstd", "none"]
+StoreDType = Literal["float16", "float32"]
 Columns = dict[str, np.ndarray]
 LOST = np.uint16(65535)  # a step to where the tokens no longer spell the text
-_FLOATS = ("log_p", "tail", "nats")
-_COLUMNS = ("ids", "log_p", "tail", "nats", "steps")
+_FLOATS = ("log_p", "tail", "nats", "log_z")
+_COLUMNS = ("ids", "log_p", "tail", "nats", "steps", "log_z")
 
 
-def position_bytes(k: int, vocabulary: int) -> int:
-    """Bytes a position takes: ids, float16 log-probabilities and tail, float32 nats, uint16 step in bytes.
+def position_bytes(k: int, vocabulary: int, dtype: StoreDType = "float16", temperatures: int = 0) -> int:
+    """Bytes a position takes: ids, log-probabilities and tail in `dtype`, float32 nats, uint16 step in bytes, and a
+    float32 for each temperature.
 
-    Compressed, of real models' top 10, it is about 35 of 48 (vocabulary of at most 65,536) and 37 of 68.
+    Compressed, of real models' top 10 in float16, it is about 35 of 48 (vocabulary of at most 65,536) and 37 of 68.
     """
-    return k * (2 if vocabulary <= 65536 else 4) + 2 * k + 2 + 4 + 2
+    return k * (2 if vocabulary <= 65536 else 4) + np.dtype(dtype).itemsize * (k + 1) + 4 + 2 + 4 * temperatures
 
 
 def write_shard(
@@ -43,6 +46,7 @@ def write_shard(
     *,
     wide: bool,
     compression: Compression,
+    dtype: StoreDType = "float16",
 ) -> None:
     """Writes to `beside` and renames. `ends` are the pieces' `byte_ends`; a result of no positions is left out."""
     from safetensors.numpy import save
@@ -56,12 +60,15 @@ def write_shard(
         )
     tensors = {
         "ids": ids.astype(width),
-        "log_p": np.concatenate([r.log_p for r in results]).astype(np.float16),
-        "tail": np.concatenate([r.tail for r in results]).astype(np.float16),
+        "log_p": np.concatenate([r.log_p for r in results]).astype(dtype),
+        "tail": np.concatenate([r.tail for r in results]).astype(dtype),
         "nats": np.concatenate([r.nats for r in results]).astype(np.float32),
         "steps": np.concatenate([np.zeros(0, np.uint16), *steps]),
         "offsets": np.cumsum([0, *(len(r.nats) for r in results)]).astype(np.int64),
     }
+    log_z = [r.log_z for r in results if r.log_z is not None]
+    if log_z:
+        tensors["log_z"] = np.concatenate(log_z).astype(np.float32)
     if compression == "zstd":
         tensors = _compressed(tensors)
     try:
@@ -84,7 +91,7 @@ def _compressed(tensors: Columns) -> Columns:
     import pyarrow as pa
 
     codec = pa.Codec("zstd", compression_level=1)
-    columns = {name: tensors[name] for name in _COLUMNS}
+    columns = {name: tensors[name] for name in _COLUMNS if name in tensors}
     frames: list[bytes] = [
         codec.compress(_joined({name: column[start:end] for name, column in columns.items()}), asbytes=True)
         for start, end in pairwise(tensors["offsets"].tolist())
@@ -105,7 +112,8 @@ def _joined(columns: Columns) -> bytes:
     parts = []
     for name, column in columns.items():
         if name == "log_p":
-            column = np.diff(column.view(np.uint16).T, axis=0, prepend=np.uint16(0))
+            bits = column.view(f"u{column.itemsize}")
+            column = np.diff(bits.T, axis=0, prepend=bits.dtype.type(0))
         if name in _FLOATS:
             column = np.ascontiguousarray(column).view(np.uint8).reshape(-1, column.itemsize).T
         parts.append(column.tobytes())
@@ -122,8 +130,8 @@ def _parted(raw: "Buffer", positions: int, empty: Columns) -> Columns:
         if name in _FLOATS:
             column = np.ascontiguousarray(column.reshape(like.itemsize, -1).T).reshape(-1)
         if name == "log_p":
-            grown = column.view(np.uint16).reshape(shape[::-1])
-            column = np.ascontiguousarray(grown.cumsum(axis=0, dtype=np.uint16).T).reshape(-1)
+            grown = column.view(f"u{like.itemsize}").reshape(shape[::-1])
+            column = np.ascontiguousarray(grown.cumsum(axis=0, dtype=grown.dtype).T).reshape(-1)
         columns[name] = column.view(like.dtype).reshape(shape)
         start += size
     return columns
@@ -146,17 +154,19 @@ class Shard:
         self._file = safe_open(path, framework="numpy")
         self.offsets: np.ndarray = self._file.get_tensor("offsets")
         self._frames = self._empty = None
-        if "frames" in self._file.keys():  # noqa: SIM118  it is no dict
+        there = self._file.keys()
+        self._names = [name for name in _COLUMNS if name in there]
+        if "frames" in there:
             self._frames = self._file.get_tensor("frames")
-            self._empty = {name: self._file.get_tensor(name) for name in _COLUMNS}
+            self._empty = {name: self._file.get_tensor(name) for name in self._names}
 
     def columns(self, piece: int) -> Columns:
-        """The piece's columns as they are stored: ids[M, k], log_p[M, k], tail[M], nats[M], steps[M]."""
+        """The piece's columns as they are stored: ids[M, k], log_p[M, k], tail[M], nats[M], steps[M], log_z[M, n]."""
         start, end = self.offsets[piece : piece + 2].tolist()
         if start == end:
-            return {name: self._file.get_tensor(name)[:0] for name in _COLUMNS}
+            return {name: self._file.get_tensor(name)[:0] for name in self._names}
         if self._frames is None or self._empty is None:
-            return {name: self._file.get_slice(name)[start:end] for name in _COLUMNS}
+            return {name: self._file.get_slice(name)[start:end] for name in self._names}
         import pyarrow as pa
 
         first, last = self._frames[piece : piece + 2].tolist()

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from fusion.errors import UserError
 from fusion.heads import fused_forward, split
+from fusion.learning import Lesson
 from fusion.packing import Packing, attending_by_piece, check_packing
+from fusion.terms import Teacher
 from harness import ranks
 from harness.artifacts import file_sha256, read_json, write_atomically, write_json
 from harness.config import TrainingSection
@@ -184,7 +186,9 @@ class _Follow(TrainerCallback):
             os.fsync(file.fileno())
 
 
-def _replace_forward(model: PreTrainedModel, packing: Packing, lam: float) -> None:
+def _replace_forward(
+    model: PreTrainedModel, packing: Packing, lam: float, lesson: Lesson | None, teachers: Mapping[str, Teacher]
+) -> None:
     """Puts the objective inside the model's forward, where wrappers for data parallel training call it."""
 
     def forward(self: PreTrainedModel, measure: Callable[..., Any] | None = None, **inputs: Tensor) -> Any:
@@ -197,12 +201,9 @@ def _replace_forward(model: PreTrainedModel, packing: Packing, lam: float) -> No
             inputs["position_ids"],
             gold=labels.clamp(min=-1),
             clm_weight=(labels >= 0).float(),
-            ids=inputs.get("fused_ids"),
-            p=inputs.get("fused_p"),
-            tail=inputs.get("fused_tail"),
-            fusion_weight=inputs.get("fusion_weight"),
             lam=lam,
             packing=packing,
+            **({} if lesson is None else lesson.taught(inputs, teachers)),
         )
         return loss.total, loss.clm, loss.fusion
 
@@ -258,6 +259,8 @@ def train(
     config: TrainingSection,
     *,
     lam: float,
+    lesson: Lesson | None = None,
+    teachers: Mapping[str, PreTrainedModel] = {},
     seed: int,
     device: str,
     folder: Path,
@@ -268,7 +271,8 @@ def train(
     """Trains `model` on `rows` and leaves `folder/model`, which plain `AutoModelForCausalLM.from_pretrained` loads.
 
     Goes on from the last complete checkpoint in `folder`, bit for bit. `lam` is the weight of the CLM term
-    (paper section 3.3, equation 5). Called by all ranks. Raises UserError when packed pieces would see each other, the
+    (paper section 3.3, equation 5), `lesson` the other one, of which `rows` hold the arrays, and `teachers` the models
+    that it needs, on `device`. Called by all ranks. Raises UserError when packed pieces would see each other, the
     loss diverges, or the ranks do not fit the configuration or the checkpoint.
     """
     final = folder / MODEL_FOLDER
@@ -316,7 +320,8 @@ def train(
         deepspeed=zero_config(config.deepspeed) if config.deepspeed else None,
     )
     ranks.check_world(arguments.world_size, "accelerate")
-    _replace_forward(model, packing, lam)
+    reading_along = {name: Teacher(teacher) for name, teacher in teachers.items()}
+    _replace_forward(model, packing, lam, lesson, reading_along)
     checkpoint = last_checkpoint(folder / "checkpoints")
     done = 0.0
     if checkpoint is not None:

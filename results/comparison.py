@@ -111,6 +111,14 @@ LAYOUTS = {
 }
 
 
+def measured_for(name: str, records: pd.DataFrame) -> bool:
+    """Whether the paper has a table called `name` and the records have something of what it measures."""
+    if name not in LAYOUTS:
+        return False
+    suites = {part.suite for column in LAYOUTS[name].columns for part in column.parts}
+    return not suites or not suites.isdisjoint(records["suite"])
+
+
 @dataclass(frozen=True)
 class _Row:
     """A line for the methods of one run."""

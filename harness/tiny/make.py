@@ -21,7 +21,8 @@ def make_tiny(store: Store, name: str, profile: str, device: str) -> tuple[Spec,
     # The text is the running Python's own, so its release stands for it.
     python = ".".join(str(part) for part in sys.version_info[:3])
     corpus = {"max_bytes": recipe.max_bytes, "max_document_bytes": recipe.max_document_bytes}
-    spec = Spec("tiny", name, VERSION, {"python": python}, {**asdict(model), "corpus": corpus})
+    made = {key: value for key, value in asdict(model).items() if value is not None}
+    spec = Spec("tiny", name, VERSION, {"python": python}, {**made, "corpus": corpus})
 
     def build(folder: Path) -> None:
         if ranks.world() > 1:

@@ -1,6 +1,7 @@
 """The tiny models: a target that has seen a little of everything, and two sources that know one side of it better.
 
-All three differ in architecture and tokenizer. They are plumbing, not a result: what they show is that every stage
+These three differ in architecture and tokenizer; a teacher is a larger model of the target's family that has seen more
+of the same, with the target's tokenizer. They are plumbing, not a result: what they show is that every stage
 does its work on real text in minutes.
 """
 
@@ -43,6 +44,8 @@ class TinyModel:
     learning_rate: float = 5e-3
     warmup_ratio: float = 0.05
     seed: int = 0
+    family: "TinyModel | None" = None
+    """Whose tokenizer it has; its own without."""
 
     @property
     def intermediate(self) -> int:
@@ -78,12 +81,14 @@ _EVERYTHING = {"code": 0.4, "docstrings": 0.4, "manual": 0.2}
 _CODE = {"code": 0.95, "docstrings": 0.05}
 _PROSE = {"docstrings": 0.7, "manual": 0.3}
 
+_TARGET = TinyModel("target", "llama", "gpt2", 1_280, 96, 2, 4, _EVERYTHING, train_bytes=300_000, seed=1)
 _TINY = TinyRecipe(
     name="tiny",
     models=(
-        TinyModel("target", "llama", "gpt2", 1_280, 96, 2, 4, _EVERYTHING, train_bytes=300_000, seed=1),
+        _TARGET,
         TinyModel("coder", "qwen2", "qwen2", 1_024, 96, 2, 4, _CODE, train_bytes=600_000, seed=2),
         TinyModel("reader", "gemma3_text", "gemma", 1_536, 96, 2, 4, _PROSE, train_bytes=600_000, seed=3),
+        replace(_TARGET, name="teacher", hidden=192, layers=3, train_bytes=600_000, seed=4, family=_TARGET),
     ),
 )
 
@@ -93,7 +98,7 @@ def _micro(model: TinyModel) -> TinyModel:
     return replace(
         model,
         vocabulary={"gpt2": 320, "qwen2": 300, "gemma": 384}[model.tokenizer],
-        hidden=32,
+        hidden=model.hidden // 3,
         layers=2,
         heads=2,
         train_bytes=8_000,
@@ -101,6 +106,7 @@ def _micro(model: TinyModel) -> TinyModel:
         row_length=256,
         rows_per_step=2,
         learning_rate=1e-2,
+        family=model.family and _micro(model.family),
     )
 
 
@@ -143,7 +149,11 @@ def training_documents(model: TinyModel, documents: Sequence[TinyDocument]) -> l
 
 
 def make_tokenizer(model: TinyModel, documents: Sequence[TinyDocument]) -> "PreTrainedTokenizerFast":
-    """The model's tokenizer, trained on the text that the model is trained on. Raises UserError for too little text."""
+    """The model's tokenizer, trained on the text that the model (of that family) is trained on.
+
+    Raises UserError for too little text.
+    """
+    model = model.family or model
     return build_tokenizer(model.tokenizer, [d.text for d in training_documents(model, documents)], model.vocabulary)
 
 

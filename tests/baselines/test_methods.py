@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baselines.fusellm import FuseLLM, FuseLLMParameters
-from baselines.method import METHODS, Candidate, Fusion, method
+from baselines.method import METHODS, Candidate, method
 from fusion.errors import UserError
+from fusion.learning import Fusion, Learning
 from fusion.targets import PRESETS, Switches
 
 
@@ -22,7 +23,7 @@ class _Context:
     sources: Sequence[str] = ("a", "b")
 
     def __init__(self) -> None:
-        self.asked: list[tuple[float, Fusion | None]] = []
+        self.asked: list[tuple[float, Learning | None]] = []
 
     def model(self, role: str) -> Candidate:
         return Candidate(Path(role), role, False)
@@ -30,8 +31,8 @@ class _Context:
     def extract(self, role: str) -> Path:
         return Path(role)
 
-    def train(self, *, lam: float, fusion: Fusion | None) -> Candidate:
-        self.asked.append((lam, fusion))
+    def train(self, *, lam: float, learn: Learning | None = None) -> Candidate:
+        self.asked.append((lam, learn))
         return Candidate(Path("trained"), "trained", True)
 
 
@@ -39,7 +40,7 @@ def _asked(**parameters: Any) -> tuple[float, Fusion]:
     context = _Context()
     FuseLLM(FuseLLMParameters(**parameters)).build(context)
     ((lam, fusion),) = context.asked
-    assert fusion is not None
+    assert isinstance(fusion, Fusion)
     return lam, fusion
 
 

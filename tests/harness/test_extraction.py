@@ -17,7 +17,7 @@ import harness.models
 from baselines.fusellm import FuseLLMParameters
 from fusion.errors import UserError
 from fusion.fuse import fuse_row
-from harness import context, extraction
+from harness import context, extraction, lessons
 from harness.artifacts import Spec, Store
 from harness.audit import audit
 from harness.claims import Claims
@@ -218,23 +218,25 @@ def test_pieces_without_finite_logits_are_named_counted_and_fused_without(
     told = " ".join(capsys.readouterr().err.split())
     assert "neox: its logits about 100.txt (bytes from 0) are not finite; the piece is left out." in told
     assert "neox: 2 of" in told
-    data = small.fusion_data(FuseLLMParameters().fused(["neox"]))
+    fusion = FuseLLMParameters().fused(["neox"])
+    needs = fusion.needs("target")
+    lesson, readers = fusion.lesson(lessons.material(small, needs)), lessons.readers(small, needs)
     pieces, (tokenizer, vocabulary) = Pieces(small.pieces[1]), small.tokenizer("target")
     chosen = {}
     for piece in range(len(pieces)):
         row = fuse_row(
-            [{name: reader.reading(piece) for name, reader in data.extractions.items()}],
+            [{name: reader.reading(piece) for name, reader in readers.items()}],
             [int(pieces.n_bytes[piece])],
             target="target",
-            sources=data.sources,
+            sources=lesson.sources,
             target_vocabulary=vocabulary,
-            switches=data.switches,
+            switches=lesson.switches,
         )
         chosen[pieces.name(piece)[:3]] = {row.names[c] if c >= 0 else int(c) for c in row.chosen}
         taught = row.targets.p[row.fusion_weight > 0]
         assert np.isfinite(taught).all()
     assert chosen["100"] == {"target"}
     assert chosen["101"] == {-1}
-    for row in Rows(pieces, tokenizer, vocabulary, 200, data):
+    for row in Rows(pieces, tokenizer, vocabulary, 200, lesson, readers):
         assert all(np.isfinite(row[name]).all() for name in ("fused_p", "fused_tail", "fusion_weight"))
     assert "2 pieces are not counted" in audit(config, tmp_path).sentence

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,7 @@ from tests.harness.tiny_models import save_model
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
+BESIDE = ("KD", "ALM")  # a teacher in memory, and a term over several positions
 
 
 def launch(*arguments: str | Path, n: int = 2, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -58,6 +60,13 @@ def experiment_file(experiment_file: Path, tmp_path_factory: pytest.TempPathFact
     raw = yaml.safe_load(experiment_file.read_text())
     raw["training"] |= {"rows_per_step": 4, "epochs": 4}
     raw["roles"]["target"]["model"] = str(save_model(folder / "llama", LlamaConfig, 300, 0, tie_word_embeddings=True))
+    raw["roles"]["sources"]["twin"] = {
+        "model": str(save_model(folder / "twin", LlamaConfig, 300, 7)),
+        "dtype": "float32",
+    }
+    raw["methods"]["FuseLLM"]["sources"] = ["neox"]
+    raw["methods"]["KD"] = {"method": "distillation", "online": True, "teachers": ["twin"], "lambda": 0.5}
+    raw["methods"]["ALM"] = {"method": "alm", "teachers": ["neox"], "lambda": 0.5}
     path = folder / "small-experiment.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path
@@ -67,7 +76,7 @@ def experiment_file(experiment_file: Path, tmp_path_factory: pytest.TempPathFact
 def alone(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CLM and FuseLLM trained by one process: artifacts, and the gradients of the first step."""
     root = tmp_path_factory.mktemp("alone")
-    ranks_worker.main(str(experiment_file), root, "-:CLM", "-:FuseLLM")
+    ranks_worker.main(str(experiment_file), root, *(f"-:{row}" for row in ("CLM", "FuseLLM", *BESIDE)))
     return root
 
 
@@ -79,6 +88,7 @@ def together(experiment_file: Path, alone: Path, tmp_path_factory: pytest.TempPa
         shutil.copytree(alone / "artifacts" / kind, root / "artifacts" / kind)
         shutil.copytree(alone / "artifacts" / kind, root / "again" / "artifacts" / kind)
     jobs = [f"{zero}:{row}" for zero in ("zero1", "zero2", "zero3", "-") for row in ("CLM", "FuseLLM")]
+    jobs += [f"{zero}:{row}" for zero in ("zero3", "-") for row in BESIDE]
     launch("-m", "tests.harness.ranks_worker", experiment_file, root, *jobs, "zero2:FuseLLM:interrupt:7")
     return root
 
@@ -102,8 +112,13 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path / "model" / "model.safetensors")
 
 
-@pytest.mark.parametrize("zero", ["-", "zero1", "zero2", "zero3"])
-@pytest.mark.parametrize("row", ["CLM", "FuseLLM"])
+@pytest.mark.parametrize(
+    ("row", "zero"),
+    [
+        *product(("CLM", "FuseLLM"), ("-", "zero1", "zero2", "zero3")),
+        *product(BESIDE, ("-", "zero3")),
+    ],
+)
 def test_two_ranks_train_as_one(alone: Path, together: Path, row: str, zero: str) -> None:
     one, two = load_file(alone / f"--{row}.safetensors"), load_file(together / f"{zero}-{row}.safetensors")
     assert one.keys() == two.keys() and len(one) > 10
@@ -148,7 +163,8 @@ def test_a_killed_rank_ends_the_run_and_the_command_goes_on(together: Path, expe
     # The checkpoint is that of two ranks.
     with pytest.raises(UserError, match="checkpoint-6 is the checkpoint of 2 ranks and cannot be continued by 1"):
         ranks_worker.train(load(str(experiment_file)), root, "FuseLLM")
-    done = launch("-m", "harness.cli", "experiment", "run", experiment_file, "--root", root)
+    only = ["--set", "methods.KD=null", "--set", "methods.ALM=null", "--set", "roles.sources.twin=null"]
+    done = launch("-m", "harness.cli", "experiment", "run", experiment_file, *only, "--root", root)
     assert "FuseLLM (seed 0): going on from checkpoint-6" in done.stderr
     expected, found = weights(trained(together, "FuseLLM")), weights(trained(root, "FuseLLM"))
     assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -74,6 +74,11 @@ def test_a_table_of_the_paper_has_its_layout_and_another_the_main_one(tmp_path: 
     with pytest.raises(UserError, match="The paper has no table 'main'"):
         runs.table(runs.find_run(tmp_path, "main", None), with_paper=True)
 
+    # Nothing of what the paper measured, but bits per byte.
+    folder = finished(tmp_path, "table6", main())
+    assert runs.table(folder).title == "about table6 (table6, small)"
+    assert runs.table(folder, with_paper=True).title.startswith("table6, profile small")
+
 
 def test_the_newest_run_counts(tmp_path: Path) -> None:
     new = finished(tmp_path, "main", main(), finished=7)

@@ -75,7 +75,7 @@ def test_a_real_position_takes_little(tmp_path: Path, source: str, wide: bool, p
     oracles = {"smol": "smol_to_gemma", "gemma": "gemma_to_smol"}
     said = [_real(f"{oracles[source]}_{number}", rng) for number in (0, 10)]
     pieces = [  # as long as pieces of 2,000 bytes are
-        Externalised(*(column[start : start + 500] for column in vars(whole).values()))
+        Externalised(*(column[start : start + 500] for column in (whole.ids, whole.log_p, whole.tail, whole.nats)))
         for whole in said
         for start in (0, 500)
     ]

@@ -130,7 +130,8 @@ def test_tokenizers_are_deterministic_and_spell_any_text(name: str, documents: l
 
 
 def test_tokenizers_are_of_different_families(documents: list[TinyDocument]) -> None:
-    target, coder, reader = (make_tokenizer(model, documents) for model in MICRO.models)
+    target, coder, reader, teacher = (make_tokenizer(model, documents) for model in MICRO.models)
+    assert teacher.backend_tokenizer.to_str() == target.backend_tokenizer.to_str()
     assert target.bos_token_id is not None
     assert coder.bos_token is None
     assert prefix_id(coder) == coder.eos_token_id
@@ -206,13 +207,15 @@ def test_micro_models_learn(name: str, documents: list[TinyDocument]) -> None:
 
 def test_recipes() -> None:
     for recipe in (tiny_recipe(), MICRO):
-        assert [model.name for model in recipe.models] == ["target", "coder", "reader"]
+        assert [model.name for model in recipe.models] == ["target", "coder", "reader", "teacher"]
+        target, *sources, teacher = recipe.models
         for kind in ("architecture", "tokenizer", "vocabulary", "seed"):
-            assert len({getattr(model, kind) for model in recipe.models}) == 3
+            assert len({getattr(model, kind) for model in (target, *sources)}) == 3
+        assert teacher.family == target and teacher.hidden > target.hidden
         for model in recipe.models:
             assert isinstance(model, TinyModel)
             assert model.row_length <= model.context
-    with pytest.raises(UserError, match="no tiny model 'poet': choose one of target, coder, reader"):
+    with pytest.raises(UserError, match="no tiny model 'poet': choose one of target, coder, reader, teacher"):
         MICRO.model("poet")
     with pytest.raises(UserError, match="profile 'large': choose one of tiny, micro"):
         tiny_recipe("large")
