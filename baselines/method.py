@@ -36,12 +36,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Fusion:
-    """How sources are fused: which of them, through which map, by which switches."""
+    """How sources are fused: which of them, through which map, by which switches, and how much of what is stored.
+
+    k: only the k most probable of the entries stored a position; None: all of them.
+    """
 
     sources: Sequence[str]
     map: str
     map_on: Literal["bytes", "strings"]
     switches: Switches
+    k: int | None = None
 
 
 class Context(Protocol):

@@ -84,7 +84,7 @@ def _measures(experiment: Experiment, fusion: Fusion) -> tuple[pd.DataFrame, int
     left_out = 0
     with track("audit", len(pieces), "pieces") as advance:
         for piece in range(len(pieces)):
-            readings = {name: reader.reading(piece) for name, reader in data.extractions.items()}
+            readings = data.readings(piece)
             advance(1)
             if any(reading.left_out for reading in readings.values()):
                 left_out += 1

@@ -16,6 +16,8 @@ from harness.corpus import CorpusConfig
 from harness.models import DType
 
 CONF = files("harness") / "conf"
+OWN_ROWS = "tiny:"  # as data.root: rows that were written for the profile tiny
+_SOURCE = "{source}"  # in a row's label and parameters: the row is there once for every source
 _OWN = "own"  # the profile of a user's file that names none
 _TAKEN = ("target", "fused")  # what a source cannot be called: the other role, and the audit's sum of all
 
@@ -58,7 +60,16 @@ class ExtractionConfig(Strict):
 
 
 class DataConfig(Strict):
-    root: str | None = Field(None, description="folder of <hub id>/<configuration>/<split>.parquet")
+    root: str | None = Field(
+        None, description="folder of <hub id>/<configuration>/<split>.parquet (or .jsonl); tiny: for a few own rows"
+    )
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder itself; None where everything comes from the hub."""
+        if self.root == OWN_ROWS:
+            return Path(str(files("harness") / "tiny" / "rows"))
+        return Path(self.root) if self.root else None
 
 
 class TrainingSection(Strict):
@@ -289,6 +300,7 @@ def load(
         raise UserError(f"{place} does not hold: {str(error).splitlines()[0]}.") from None
     except TypeError:  # what OmegaConf raises for these two
         raise UserError(f"{place} has a list where keys and values belong, or the other way round.") from None
+    raw.pop("protocols", None)  # what experiments took from it is in their suites
     if not isinstance(raw.setdefault("profiles", [raw["profile"]]), list):
         raise UserError(f"The configuration of {name} has profiles = {raw['profiles']!r}, which must be a list.")
     if raw["profile"] not in raw["profiles"]:
@@ -317,8 +329,9 @@ def _check_mapping(raw: Mapping[str, Any], place: str, where: str) -> None:
 
 
 def _expanded(methods: Mapping[str, Any], roles: Mapping[str, Any]) -> dict[str, Any]:
-    """The rows with `{target}` and `{sources}` written out by name; rows that are set to null are left out."""
+    """The rows with `{target}`, `{sources}` and `{source}` written out by name; rows set to null are left out."""
     rows: dict[str, Any] = {}
+    sources = list(roles.get("sources") or {})
     for label, entry in methods.items():
         if entry is None:
             continue
@@ -326,13 +339,23 @@ def _expanded(methods: Mapping[str, Any], roles: Mapping[str, Any]) -> dict[str,
             model = str((roles.get("target") or {}).get("model", "target"))
             found = {_short(model): {**entry, "role": "target"}}
         elif label == "{sources}":
-            found = {source: {**entry, "role": source} for source in roles.get("sources") or {}}
+            found = {source: {**entry, "role": source} for source in sources}
+        elif _SOURCE in str(label):
+            found = {label.replace(_SOURCE, source): _with_source(entry, source) for source in sources}
         else:
             found = {str(label): dict(entry)}
         if taken := sorted(rows.keys() & found.keys()):
             raise UserError(f"Two rows of the table would be called {taken[0]!r}: rename the source or the method.")
         rows |= found
     return rows
+
+
+def _with_source(value: Any, source: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_source(one, source) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_with_source(one, source) for one in value]
+    return value.replace(_SOURCE, source) if isinstance(value, str) else value
 
 
 def _short(model: str) -> str:

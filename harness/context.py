@@ -69,7 +69,7 @@ class Experiment:
         self.config = config
         self.store = Store(root / "artifacts", dry=dry, info={"configuration": config.model_dump(mode="json")})
         self.models_dir = root / "models"
-        self.data_root = Path(config.data.root) if config.data.root else None
+        self.data_root = config.data.folder
         self.device = usable_device(config.device, dry=dry)
         if not dry:
             ranks.join(self.device)
@@ -285,7 +285,7 @@ class Experiment:
             for name in fusion.sources
         ]
         readers = {name: self.reader(name) for name in [TARGET, *fusion.sources]}
-        return FusionData(target=TARGET, sources=sources, extractions=readers, switches=fusion.switches)
+        return FusionData(target=TARGET, sources=sources, extractions=readers, switches=fusion.switches, k=fusion.k)
 
     def train(self, label: str, seed: int, *, lam: float, fusion: Fusion | None) -> Candidate:
         """The target trained on the corpus' rows (see `harness.training.train`)."""
@@ -307,6 +307,13 @@ class Experiment:
         inputs: dict[str, Any] = {"model": target.fingerprint, "pieces": self.pieces[0].fingerprint}
         if fusion is not None:
             params["fusion"] = {"sources": list(fusion.sources), **asdict(fusion.switches)}
+            if fusion.k is not None:
+                if fusion.k > self.config.extraction.k:
+                    raise UserError(
+                        f"{label} uses k = {fusion.k} entries a position, but extraction.k = {self.config.extraction.k} "
+                        "are stored: raise that, or lower the row's k."
+                    )
+                params["fusion"]["k"] = fusion.k
             inputs["extractions"] = {n: self.extract(n)[0].fingerprint for n in [TARGET, *fusion.sources]}
             inputs["maps"] = {n: self.map(n, fusion.map, fusion.map_on)[0].fingerprint for n in fusion.sources}
         # The number of ranks is no part of it: as with rows at once, sums are rounded otherwise and that is all.

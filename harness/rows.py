@@ -50,6 +50,12 @@ class FusionData:
     sources: list[Source]
     extractions: dict[str, Extraction]  # by name, the target's own included where it is needed
     switches: Switches
+    k: int | None = None
+
+    def readings(self, piece: int) -> dict[str, Reading]:
+        """What every model says about a piece."""
+        found = {name: extraction.reading(piece) for name, extraction in self.extractions.items()}
+        return found if self.k is None else {name: reading.top(self.k) for name, reading in found.items()}
 
 
 class Rows(Dataset[dict[str, np.ndarray]]):
@@ -110,7 +116,7 @@ class Rows(Dataset[dict[str, np.ndarray]]):
             tokens = [np.array([self._prefix, *encode(self._tokenizer, self._pieces.text(p))]) for p in members]
             fused = {}
         else:
-            readings = [{name: e.reading(p) for name, e in data.extractions.items()} for p in members]
+            readings = [data.readings(p) for p in members]
             # Encoding the text takes longer than fusing: the target's own reading holds what it gave.
             tokens = [piece[data.target].tokens for piece in readings]
             if [len(t) for t in tokens] != [self._lengths[p] for p in members]:
