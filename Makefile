@@ -12,7 +12,7 @@ DEEPSPEED := deepspeed==0.19.8
 
 help:
 	@echo 'make quickstart  the main job on tiny models: environment, then about three minutes on two cores'
-	@echo 'make toolchains  on Debian: bubblewrap and the compilers of the ten languages of MultiPL-E'
+	@echo 'make toolchains  on Debian: bubblewrap, the compilers of the ten languages of MultiPL-E, Chromium for tests'
 	@echo 'make test        environment, then all tests'
 	@echo 'make bench       speed and memory, on a machine that does nothing else: docs/results/bench/README.md'
 	@echo 'make lint        ruff and mypy'

@@ -86,6 +86,24 @@ def experiment_show(name: Name, profile: Profile = None, settings: Settings = []
     typer.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), nl=False)
 
 
+@experiments.command("diff")
+def experiment_diff(
+    one: Annotated[str, typer.Argument(help="An experiment (its newest run) or a run's folder.")],
+    other: Annotated[str, typer.Argument(help="Another one.")],
+    profile: Annotated[str | None, typer.Option(help="Of the runs that are given by name.")] = None,
+    form: FormatOption = None,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """In what two runs differ: configuration, models, texts, versions, seeds, command."""
+    from harness import runs
+
+    folders = [runs.run_folder(root, name, profile) for name in (one, other)]
+    rows = runs.differences(*folders)
+    _print(["key", *(f"{folder.parents[1].name}/{folder.parent.name}/{folder.name}" for folder in folders)], rows, form)
+    if not rows:
+        typer.echo("The two runs do not differ.", err=True)
+
+
 @experiments.command("run")
 def experiment_run(
     name: Name,
@@ -110,8 +128,11 @@ def experiment_run(
     if not ranks.first():
         return
     _print_table(runs.table(folder), None)
-    for table in experiment.suite_tables(folder).values():
-        _print_table(table, None)
+    from results.comparison import LAYOUTS
+
+    if config.experiment not in LAYOUTS:  # the paper's tables are about their suites themselves
+        for table in experiment.suite_tables(folder).values():
+            _print_table(table, None)
     for line in _lines(folder / "equal_quality.txt"):
         typer.echo(line)
     typer.echo(f"Table, figure and records: {folder}", err=True)
@@ -149,6 +170,23 @@ def tables(
             _print_table(table, None)
     for sentence in found.absent:
         typer.echo(sentence, err=True)
+
+
+@app.command()
+def report(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN]...", help="Experiments (their newest runs) or runs' folders; all without."),
+    ] = None,
+    profile: Annotated[str | None, typer.Option(help="The profile; that of the newest run without.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write report.html to.")] = Path("report"),
+    examples: Annotated[int, typer.Option(min=0, help="Examples of a task that are kept for reading.")] = 30,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Write one HTML page about finished runs: tables, figures, examples, cost, provenance; no model is touched."""
+    from harness import reporting
+
+    typer.echo(str(reporting.report(root, names or [], profile, out, examples=examples)))
 
 
 @app.command("eval")

@@ -125,19 +125,18 @@ class Experiment:
     def run_fingerprint(self) -> str:
         """What names a run: all that its numbers come from but the seeds, since runs with other seeds belong together.
 
-        Beside the configuration these are what it only names: texts, models, computing precision, stages.
+        That is the configuration, and what it only names.
         """
+        config = self.config.model_dump(
+            mode="json",
+            exclude={"seeds": True, "device": True, "threads": True, "extraction": {"compression", "max_left_out"}},
+        )
+        return fingerprint({"config": config, **self.named()})
+
+    def named(self) -> dict[str, Any]:
+        """What the configuration only names: hashes of texts, models and rows, computing precision, stages."""
         roles = [TARGET, *self.config.roles.sources]
         identity: dict[str, Any] = {
-            "config": self.config.model_dump(
-                mode="json",
-                exclude={
-                    "seeds": True,
-                    "device": True,
-                    "threads": True,
-                    "extraction": {"compression", "max_left_out"},
-                },
-            ),
             "versions": VERSIONS,
             "pieces": self.pieces[0].fingerprint,
             "documents": perplexity.documents_fingerprint(self._held_out()[0]),
@@ -146,7 +145,7 @@ class Experiment:
         }
         if self.suites:
             identity["suites"] = {name: suite.identity() for name, suite in self.suites.items()}
-        return fingerprint(identity)
+        return identity
 
     def sized(self, name: str) -> _Sized:
         """Parameters and vocabulary of a role's model, from the catalogue or the files."""
@@ -310,8 +309,8 @@ class Experiment:
             if fusion.k is not None:
                 if fusion.k > self.config.extraction.k:
                     raise UserError(
-                        f"{label} uses k = {fusion.k} entries a position, but extraction.k = {self.config.extraction.k} "
-                        "are stored: raise that, or lower the row's k."
+                        f"{label} uses k = {fusion.k} entries a position, but only extraction.k = "
+                        f"{self.config.extraction.k} are stored: raise that, or lower the row's k."
                     )
                 params["fusion"]["k"] = fusion.k
             inputs["extractions"] = {n: self.extract(n)[0].fingerprint for n in [TARGET, *fusion.sources]}

@@ -15,6 +15,8 @@ from harness.artifacts import Planned, alone, write_atomically, write_json
 from harness.checks import check_inputs, check_lengths, check_sizes, check_space
 from harness.config import Config, Role, method_parameters
 from harness.context import TARGET, Experiment, MethodContext
+from harness.evaluation import places
+from harness.provenance import made_by
 from harness.runs import RUN_FILE, described, hashes, open_run, table
 from harness.suites.suite import Measured
 
@@ -94,7 +96,7 @@ def run(config: Config, root: Path) -> Path:
     measured: dict[str, dict[str, Measured]] = {name: {} for name in experiment.suites}
     for row in candidates(experiment):
         spec, path = experiment.evaluate(row.label, row.candidate, row.role)
-        files.add(_record(config, row, spec.fingerprint, perplexity.read_evaluation(path), folder))
+        files.add(_record(config, row, spec.fingerprint, path, folder))
         files |= _record_suites(experiment, row, folder, measured)
     with alone(folder / ".lock", f"run {folder.name}"):
         # Other seeds that were finished before, or meanwhile by another process, belong to the same table.
@@ -102,6 +104,8 @@ def run(config: Config, root: Path) -> Path:
         evaluation.note_suites(folder, experiment.suites, measured)
         description = {
             "configuration": config.model_dump(mode="json"),
+            "named": experiment.named(),
+            **made_by(),
             "artifacts": sorted(artifacts.union(before.get("artifacts", []))),
             "records": {**before.get("records", {}), **hashes(folder, files)},
             "finished": time.time(),
@@ -111,7 +115,7 @@ def run(config: Config, root: Path) -> Path:
     return folder
 
 
-def _record(config: Config, row: Row, evaluation: str, rows: Sequence[dict[str, Any]], folder: Path) -> str:
+def _record(config: Config, row: Row, evaluation: str, measured: Path, folder: Path) -> str:
     """Stamps an evaluation and a training's curve with experiment, profile, method and seed; one file each row."""
     from harness.training_log import read_curve
     from results.records import NO_SEED, Record, write
@@ -132,13 +136,18 @@ def _record(config: Config, row: Row, evaluation: str, rows: Sequence[dict[str, 
                 tokens=tokens,
             )
 
-    records = list(stamped(rows, None))
+    records = list(stamped(perplexity.read_evaluation(measured), None))
     if row.candidate.training is not None:
         for point in read_curve(row.candidate.training):
             records += stamped(point["records"], int(point["tokens"]))
     slug = "".join(c if c.isalnum() else "-" for c in row.label)
     name = f"{slug}-{'as-is' if row.seed is None else row.seed}-{evaluation[:16]}.parquet"
-    provenance = {"evaluation": evaluation, "candidate": row.candidate.fingerprint, "method": config.methods[row.label]}
+    provenance = {
+        "evaluation": evaluation,
+        "candidate": row.candidate.fingerprint,
+        "method": config.methods[row.label],
+        "artifacts": places({perplexity.SUITE: measured}),
+    }
     write(folder / "records" / name, records, provenance)
     return name
 

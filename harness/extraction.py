@@ -139,14 +139,16 @@ def _look_over(
 ) -> dict[str, Any]:
     """Checks the finished shards; returns what the manifest is to say of them."""
     left_out = []
+    tokens = 0
     for index, members in enumerate(_members(pieces, spec)):
         positions = np.diff(checked(_shard(folder, index)).offsets)
+        tokens += int(positions.sum())
         left_out += [pieces.name(p) for p, n in zip(members, positions, strict=True) if not n]
     _check_left_out(left_out, model, pieces, settings)
     if not left_out:
-        return {}
+        return {"tokens": tokens}
     say(f"{model.name}: {len(left_out)} of {len(pieces)} pieces are left out; the manifest names them.")
-    return {"left_out": left_out}
+    return {"tokens": tokens, "left_out": left_out}
 
 
 def _check_left_out(names: Sequence[str], model: "ResolvedModel", pieces: Pieces, settings: ExtractionConfig) -> None:

@@ -50,6 +50,26 @@ def find_run(root: Path, name: str, profile: str | None) -> Path:
     return max(runs, key=lambda p: described(p)["finished"]).parent
 
 
+def run_folder(root: Path, name: str, profile: str | None) -> Path:
+    """The folder of a run that is given by its own path, or by an experiment's name for the newest."""
+    return Path(name) if Path(name, RUN_FILE).exists() else find_run(root, name, profile)
+
+
+def differences(one: Path, other: Path) -> list[tuple[str, str, str]]:
+    """In what two runs differ: key, and its value in each."""
+    from harness.provenance import differences
+
+    return list(differences(*(_identity(folder) for folder in (one, other))))
+
+
+def _identity(folder: Path) -> dict[str, Any]:
+    """What a run's description says of it; its seeds are those of the records, which several commands may have made."""
+    _, records = open_run(folder)
+    description = described(folder / RUN_FILE)
+    seeds = sorted({int(seed) for seed in records["seed"].unique() if seed >= 0})
+    return {**description, "configuration": {**description["configuration"], "seeds": seeds}}
+
+
 def described(path: Path) -> dict[str, Any]:
     """What a run wrote at `path` about itself; empty where there is nothing, refused when damaged."""
     if not path.exists():
