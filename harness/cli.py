@@ -58,7 +58,7 @@ def _global(
 @app.command()
 def quickstart(root: Root = DEFAULT_ROOT, settings: Settings = [], seeds: Seeds = []) -> None:  # noqa: B006
     """Run the main job on tiny models made on the spot: a few minutes on two cores, no network."""
-    experiment_run("quickstart", profile="tiny", settings=settings, seeds=seeds, root=root)
+    experiment_run(["quickstart"], profile="tiny", settings=settings, seeds=seeds, root=root)
 
 
 @experiments.command("list")
@@ -106,24 +106,35 @@ def experiment_diff(
 
 @experiments.command("run")
 def experiment_run(
-    name: Name,
+    names: Annotated[list[str], typer.Argument(help="Experiments' names (see `experiment list`) or YAML files.")],
     profile: Profile = None,
     settings: Settings = [],  # noqa: B006
     seeds: Seeds = [],  # noqa: B006
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print stages, what is there, and costs.")] = False,
+    flops: Annotated[
+        float | None, typer.Option(min=1, help="--dry-run: operations a second to plan for; this machine's without.")
+    ] = None,
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Make what is missing and print the table; a second start goes on where the first was interrupted."""
     from harness.config import load
 
-    config = load(name, profile=profile, overrides=settings, seeds=seeds)
+    configs = [load(name, profile=profile, overrides=settings, seeds=seeds) for name in names]
     _quiet_libraries()
-    from harness import experiment, runs
+    from harness import experiment
 
     if dry_run:
+        planned = {p.spec.fingerprint: p for config in configs for p in experiment.plan(config, root, flops=flops)}
         if ranks.first():
-            _print_plan(experiment.plan(config, root), root)
+            _print_plan(list(planned.values()), root)
         return
+    for config in configs:
+        _run(config, root)
+
+
+def _run(config: Any, root: Path) -> None:
+    from harness import experiment, runs
+
     folder = experiment.run(config, root)
     if not ranks.first():
         return

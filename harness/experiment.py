@@ -52,9 +52,14 @@ def candidates(experiment: Experiment) -> Iterator[Row]:
                 break
 
 
-def plan(config: Config, root: Path) -> list[Planned]:
-    """All artifacts that the experiment needs, what is there of them, and what the others cost. Makes nothing."""
+def plan(config: Config, root: Path, *, flops: float | None = None) -> list[Planned]:
+    """All artifacts that the experiment needs, what is there of them, and what the others cost. Makes nothing.
+
+    flops: operations a second that models reach on the machine that is planned for; measured on this one without.
+    """
     experiment = Experiment(config, root, dry=True)
+    if flops is not None:
+        experiment.costs.flops = flops
     check_sizes(experiment)
     for row in candidates(experiment):
         experiment.evaluate(row.label, row.candidate, row.role)
