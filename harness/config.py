@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fusion.errors import UserError, did_you_mean
 from harness.corpus import CorpusConfig
 from harness.models import DType
+from harness.runs import ALL
 
 CONF = files("harness") / "conf"
 OWN_ROWS = "tiny:"  # as data.root: rows that were written for the profile tiny
@@ -213,6 +214,23 @@ def _shipped(kind: str, name: str) -> Any:
             f"{', or give a YAML file' if kind == 'experiments' else ''}."
         )
     return OmegaConf.create((CONF / kind / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def chosen(wanted: Sequence[str], profile: str | None) -> list[str]:
+    """The experiments of a command line, each once; `all` stands for those with the profile that ship with the harness.
+
+    Raises UserError for `all` without a profile, or with one that no experiment has.
+    """
+    found: list[str] = []
+    for name in wanted:
+        if name != ALL:
+            found.append(name)
+        elif profile is None:
+            raise UserError("all means the experiments of one profile: add --profile NAME.")
+        else:
+            _shipped("profiles", profile)
+            found += [one for one in names("experiments") if profile in _shipped("experiments", one).profiles]
+    return list(dict.fromkeys(found))
 
 
 def _user_file(path: Path) -> Any:

@@ -15,6 +15,7 @@ from harness.artifacts import Planned, alone, write_atomically, write_json
 from harness.checks import check_inputs, check_lengths, check_sizes, check_space
 from harness.config import Config, Role, method_parameters
 from harness.context import TARGET, Experiment, MethodContext
+from harness.drawings import learning_curves
 from harness.evaluation import places
 from harness.provenance import made_by
 from harness.runs import RUN_FILE, described, hashes, open_run, table
@@ -196,26 +197,14 @@ def suite_tables(folder: Path) -> "dict[str, Table]":
 
 def write_tables(folder: Path) -> None:
     """The run's tables in every format, and its figure where something was trained."""
-    from results.figures import learning_curves
     from results.render import FORMATS, render
 
-    config, records = _open_run(folder)
+    configuration, records = open_run(folder)
     made = table(folder)
     for form in FORMATS:
         write_atomically(folder / f"table.{form}", render(made, form))
         for name, of_suite in suite_tables(folder).items():
             write_atomically(folder / f"table-{name}.{form}", render(of_suite, form))
-    along = set(records.loc[records["tokens"].notna(), "method"])
-    trained = [label for label in config.methods if label in along]
-    if config.baseline in trained:
-        curves = learning_curves(
-            records,
-            trained,
-            folder / "learning_curves",
-            baseline=config.baseline,
-            metric=perplexity.METRIC[config.suites.perplexity.mode],
-            title=config.title,
-            banner=config.banner or "",
-        )
+    if curves := learning_curves(configuration, records, folder / "learning_curves"):
         lines = [found.sentence(curves.metric.digits) for found in curves.equal_quality]
         write_atomically(folder / "equal_quality.txt", "\n".join(lines) + "\n")

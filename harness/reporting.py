@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +12,8 @@ import yaml
 
 from fusion.errors import UserError
 from harness.artifacts import canonical, read_manifest, write_atomically
-from harness.runs import RUN_FILE, SUITES_FILE, described, find_run, open_run, run_folder, table
+from harness.drawings import drawings
+from harness.runs import RUN_FILE, SUITES_FILE, described, find_run, open_run, opened, run_folder, table
 from results.report import Answer, Asked, Cost, Entry, Figure, Run, Task, findings, page
 
 if TYPE_CHECKING:
@@ -60,16 +61,17 @@ class _Evaluated:
     @property
     def by_task(self) -> dict[str, str]:
         """Fingerprints of the artifacts by task (or a name for all of them)."""
-        return self.provenance.get("evaluations") or {self.suite: self.provenance["evaluation"]}
+        return self.provenance.get("evaluations") or {self.suite: self.provenance.get("evaluation", "")}
 
 
 def read(folder: Path, *, examples: int) -> Run:
     """Everything that the page says about the run in `folder`."""
-    description = described(folder / RUN_FILE)
+    description = opened(folder)
+    artifacts = description.get("artifacts", [])
     configuration, records = open_run(folder)
     made = table(folder)
     root = folder.resolve().parents[3]
-    manifests = {m["fingerprint"]: (path, m) for path, m in _manifests(root, description["artifacts"])}
+    manifests = {m["fingerprint"]: (path, m) for path, m in _manifests(root, artifacts)}
     order = list(configuration["methods"])
     evaluated = sorted(_evaluated(folder, description["records"]), key=lambda one: (order.index(one.method), one.seed))
     noted = described(folder / SUITES_FILE)
@@ -77,7 +79,7 @@ def read(folder: Path, *, examples: int) -> Run:
     seeds = sorted({int(seed) for seed in records["seed"].unique() if seed >= 0})
     finished = datetime.fromtimestamp(description["finished"], UTC)
     costs = list(_costs(manifests.values()))
-    gone = len(description["artifacts"]) - len(manifests)
+    gone = len(artifacts) - len(manifests)
     facts = {
         "experiment": configuration["experiment"],
         "profile": configuration["profile"],
@@ -95,7 +97,7 @@ def read(folder: Path, *, examples: int) -> Run:
         facts=[(key, str(text)) for key, text in facts.items()],
         findings=[*findings(made), *_equal_quality(folder)],
         tables=[made, *_suite_tables(folder, configuration, records)],
-        figures=list(_figures(folder, configuration, made)),
+        figures=list(_figures(folder, made)),
         tasks=list(_tasks(evaluated, manifests, noted, examples)),
         costs=costs,
         configuration=yaml.safe_dump(configuration, sort_keys=False, allow_unicode=True),
@@ -145,53 +147,12 @@ def _equal_quality(folder: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
-def _figures(folder: Path, configuration: Mapping[str, Any], made: "Table") -> Iterator[Figure]:
-    from results.figures import choice_figure, coverage_figure, differences_figure, quality_figure
-
-    curves = folder / "learning_curves.svg"
-    if curves.exists():
-        yield Figure("Held-out text against training tokens", curves.read_bytes())
+def _figures(folder: Path, made: "Table") -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as beside:
-        place = Path(beside, "figure")
-
-        def drawn(caption: str, files: Sequence[Path]) -> Iterator[Figure]:
-            for path in files:
+        for drawing in drawings(folder, made):
+            for path in drawing.draw(Path(beside, "figure")):
                 if path.suffix == ".svg":
-                    yield Figure(caption, path.read_bytes())
-
-        yield from drawn(f"Differences to {made.baseline} in every task", differences_figure(made, place))
-        for along, series in _series(configuration).items():
-            if made.best_along == "column" and "average" in [column.label for column in made.columns]:
-                rows = {row: x for row, x in series.items() if row in made.rows}
-                yield from drawn(f"Quality against {along}", quality_figure(made, {along: rows}, place, along=along))
-        audit = folder / "audit" / "audit.json"
-        if audit.exists():
-            import pandas as pd
-
-            measures = pd.DataFrame(json.loads(audit.read_text(encoding="utf-8")))
-            yield Figure("What there is to learn from each source", audit.with_suffix(".svg").read_bytes())
-            yield from drawn("Which source is chosen where", choice_figure(measures, place))
-            yield from drawn("How much of the text each source's alignment covers", coverage_figure(measures, place))
-
-
-def _series(configuration: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """By setting the rows that differ in it alone, with its values: lambda, k, number of sources."""
-    values: dict[str, Callable[[Mapping[str, Any]], float]] = {
-        "lambda": lambda entry: entry.get("lambda", 0.9),
-        "k": lambda entry: entry.get("k") or configuration["extraction"]["k"],
-        "sources": lambda entry: len(entry.get("sources") or configuration["roles"]["sources"]),
-    }
-    found = {}
-    for setting, value in values.items():
-        alike: dict[str, dict[str, float]] = {}
-        for label, entry in configuration["methods"].items():
-            if entry["method"] == "fusellm":
-                rest = {"preset": "mended", **{key: one for key, one in entry.items() if key != setting}}
-                alike.setdefault(canonical(rest), {})[label] = value(entry)
-        largest = max(alike.values(), key=len, default={})
-        if len(set(largest.values())) > 1:
-            found["number of sources" if setting == "sources" else setting] = largest
-    return found
+                    yield Figure(drawing.caption, path.read_bytes())
 
 
 _Manifests = Mapping[str, tuple[Path, dict[str, Any]]]
@@ -305,7 +266,7 @@ def _covered(intervals: Sequence[tuple[float, float]]) -> float:
 
 
 def _evaluation(one: _Evaluated, manifests: _Manifests) -> Entry:
-    fingerprint = str(one.provenance["evaluation"])
+    fingerprint = str(one.provenance.get("evaluation", ""))
     seed = f", seed {one.seed}" if one.seed >= 0 else ""
     facts = {
         "record file": f"records/{one.file}",
