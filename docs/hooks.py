@@ -1,4 +1,4 @@
-"""What MkDocs adds to the pages that are written by hand: one for every command, and one for every module."""
+"""What MkDocs adds to the pages that are written by hand: every command, every module, every page of results."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +16,8 @@ PACKAGES = ("fusion", "baselines", "results", "harness")
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     assert config.nav is not None
+    runs = sorted(file.src_uri for file in files if Path(file.src_uri).match("results/*/README.md"))
+    config.nav.append({"Results": ["results/README.md", *runs]})
     for title, pages in (("Commands", list(_commands())), ("Reference", list(_modules()))):
         place = title.lower()
         for name, text in pages:
