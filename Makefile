@@ -8,7 +8,7 @@ ROOT ?= work
 SHARED ?= ../shared
 DEEPSPEED := deepspeed==0.19.8
 
-.PHONY: help setup quickstart toolchains test bench lint format lock clean
+.PHONY: help setup quickstart toolchains test bench lint docs format lock clean
 
 help:
 	@echo 'make quickstart  the main job on tiny models: environment, then about three minutes on two cores'
@@ -16,6 +16,7 @@ help:
 	@echo 'make test        environment, then all tests'
 	@echo 'make bench       speed and memory, on a machine that does nothing else: docs/results/bench/README.md'
 	@echo 'make lint        ruff and mypy'
+	@echo 'make docs        the pages below docs/, into build/docs: strict, so that no link is broken'
 	@echo 'make lock        new exact versions from the ranges in pyproject.toml'
 
 setup: $(READY)
@@ -45,6 +46,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
 
 format: $(READY)
 	$(BIN)/ruff format .

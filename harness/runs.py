@@ -43,6 +43,9 @@ def find_run(root: Path, name: str, profile: str | None) -> Path:
                     f"There is no experiment {name!r}: `fusellm tables {PUBLISHED}{name}` prints the published table."
                 )
             raise UserError(unknown("table", name, [ALL, *dict.fromkeys([*NAMES, *_experiments(root)])]))
+        known = {path.name for path in (root / "runs" / name).glob("*")} | _shipped("profiles")
+        if profile and profile not in known:
+            raise UserError(unknown("profile", profile, sorted(known)))
         wanted = f" in profile {profile}" if profile else ""
         raise UserError(
             f"The experiment {name!r} has no finished run{wanted} below {root}: run `fusellm experiment run {name}"
@@ -115,8 +118,11 @@ def open_run(folder: Path) -> "tuple[dict[str, Any], pd.DataFrame]":
 
 def _experiments(root: Path) -> list[str]:
     """The experiments that ship with the harness, and those that were run."""
-    shipped = {path.name.removesuffix(".yaml") for path in (files("harness") / "conf" / "experiments").iterdir()}
-    return sorted(shipped | {path.name for path in (root / "runs").glob("*") if path.is_dir()})
+    return sorted(_shipped("experiments") | {path.name for path in (root / "runs").glob("*") if path.is_dir()})
+
+
+def _shipped(kind: str) -> set[str]:
+    return {path.name.removesuffix(".yaml") for path in (files("harness") / "conf" / kind).iterdir()}
 
 
 def table(folder: Path, *, baseline: str | None = None, with_paper: bool = False) -> "Table":

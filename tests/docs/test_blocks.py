@@ -22,7 +22,8 @@ DOCS = ROOT / "docs"
 FIRST = "index.md"  # what it makes, other pages show
 PAGES = sorted({path.name for path in DOCS.glob("*.md")} - {FIRST, "adding-a-baseline.md"})
 BLOCK = re.compile(
-    r"^(?:<!-- not run: (?P<reason>.+) -->\n)?```(?P<language>\w*)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<text>.*?)^```$",
+    r"^(?:<!-- not run: (?P<reason>.+) -->\n)?"
+    r"```(?P<language>\w*)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 PROGRAMS = ("fusellm", "make", "torchrun", "deepspeed", "pip")
@@ -126,7 +127,7 @@ def test_the_first_page_leaves_what_it_says(folder: Path) -> None:
     assert "FuseLLM lambda 0.5" in (next(folder.glob("work/runs/mine/micro/*")) / "table.md").read_text()
     assert (folder / "report" / "report.html").exists() and (folder / "tables" / "quickstart.tex").exists()
     # The user's own experiment trained one row more, and read no corpus again.
-    kinds = [path.parent.name for path in (folder / "work" / "artifacts").glob("*/*/manifest.json")]
+    kinds = [path.parents[1].name for path in (folder / "work" / "artifacts").glob("*/*/manifest.json")]
     assert kinds.count("train") == 4 and kinds.count("extraction") == 3
 
 
