@@ -43,9 +43,8 @@ def find_run(root: Path, name: str, profile: str | None) -> Path:
                     f"There is no experiment {name!r}: `fusellm tables {PUBLISHED}{name}` prints the published table."
                 )
             raise UserError(unknown("table", name, [ALL, *dict.fromkeys([*NAMES, *_experiments(root)])]))
-        known = {path.name for path in (root / "runs" / name).glob("*")} | _shipped("profiles")
-        if profile and profile not in known:
-            raise UserError(unknown("profile", profile, sorted(known)))
+        if profile and profile not in (known := _profiles(name)):
+            raise UserError(unknown(f"profile of {name}", profile, known))
         wanted = f" in profile {profile}" if profile else ""
         raise UserError(
             f"The experiment {name!r} has no finished run{wanted} below {root}: run `fusellm experiment run {name}"
@@ -125,6 +124,16 @@ def _shipped(kind: str) -> set[str]:
     return {path.name.removesuffix(".yaml") for path in (files("harness") / "conf" / kind).iterdir()}
 
 
+def _profiles(name: str) -> list[str]:
+    """The profiles that an experiment can be run in: all of them for one that does not ship with the harness."""
+    import yaml
+
+    if name not in _shipped("experiments"):
+        return sorted(_shipped("profiles"))
+    path = files("harness") / "conf" / "experiments" / f"{name}.yaml"
+    return list(yaml.safe_load(path.read_text(encoding="utf-8"))["profiles"])
+
+
 def table(folder: Path, *, baseline: str | None = None, with_paper: bool = False) -> "Table":
     """The table of a run, from its records alone; in the paper's layout where the paper has it.
 
@@ -189,10 +198,13 @@ def tables(
     from results.published import NAMES, paper_table
 
     everything = ALL in names or not names
+    asked = names
+    if everything:
+        asked = [*NAMES, *(one for one in _experiments(root) if profile in (None, *_profiles(one)))]
     made: dict[str, Table] = {}
     folders: dict[str, Path] = {}
     absent = []
-    for name in dict.fromkeys([*NAMES, *_experiments(root)] if everything else names):
+    for name in dict.fromkeys(asked):
         if name.startswith(PUBLISHED):
             made[name] = paper_table(name.removeprefix(PUBLISHED))
             continue
