@@ -8,14 +8,15 @@ ROOT ?= work
 SHARED ?= ../shared
 DEEPSPEED := deepspeed==0.19.8
 
-.PHONY: help setup quickstart toolchains test bench lint format lock clean
+.PHONY: help setup quickstart toolchains test bench lint docs format lock clean
 
 help:
 	@echo 'make quickstart  the main job on tiny models: environment, then about three minutes on two cores'
-	@echo 'make toolchains  on Debian: bubblewrap and the compilers of the ten languages of MultiPL-E'
+	@echo 'make toolchains  on Debian: bubblewrap, the compilers of the ten languages of MultiPL-E, Chromium for tests'
 	@echo 'make test        environment, then all tests'
 	@echo 'make bench       speed and memory, on a machine that does nothing else: docs/results/bench/README.md'
 	@echo 'make lint        ruff and mypy'
+	@echo 'make docs        the pages below docs/, into build/docs: strict, so that no link is broken'
 	@echo 'make lock        new exact versions from the ranges in pyproject.toml'
 
 setup: $(READY)
@@ -45,6 +46,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -24,6 +24,7 @@ class FuseLLMParameters(Parameters):
     preset: str = Field("mended", description="mended, or published: what the published code computes")
     lam: float = Field(0.9, ge=0, le=1, alias="lambda", description="weight of the CLM term (paper: 0.9)")
     sources: list[str] | None = Field(None, min_length=1, description="the sources that take part; all without")
+    k: int | None = Field(None, gt=0, description="use only so many of the entries stored a position; all without")
     map: str | None = Field(None, description="vocabulary map: mined, em or first_piece")
     map_on: Literal["bytes", "strings"] | None = Field(None, description="what the map compares")
     alignment: str | None = None
@@ -63,7 +64,8 @@ class FuseLLMParameters(Parameters):
 
     def fused(self, sources: list[str]) -> Fusion:
         """How these parameters fuse the given sources."""
-        return Fusion(sources=sources, switches=self.switches(), **self._setting(MAP_PRESETS, ["map", "map_on"]))
+        setting = self._setting(MAP_PRESETS, ["map", "map_on"])
+        return Fusion(sources=sources, switches=self.switches(), k=self.k, **setting)
 
 
 @METHODS.register("fusellm", reference="arXiv 2401.10491")

@@ -42,6 +42,8 @@ class Needs:
     """Whose stored readings it is computed from."""
     temperature: float = 1.0
     """At which distributions are taken from these readings."""
+    k: int | None = None
+    """Only the k most probable of the entries stored a position; all of them without."""
     maps: Sequence[str] = ()
     """Whose tokens are carried into the target's vocabulary, by `map` on `map_on`."""
     map: str = ""
@@ -110,18 +112,24 @@ class Learning(Protocol):
 
 @dataclass(frozen=True)
 class Fusion:
-    """Sources fused to one distribution a position (arXiv 2401.10491): which of them, by which map and switches."""
+    """Sources fused to one distribution a position (arXiv 2401.10491): which of them, by which map and switches.
+
+    k: only the k most probable of the entries stored a position; all of them without.
+    """
 
     sources: Sequence[str]
     map: str
     map_on: Unit
     switches: Switches
+    k: int | None = None
 
     def needs(self, target: str) -> Needs:
-        return Needs(extractions=[target, *self.sources], maps=list(self.sources), map=self.map, map_on=self.map_on)
+        sources = list(self.sources)
+        return Needs(extractions=[target, *sources], k=self.k, maps=sources, map=self.map, map_on=self.map_on)
 
     def identity(self) -> dict[str, Any]:
-        return {"fusion": {"sources": list(self.sources), **asdict(self.switches)}}
+        limit = {} if self.k is None else {"k": self.k}
+        return {"fusion": {"sources": list(self.sources), **asdict(self.switches), **limit}}
 
     def lesson(self, material: Material) -> FusedLesson:
         sources = [Source(name, material.vocabularies[name], material.maps[name]) for name in self.sources]

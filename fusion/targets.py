@@ -7,7 +7,7 @@ Source: "Knowledge Fusion of Large Language Models", ICLR 2024, arXiv 2401.10491
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
@@ -33,6 +33,11 @@ class Reading:
     """float32[M], -log p(next token of the piece); 0 at M-1."""
     left_out: bool = False
     """Nothing is known of what the model says (its logits were not finite): only tokens and ends are meant."""
+
+    def top(self, k: int) -> "Reading":
+        """The same with the k most probable entries alone; what the others had joins the tail."""
+        lost = np.exp(self.log_p[:, k:]).sum(1)
+        return replace(self, ids=self.ids[:, :k], log_p=self.log_p[:, :k], tail=self.tail + lost)
 
     @classmethod
     def without(cls, tokens: np.ndarray, ends: np.ndarray, k: int) -> "Reading":

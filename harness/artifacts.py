@@ -8,12 +8,10 @@ killed stage had finished stays in the hidden folder for the next start.
 import contextlib
 import errno
 import hashlib
-import importlib.metadata
 import json
 import os
 import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,11 +22,11 @@ from fusion.errors import UserError
 from harness import ranks
 from harness.claims import Claims, in_use
 from harness.memory import give_back
+from harness.provenance import made_by
 
 MANIFEST = "manifest.json"
 _IDENTITY = ("kind", "version", "inputs", "params")
 _FULL = 1 << 20  # free bytes of a disk on which a failed write needs no other explanation
-_LIBRARIES = ("fusellm-harness", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow")
 
 
 @dataclass(frozen=True)
@@ -184,10 +182,6 @@ class PeakMemory:
             stage.bytes = max(stage.bytes, peak)
 
 
-def library_versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in _LIBRARIES}
-
-
 class Store:
     """All artifacts below one folder. With `dry=True` nothing is made: `ensure` only notes what it would make."""
 
@@ -315,9 +309,8 @@ class Store:
             "label": spec.label,
             "fingerprint": spec.fingerprint,
             "info": {**self._info, **spec.info, **found},
-            "command": sys.argv,
+            **made_by(),
             "files": files,
-            "libraries": library_versions(),
             "duration_s": round(time.time() - started, 2),
             "resumed": resumed,
             "peak_memory_bytes": peak_memory,

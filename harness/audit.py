@@ -28,6 +28,7 @@ from harness.artifacts import write_atomically
 from harness.config import Config, method_parameters
 from harness.context import TARGET, Experiment
 from harness.corpus import Pieces
+from harness.drawings import audited
 from harness.experiment import run_folder
 from harness.progress import track
 
@@ -239,11 +240,11 @@ def _gain(row: dict[str, Any]) -> float:
 
 
 def _write(measures: pd.DataFrame, sentence: str, folder: Path, config: Config) -> None:
-    from results.figures import audit_figure
     from results.render import plain_table
 
     columns, rows = list(measures.columns), measures.values.tolist()
     for form in ("md", "csv", "json"):
         write_atomically(folder / f"audit.{form}", plain_table(columns, rows, form))
     write_atomically(folder / "audit.txt", sentence + "\n")
-    audit_figure(measures, folder / "audit", title=config.title, banner=config.banner or "")
+    for drawing in audited(measures, config.title, config.banner or ""):
+        drawing.draw(folder / drawing.name)

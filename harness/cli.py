@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fusion.errors import UserError
-from harness import ranks
+from harness import ranks, result_commands
 from harness.baseline_commands import baselines
 from harness.terminal import (
     DEFAULT_ROOT,
@@ -42,6 +42,9 @@ app.add_typer(baselines, name="baseline")
 app.add_typer(models, name="models")
 app.add_typer(artifacts, name="artifacts")
 app.add_typer(multipl_e, name="multipl-e")
+app.command()(result_commands.tables)
+app.command()(result_commands.report)
+experiments.command("diff")(result_commands.experiment_diff)
 
 
 @app.callback()
@@ -60,7 +63,7 @@ def _global(
 @app.command()
 def quickstart(root: Root = DEFAULT_ROOT, settings: Settings = [], seeds: Seeds = []) -> None:  # noqa: B006
     """Run the main job on tiny models made on the spot: a few minutes on two cores, no network."""
-    experiment_run("quickstart", profile="tiny", settings=settings, seeds=seeds, root=root)
+    experiment_run(["quickstart"], profile="tiny", settings=settings, seeds=seeds, root=root)
 
 
 @experiments.command("list")
@@ -90,67 +93,52 @@ def experiment_show(name: Name, profile: Profile = None, settings: Settings = []
 
 @experiments.command("run")
 def experiment_run(
-    name: Name,
+    names: Annotated[
+        list[str], typer.Argument(help="Experiments' names (see `experiment list`), YAML files, or all of the profile.")
+    ],
     profile: Profile = None,
     settings: Settings = [],  # noqa: B006
     seeds: Seeds = [],  # noqa: B006
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print stages, what is there, and costs.")] = False,
+    flops: Annotated[
+        float | None, typer.Option(min=1, help="--dry-run: operations a second to plan for; this machine's without.")
+    ] = None,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Make what is missing and print the table; a second start goes on where the first was interrupted."""
-    from harness.config import load
+    """Make what is missing and print the tables; a second start goes on where the first was interrupted.
 
-    config = load(name, profile=profile, overrides=settings, seeds=seeds)
+    What several experiments have in common is made once, whether they are run together or one after the other.
+    """
+    from harness.config import chosen, load
+
+    configs = [load(one, profile=profile, overrides=settings, seeds=seeds) for one in chosen(names, profile)]
     quiet_libraries()
-    from harness import experiment, runs
+    from harness import experiment
 
     if dry_run:
+        planned = {p.spec.fingerprint: p for config in configs for p in experiment.plan(config, root, flops=flops)}
         if ranks.first():
-            print_plan(experiment.plan(config, root), root)
+            print_plan(list(planned.values()), root)
         return
+    for config in configs:
+        _run(config, root)
+
+
+def _run(config: Any, root: Path) -> None:
+    from harness import experiment, runs
+
     folder = experiment.run(config, root)
     if not ranks.first():
         return
     print_table(runs.table(folder), None)
-    for table in experiment.suite_tables(folder).values():
-        print_table(table, None)
+    from results.comparison import LAYOUTS
+
+    if config.experiment not in LAYOUTS:  # the paper's tables are about their suites themselves
+        for table in experiment.suite_tables(folder).values():
+            print_table(table, None)
     for line in _lines(folder / "equal_quality.txt"):
         typer.echo(line)
     typer.echo(f"Table, figure and records: {folder}", err=True)
-
-
-@app.command()
-def tables(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Experiments, paper/NAME for published tables, or all (as without any).")
-    ] = None,
-    profile: Annotated[str | None, typer.Option(help="The profile; that of the newest run without.")] = None,
-    form: Annotated[
-        Literal["md", "csv", "json", "latex", "html"] | None,
-        typer.Option("--format", help="For the terminal without; with --out every one of them."),
-    ] = None,
-    with_paper: Annotated[bool, typer.Option("--with-paper", help="The published values beside ours.")] = False,
-    baseline: Annotated[
-        str | None, typer.Option(help="The row that the others are tested against; the experiment's without.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write the tables and their figures to.")] = None,
-    root: Root = DEFAULT_ROOT,
-) -> None:
-    """Print or write the tables of finished runs from their stored records; no model is touched."""
-    from harness import runs
-    from results.render import FORMATS, render_all
-
-    found = runs.tables(root, names or [], profile, baseline=baseline, with_paper=with_paper)
-    if out is not None:
-        for path in runs.write(found.made, out, [form] if form else list(FORMATS)):
-            typer.echo(path)
-    elif form is not None:
-        typer.echo(render_all(list(found.made.values()), form), nl=False)
-    else:
-        for table in found.made.values():
-            print_table(table, None)
-    for sentence in found.absent:
-        typer.echo(sentence, err=True)
 
 
 @app.command("eval")

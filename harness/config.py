@@ -14,8 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fusion.errors import UserError, did_you_mean
 from harness.corpus import CorpusConfig
 from harness.models import DType
+from harness.runs import ALL
 
 CONF = files("harness") / "conf"
+OWN_ROWS = "tiny:"  # as data.root: rows that were written for the profile tiny
+_SOURCE = "{source}"  # in a row's label and parameters: the row is there once for every source
 _OWN = "own"  # the profile of a user's file that names none
 _TAKEN = ("target", "teacher", "fused")  # what a source cannot be called: the other roles, and the audit's sum of all
 
@@ -71,7 +74,16 @@ class ExtractionConfig(Strict):
 
 
 class DataConfig(Strict):
-    root: str | None = Field(None, description="folder of <hub id>/<configuration>/<split>.parquet")
+    root: str | None = Field(
+        None, description="folder of <hub id>/<configuration>/<split>.parquet (or .jsonl); tiny: for a few own rows"
+    )
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder itself; None where everything comes from the hub."""
+        if self.root == OWN_ROWS:
+            return Path(str(files("harness") / "tiny" / "rows"))
+        return Path(self.root) if self.root else None
 
 
 class TrainingSection(Strict):
@@ -242,6 +254,23 @@ def _shipped(kind: str, name: str) -> Any:
     return OmegaConf.create((CONF / kind / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
+def chosen(wanted: Sequence[str], profile: str | None) -> list[str]:
+    """The experiments of a command line, each once; `all` stands for those with the profile that ship with the harness.
+
+    Raises UserError for `all` without a profile, or with one that no experiment has.
+    """
+    found: list[str] = []
+    for name in wanted:
+        if name != ALL:
+            found.append(name)
+        elif profile is None:
+            raise UserError("all means the experiments of one profile: add --profile NAME.")
+        else:
+            _shipped("profiles", profile)
+            found += [one for one in names("experiments") if profile in _shipped("experiments", one).profiles]
+    return list(dict.fromkeys(found))
+
+
 def _user_file(path: Path) -> Any:
     from omegaconf import OmegaConf
     from yaml import MarkedYAMLError, YAMLError
@@ -329,6 +358,7 @@ def load(
         raise UserError(f"{place} does not hold: {str(error).splitlines()[0]}.") from None
     except TypeError:  # what OmegaConf raises for these two
         raise UserError(f"{place} has a list where keys and values belong, or the other way round.") from None
+    raw.pop("protocols", None)  # what experiments took from it is in their suites
     if not isinstance(raw.setdefault("profiles", [raw["profile"]]), list):
         raise UserError(f"The configuration of {name} has profiles = {raw['profiles']!r}, which must be a list.")
     if raw["profile"] not in raw["profiles"]:
@@ -366,8 +396,9 @@ def _check_mapping(raw: Mapping[str, Any], place: str, where: str) -> None:
 
 
 def _expanded(methods: Mapping[str, Any], roles: Mapping[str, Any]) -> dict[str, Any]:
-    """The rows with `{target}`, `{teacher}` and `{sources}` written out by name; rows set to null are left out."""
+    """The rows with `{target}`, `{teacher}`, `{sources}`, `{source}` written out by name, less those set to null."""
     rows: dict[str, Any] = {}
+    sources = list(roles.get("sources") or {})
     for label, entry in methods.items():
         if entry is None or (label == "{teacher}" and not roles.get("teacher")):
             continue
@@ -376,13 +407,23 @@ def _expanded(methods: Mapping[str, Any], roles: Mapping[str, Any]) -> dict[str,
             model = str((roles.get(role) or {}).get("model", role))
             found = {_short(model): {**entry, "role": role}}
         elif label == "{sources}":
-            found = {source: {**entry, "role": source} for source in roles.get("sources") or {}}
+            found = {source: {**entry, "role": source} for source in sources}
+        elif _SOURCE in str(label):
+            found = {label.replace(_SOURCE, source): _with_source(entry, source) for source in sources}
         else:
             found = {str(label): dict(entry)}
         if taken := sorted(rows.keys() & found.keys()):
             raise UserError(f"Two rows of the table would be called {taken[0]!r}: rename the source or the method.")
         rows |= found
     return rows
+
+
+def _with_source(value: Any, source: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_source(one, source) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_with_source(one, source) for one in value]
+    return value.replace(_SOURCE, source) if isinstance(value, str) else value
 
 
 def _short(model: str) -> str:

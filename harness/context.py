@@ -69,7 +69,7 @@ class Experiment:
         self.config = config
         self.store = Store(root / "artifacts", dry=dry, info={"configuration": config.model_dump(mode="json")})
         self.models_dir = root / "models"
-        self.data_root = Path(config.data.root) if config.data.root else None
+        self.data_root = config.data.folder
         self.device = ranks.usable_device(config.device, dry=dry)
         if not dry:
             ranks.join(self.device)
@@ -159,19 +159,18 @@ class Experiment:
     def run_fingerprint(self) -> str:
         """What names a run: all that its numbers come from but the seeds, since runs with other seeds belong together.
 
-        Beside the configuration these are what it only names: texts, models, computing precision, stages.
+        That is the configuration, and what it only names.
         """
+        config = self.config.model_dump(
+            mode="json",
+            exclude={"seeds": True, "device": True, "threads": True, "extraction": {"compression", "max_left_out"}},
+        )
+        return fingerprint({"config": config, **self.named()})
+
+    def named(self) -> dict[str, Any]:
+        """What the configuration only names: hashes of texts, models and rows, computing precision, stages."""
         roles = self.config.roles.named()
         identity: dict[str, Any] = {
-            "config": self.config.model_dump(
-                mode="json",
-                exclude={
-                    "seeds": True,
-                    "device": True,
-                    "threads": True,
-                    "extraction": {"compression", "max_left_out"},
-                },
-            ),
             "versions": VERSIONS,
             "pieces": self.pieces[0].fingerprint,
             "documents": perplexity.documents_fingerprint(self._held_out()[0]),
@@ -185,7 +184,7 @@ class Experiment:
             identity["validation"] = corpus.content_fingerprint(self.config.validation, self.data_root)
         if self.suites:
             identity["suites"] = {name: suite.identity() for name, suite in self.suites.items()}
-        return fingerprint(identity)
+        return identity
 
     def sized(self, name: str) -> _Sized:
         """Parameters and vocabulary of a role's model, from the catalogue or the files."""
@@ -293,10 +292,10 @@ class Experiment:
             self._vocabularies[name] = tokenizer, Vocabulary.from_tokenizer(tokenizer, load_config(model).vocab_size)
         return self._vocabularies[name]
 
-    def reader(self, name: str, temperature: float = 1.0) -> Extraction:
+    def reader(self, name: str, temperature: float = 1.0, k: int | None = None) -> Extraction:
         """The role's extraction, piece by piece."""
         tokenizer, vocabulary = self.tokenizer(name)
-        return Extraction(self.extract(name)[1], Pieces(self.pieces[1]), tokenizer, vocabulary, temperature)
+        return Extraction(self.extract(name)[1], Pieces(self.pieces[1]), tokenizer, vocabulary, temperature, k)
 
     def map(self, source: str, kind: str, on: Literal["bytes", "strings"]) -> tuple[Spec, Path]:
         """The vocabulary map of a source onto the target, for the tokens that its extraction holds."""

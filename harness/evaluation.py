@@ -12,6 +12,7 @@ from harness.config import load, suite_section
 from harness.costs import Costs
 from harness.models import ModelSpec, compute_dtype, count_parameters, resolve
 from harness.progress import say
+from harness.provenance import made_by
 from harness.runs import RUN_FILE, SUITES_FILE, described, hashes, open_run
 from harness.suites.suite import Measured, Subject, Suite, suite
 
@@ -40,8 +41,18 @@ def write_measured(
     evaluation = fingerprint(measured.fingerprints)
     slug = "".join(c if c.isalnum() else "-" for c in method)
     file = f"{slug}-{'as-is' if seed is None else seed}-{name}-{evaluation[:16]}.parquet"
-    write(folder / "records" / file, records, {"evaluation": evaluation, "evaluations": measured.fingerprints})
+    provenance = {
+        "evaluation": evaluation,
+        "evaluations": measured.fingerprints,
+        "artifacts": places(measured.artifacts),
+    }
+    write(folder / "records" / file, records, provenance)
     return file
+
+
+def places(artifacts: Mapping[str, Path]) -> dict[str, str]:
+    """Where artifacts lie below --root, for the provenance of records."""
+    return {name: path.relative_to(path.parents[2]).as_posix() for name, path in artifacts.items()}
 
 
 def note_suites(folder: Path, suites: Mapping[str, Suite], found: Mapping[str, Mapping[str, Measured]]) -> None:
@@ -235,7 +246,7 @@ def evaluate(
 
 def _describe(folder: Path, identity: Mapping[str, Any], store: Store, root: Path, files: Sequence[str]) -> None:
     artifacts = sorted(str(p.path.relative_to(root)) for p in store.planned.values())
-    description = {"evaluation": identity, "artifacts": artifacts, "records": hashes(folder, files)}
+    description = {"evaluation": identity, **made_by(), "artifacts": artifacts, "records": hashes(folder, files)}
     write_json(folder / RUN_FILE, {**description, "configuration": {}, "finished": time.time()})
 
 

@@ -15,10 +15,13 @@ from harness.artifacts import Planned, alone, read_manifest, write_atomically, w
 from harness.checks import check_inputs, check_lengths, check_sizes, check_space
 from harness.config import Config, Role, method_parameters
 from harness.context import TARGET, Experiment
+from harness.drawings import learning_curves
+from harness.evaluation import places
 from harness.method_context import MethodContext
+from harness.provenance import made_by
 from harness.runs import RUN_FILE, described, hashes, open_run, table
-from harness.siblings import tokens_seen
 from harness.suites.suite import Measured
+from harness.training_log import tokens_seen
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,9 +56,15 @@ def candidates(experiment: Experiment, labels: Sequence[str] | None = None) -> I
                 break
 
 
-def plan(config: Config, root: Path) -> list[Planned]:
-    """All artifacts that the experiment needs, what is there of them, and what the others cost. Makes nothing."""
-    return _plan(Experiment(config, root, dry=True))
+def plan(config: Config, root: Path, *, flops: float | None = None) -> list[Planned]:
+    """All artifacts that the experiment needs, what is there of them, and what the others cost. Makes nothing.
+
+    flops: operations a second that models reach on the machine that is planned for; measured on this one without.
+    """
+    experiment = Experiment(config, root, dry=True)
+    if flops is not None:
+        experiment.costs.flops = flops
+    return _plan(experiment)
 
 
 def _plan(experiment: Experiment) -> list[Planned]:
@@ -123,7 +132,7 @@ def run(config: Config, root: Path) -> Path:
     for row in candidates(experiment):
         notes |= dict.fromkeys(_notes(experiment, row))
         spec, path = experiment.evaluate(row.label, row.candidate, row.role)
-        files.add(_record(config, row, spec.fingerprint, perplexity.read_evaluation(path), folder))
+        files.add(_record(config, row, spec.fingerprint, path, folder))
         files |= _record_suites(experiment, row, folder, measured)
     with alone(folder / ".lock", f"run {folder.name}"):
         # Other seeds that were finished before, or meanwhile by another process, belong to the same table.
@@ -133,6 +142,8 @@ def run(config: Config, root: Path) -> Path:
         evaluation.note_suites(folder, experiment.suites, measured)
         description = {
             "configuration": config.model_dump(mode="json"),
+            "named": experiment.named(),
+            **made_by(),
             "artifacts": sorted(artifacts.union(before.get("artifacts", []))),
             "records": {**before.get("records", {}), **hashes(folder, files)},
             "notes": list(dict.fromkeys([*before.get("notes", []), *notes])),
@@ -147,7 +158,7 @@ def _notes(experiment: Experiment, row: Row) -> Iterator[str]:
     """Sentences about how a candidate was made that belong below the tables."""
     role = experiment.config.methods[row.label].get("role")
     if role is not None and row.role.corpus is not None:
-        tokens = tokens_seen(row.candidate.folder.parent)
+        tokens = tokens_seen(row.candidate.folder.parent) or 0
         base = experiment.origin(role).name
         yield f"{row.label} is {base} continued on {tokens:,} tokens of its own text, which no other row counts."
     made = experiment.store.planned.get(row.candidate.fingerprint)
@@ -155,7 +166,7 @@ def _notes(experiment: Experiment, row: Row) -> Iterator[str]:
         yield str(note)
 
 
-def _record(config: Config, row: Row, evaluation: str, rows: Sequence[dict[str, Any]], folder: Path) -> str:
+def _record(config: Config, row: Row, evaluation: str, measured: Path, folder: Path) -> str:
     """Stamps an evaluation and a training's curve with experiment, profile, method and seed; one file each row."""
     from harness.training_log import read_curve
     from results.records import NO_SEED, Record, write
@@ -176,13 +187,18 @@ def _record(config: Config, row: Row, evaluation: str, rows: Sequence[dict[str, 
                 tokens=tokens,
             )
 
-    records = list(stamped(rows, None))
+    records = list(stamped(perplexity.read_evaluation(measured), None))
     if row.candidate.training is not None:
         for point in read_curve(row.candidate.training):
             records += stamped(point["records"], int(point["tokens"]))
     slug = "".join(c if c.isalnum() else "-" for c in row.label)
     name = f"{slug}-{'as-is' if row.seed is None else row.seed}-{evaluation[:16]}.parquet"
-    provenance = {"evaluation": evaluation, "candidate": row.candidate.fingerprint, "method": config.methods[row.label]}
+    provenance = {
+        "evaluation": evaluation,
+        "candidate": row.candidate.fingerprint,
+        "method": config.methods[row.label],
+        "artifacts": places({perplexity.SUITE: measured}),
+    }
     write(folder / "records" / name, records, provenance)
     return name
 
@@ -226,26 +242,14 @@ def suite_tables(folder: Path) -> "dict[str, Table]":
 
 def write_tables(folder: Path) -> None:
     """The run's tables in every format, and its figure where something was trained."""
-    from results.figures import learning_curves
     from results.render import FORMATS, render
 
-    config, records = _open_run(folder)
+    configuration, records = open_run(folder)
     made = table(folder)
     for form in FORMATS:
         write_atomically(folder / f"table.{form}", render(made, form))
         for name, of_suite in suite_tables(folder).items():
             write_atomically(folder / f"table-{name}.{form}", render(of_suite, form))
-    along = set(records.loc[records["tokens"].notna(), "method"])
-    trained = [label for label in config.methods if label in along]
-    if config.baseline in trained:
-        curves = learning_curves(
-            records,
-            trained,
-            folder / "learning_curves",
-            baseline=config.baseline,
-            metric=perplexity.METRIC[config.suites.perplexity.mode],
-            title=config.title,
-            banner=config.banner or "",
-        )
+    if curves := learning_curves(configuration, records, folder / "learning_curves"):
         lines = [found.sentence(curves.metric.digits) for found in curves.equal_quality]
         write_atomically(folder / "equal_quality.txt", "\n".join(lines) + "\n")

@@ -152,14 +152,16 @@ def _look_over(
 ) -> dict[str, Any]:
     """Checks the finished shards; returns what the manifest is to say of them."""
     left_out = []
+    tokens = 0
     for index, members in enumerate(_members(pieces, spec)):
         positions = np.diff(checked(_shard(folder, index)).offsets)
+        tokens += int(positions.sum())
         left_out += [pieces.name(p) for p, n in zip(members, positions, strict=True) if not n]
     _check_left_out(left_out, model, pieces, settings)
     if not left_out:
-        return {}
+        return {"tokens": tokens}
     say(f"{model.name}: {len(left_out)} of {len(pieces)} pieces are left out; the manifest names them.")
-    return {"left_out": left_out}
+    return {"tokens": tokens, "left_out": left_out}
 
 
 def _check_left_out(names: Sequence[str], model: "ResolvedModel", pieces: Pieces, settings: ExtractionConfig) -> None:
@@ -262,11 +264,18 @@ class Extraction:
     """A stored extraction, read piece by piece from memory-mapped shards.
 
     Token ids are not stored: they are the tokenizer's, and `reading` refuses when their number is not the stored one.
-    At a temperature T other than 1, one of the extraction's own, distributions are those to the power 1/T.
+    At a temperature T other than 1, one of the extraction's own, distributions are those to the power 1/T. With
+    `k` only the k most probable of the stored entries are given.
     """
 
     def __init__(
-        self, folder: Path, pieces: Pieces, tokenizer: Any, vocabulary: Vocabulary, temperature: float = 1.0
+        self,
+        folder: Path,
+        pieces: Pieces,
+        tokenizer: Any,
+        vocabulary: Vocabulary,
+        temperature: float = 1.0,
+        k: int | None = None,
     ) -> None:
         self._folder = folder
         self._pieces = pieces
@@ -276,6 +285,7 @@ class Extraction:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         self._size = int(manifest["params"]["pieces_per_shard"])
         self._temperature = temperature
+        self._k = k
         self._column = None if temperature == 1 else manifest["params"]["temperatures"].index(temperature)
         self._open: OrderedDict[int, Shard] = OrderedDict()
 
@@ -295,7 +305,7 @@ class Extraction:
         m, k = columns["ids"].shape
         if not m:
             ends = np.append(0, byte_ends(tokens[1:], self.vocabulary, text.encode("utf-8"))).astype(np.int32)
-            return Reading.without(tokens, ends, k)
+            return Reading.without(tokens, ends, self._k or k)
         if len(tokens) != m:
             raise UserError(
                 f"{self._folder} holds {m} positions of {self._pieces.name(piece)}, but the tokenizer now gives "
@@ -308,7 +318,7 @@ class Extraction:
         if self._column is not None:
             log_p = log_p / np.float32(self._temperature) - columns["log_z"][:, self._column, None]
             tail = np.maximum(1 - np.exp(log_p, dtype=np.float64).sum(axis=1), 0).astype(np.float32)
-        return Reading(
+        found = Reading(
             tokens=tokens,
             ends=ends,
             ids=columns["ids"].astype(np.int32),
@@ -316,6 +326,7 @@ class Extraction:
             tail=tail,
             nats=columns["nats"],
         )
+        return found if self._k is None else found.top(self._k)
 
     def occurring_ids(self) -> np.ndarray:
         """int64[n], every token id that is among the top k or in the text: what a lazy vocabulary map must cover."""

@@ -31,7 +31,7 @@ def material(experiment: Experiment, needs: Needs) -> Material:
 
 def readers(experiment: Experiment, needs: Needs) -> dict[str, Extraction]:
     """The extractions that a lesson needs, by role."""
-    return {name: experiment.reader(name, needs.temperature) for name in needs.extractions}
+    return {name: experiment.reader(name, needs.temperature, needs.k) for name in needs.extractions}
 
 
 def made_of(experiment: Experiment, label: str, needs: Needs) -> dict[str, Any]:
@@ -41,6 +41,12 @@ def made_of(experiment: Experiment, label: str, needs: Needs) -> dict[str, Any]:
         raise UserError(
             f"{label} takes stored distributions at temperature {needs.temperature:g}, and those extracted are "
             f"{', '.join(f'{t:g}' for t in extracted)}: add it to extraction.temperatures."
+        )
+    stored = experiment.config.extraction.k
+    if needs.k is not None and needs.k > stored:
+        raise UserError(
+            f"{label} uses k = {needs.k} entries a position, but only extraction.k = {stored} are stored: raise that, "
+            "or lower the row's k."
         )
     for name in needs.models:
         # In a plan a model may not be here yet.

@@ -1,6 +1,6 @@
 """Finished runs and the tables made of them: from records alone, and without importing anything heavy."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -22,9 +22,10 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Tables:
-    """Tables by name, and a sentence for each that was asked for and has no run."""
+    """Tables by name, the folder of each that has a run, and a sentence for each that was asked for and has none."""
 
     made: "dict[str, Table]"
+    folders: dict[str, Path]
     absent: tuple[str, ...]
 
 
@@ -42,12 +43,34 @@ def find_run(root: Path, name: str, profile: str | None) -> Path:
                     f"There is no experiment {name!r}: `fusellm tables {PUBLISHED}{name}` prints the published table."
                 )
             raise UserError(unknown("table", name, [ALL, *dict.fromkeys([*NAMES, *_experiments(root)])]))
+        if profile and profile not in (known := _profiles(name)):
+            raise UserError(unknown(f"profile of {name}", profile, known))
         wanted = f" in profile {profile}" if profile else ""
         raise UserError(
             f"The experiment {name!r} has no finished run{wanted} below {root}: run `fusellm experiment run {name}"
             f"{' --profile ' + profile if profile else ''}`."
         )
-    return max(runs, key=lambda p: described(p)["finished"]).parent
+    return max(runs, key=lambda p: described(p).get("finished", 0)).parent
+
+
+def run_folder(root: Path, name: str, profile: str | None) -> Path:
+    """The folder of a run that is given by its own path, or by an experiment's name for the newest."""
+    return Path(name) if Path(name, RUN_FILE).exists() else find_run(root, name, profile)
+
+
+def differences(one: Path, other: Path) -> list[tuple[str, str, str]]:
+    """In what two runs differ: key, and its value in each."""
+    from harness.provenance import differences
+
+    return list(differences(*(_identity(folder) for folder in (one, other))))
+
+
+def _identity(folder: Path) -> dict[str, Any]:
+    """What a run's description says of it; its seeds are those of the records, which several commands may have made."""
+    _, records = open_run(folder)
+    description = opened(folder)
+    seeds = sorted({int(seed) for seed in records["seed"].unique() if seed >= 0})
+    return {**description, "configuration": {**description["configuration"], "seeds": seeds}}
 
 
 def described(path: Path) -> dict[str, Any]:
@@ -55,6 +78,14 @@ def described(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     return read_json(path, "remove that file and run the experiment again, with all its seeds")
+
+
+def opened(folder: Path) -> dict[str, Any]:
+    """What the finished run in `folder` says of itself. Raises UserError where that is damaged, or no run's."""
+    description = described(folder / RUN_FILE)
+    if not isinstance(description.get("configuration"), dict) or not isinstance(description.get("records"), dict):
+        raise UserError(f"{folder} was made by another version of fusellm-harness: run the experiment again.")
+    return description
 
 
 def hashes(folder: Path, files: Iterable[str]) -> dict[str, str]:
@@ -70,7 +101,7 @@ def open_run(folder: Path) -> "tuple[dict[str, Any], pd.DataFrame]":
     """
     from results.records import read
 
-    description = described(folder / RUN_FILE)
+    description = opened(folder)
     paths = []
     for name, sha256 in sorted(description["records"].items()):
         path = folder / "records" / name
@@ -86,8 +117,21 @@ def open_run(folder: Path) -> "tuple[dict[str, Any], pd.DataFrame]":
 
 def _experiments(root: Path) -> list[str]:
     """The experiments that ship with the harness, and those that were run."""
-    shipped = {path.name.removesuffix(".yaml") for path in (files("harness") / "conf" / "experiments").iterdir()}
-    return sorted(shipped | {path.name for path in (root / "runs").glob("*") if path.is_dir()})
+    return sorted(_shipped("experiments") | {path.name for path in (root / "runs").glob("*") if path.is_dir()})
+
+
+def _shipped(kind: str) -> set[str]:
+    return {path.name.removesuffix(".yaml") for path in (files("harness") / "conf" / kind).iterdir()}
+
+
+def _profiles(name: str) -> list[str]:
+    """The profiles that an experiment can be run in: all of them for one that does not ship with the harness."""
+    import yaml
+
+    if name not in _shipped("experiments"):
+        return sorted(_shipped("profiles"))
+    path = files("harness") / "conf" / "experiments" / f"{name}.yaml"
+    return list(yaml.safe_load(path.read_text(encoding="utf-8"))["profiles"])
 
 
 def table(folder: Path, *, baseline: str | None = None, with_paper: bool = False) -> "Table":
@@ -157,9 +201,13 @@ def tables(
     from results.published import NAMES, paper_table
 
     everything = ALL in names or not names
+    asked = names
+    if everything:
+        asked = [*NAMES, *(one for one in _experiments(root) if profile in (None, *_profiles(one)))]
     made: dict[str, Table] = {}
+    folders: dict[str, Path] = {}
     absent = []
-    for name in dict.fromkeys([*NAMES, *_experiments(root)] if everything else names):
+    for name in dict.fromkeys(asked):
         if name.startswith(PUBLISHED):
             made[name] = paper_table(name.removeprefix(PUBLISHED))
             continue
@@ -173,26 +221,28 @@ def tables(
                 made[PUBLISHED + name] = paper_table(name)
             continue
         made[name] = table(folder, baseline=baseline, with_paper=with_paper and (name in NAMES or not everything))
+        folders[name] = folder
     if not made:
         raise UserError(
             f"There are no finished runs below {root}: run `fusellm experiment run` (see `experiment list`)."
         )
-    return Tables(made, tuple(absent))
+    return Tables(made, folders, tuple(absent))
 
 
-def write(made: "Mapping[str, Table]", out: Path, forms: Sequence[str]) -> list[Path]:
-    """Each table below `out` in each of the formats, and a figure of the differences in each task where there are."""
+def write(found: Tables, out: Path, forms: Sequence[str]) -> list[Path]:
+    """Each table below `out` in each of the formats, and the figures of its run (see `harness.drawings`)."""
     from harness.artifacts import write_atomically
-    from results.figures import differences_figure
+    from harness.drawings import drawings
     from results.render import ENDINGS, render
 
     out.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, one in made.items():
+    for name, one in found.made.items():
         stem = out / name.replace("/", "-")
         for form in forms:
             path = stem.with_name(f"{stem.name}.{ENDINGS[form]}")
             write_atomically(path, render(one, form))
             written.append(path)
-        written += differences_figure(one, stem.with_name(f"{stem.name}-differences"))
+        for drawing in drawings(found.folders[name], one) if name in found.folders else ():
+            written += drawing.draw(stem.with_name(f"{stem.name}-{drawing.name}"))
     return written

@@ -1,6 +1,5 @@
 """Models that a run makes for its roles: one model, continued on text of its own."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +70,3 @@ def make_sibling(
         )
 
     return store.ensure(spec, build, estimate, together=True)
-
-
-def tokens_seen(folder: Path) -> int:
-    """The tokens that made a finished sibling."""
-    history = json.loads((folder / "log.json").read_text(encoding="utf-8"))
-    return int(next(entry["tokens"] for entry in reversed(history) if "tokens" in entry))

@@ -32,7 +32,7 @@ from harness.config import TrainingSection
 from harness.models import compute_dtype
 from harness.progress import say, track
 from harness.rows import Rows, collate
-from harness.training_log import CURVE_FILE
+from harness.training_log import CURVE_FILE, LOG_FILE
 from harness.zero import release, whole_weights, without_own_ops, zero_config
 
 MODEL_FOLDER = "model"
@@ -348,7 +348,7 @@ def train(
         model.save_pretrained(final, state_dict=weights)
         tokenizer.save_pretrained(final)
         (final / "README.md").write_text(card, encoding="utf-8")
-        write_atomically(folder / "log.json", json.dumps(trainer.state.log_history, indent=1))
+        write_atomically(folder / LOG_FILE, json.dumps(trainer.state.log_history, indent=1))
         _seal(final)
     if config.deepspeed:
         release(trainer.accelerator)

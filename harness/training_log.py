@@ -5,8 +5,16 @@ from pathlib import Path
 from typing import Any
 
 CURVE_FILE = "curve.jsonl"
+LOG_FILE = "log.json"
 
 
 def read_curve(folder: Path) -> list[dict[str, Any]]:
     """The held-out measurements of a finished training: step, tokens seen, and one record a document."""
     return [json.loads(line) for line in (folder / CURVE_FILE).read_text(encoding="utf-8").splitlines()]
+
+
+def tokens_seen(folder: Path) -> int | None:
+    """The tokens that a finished training was trained on; None where its log does not tell."""
+    path = folder / LOG_FILE
+    history = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return next((int(entry["tokens"]) for entry in reversed(history) if "tokens" in entry), None)

@@ -78,7 +78,8 @@ def learning_curves(
 
     records: of one experiment and profile; only those with training tokens count. Each other method is set against
     `baseline`: the tokens it needs for the baseline's final quality, and the other way round. Raises UserError where a
-    method has no curve and where steps were not measured on the same documents.
+    method has no curve and where steps were not measured on the same documents. Of more methods than can be told apart
+    the baseline and the first ones are drawn; what is returned is about all of them.
     """
     if baseline not in methods:
         raise UserError(unknown("baseline", baseline, methods))
@@ -96,8 +97,13 @@ def learning_curves(
         if method != baseline:
             equal.append(equal_quality(by_method[method], by_method[baseline], measured.higher_is_better))
             equal.append(equal_quality(by_method[baseline], by_method[method], measured.higher_is_better))
+    drawn = {baseline, *[method for method in methods if method != baseline][: len(drawing.COLOURS) - 1]}
+    if len(drawn) < len(methods):
+        title += f" ({len(drawn)} of {len(methods)} rows)"
+    shown = [curve for curve in curves if curve.method in drawn]
+    compared = [one for one in equal if {one.method, one.other} <= drawn]
     with drawing.style():
-        figure = _draw_curves(measured, curves, equal, baseline, title, banner)
+        figure = _draw_curves(measured, shown, compared, baseline, title, banner)
         files = drawing.save(figure, Path(path))
     return LearningCurves(measured, curves, tuple(equal), files)
 
@@ -373,16 +379,26 @@ def quality_figure(
                     points.append((x, cell.difference, cell.difference_interval))
             if not points:
                 raise UserError(f"no row of {name} has a difference to {table.baseline} in {column}; evaluate both")
-            ticks |= {x for x, _, _ in points}
-            axes.plot([x for x, _, _ in points], [y for _, y, _ in points], label=name, **drawing.line_style(i))
-            for x, _, interval in points:
-                if interval:
-                    axes.plot([x, x], interval, color=drawing.COLOURS[i % 7], linewidth=1, marker="_", markersize=6)
+            at = sorted({x for x, _, _ in points})
+            ticks |= set(at)
+            # Several rows may have one value; the line goes through their mean, and each has its own place beside it.
+            means = [float(np.mean([y for other, y, _ in points if other == x])) for x in at]
+            style = drawing.line_style(i)
+            axes.plot(at, means, **{**style, "marker": ""})
+            apart = 0.012 * (max(at) - min(at))
+            for x in at:
+                beside = [(y, interval) for other, y, interval in points if other == x]
+                for k, (y, interval) in enumerate(beside):
+                    place = x + apart * (2 * k - len(beside) + 1)
+                    axes.plot([place], [y], label=name if (x, k) == (at[0], 0) else None, **style)
+                    if interval:
+                        axes.plot([place] * 2, interval, color=style["color"], linewidth=1, marker="_", markersize=6)
         axes.axhline(0, color="0.4", linewidth=0.8)
         axes.set_xticks(sorted(ticks))
         axes.set_xlabel(along)
         axes.set_ylabel(f"{column} − {table.baseline} ({better} is better)")
         axes.grid(alpha=0.3)
-        axes.legend()
+        if len(series) > 1:
+            axes.legend()
         drawing.entitle(figure, title or table.title, table.banner)
         return drawing.save(figure, Path(path))

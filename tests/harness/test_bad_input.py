@@ -11,7 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from harness import runs
+from harness.artifacts import file_sha256, write_json
+from results.records import Record
+from results.records import write as write_records
 from tests.harness.command import answer, assert_whole, fusellm, sentence
+from tests.harness.test_runs import finished
+from tests.results.sample import scores
 
 Prepare = Callable[[Path], object]
 
@@ -112,6 +118,44 @@ def artifact(name: str, content: str) -> Prepare:
     return prepare
 
 
+def ran(*files: list[Record]) -> Prepare:
+    """A finished run of `table2` with these record files."""
+
+    def prepare(here: Path) -> None:
+        folder = finished(here / "root", "table2", files[0])
+        for i, records in enumerate(files[1:]):
+            write_records(folder / "records" / f"more{i}.parquet", records)
+        description = runs.described(folder / runs.RUN_FILE)
+        description["records"] |= {p.name: file_sha256(p) for p in (folder / "records").glob("*.parquet")}
+        write_json(folder / runs.RUN_FILE, description)
+
+    return prepare
+
+
+def answers(method: str, task: str, values: list[float], seed: int = -1) -> list[Record]:
+    return scores(method, task, values, seed, metric="acc_norm", experiment="table2")
+
+
+def older(**changed: object) -> Prepare:
+    """A finished run whose description another version wrote."""
+
+    def prepare(here: Path) -> None:
+        folder = finished(here / "root", "table2", answers("CLM", "arc_easy", [1.0], 0))
+        write_json(folder / runs.RUN_FILE, {**runs.described(folder / runs.RUN_FILE), **changed})
+
+    return prepare
+
+
+def other_schema(here: Path) -> None:
+    import pyarrow.parquet as pq
+
+    folder = finished(here / "root", "table2", answers("CLM", "arc_easy", [1.0], 0))
+    path = folder / "records" / "all.parquet"
+    pq.write_table(pq.read_table(path).replace_schema_metadata({b"fusellm.records.schema": b"0"}), path)
+    description = runs.described(folder / runs.RUN_FILE)
+    write_json(folder / runs.RUN_FILE, {**description, "records": {path.name: file_sha256(path)}})
+
+
 SHOW = ("experiment", "show")
 RUN = ("experiment", "run", "{here}/small.yaml", "--root", "{here}/root")
 
@@ -137,7 +181,7 @@ def merge(*values: str, wide: bool = False) -> list[str]:
 USAGE: list[tuple[list[str], str]] = [
     (["experimnt"], r"No such command 'experimnt'\. Did you mean 'experiment'\? \(see `fusellm --help`\)"),
     (["experiment", "shwo"], r"Did you mean 'show'\? \(see `fusellm experiment --help`\)"),
-    (["experiment", "run"], r"Missing argument 'name' \(see `fusellm experiment run --help`\)"),
+    (["experiment", "run"], r"Missing argument 'names' \(see `fusellm experiment run --help`\)"),
     (["models", "fetch"], "Missing argument 'names'"),
     ([*SHOW, "main", "--profil", "x"], r"No such option: --profil \(Possible options: --profile\)"),
     ([*SHOW, "main", "--seed", "x"], "Invalid value for '--seed'.*integer"),
@@ -225,6 +269,22 @@ NAMES: list[tuple[list[str], str]] = [
     (["tables", "main"], "'main' has no finished run below .*root: run `fusellm experiment run main`"),
     (["tables", "main", "--profile", "small"], "run `fusellm experiment run main --profile small`"),
     (["tables", "paper/tabel1"], "unknown published table 'tabel1'; did you mean 'table1'"),
+    (["tables", "table2", "--profile", "smal"], "unknown profile of table2 'smal'; did you mean 'small'"),
+    (["tables", "main", "--profile", "tiny"], "unknown profile of main 'tiny'; there are: small, paper"),
+    (["report", "tabel2"], "unknown table 'tabel2'; did you mean 'table2'"),
+    (["report", "table2", "--profile", "tiny"], "run `fusellm experiment run table2 --profile tiny`"),
+    (["report"], "There are no finished runs below .*root: run `fusellm experiment run`"),
+    (
+        ["experiment", "diff", "table2", "main"],
+        "'table2' has no finished run below .*root: run `fusellm experiment run t",
+    ),
+    (["experiment", "run", "table1", "tabel2", "--profile", "micro"], "no experiment 'tabel2' .did you mean 'table2'."),
+    (
+        ["experiment", "run", "table1", "main", "--profile", "tiny"],
+        "main has no profile 'tiny': its profiles are small",
+    ),
+    (["experiment", "run", "all"], "all means the experiments of one profile: add --profile NAME"),
+    (["experiment", "run", "all", "--profile", "tny"], "There is no profile 'tny' .did you mean 'tiny'."),
 ]
 
 VALUES: list[tuple[list[str], str]] = [
@@ -502,6 +562,31 @@ FILES: list[tuple[Prepare, list[str], str]] = [
         ["artifacts", "gc", "--root", "root"],
         "plan.json is damaged or of another version: remove that file and run the experiment again",
     ),
+    # Records.
+    (
+        ran(answers("CLM", "arc_easy", [1.0], 0), answers("CLM", "arc_easy", [0.0], 0)),
+        ["tables", "table2", "--root", "root"],
+        r"records disagree about .*CLM.*in root/\S*all\.parquet and root/\S*more0\.parquet; remove the wrong one",
+    ),
+    (
+        ran(answers("CLM", "arc_easy", [1.0, 0.0], 0), answers("FuseLLM", "arc_easy", [1.0], 0)),
+        ["tables", "table2", "--root", "root"],
+        "CLM .*FuseLLM .*evaluate both on the same",
+    ),
+    (
+        ran(answers("CLM", "arc_easy", [1.0], 0)),
+        ["tables", "table2", "--baseline", "CML", "--root", "root"],
+        "unknown baseline 'CML'; did you mean 'CLM'",
+    ),
+    *(
+        (prepare, [*command, "--root", "root"], expected)
+        for command in (["tables", "table2"], ["report", "table2"], ["experiment", "diff", "table2", "table2"])
+        for prepare, expected in (
+            (other_schema, r"all\.parquet has record schema '0' but this version reads only '1'"),
+            (older(records=["all.parquet"]), "root/runs/table2/small/1 was made by another version of fusellm-harness"),
+            (older(configuration=None), "root/runs/table2/small/1 was made by another version of fusellm-harness"),
+        )
+    ),
 ]
 
 
@@ -514,7 +599,7 @@ def _check(here: Path, arguments: list[str], expected: str) -> None:
     after = _files(here)
     assert {name: raw for name, raw in after.items() if name in before} == before
     assert all(name.startswith("root/") or name.endswith(".lock") for name in after.keys() - before.keys())
-    if (here / "root").is_dir() and "list" not in arguments and "gc" not in arguments and "tables" not in arguments:
+    if (here / "root").is_dir() and not {"list", "gc", "tables", "report", "diff"} & set(arguments):
         assert_whole(here / "root")
 
 
@@ -553,3 +638,27 @@ def test_without_a_command_there_is_help() -> None:
 def test_a_real_process_says_the_same(arguments: list[str]) -> None:
     done = fusellm(*arguments, check=False)
     assert (done.returncode, done.stdout) == (2, "") and sentence(done.stderr)
+
+
+def test_what_a_table_lacks_is_said_below_it_in_one_sentence(here: Path) -> None:
+    """A method without half of the tasks, and two without a seed in common, spoil nothing but their own cells."""
+    right = [float(i % 2) for i in range(24)]
+    both = ["arc_easy", "arc_challenge"]
+    ran(
+        [one for task in both for one in answers("CLM", task, right, 0)],
+        [one for task in both for one in answers("FuseLLM", task, right, 1)],
+        answers("Gemma", "arc_easy", right),
+    )(here)
+    status, printed, _ = answer("tables", "table2", "--format", "md", "--root", here / "root")
+    assert status == 0
+    lines = printed.splitlines()
+    (missing,) = [
+        line for line in lines if "no records of Gemma on arc_challenge: not evaluated" in line and "|" not in line
+    ]
+    assert re.match(r"\(\d+\) ", missing)
+    (seeds,) = [
+        line for line in lines if "FuseLLM (seeds 1) and CLM (seeds 0) have no seed in common in arc_easy" in line
+    ]
+    assert "run one of them with a seed of the other" in seeds
+    (row,) = [line for line in lines if line.startswith("| arc_challenge")]
+    assert row.count("50.00") == 2

@@ -104,7 +104,7 @@ def test_out_gets_every_format_and_the_figure_the_same_each_time(tmp_path: Path)
     finished(tmp_path, "table2", commonsense())
     found = runs.tables(tmp_path, ["table2", "paper/table7"], None)
     for out in ("one", "two"):
-        runs.write(found.made, tmp_path / out, list(FORMATS))
+        runs.write(found, tmp_path / out, list(FORMATS))
     names = {path.name for path in (tmp_path / "one").iterdir()}
     assert names == {
         *(f"{name}.{ending}" for name in ("table2", "paper-table7") for ending in ("md", "csv", "json", "tex", "html")),

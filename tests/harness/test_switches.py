@@ -190,6 +190,12 @@ def test_sources(line: Line) -> None:
     assert line.teaches(["ab"], PAIR, "sources=[two]", k=1)[0] == near(b=0.5, tail=0.5)
 
 
+def test_k(line: Line) -> None:
+    source = {"s": other({"<s>": {"a": 0.5, "b": 0.25}})}
+    assert line.teaches(["ab"], source, k=2)[0] == near(a=0.5, b=0.25, tail=0.25)
+    assert line.teaches(["ab"], source, "k=1", k=2)[0] == near(a=0.5, tail=0.5)
+
+
 @pytest.mark.parametrize("lam", [0.25, 0.75])
 def test_lambda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lam: float) -> None:
     # The target knows nothing (8 tokens of 1/8), the text is ab and its end, the source says b and nothing else.
@@ -251,6 +257,7 @@ SETTINGS = {
     "positions=all",
     "include_target=false",
     "sources=[s]",
+    "k=2",
     "lambda=0.5",
 }
 

@@ -1,0 +1,35 @@
+"""What the page says of a table; the page itself is tried in a browser in tests/harness/test_report.py."""
+
+import json
+
+from results.layout import Cell, Column, Table
+from results.report import findings, shown
+from results.tables import main_table
+from tests.results.sample import final
+
+
+def test_better_is_said_only_where_it_holds() -> None:
+    records = [*final("CLM"), *final("FuseLLM", shift=-0.05), *final("other", shift=0.0)]
+    better, other = findings(main_table(records_frame(records), ["CLM", "FuseLLM", "other"]))
+    assert better.startswith("FuseLLM, average: ") and better.endswith("better than CLM, about these checkpoints only.")
+    assert "95% interval -" in better
+    assert other.startswith("other, average: ") and other.endswith("no difference shown.")
+
+
+def records_frame(records):  # type: ignore[no-untyped-def]
+    from dataclasses import asdict
+
+    import pandas as pd
+
+    return pd.DataFrame([asdict(one) for one in records]).astype({"tokens": "Int64"}).assign(evaluation="")
+
+
+def test_ranks_are_along_the_methods_and_missing_cells_have_none() -> None:
+    cells = ((Cell(3.0), Cell(1.0)), (Cell(3.0), Cell(None, note="not run")), (Cell(4.0), Cell(2.0)))
+    table = Table("t", ("a", "b", "c"), (Column("x"), Column("y")), cells, True, 1, baseline="a")
+    assert [[cell.texts["rank"] for cell in row] for row in shown(table)] == [["2", "2"], ["2", "—"], ["1", "1"]]
+    assert [[cell.keys["value"] for cell in row] for row in shown(table)] == [[3.0, 1.0], [3.0, None], [4.0, 2.0]]
+    assert shown(table)[0][0].texts["difference"] == "baseline"
+    assert ["note", "not run"] in json.loads(shown(table)[1][1].about)["facts"]
+    across = Table("t", ("x", "y"), (Column("a"), Column("b")), (cells[0], cells[2]), False, 1, best_along="row")
+    assert [[cell.texts["rank"] for cell in row] for row in shown(across)] == [["2", "1"], ["2", "1"]]
