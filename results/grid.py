@@ -80,6 +80,8 @@ def _value(table: Table, cell: Cell, best: bool, footnotes: list[str]) -> Entry:
     if not table.differences:
         about += _sign(cell)
     about += _marked(cell.note, footnotes)
+    if not table.differences and cell.difference_note != cell.note:  # there is no other place to say it
+        about += _marked(cell.difference_note, footnotes)
     value = MISSING if cell.value is None else f"{cell.value:{form}}"
     return Entry(value, tuple(about), _interval(cell.interval, form), best)
 
