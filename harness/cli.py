@@ -193,7 +193,7 @@ def evaluate(
     spec = ModelSpec(name=model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     folder = evaluation.evaluate(spec, chosen, root, device=usable_device(device, dry=False))
     for table in evaluation.tables(folder).values():
-        if len(table.columns) > 1 or not generate_only:
+        if table.columns or not generate_only:
             print_table(table, form)
     for line in evaluation.generated(folder) if generate_only else []:
         typer.echo(line)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from results.layout import Table
 
 FOLDER = "evaluations"
-_AVERAGE = "average"
+_MANY = 12  # tasks that do not fit side by side
 
 
 def write_measured(
@@ -73,85 +73,56 @@ def note_suites(folder: Path, suites: Mapping[str, Suite], found: Mapping[str, M
 
 
 def suite_tables(
-    folder: Path, records: "pd.DataFrame", order: Sequence[str], title: str, banner: str = ""
+    folder: Path,
+    records: "pd.DataFrame",
+    order: Sequence[str],
+    title: str,
+    banner: str = "",
+    baseline: str | None = None,
 ) -> "dict[str, Table]":
-    """The table of every suite that `note_suites` noted: a row a candidate, a column a task, and their average."""
-    noted = described(folder / SUITES_FILE)
-    final = records[records["tokens"].isna()]
+    """The table of every suite that `note_suites` noted: a row a candidate, a column a task, and their average.
+
+    Where there are many tasks they are the rows. Averages are compared with `baseline`'s.
+    """
+    final = records[records["tokens"].isna() & records["method"].isin(list(order))]
     return {
-        name: _table(final[final["suite"] == name], order, one, f"{title}: {name}", banner)
-        for name, one in noted.items()
+        name: _table(final[final["suite"] == name], name, order, noted, f"{title}: {name}", banner, baseline)
+        for name, noted in described(folder / SUITES_FILE).items()
     }
 
 
-def _table(records: "pd.DataFrame", order: Sequence[str], noted: Mapping[str, Any], title: str, banner: str) -> "Table":
-    from results.layout import Cell, Column, Table
+def _table(
+    records: "pd.DataFrame",
+    suite: str,
+    order: Sequence[str],
+    noted: Mapping[str, Any],
+    title: str,
+    banner: str,
+    baseline: str | None,
+) -> "Table":
+    from results.layout import Table
+    from results.metrics import measure
+    from results.tables import suite_table, transposed
 
-    shown: dict[str, str] = noted["shown"]
     missing: dict[str, dict[str, str]] = noted["missing"]
-    values: dict[tuple[str, str], tuple[float, int]] = {}
-    for task, metric in shown.items():
-        of_task = records[(records["task"] == task) & (records["metric"] == metric)]
-        for method, of_method in of_task.groupby("method"):
-            seeds = [_score(metric, one, noted["k"]) for _, one in of_method.groupby("seed")]
-            values[str(method), task] = sum(seeds) / len(seeds), of_method["example"].nunique()
-    tasks = [task for task in shown if any((method, task) in values for method in order)]
-    rows = []
-    for method in order:
-        reasons = missing.get(method, {})
-        cells = [
-            Cell(values[method, task][0], n=values[method, task][1])
-            if (method, task) in values
-            else Cell(None, note=f"{task}: {reasons.get(task, 'not run')}")
-            for task in tasks
-        ]
-        gone = [task for task in tasks if (method, task) not in values]
-        scores = [cell.value for cell in cells if cell.value is not None]
-        note = f"no average without {', '.join(gone)}" if gone else ""
-        rows.append((*cells, Cell(None if gone or not scores else sum(scores) / len(scores), note=note)))
-    metrics = sorted({shown[task] for task in tasks})
-    notes = ["The average is the unweighted mean over tasks.", *noted["notes"]]
-    for task in shown:
-        if task not in tasks:
+    if noted["k"] != 1:
+        at_k = {"passed": f"passed@{noted['k']}"}
+        noted = {**noted, "shown": {task: at_k.get(metric, metric) for task, metric in noted["shown"].items()}}
+        records = records.assign(metric=records["metric"].replace(at_k))
+    there = set(zip(records["task"], records["metric"], strict=True))
+    shown = {task: metric for task, metric in noted["shown"].items() if (task, metric) in there}
+    notes = list(noted["notes"])
+    for task in noted["shown"]:
+        if task not in shown:
             why = sorted({reasons[task] for reasons in missing.values() if task in reasons}) or ["not run"]
             notes.append(f"Left out, also of the average: {task}: {'; '.join(why)}.")
-    unit = "bits per byte" if any(_is_ratio(metric) for metric in metrics) else "percent"
-    return Table(
-        title=f"{title} ({', '.join(_label(metric, noted['k']) for metric in metrics)}), {unit}",
-        rows=tuple(order),
-        columns=(
-            *(Column(f"{task} ({shown[task]})" if len(metrics) > 1 else task) for task in tasks),
-            Column(_AVERAGE),
-        ),
-        cells=tuple(rows),
-        higher_is_better=unit == "percent",
-        digits=2 if unit == "percent" else 4,
-        banner=banner,
-        notes=tuple(notes),
-    )
-
-
-def _label(metric: str, k: int) -> str:
-    return f"pass@{k}" if metric == "passed" else metric
-
-
-def _is_ratio(metric: str) -> bool:
-    return metric.startswith("bits_per_byte")
-
-
-def _score(metric: str, examples: "pd.DataFrame", k: int) -> float:
-    """A task's score: the ratio of sums where text is measured, else the mean over examples in percent."""
-    from harness.multipl_e.scores import pass_at_k
-    from results.metrics import metric_of
-
-    numerator, denominator = examples["numerator"].to_numpy(), examples["denominator"].to_numpy()
-    if _is_ratio(metric):
-        return float(metric_of(metric).value(numerator.sum(), denominator.sum()))
-    if metric == "passed":
-        return (
-            sum(pass_at_k(int(n), int(c), k) for c, n in zip(numerator, denominator, strict=True)) / len(examples) * 100
-        )
-    return float((numerator / denominator).mean() * 100)
+    title = f"{title} ({'; '.join(dict.fromkeys(measure(metric).label for metric in shown.values()))})"
+    if not shown:
+        return Table(title, tuple(order), (), ((),) * len(order), True, 2, banner=banner, notes=tuple(notes))
+    reasons = {(row, suite, task): why for row, tasks in missing.items() for task, why in tasks.items()}
+    made = suite_table(records, order, shown, baseline, suite=suite, title=title, banner=banner, reasons=reasons)
+    made = replace(made, notes=(*made.notes, *notes))
+    return transposed(made) if len(shown) > _MANY else made
 
 
 def sections(

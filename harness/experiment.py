@@ -237,7 +237,7 @@ def suite_tables(folder: Path) -> "dict[str, Table]":
     """The tables of the suites beside perplexity."""
     config, records = _open_run(folder)
     title = f"{config.title} ({config.experiment}, {config.profile})"
-    return evaluation.suite_tables(folder, records, list(config.methods), title, config.banner or "")
+    return evaluation.suite_tables(folder, records, list(config.methods), title, config.banner or "", config.baseline)
 
 
 def write_tables(folder: Path) -> None:
@@ -245,11 +245,10 @@ def write_tables(folder: Path) -> None:
     from results.render import FORMATS, render
 
     configuration, records = open_run(folder)
-    made = table(folder)
+    tables = {"table": table(folder), **{f"table-{name}": one for name, one in suite_tables(folder).items()}}
     for form in FORMATS:
-        write_atomically(folder / f"table.{form}", render(made, form))
-        for name, of_suite in suite_tables(folder).items():
-            write_atomically(folder / f"table-{name}.{form}", render(of_suite, form))
+        for name, made in tables.items():
+            write_atomically(folder / f"{name}.{form}", render(made, form))
     if curves := learning_curves(configuration, records, folder / "learning_curves"):
         lines = [found.sentence(curves.metric.digits) for found in curves.equal_quality]
         write_atomically(folder / "equal_quality.txt", "\n".join(lines) + "\n")

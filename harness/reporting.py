@@ -137,9 +137,8 @@ def _suite_tables(folder: Path, configuration: Mapping[str, Any], records: "pd.D
     if configuration["experiment"] in LAYOUTS:  # whose table is about them already
         return []
     title = f"{configuration['title']} ({configuration['experiment']}, {configuration['profile']})"
-    return list(
-        suite_tables(folder, records, list(configuration["methods"]), title, configuration["banner"] or "").values()
-    )
+    rows, banner, baseline = (configuration[key] for key in ("methods", "banner", "baseline"))
+    return list(suite_tables(folder, records, list(rows), title, banner or "", baseline).values())
 
 
 def _equal_quality(folder: Path) -> list[str]:

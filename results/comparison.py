@@ -13,8 +13,7 @@ from results.errors import UserError
 from results.layout import Cell, Column, Part, Table
 from results.metrics import measure, unknown
 from results.published import AVERAGE, Published, load
-from results.records import NO_SEED
-from results.tables import Measured, Reason, measured, sentences
+from results.tables import Measured, Reason, measured, sentences, transposed
 
 TARGET, SOURCE, TEACHER = "{target}", "{source}", "{teacher}"
 
@@ -181,26 +180,8 @@ def comparison(
         notes=tuple(_notes(published, rows, found, baseline, roles, with_paper, command)),
     )
     if layout.methods_across:
-        return _headed(_transposed(table), [row.published or "" for row in rows])
+        return _headed(transposed(table), [row.published or "" for row in rows])
     return _headed(table, [column.label for column in found.columns])
-
-
-def _transposed(table: Table) -> Table:
-    """The table with the methods across; a note says what was a column, how many seeds they have."""
-    seeds = {
-        label: {seed for cell in cells for seed in cell.seeds} - {NO_SEED}
-        for label, cells in zip(table.rows, table.cells, strict=True)
-    }
-    counts = ", ".join(f"{label} {len(found)}" for label, found in seeds.items() if found)
-    return replace(
-        table,
-        rows=tuple(column.label for column in table.columns),
-        columns=tuple(Column(label) for label in table.rows),
-        cells=tuple(zip(*table.cells, strict=True)),
-        corner="task",
-        best_along="row",
-        notes=(*table.notes, *([f"Seeds: {counts}."] if counts else [])),
-    )
 
 
 def _headed(table: Table, names: Sequence[str]) -> Table:

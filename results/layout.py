@@ -87,7 +87,7 @@ class Table:
     notes: tuple[str, ...] = ()
 
     def best(self, published: bool = False) -> frozenset[tuple[int, int]]:
-        """The (row, column) of every best value, or published value; equal values are all best."""
+        """The (row, column) of every best value, or published value; equal values are all best, unless all are equal."""
         lines: dict[int, list[tuple[float, tuple[int, int]]]] = {}
         for i, row in enumerate(self.cells):
             for j, cell in enumerate(row):
@@ -98,5 +98,6 @@ class Table:
         marked: set[tuple[int, int]] = set()
         for line in lines.values():
             best = top(value for value, _ in line)
-            marked.update(at for value, at in line if value == best)
+            if any(value != best for value, _ in line):
+                marked.update(at for value, at in line if value == best)
         return frozenset(marked)

@@ -90,7 +90,10 @@ def metric_of(name: str) -> Metric:
 
 
 def measure(name: str) -> Metric:
-    """The metric that records call `name`; one that is not registered is a score, higher is better."""
+    """The metric that records call `name`, with `@k` at another k; one not registered is a score, higher is better."""
+    base, _, k = name.partition("@")
+    if k and base in METRICS:
+        return METRICS[base].at(int(k))
     return METRICS.get(name) or _score(name, f"{name}, percent")
 
 

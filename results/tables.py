@@ -20,7 +20,7 @@ from results.statistics import CONFIDENCE, MIN_SEEDS, MIN_UNITS, Units
 
 __all__ = [
     "BANNERS", "FORMATS", "Cell", "Column", "Table",
-    "main_table", "paper_table", "plain_rich", "plain_table", "render", "suite_table", "to_rich",
+    "main_table", "paper_table", "plain_rich", "plain_table", "render", "suite_table", "to_rich", "transposed",
 ]  # fmt: skip
 
 # Profiles whose numbers only show that everything runs.
@@ -279,6 +279,25 @@ def _evaluations(records: pd.DataFrame) -> dict[tuple[str, Part], tuple[str, ...
             key = method, Part(suite, task, metric)
             found[key] = (*found.get(key, ()), evaluation)
     return found
+
+
+def transposed(table: Table) -> Table:
+    """The table with the methods across; a note says what was a column, how many seeds they have."""
+    seeds = {
+        label: {seed for cell in cells for seed in cell.seeds} - {NO_SEED}
+        for label, cells in zip(table.rows, table.cells, strict=True)
+    }
+    counts = ", ".join(f"{label} {len(found)}" for label, found in seeds.items() if found)
+    return replace(
+        table,
+        rows=tuple(column.label for column in table.columns),
+        columns=tuple(Column(label) for label in table.rows),
+        cells=tuple(zip(*table.cells, strict=True)),
+        corner="task",
+        best_along="row",
+        differences=False,
+        notes=(*table.notes, *([f"Seeds: {counts}."] if counts else [])),
+    )
 
 
 def sentences(metric: Metric, baseline: str | None, found: Measured, task: str, *more: str) -> list[str]:

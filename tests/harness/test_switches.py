@@ -190,7 +190,7 @@ def test_sources(line: Line) -> None:
     assert line.teaches(["ab"], PAIR, "sources=[two]", k=1)[0] == near(b=0.5, tail=0.5)
 
 
-def test_k(line: Line) -> None:
+def test_fewer_than_are_stored(line: Line) -> None:
     source = {"s": other({"<s>": {"a": 0.5, "b": 0.25}})}
     assert line.teaches(["ab"], source, k=2)[0] == near(a=0.5, b=0.25, tail=0.25)
     assert line.teaches(["ab"], source, "k=1", k=2)[0] == near(a=0.5, tail=0.5)
