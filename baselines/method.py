@@ -48,6 +48,29 @@ class Artifact:
 
 
 @dataclass(frozen=True)
+class Member:
+    """A model of an ensemble; its role says how it is run."""
+
+    role: str
+    candidate: Candidate
+    weight: float
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """What can be evaluated, too: models that answer together, of which there is no one checkpoint."""
+
+    members: tuple[Member, ...]
+    """The first is the pivot, whose tokens are read and written; the weights sum to 1."""
+    combine: Literal["probabilities", "logits", "vote"]
+    map: str
+    """The vocabulary map of members with other tokenizers than the pivot's."""
+    fingerprint: str
+    seeded: bool
+    training: None = None
+
+
+@dataclass(frozen=True)
 class Fusion:
     """How sources are fused: which of them, through which map, by which switches."""
 
@@ -122,7 +145,7 @@ class Method(Protocol):
 
     def __init__(self, parameters: Any) -> None: ...
 
-    def build(self, context: Context) -> Candidate: ...
+    def build(self, context: Context) -> Candidate | Ensemble: ...
 
 
 METHODS: Registry[type[Method]] = Registry("method", "fusellm.methods")
@@ -151,4 +174,4 @@ def method_names() -> list[str]:
 
 
 def _register_own() -> None:
-    from baselines import as_is, clm, fusellm, merge  # noqa: F401  they register themselves
+    from baselines import as_is, clm, ensemble, fusellm, merge  # noqa: F401  they register themselves

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +35,23 @@ class Stem:
     length: int
     keys: list[Tensor]
     values: list[Tensor]
+    tokens: tuple[int, ...] = ()
+    """From the beginning of the text to the stem's end, also where the stem continues another."""
+    translations: "tuple[Stem, ...]" = ()
+    """The same text as models with other tokenizers have read it (`fusion.ensemble`)."""
+
+    def then(self, other: "Stem") -> "Stem":
+        """This and the one that continues it."""
+        keys, values = (
+            [torch.cat(pair, 1) for pair in zip(ours, theirs, strict=True)]
+            for ours, theirs in ((self.keys, other.keys), (self.values, other.values))
+        )
+        return Stem(self.length + other.length, keys, values, other.tokens, other.translations)
+
+    def cut(self, length: int) -> "Stem":
+        """Its first tokens; of a stem that continues no other."""
+        keys, values = ([x[:, :length] for x in kept] for kept in (self.keys, self.values))
+        return Stem(length, keys, values, self.tokens[:length])
 
 
 @dataclass(frozen=True)
@@ -62,14 +80,101 @@ class Run:
 
     def mask(self, window: int | None) -> Tensor:
         """bool[t, L + t]: which of stem and run each of the run's t tokens sees."""
-        at, branch = torch.tensor(self.positions), torch.tensor(self.branch)
-        n = torch.arange(len(at))
+        branch, n = torch.tensor(self.branch), torch.arange(len(self.tokens))
         own = (n[:, None] >= n) & ((branch == 0) | (branch[:, None] == branch))
-        before = torch.arange(self.stem.length if self.stem else 0)
-        seen = torch.cat([torch.ones(len(at), len(before), dtype=torch.bool), own], 1)
-        if window is not None:
-            seen &= at[:, None] - torch.cat([before, at]) < window
-        return seen
+        return _seen(own, self.stem, self.positions, window)
+
+    def text(self, index: int) -> list[int]:
+        """All tokens up to one of the run's, from the beginning of the text."""
+        before = self.stem.tokens if self.stem else ()
+        own = zip(self.tokens[: index + 1], self.branch, strict=False)
+        return [*before, *(token for token, branch in own if branch in (0, self.branch[index]))]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Sequences that continue `stem`, in which what several begin with is there once; used like a `Run`."""
+
+    sequences: Sequence[Sequence[int]]
+    stem: Stem | None = None
+    tokens: list[int] = field(init=False)
+    parents: list[int] = field(init=False)
+    """Of every token: the one before it, -1 where that is the stem's last."""
+    positions: list[int] = field(init=False)
+    ends: list[int] = field(init=False)
+    """Of every sequence: its last token."""
+
+    def __post_init__(self) -> None:
+        tokens: list[int] = []
+        parents: list[int] = []
+        positions: list[int] = []
+        ends: list[int] = []
+        children: dict[tuple[int, int], int] = {}
+        start = self.stem.length if self.stem else 0
+        path: list[int] = []
+        before: list[int] = []
+        for sequence in map(list, self.sequences):
+            # Most begin like the one before; those tokens need not be looked up one by one.
+            path = path[: alike(before, sequence)]
+            for token in sequence[len(path) :]:
+                parent = path[-1] if path else -1
+                node = children.setdefault((parent, token), len(tokens))
+                if node == len(tokens):
+                    tokens.append(token)
+                    parents.append(parent)
+                    positions.append(start + len(path))
+                path.append(node)
+            ends.append(path[-1])
+            before = sequence
+        for name, value in (("tokens", tokens), ("parents", parents), ("positions", positions), ("ends", ends)):
+            object.__setattr__(self, name, value)
+
+    def text(self, index: int) -> list[int]:
+        """All tokens up to one of the tree's, from the beginning of the text."""
+        return [*(self.stem.tokens if self.stem else ()), *(self.tokens[i] for i in self.path(index))]
+
+    def path(self, index: int) -> list[int]:
+        """Where the tokens from the stem to this one are."""
+        found = [index]
+        while self.parents[found[-1]] >= 0:
+            found.append(self.parents[found[-1]])
+        return found[::-1]
+
+    def is_plain(self, window: int | None) -> bool:
+        """Whether each of its tokens sees all before it, and there is nothing else."""
+        n = len(self.tokens)
+        return self.stem is None and self.parents == list(range(-1, n - 1)) and (window is None or n <= window)
+
+    def mask(self, window: int | None) -> Tensor:
+        """bool[t, L + t]: which of stem and tree each of the tree's t tokens sees."""
+        own = np.eye(len(self.tokens), dtype=bool)
+        for token, parent in enumerate(self.parents):
+            if parent >= 0:
+                own[token, : parent + 1] = own[parent, : parent + 1]
+        return _seen(torch.from_numpy(own), self.stem, self.positions, window)
+
+
+def _seen(own: Tensor, stem: Stem | None, positions: Sequence[int], window: int | None) -> Tensor:
+    """bool[t, L + t] from own[t, t]: the whole stem before it, and only what the window reaches."""
+    at, before = torch.tensor(positions), torch.arange(stem.length if stem else 0)
+    seen = torch.cat([torch.ones(len(at), len(before), dtype=torch.bool), own], 1)
+    if window is not None:
+        seen &= at[:, None] - torch.cat([before, at]) < window
+    return seen
+
+
+def alike(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences of one type begin with alike."""
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    while high - low > 1:  # slices are compared at once; alike up to low, not up to high
+        middle = (low + high) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 class Rows:
@@ -82,6 +187,9 @@ class Rows:
         """Of each row: the tokens after the stem whose keys and values are kept."""
         self.keys: list[Tensor] = []  # a layer: [rows, H, capacity, D], more of both than are in use
         self.values: list[Tensor] = []
+        self.tokens: list[list[int]] = []
+        """Of each row: all tokens from the beginning of the text."""
+        self.translations: list[list[Stem]] = []
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -101,6 +209,8 @@ class Rows:
         for kept, new in zip([*self.keys, *self.values], [*begun.keys, *begun.values], strict=True):
             kept[n, :, : begun.length] = new
         self.lengths.append(begun.length)
+        self.tokens.append(list(begun.tokens))
+        self.translations.append(list(begun.translations))
 
     def drop(self, row: int) -> None:
         """Forgets a row; the last one takes its number."""
@@ -108,8 +218,10 @@ class Rows:
         if row != last:
             for kept in [*self.keys, *self.values]:
                 kept[row] = kept[last]
-        self.lengths[row] = self.lengths[last]
-        self.lengths.pop()
+        by_row: list[list[Any]] = [self.lengths, self.tokens, self.translations]
+        for notes in by_row:
+            notes[row] = notes[last]
+            notes.pop()
 
     def reserve(self, positions: int) -> None:
         """Room for so many tokens of every row."""
@@ -126,7 +238,7 @@ class Rows:
 class _Reading:
     """The attention of runs read side by side."""
 
-    def __init__(self, runs: Sequence[Run], device: torch.device, *, keep: bool) -> None:
+    def __init__(self, runs: "Sequence[Run | Tree]", device: torch.device, *, keep: bool) -> None:
         self._runs = runs
         self._device = device
         ends = torch.tensor([len(run.tokens) for run in runs]).cumsum(0).tolist()
@@ -232,7 +344,7 @@ def _attend(
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    shared: "_Reading | _Step | _Watched | None" = None,
+    shared: "_Reading | _Step | _Watched | Later | None" = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in every attention layer: query[1, A, T, D], key and value[1, H, T, D] of new tokens."""
@@ -257,6 +369,17 @@ class _Watched:
         return self._reading.attend(layer, q, k, v, scale, window)
 
 
+class Later:
+    """Passes on to a reading or a step in which the layers of other models come first."""
+
+    def __init__(self, shared: Any, first: int) -> None:
+        self._shared, self._first = shared, first
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        attended: Tensor = self._shared.attend(self._first + layer, q, k, v, scale, window)
+        return attended
+
+
 class PrefixReader:
     """A causal LM that reads runs and decodes rows. Use it inside `with reader.reading():`.
 
@@ -269,7 +392,12 @@ class PrefixReader:
         AttentionInterface.register(ATTENTION, _attend)
         self._model = model
         self.device = device_of(model)
-        self.vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
+        config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+        self.vocabulary = self.widest = int(config.vocab_size)
+        self.positions: int | None = getattr(config, "max_position_embeddings", None)
+        self.layers = int(config.num_hidden_layers)
+        self.position_bytes = 0
+        """What the keys and values of one token take."""
         self._windows: dict[int, int | None] = {}
         try:
             reason = self._disagreement()
@@ -292,18 +420,24 @@ class PrefixReader:
         finally:
             config._attn_implementation = before
 
-    def read(self, runs: Sequence[Run], wanted: Sequence[Sequence[int]]) -> Tensor:
+    def read(self, runs: Sequence[Run | Tree], wanted: Sequence[Sequence[int]]) -> Tensor:
         """logits[n, V] at the wanted tokens of each run (indices into its tokens), one run after the other."""
         return self._read(_Reading(runs, self.device, keep=False), runs, wanted)
 
-    def begin(self, runs: Sequence[Run]) -> tuple[Tensor, list[Stem]]:
-        """logits[n, V] after the last token of each of n runs without branches, and the runs as stems of their own.
+    def begin(
+        self, runs: Sequence[Run | Tree], wanted: Sequence[Sequence[int]] | None = None
+    ) -> tuple[Tensor, list[Stem]]:
+        """As `read`, by default at the last token of each run, and the runs as stems of their own.
 
-        The stems hold the trunks alone, not the stems that these continue.
+        The stems hold the runs' own keys and values, not those of the stems that these continue.
         """
         reading = _Reading(runs, self.device, keep=True)
-        logits = self._read(reading, runs, [[len(run.tokens) - 1] for run in runs])
-        return logits, [Stem(len(run.tokens), *kept) for run, kept in zip(runs, reading.kept, strict=True)]
+        logits = self._read(reading, runs, wanted or [[len(run.tokens) - 1] for run in runs])
+        before = [run.stem.tokens if run.stem else () for run in runs]
+        return logits, [
+            Stem(len(run.tokens), *kept, (*so_far, *run.tokens))
+            for run, kept, so_far in zip(runs, reading.kept, before, strict=True)
+        ]
 
     def step(self, groups: Sequence[Rows], tokens: Sequence[int]) -> Tensor:
         """logits[N, V] after one more token of each of the N rows of all groups, in their order."""
@@ -311,11 +445,13 @@ class PrefixReader:
             rows.reserve(max(rows.lengths) + 1)
         positions = [rows.start + length for rows in groups for length in rows.lengths]
         logits = self._forward(tokens, positions, list(range(len(tokens))), _Step(groups, self.device))
+        for row, token in zip((row for rows in groups for row in rows.tokens), tokens, strict=True):
+            row.append(token)
         for rows in groups:
             rows.lengths[:] = [length + 1 for length in rows.lengths]
         return logits
 
-    def _read(self, reading: Any, runs: Sequence[Run], wanted: Sequence[Sequence[int]]) -> Tensor:
+    def _read(self, reading: Any, runs: Sequence[Run | Tree], wanted: Sequence[Sequence[int]]) -> Tensor:
         starts = [span.start for span in _Reading(runs, self.device, keep=False).spans]
         return self._forward(
             [t for run in runs for t in run.tokens],
@@ -352,8 +488,9 @@ class PrefixReader:
             ]
             with self.reading():
                 _, (kept,) = self.begin([Run(stem)])
-                if len(kept.keys) != config.num_hidden_layers:
+                if len(kept.keys) != self.layers:
                     return "not all of its layers compute attention through transformers' registry"
+                self.position_bytes = sum(x.nbytes for x in [*kept.keys, *kept.values]) // kept.length
                 runs = [Run(trunk, kept, [one, other]), Run(third, kept)]
                 watched = _Watched(_Reading(runs, self.device, keep=False), self._windows)
                 tree = self._read(watched, runs, [range(12), range(4)])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from baselines.method import Candidate, method
+from baselines.method import Candidate, Ensemble, method
 from fusion.errors import UserError
 from harness import evaluation, perplexity, ranks
 from harness.artifacts import Planned, alone, read_manifest, write_atomically, write_json
@@ -34,7 +34,7 @@ class Row:
 
     label: str
     seed: int | None
-    candidate: Candidate
+    candidate: Candidate | Ensemble
     role: Role
 
 

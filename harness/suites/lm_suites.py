@@ -145,7 +145,8 @@ class LmSuite:
         found = {}
         for task in tasks:
             name = self._sources[task].name
-            if reason := unavailable.get(name) or _unfit(prepared[name]) or too_long(prepared[name], subject):
+            long = (too_long(prepared[name], member) for member, _ in subject.members)
+            if reason := unavailable.get(name) or _unfit(prepared[name]) or next(filter(None, long), None):
                 found[task] = reason
         return found
 

@@ -201,13 +201,14 @@ class MultiplE:
                 raise
             return f"its problems cannot be had ({error})"
         prompts = [problem["prompt"] for problem in self.problems(language)]
-        longest = max(len(ids) for ids in subject.tokenizer(prompts)["input_ids"])
-        new, context = self.section.max_new_tokens, subject.context
-        if longest + new > context:
-            return (
-                f"its longest prompt has {longest} tokens and up to {new} are to be generated, which do not fit the "
-                f"context of {context}; lower max_new_tokens"
-            )
+        new = self.section.max_new_tokens
+        for member, _ in subject.members:
+            longest = max(len(ids) for ids in member.tokenizer(prompts)["input_ids"])
+            if longest + new > member.context:
+                return (
+                    f"its longest prompt has {longest} tokens and up to {new} are to be generated, which do not fit "
+                    f"the context of {member.context}; lower max_new_tokens"
+                )
         return None
 
     def _write(self, subject: Subject, folders: Mapping[str, Path]) -> None:

@@ -1,0 +1,111 @@
+"""Several models asked together: at every token, or for their answers, of which the most given one counts."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from baselines.method import METHODS, Context, Ensemble, Member, Parameters
+from fusion.errors import UserError
+from fusion.maps import MAPS
+
+VERSION = 1
+
+
+class EnsembleParameters(Parameters):
+    models: list[str] | None = Field(None, description="the roles that take part; all sources without")
+    combine: Literal["probabilities", "logits", "vote"] = Field(
+        "probabilities", description="mean of probabilities, mean of logits (one tokenizer), or vote over answers"
+    )
+    weights: Literal["uniform"] | list[float] = Field("uniform", description="uniform, or one number a model")
+    pivot: str | None = Field(
+        None, description="model whose tokens are read and written; the target if it takes part, else the first by name"
+    )
+    map: str = Field("first_piece", description="other tokenizers: vocabulary map onto the pivot (on bytes)")
+
+    @model_validator(mode="after")
+    def _holds(self) -> "EnsembleParameters":
+        MAPS.get(self.map)
+        if self.models is not None:
+            check_models(self.models)
+            if isinstance(self.weights, list) and len(self.weights) != len(self.models):
+                raise UserError(
+                    f"weights has {len(self.weights)} numbers for {len(self.models)} models: give one each."
+                )
+            if self.pivot is not None and self.pivot not in self.models:
+                raise UserError(f"pivot = {self.pivot!r} is none of the models {', '.join(self.models)}: name one.")
+        if isinstance(self.weights, list):
+            normalised(self.weights)
+        return self
+
+
+@METHODS.register("ensemble", reference="PackLLM, arXiv 2404.11531, for other tokenizers; table 7 of arXiv 2401.10491")
+class EnsembleMethod:
+    """The models of several roles, each as it is; nothing is trained."""
+
+    schema: ClassVar[type[Parameters]] = EnsembleParameters
+
+    def __init__(self, parameters: EnsembleParameters) -> None:
+        self.parameters = parameters
+
+    def build(self, context: Context) -> Ensemble:
+        parameters = self.parameters
+        names = parameters.models or list(context.sources)
+        check_models(names, context.label)
+        weights = [1.0] * len(names) if parameters.weights == "uniform" else list(parameters.weights)
+        if len(weights) != len(names):
+            raise UserError(
+                f"{context.label} has {len(weights)} weights for {len(names)} models ({', '.join(names)}): give one "
+                "each."
+            )
+        candidates = {name: context.model(name) for name in names}
+        return ensemble(
+            [Member(name, candidates[name], w) for name, w in zip(names, normalised(weights), strict=True)],
+            pivot=parameters.pivot or ("target" if "target" in names else min(names)),
+            combine=parameters.combine,
+            map=parameters.map,
+            label=context.label,
+        )
+
+
+def ensemble(
+    members: Sequence[Member], *, pivot: str, combine: Literal["probabilities", "logits", "vote"], map: str, label: str
+) -> Ensemble:
+    """The members that weigh something, in an order that does not depend on the one given; the pivot first.
+
+    Raises UserError where the pivot is none of them.
+    """
+    members = [member for member in members if member.weight > 0]
+    if pivot not in (names := [member.role for member in members]):
+        raise UserError(f"{label} has the pivot {pivot}, which is none of the models that count: {', '.join(names)}.")
+    members = sorted(members, key=lambda m: (m.role != pivot, m.candidate.fingerprint, m.weight))
+    identity = {
+        "version": VERSION,
+        "members": [[member.candidate.fingerprint, member.weight] for member in members],
+        "combine": combine,
+        "map": map,
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return Ensemble(tuple(members), combine, map, digest, any(member.candidate.seeded for member in members))
+
+
+def check_models(names: Sequence[str], label: str = "models") -> None:
+    """Raises UserError unless two models or more are named, each once."""
+    if len(names) < 2:
+        raise UserError(
+            f"{label}: an ensemble needs two models or more, not {', '.join(names) or 'none'}: name another."
+        )
+    if len(set(names)) < len(names):
+        raise UserError(f"{label}: {', '.join(names)} names a model twice: give each model once.")
+
+
+def normalised(weights: Sequence[float]) -> list[float]:
+    """The weights divided by their sum. Raises UserError where one is negative or they do not sum to more than 0."""
+    if negative := [weight for weight in weights if not weight >= 0]:
+        raise UserError(f"A weight of an ensemble is {negative[0]:g}: give each member a number of 0 or more.")
+    total = sum(weights)
+    if not 0 < total < float("inf"):
+        raise UserError(f"The weights of an ensemble sum to {total:g}: give at least one member a positive number.")
+    return [weight / total for weight in weights]
