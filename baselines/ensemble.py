@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from baselines.method import METHODS, Context, Ensemble, Member, Parameters
+from baselines.method import METHODS, Context, Ensemble, Member, Need, Parameters
 from fusion.errors import UserError
 from fusion.maps import MAPS
 
@@ -19,7 +20,13 @@ class EnsembleParameters(Parameters):
     combine: Literal["probabilities", "logits", "vote"] = Field(
         "probabilities", description="mean of probabilities, mean of logits (one tokenizer), or vote over answers"
     )
-    weights: Literal["uniform"] | list[float] = Field("uniform", description="uniform, or one number a model")
+    weights: Literal["uniform", "held_out"] | list[float] = Field(
+        "uniform",
+        description="uniform; one number a model; or held_out: the more, the likelier validation text is to it",
+    )
+    weight_temperature: float = Field(
+        0.25, gt=0, description="held_out: softmax of -nats per byte / this (PackLLM's 1 a token is about 0.25 a byte)"
+    )
     pivot: str | None = Field(
         None, description="model whose tokens are read and written; the target if it takes part, else the first by name"
     )
@@ -46,36 +53,54 @@ class EnsembleMethod:
     """The models of several roles, each as it is; nothing is trained."""
 
     schema: ClassVar[type[Parameters]] = EnsembleParameters
+    needs: ClassVar[Sequence[Need]] = ()
 
     def __init__(self, parameters: EnsembleParameters) -> None:
         self.parameters = parameters
 
     def build(self, context: Context) -> Ensemble:
+        """Weights by held-out text are known by that text: in a plan nothing has been read yet."""
         parameters = self.parameters
         names = parameters.models or list(context.sources)
         check_models(names, context.label)
-        weights = [1.0] * len(names) if parameters.weights == "uniform" else list(parameters.weights)
+        candidates = {name: context.model(name) for name in names}
+        weights = [1.0] * len(names)
+        chosen_by: dict[str, Any] = {}
+        if parameters.weights == "held_out":
+            chosen_by = {"held_out": context.held_out, "temperature": parameters.weight_temperature}
+            nats = [context.score(candidates[name], name) for name in names]
+            if all(map(math.isfinite, nats)):
+                weights = [math.exp((min(nats) - n) / parameters.weight_temperature) for n in nats]
+        elif parameters.weights != "uniform":
+            weights = list(parameters.weights)
         if len(weights) != len(names):
             raise UserError(
                 f"{context.label} has {len(weights)} weights for {len(names)} models ({', '.join(names)}): give one "
                 "each."
             )
-        candidates = {name: context.model(name) for name in names}
         return ensemble(
             [Member(name, candidates[name], w) for name, w in zip(names, normalised(weights), strict=True)],
             pivot=parameters.pivot or ("target" if "target" in names else min(names)),
             combine=parameters.combine,
             map=parameters.map,
             label=context.label,
+            chosen_by=chosen_by,
         )
 
 
 def ensemble(
-    members: Sequence[Member], *, pivot: str, combine: Literal["probabilities", "logits", "vote"], map: str, label: str
+    members: Sequence[Member],
+    *,
+    pivot: str,
+    combine: Literal["probabilities", "logits", "vote"],
+    map: str,
+    label: str,
+    chosen_by: Mapping[str, Any] | None = None,
 ) -> Ensemble:
     """The members that weigh something, in an order that does not depend on the one given; the pivot first.
 
-    Raises UserError where the pivot is none of them.
+    `chosen_by` says what the weights come from, where they were not given. Raises UserError where the pivot is none of
+    the members.
     """
     members = [member for member in members if member.weight > 0]
     if pivot not in (names := [member.role for member in members]):
@@ -83,7 +108,8 @@ def ensemble(
     members = sorted(members, key=lambda m: (m.role != pivot, m.candidate.fingerprint, m.weight))
     identity = {
         "version": VERSION,
-        "members": [[member.candidate.fingerprint, member.weight] for member in members],
+        "members": [[m.candidate.fingerprint, None if chosen_by else m.weight] for m in members],
+        "weights": dict(chosen_by or {}),
         "combine": combine,
         "map": map,
     }

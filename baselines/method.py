@@ -35,6 +35,10 @@ class Candidate:
     training: Path | None = None
     """The training artifact, which holds the held-out curve."""
 
+    @property
+    def checkpoints(self) -> "Sequence[Candidate]":
+        return [self]
+
 
 Need = Literal["training", "same tokenizer", "same architecture", "teacher"]
 
@@ -68,6 +72,10 @@ class Ensemble:
     fingerprint: str
     seeded: bool
     training: None = None
+
+    @property
+    def checkpoints(self) -> Sequence[Candidate]:
+        return [member.candidate for member in self.members]
 
 
 @dataclass(frozen=True)

@@ -446,12 +446,14 @@ class Experiment:
             f"\n## Resolved configuration\n\n```yaml\n{config}```\n"
         )
 
-    def evaluate(self, label: str, candidate: Candidate | Ensemble, role: Role) -> tuple[Spec, Path]:
-        """The candidate's nats and bytes on every held-out document."""
+    def evaluate(self, label: str, candidate: Candidate | Ensemble, role: Role) -> tuple[Spec, Path] | None:
+        """The candidate's nats and bytes on every held-out document; None for one that only votes over answers."""
         from harness.suites.perplexity import evaluate
 
         documents, n_bytes = self._held_out()
         subject = self.subject(label, candidate, role)
+        if subject.votes:
+            return None
         return evaluate(self.config.suites.perplexity, documents, subject, self.store, self.costs, n_bytes)
 
     def subject(self, label: str, candidate: Candidate | Ensemble, role: Role) -> "Subject":

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from fusion.ensemble import JointReader
 
 
+NO_VOTE = "there is no answer to vote on"
+
+
 class Section(BaseModel):
     """Base of every suite's section of the configuration: unknown keys are refused."""
 
