@@ -4,6 +4,8 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -64,6 +66,10 @@ class EnsembleMethod:
         names = parameters.models or list(context.sources)
         check_models(names, context.label)
         candidates = {name: context.model(name) for name in names}
+        if parameters.combine == "logits":
+            # In a plan some are not there yet.
+            folders = {name: one.folder for name, one in candidates.items() if one.folder.exists()}
+            check_one_tokenizer(folders, context.label)
         weights = [1.0] * len(names)
         chosen_by: dict[str, Any] = {}
         if parameters.weights == "held_out":
@@ -125,6 +131,21 @@ def check_models(names: Sequence[str], label: str = "models") -> None:
         )
     if len(set(names)) < len(names):
         raise UserError(f"{label}: {', '.join(names)} names a model twice: give each model once.")
+
+
+def check_one_tokenizer(folders: Mapping[str, Path], label: str) -> None:
+    """Raises UserError where two checkpoints write a text in other tokens. Reads no weights."""
+    from transformers import PreTrainedTokenizerFast
+
+    from fusion.vocabulary import encode_alike
+
+    known = {n: PreTrainedTokenizerFast.from_pretrained(f, local_files_only=True) for n, f in folders.items()}
+    for one, other in pairwise(known):
+        if not encode_alike(known[one], known[other]):
+            raise UserError(
+                f"{label} is a mean of logits, for which {one} and {other} must have one tokenizer, but theirs differ: "
+                "combine probabilities, or choose models of one family."
+            )
 
 
 def normalised(weights: Sequence[float]) -> list[float]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fusion.prefixes import PrefixReader, Rows, Run, alike
+from fusion.prefixes import PrefixReader, Rows
+from fusion.runs import Run, alike
 
 LEAST_SHARED = 16  # tokens in common that are worth a stem
 

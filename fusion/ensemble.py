@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fusion.errors import UserError
 from fusion.maps import control_ids
-from fusion.prefixes import Later, PrefixReader, Rows, Run, Stem, Tree, alike
+from fusion.prefixes import Later, PrefixReader, Rows
+from fusion.runs import Run, Stem, Tree, alike
 from fusion.vocabulary import Vocabulary, encode_all
 
 if TYPE_CHECKING:

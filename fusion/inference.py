@@ -14,7 +14,7 @@ from fusion.ensemble import JointReader
 from fusion.errors import UserError
 from fusion.extraction import Backbone, Projection, batches_by_length, reader
 from fusion.heads import find_head
-from fusion.prefixes import Run, Stem
+from fusion.runs import Run, Stem
 
 Mode = Literal["rolling", "strided"]
 LOGITS_PER_CHUNK = 2**25  # float32 logits that exist at one time: 128 MB

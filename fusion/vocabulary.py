@@ -321,3 +321,9 @@ def encode_all(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list
     backend.no_truncation()
     backend.no_padding()
     return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def encode_alike(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
+    """Whether two tokenizers give every text the same ids, control and added tokens aside."""
+    mine, theirs = (json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (one, other))
+    return all(mine[part] == theirs[part] for part in ("normalizer", "pre_tokenizer", "model"))

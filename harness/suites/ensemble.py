@@ -46,7 +46,7 @@ class JointSubject(Subject):
         """Loads all members. Raises UserError for one that cannot take part."""
         from fusion.ensemble import JointReader, Translator
         from fusion.prefixes import PrefixReader, Unsupported
-        from fusion.vocabulary import Vocabulary, prefix_id
+        from fusion.vocabulary import Vocabulary, encode_alike, prefix_id
 
         assert self.ensemble.combine != "vote"
         readers = []
@@ -59,14 +59,12 @@ class JointSubject(Subject):
             Vocabulary.from_tokenizer(member.tokenizer, reader.vocabulary)
             for (member, _), reader in zip(self.parts, readers, strict=True)
         ]
-        shared = [i for i, other in enumerate(vocabularies) if vocabularies[0].means_in(other)]
+        shared = [
+            i
+            for i, (member, _) in enumerate(self.parts)
+            if vocabularies[0].means_in(vocabularies[i]) and encode_alike(self.tokenizer, member.tokenizer)
+        ]
         others = [i for i in range(len(self.parts)) if i not in shared]
-        if others and self.ensemble.combine == "logits":
-            one, other = self.parts[0][0].label, self.parts[others[0]][0].label
-            raise UserError(
-                f"{self.label} is a mean of logits, for which {one} and {other} must have one tokenizer, but theirs "
-                "differ: combine probabilities."
-            )
         rows = min(readers[i].vocabulary for i in shared)
         pivot = Vocabulary.from_tokenizer(self.tokenizer, rows)
         translators = [
@@ -135,11 +133,12 @@ def _steps(advance: Callable[[float], None], size: int) -> Callable[[int, int], 
 def joint_subject(label: str, ensemble: Ensemble, parts: Sequence[tuple[Subject, float]]) -> JointSubject:
     """The ensemble of subjects; the first is the pivot."""
     pivot = parts[0][0]
+    dtypes = [member.dtype for member, _ in parts]
     return JointSubject(
         label=label,
         fingerprint=ensemble.fingerprint,
         spec=pivot.spec,
-        dtype="+".join(dict.fromkeys(member.dtype for member, _ in parts)),
+        dtype=dtypes[0] if len(set(dtypes)) == 1 else "+".join(dtypes),
         device=pivot.device,
         batch_tokens=pivot.batch_tokens,
         parameters=sum(member.parameters for member, _ in parts),

@@ -23,7 +23,8 @@ from transformers.generation import GenerationMode
 from fusion.decoding import decode, families, packs
 from fusion.ensemble import JointReader
 from fusion.errors import UserError
-from fusion.prefixes import PrefixReader, Run, Unsupported
+from fusion.prefixes import PrefixReader, Unsupported
+from fusion.runs import Run
 from harness.progress import say
 from harness.suites.tasks import quietly
 

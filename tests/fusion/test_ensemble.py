@@ -1,5 +1,7 @@
 """An ensemble is the mean of what its members say: greedy, sampled and scored, in one tokenizer or several."""
 
+import copy
+import json
 import random
 import weakref
 from collections.abc import Sequence
@@ -10,6 +12,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -17,6 +24,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     PreTrainedConfig,
+    PreTrainedTokenizerFast,
 )
 
 from fusion.decoding import decode
@@ -24,7 +32,8 @@ from fusion.ensemble import JointReader, Translator, mean
 from fusion.errors import UserError
 from fusion.inference import document_nats
 from fusion.maps import build_map
-from fusion.prefixes import PrefixReader, Run, Tree
+from fusion.prefixes import PrefixReader
+from fusion.runs import Run, Tree
 from fusion.vocabulary import Vocabulary, encode, prefix_id
 from tests.fusion.tokenizers_for_tests import FAMILIES, TEXTS, byte_level, sentencepiece_bpe
 
@@ -102,22 +111,25 @@ def test_who_knows_nothing_does_not_count() -> None:
     torch.testing.assert_close(mean([some, silent], [0.3, 0.7]), some.log_softmax(-1))
 
 
-def test_one_models_logits_exist_at_a_time() -> None:
+def test_one_models_logits_exist_at_a_time(trio: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the mean of those before."""
-    alive: list[weakref.ref[Tensor]] = []
-    most = 0
+    forward = PrefixReader._forward
+    made: list[weakref.ref[np.ndarray]] = []
+    alive: list[int] = []
 
-    def parts() -> Any:
-        nonlocal most
-        for i in range(5):
-            logits = torch.randn(40, 300, generator=torch.Generator().manual_seed(i))
-            alive.append(weakref.ref(logits))
-            most = max(most, sum(ref() is not None for ref in alive))
-            yield logits
-            del logits
+    def watched(self: PrefixReader, *given: Any) -> Tensor:
+        alive.append(sum(ref() is not None for ref in made))
+        memory = forward(self, *given).numpy().copy()
+        made.append(weakref.ref(memory))
+        return torch.from_numpy(memory)  # keeps it as long as any view of it is there
 
-    mean(parts(), [0.2] * 5)
-    assert most == 1
+    reader = joint(trio, WEIGHTS)
+    monkeypatch.setattr(PrefixReader, "_forward", watched)
+    texts = prompts(4)
+    with reader.reading():
+        reader.read([Run(t) for t in texts], [range(len(t)) for t in texts])
+    assert generate(reader, texts, 3)
+    assert len(alive) > 3 and set(alive) == {0}
 
 
 @pytest.mark.parametrize("combine", ["probabilities", "logits"])
@@ -224,26 +236,27 @@ def test_a_tree_is_its_sequences(trio: list[Any]) -> None:
 TEXT = "The dog sleeps; crème brûlée 猫 fox\n  two 🙂"
 
 
+def translator(member: Any, tokenizer: Any, kind: type[Translator] = Translator, label: str = "") -> Translator:
+    """A model that is asked in the tokens of `byte_level`."""
+    tokens = byte_level()
+    own = Vocabulary.from_tokenizer(tokens)
+    vocabulary = Vocabulary.from_tokenizer(tokenizer, member.config.vocab_size)
+    onto = build_map("first_piece", vocabulary, own, encode_target=lambda text: encode(tokens, text))
+    return kind(
+        PrefixReader(member),
+        tokenizer,
+        vocabulary,
+        own,
+        torch.from_numpy(onto).long(),
+        prefix=prefix_id(tokenizer),
+        label=label,
+    )
+
+
 def translated(pivot: Any, members: dict[str, Any], share: float = 0.4) -> JointReader:
     """A model in the pivot's tokens with others, each with the tokenizer of a family."""
-    tokens = byte_level()
-    own = Vocabulary.from_tokenizer(tokens, pivot.config.vocab_size)
-    made = []
-    for family, member in members.items():
-        other = FAMILIES[family]()
-        vocabulary = Vocabulary.from_tokenizer(other, member.config.vocab_size)
-        onto = build_map("first_piece", vocabulary, own, encode_target=lambda text: encode(tokens, text))
-        translator = Translator(
-            PrefixReader(member),
-            other,
-            vocabulary,
-            own,
-            torch.from_numpy(onto).long(),
-            prefix=prefix_id(other),
-            label=family,
-        )
-        made.append((translator, (1 - share) / len(members)))
-    return JointReader([(PrefixReader(pivot), share)], made)
+    others = [translator(member, FAMILIES[family](), label=family) for family, member in members.items()]
+    return JointReader([(PrefixReader(pivot), share)], [(one, (1 - share) / len(others)) for one in others])
 
 
 @pytest.fixture(scope="module")
@@ -263,11 +276,11 @@ def by_definition(reader: JointReader, models: Sequence[Any], shares: Sequence[f
     """log-probabilities float64[V] after a text, from the member's own tokens and without any cache."""
     with torch.no_grad():
         p = shares[0] * models[0](torch.tensor([list(text)])).logits[0, -1].double().softmax(-1)
-        for translator, member, share in zip(reader._translators, models[1:], shares[1:], strict=True):
-            (ids,) = translator.encode([text])
+        for one, member, share in zip(reader._translators, models[1:], shares[1:], strict=True):
+            (ids,) = one.encode([text])
             said = member(torch.tensor([ids])).logits[0, -1].double().softmax(-1)
             carried = torch.zeros_like(p)
-            for i, onto in zip(translator._mapped.tolist(), translator._onto.tolist(), strict=True):
+            for i, onto in zip(one._mapped.tolist(), one._onto.tolist(), strict=True):
                 carried[onto] += said[i]
             p += share * carried / carried.sum()
     return p.log()
@@ -277,18 +290,18 @@ def test_members_read_their_own_tokens_of_the_prefix_alone(pivot: Any, members: 
     reader = translated(pivot, members)
     tokens = byte_level()
     ids = encode(tokens, TEXT)
-    for translator, family in zip(reader._translators, members, strict=True):
+    for one, family in zip(reader._translators, members, strict=True):
         other = FAMILIES[family]()
         for n in range(1, len(ids) + 1):
             spelled = b"".join(Vocabulary.from_tokenizer(tokens).token_bytes[i] or b"" for i in ids[:n])
             whole = spelled.decode("utf-8", "ignore")
             left = spelled[len(whole.encode()) :]
             expected = encode(other, whole) + [other.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in left]
-            assert translator.encode([ids[:n]]) == [expected]
+            assert one.encode([ids[:n]]) == [expected]
             # Where the pivot reads a control token first, the member reads its own.
-            assert translator.encode([[0, *ids[:n]]]) == [[prefix_id(other), *expected]]
-        assert translator.encode([[0]]) == [[prefix_id(other)]]
-        assert translator.encode([[*ids[:3], 0]])[0][-1] == other.eos_token_id
+            assert one.encode([[0, *ids[:n]]]) == [[prefix_id(other), *expected]]
+        assert one.encode([[0]]) == [[prefix_id(other)]]
+        assert one.encode([[*ids[:3], 0]])[0][-1] == other.eos_token_id
 
 
 def test_translated_reading_is_its_definition(
@@ -340,6 +353,124 @@ def test_what_is_written_has_the_likelihood_of_its_steps(pivot: Any, members: di
         token = pick(by_definition(reader, models, shares, prompt), 2, step, seed)
         assert token == new[2][step]
         prompt.append(token)
+
+
+def test_a_tokenizer_of_the_pivots_in_other_numbers_changes_nothing(pivot: Any) -> None:
+    """A model that is translated although it has the pivot's tokens, against the ensemble that needs no translation."""
+    described = json.loads(byte_level().backend_tokenizer.to_str())
+    vocabulary = described["model"]["vocab"]
+    shuffled = random.Random(1).sample(range(len(vocabulary)), len(vocabulary))
+    number = [*shuffled, *range(len(vocabulary), len(byte_level()))]  # of each token, where the pivot has its index
+    described["model"]["vocab"] = {token: number[i] for token, i in vocabulary.items()}
+    for token in described["added_tokens"]:
+        token["id"] = number[token["id"]]
+    backend = Tokenizer.from_str(json.dumps(described))
+    other = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    assert encode(other, TEXT) == [number[i] for i in encode(byte_level(), TEXT)] != encode(byte_level(), TEXT)
+
+    member = model(GPTNeoXConfig, len(byte_level()), 4)
+    renumbered = copy.deepcopy(member)
+    for layer in (renumbered.get_input_embeddings(), renumbered.get_output_embeddings()):
+        layer.weight.data[torch.tensor(number)] = layer.weight.data.clone()
+    found = JointReader([(PrefixReader(pivot), 0.4)], [(translator(renumbered, other), 0.6)])
+    plain = joint([pivot, member], [0.4, 0.6])
+    ids = [0, *encode(byte_level(), TEXT)]
+    # A text that ends within a character is spelled in bytes, which the pivot's own tokens may join to others.
+    whole = [n for n in range(len(ids)) if "\ufffd" not in byte_level().decode(ids[: n + 1])]
+    assert len(whole) > len(ids) / 2
+    said = []
+    for reader in (found, plain):
+        with reader.reading():
+            said.append(reader.read([Run(ids)], [whole]))
+    torch.testing.assert_close(*said, atol=1e-4, rtol=1e-4)
+
+
+class OneToOne(Translator):
+    """PackLLM's way: every token of the context becomes the one most like it, whatever text that spells."""
+
+    to_own: Sequence[int]
+
+    def encode(self, texts: Sequence[Sequence[int]]) -> list[list[int]]:
+        return [[self.to_own[i] for i in text] for text in texts]
+
+
+WORDS = [
+    "gardens",
+    "bloom",
+    "underneath",
+    "silver",
+    "moonlight",
+    "wandering",
+    "strangers",
+    "whisper",
+    "ancient",
+    "promises",
+    "another",
+    "thousand",
+    "lanterns",
+    "drift",
+    "northward",
+]
+
+
+def chain(n: int, seed: int) -> str:
+    """Words of which each is followed by one of two others."""
+    drawn, now, found = random.Random(seed), 0, []
+    for _ in range(n):
+        found.append(WORDS[now])
+        now = (2 * now + drawn.choice((1, 6))) % len(WORDS)
+    return " ".join(found)
+
+
+def whole_words() -> PreTrainedTokenizerFast:
+    """To `byte_level` those words are pieces of two or three letters; here most are one token each."""
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    backend.train_from_iterator(
+        [chain(500, 0)],
+        BpeTrainer(
+            vocab_size=370, special_tokens=["<eos>"], initial_alphabet=ByteLevel.alphabet(), show_progress=False
+        ),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+
+def taught(tokenizer: Any, words: int, steps: int) -> Any:
+    """A model that has read so many words of the chain."""
+    made = model(LlamaConfig, len(tokenizer), 1, hidden_size=32)
+    for parameter in made.parameters():
+        parameter.data.div_(4 if parameter.ndim > 1 else 1)
+    tokens = torch.tensor(encode(tokenizer, chain(words, 0)))
+    drawn, optimizer = random.Random(0), torch.optim.AdamW(made.parameters(), lr=1e-2)
+    for _ in range(steps):
+        rows = torch.stack([tokens[at : at + 32] for at in (drawn.randrange(len(tokens) - 32) for _ in range(16))])
+        made(rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return made.eval()
+
+
+def test_text_read_anew_tells_more_than_tokens_for_tokens_where_words_are_split_otherwise() -> None:
+    """On held-out text, the pivot spelling most of the member's tokens in pieces. Both are worse than the pivot alone.
+
+    What a member says within one of its own tokens is worth little either way; of like tokenizers neither is ahead.
+    """
+    pivot, tokenizer = taught(byte_level(), 300, 30), whole_words()
+    member = taught(tokenizer, 3000, 100)
+    anew, mapped = translator(member, tokenizer), translator(member, tokenizer, OneToOne)
+    assert isinstance(mapped, OneToOne)
+    own, theirs = Vocabulary.from_tokenizer(byte_level()), Vocabulary.from_tokenizer(tokenizer)
+    onto = build_map("mined", own, theirs, encode_target=lambda text: encode(tokenizer, text))
+    mapped.to_own = [int(i) if i >= 0 else prefix_id(tokenizer) for i in onto]
+    readers = [JointReader([(PrefixReader(pivot), 0.3)], [(one, 0.7)]) for one in (anew, mapped)]
+    held_out = chain(60, 1)
+    settings: Any = {"prefix": 0, "window": 512, "batch_tokens": 512}
+    alone, by_text, by_token = (
+        float(document_nats(m, [encode(byte_level(), held_out)], **settings)[0]) / len(held_out)
+        for m in (pivot, *readers)
+    )
+    print(f"nats a byte: pivot alone {alone:.3f}, text read anew {by_text:.3f}, tokens for tokens {by_token:.3f}")
+    assert by_text < 0.97 * by_token
 
 
 def test_a_mean_of_logits_needs_one_tokenizer(pivot: Any, members: dict[str, Any]) -> None:
