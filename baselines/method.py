@@ -35,6 +35,10 @@ class Candidate:
     training: Path | None = None
     """The training artifact, which holds the held-out curve."""
 
+    @property
+    def checkpoints(self) -> "Sequence[Candidate]":
+        return [self]
+
 
 Need = Literal["training", "same tokenizer", "same architecture", "teacher"]
 
@@ -45,6 +49,33 @@ class Artifact:
 
     folder: Path
     fingerprint: str
+
+
+@dataclass(frozen=True)
+class Member:
+    """A model of an ensemble; its role says how it is run."""
+
+    role: str
+    candidate: Candidate
+    weight: float
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """What can be evaluated, too: models that answer together, of which there is no one checkpoint."""
+
+    members: tuple[Member, ...]
+    """The first is the pivot, whose tokens are read and written; the weights sum to 1."""
+    combine: Literal["probabilities", "logits", "vote"]
+    map: str
+    """The vocabulary map of members with other tokenizers than the pivot's."""
+    fingerprint: str
+    seeded: bool
+    training: None = None
+
+    @property
+    def checkpoints(self) -> Sequence[Candidate]:
+        return [member.candidate for member in self.members]
 
 
 class Context(Protocol):
@@ -115,7 +146,7 @@ class Method(Protocol):
 
     def __init__(self, parameters: Any) -> None: ...
 
-    def build(self, context: Context) -> Candidate: ...
+    def build(self, context: Context) -> Candidate | Ensemble: ...
 
 
 METHODS: Registry[type[Method]] = Registry("method", "fusellm.methods")
@@ -144,4 +175,4 @@ def method_names() -> list[str]:
 
 
 def _register_own() -> None:
-    from baselines import alm, as_is, clm, distillation, fusellm, merge, uld  # noqa: F401  they register themselves
+    from baselines import alm, as_is, clm, distillation, ensemble, fusellm, merge, uld  # noqa: F401  they register themselves

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fusion.prefixes import PrefixReader, Rows, Run
+from fusion.prefixes import PrefixReader, Rows
+from fusion.runs import Run, alike
 
 LEAST_SHARED = 16  # tokens in common that are worth a stem
 
@@ -25,19 +26,12 @@ def families(sequences: Sequence[Sequence[int]]) -> list[tuple[int, list[int]]]:
         sequence = sequences[number]
         if found:
             common, members = found[-1]
-            shared = _common(sequences[members[0]], sequence, min(common, len(sequence) - 1))
+            shared = min(alike(sequences[members[0]], sequence), common, len(sequence) - 1)
             if shared >= LEAST_SHARED and 2 * shared >= common:
                 found[-1] = shared, [*members, number]
                 continue
         found.append((len(sequence) - 1, [number]))
     return [(common if len(members) > 1 else 0, members) for common, members in found]
-
-
-def _common(a: Sequence[int], b: Sequence[int], limit: int) -> int:
-    n = 0
-    while n < limit and a[n] == b[n]:
-        n += 1
-    return n
 
 
 def packs(sizes: Sequence[int], limit: int) -> list[list[int]]:

@@ -1,16 +1,20 @@
 """Perplexity of whole documents that may be longer than a model's window: summed nats, every token scored once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
+from fusion.decoding import packs
+from fusion.ensemble import JointReader
 from fusion.errors import UserError
 from fusion.extraction import Backbone, Projection, batches_by_length, reader
 from fusion.heads import find_head
+from fusion.runs import Run, Stem
 
 Mode = Literal["rolling", "strided"]
 LOGITS_PER_CHUNK = 2**25  # float32 logits that exist at one time: 128 MB
@@ -70,7 +74,7 @@ def window_stride(mode: str, window: int, stride: int | None) -> int:
 
 
 def document_nats(
-    model: nn.Module,
+    model: nn.Module | JointReader,
     texts_ids: Sequence[Sequence[int]],
     *,
     prefix: int,
@@ -95,20 +99,22 @@ def document_nats(
     is float32 whatever the model's.
 
     Windows are batched by length, at most `batch_tokens` padded tokens a batch (a longer window alone), which changes
-    the result by rounding only; only the scored positions' logits are made, a few at a time. `progress` is called with
-    the number of tokens scored since the last call.
+    the result by rounding only; only the scored positions' logits are made, a few at a time. Of models read as one
+    (`ensemble.JointReader`) a long window is read in parts, each with the keys and values of those before. `progress`
+    is called with the number of tokens scored since the last call.
 
     Raises UserError for windows the model has no positions for, tokens it has no row for, and logits that are not
     finite (both name the document's index).
     """
     stride = window_stride(mode, window, stride)
-    config: Any = model.config
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(model, JointReader):
+        positions, rows = model.positions, model.vocabulary
+    else:
+        config: Any = model.config
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if positions is not None and window > positions:
         raise UserError(f"the window of {window} tokens exceeds the {positions} positions of the model: lower it")
-    embeddings: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-    rows, device = embeddings.shape[0], embeddings.device
-    chunk = max(1, LOGITS_PER_CHUNK // rows)
     for index, tokens in enumerate(texts_ids):
         if len(tokens) and not 0 <= min(tokens) <= max(tokens) < rows:
             raise UserError(
@@ -125,6 +131,28 @@ def document_nats(
         for part in windows(len(tokens), window=window, stride=stride)
     ]
     job_nats = np.zeros(len(jobs))
+    chosen = [(sequences[document], part) for document, part in jobs]
+    scored = _joint_nats(model, chosen) if isinstance(model, JointReader) else _nats(model, chosen, batch_tokens)
+    for batch, found in scored:
+        for job, nats in zip(batch, found, strict=True):
+            if not np.isfinite(nats).all():
+                raise UserError(f"the model's logits on document {jobs[job][0]} are not finite: it cannot be scored")
+            job_nats[job] = nats.sum()
+        if progress is not None:
+            progress(sum(chosen[job][1].end - chosen[job][1].scored_from for job in batch))
+    result = np.zeros(len(texts_ids))
+    # In the windows' order, so that the sum does not depend on how they were batched.
+    np.add.at(result, [document for document, _ in jobs], job_nats)
+    return result
+
+
+Scored = Iterator[tuple[list[int], list[np.ndarray]]]
+"""Numbers of windows, and the float64 nats of the scored tokens of each."""
+
+
+def _nats(model: nn.Module, jobs: Sequence[tuple[np.ndarray, Window]], batch_tokens: int) -> Scored:
+    embeddings: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    rows = embeddings.shape[0]
     training = model.training
     model.eval()
     try:
@@ -132,21 +160,44 @@ def document_nats(
         if find_head(model) is None:  # then the backbone gives the logits of all positions of a batch
             batch_tokens = min(batch_tokens, DENSE_LOGITS // rows)
         for batch in batches_by_length([part.end - part.start for _, part in jobs], batch_tokens):
-            chosen = [(sequences[jobs[job][0]], jobs[job][1]) for job in batch]
-            for job, nats in zip(batch, _token_nats(backbone, project, chosen, device, chunk), strict=True):
-                if not np.isfinite(nats).all():
-                    raise UserError(
-                        f"the model's logits on document {jobs[job][0]} are not finite: it cannot be scored"
-                    )
-                job_nats[job] = nats.sum()
-            if progress is not None:
-                progress(sum(part.end - part.scored_from for _, part in chosen))
+            some = [jobs[job] for job in batch]
+            yield batch, _token_nats(backbone, project, some, embeddings.device, max(1, LOGITS_PER_CHUNK // rows))
     finally:
         model.train(training)
-    result = np.zeros(len(texts_ids))
-    # In the windows' order, so that the sum does not depend on how they were batched.
-    np.add.at(result, [document for document, _ in jobs], job_nats)
-    return result
+
+
+def _joint_nats(reader: JointReader, jobs: Sequence[tuple[np.ndarray, Window]]) -> Scored:
+    chunk = max(1, LOGITS_PER_CHUNK // reader.widest)
+    for batch in packs([part.end - part.start for _, part in jobs], chunk):
+        some = [(jobs[job][0][jobs[job][1].start : jobs[job][1].end + 1].tolist(), jobs[job][1]) for job in batch]
+        firsts = [part.scored_from - part.start for _, part in some]
+        with reader.reading():
+            if len(batch) == 1:
+                found = _in_parts(reader, some[0][0], firsts[0], chunk)
+            else:
+                runs = [Run(tokens[:-1]) for tokens, _ in some]
+                wanted = [range(first, len(run.tokens)) for run, first in zip(runs, firsts, strict=True)]
+                gold = [i for (tokens, _), first in zip(some, firsts, strict=True) for i in tokens[first + 1 :]]
+                found = _gold_nats(reader.read(runs, wanted), torch.tensor(gold))
+        counts = [part.end - part.scored_from for _, part in some]
+        yield batch, np.split(found.double().cpu().numpy(), np.cumsum(counts)[:-1])
+
+
+def _in_parts(reader: JointReader, tokens: Sequence[int], first: int, chunk: int) -> torch.Tensor:
+    """The nats of tokens[first + 1 :], of which `chunk` are scored at one time."""
+    stem: Stem | None = None
+    found = []
+    for start, end in pairwise([*([0] if first else []), *range(first, len(tokens) - 1, chunk), len(tokens) - 1]):
+        wanted = [range(end - start)] if start >= first else None
+        logits, (new,) = reader.begin([Run(tokens[start:end], stem)], wanted)
+        stem = new if stem is None else stem.then(new)
+        if wanted:
+            found.append(_gold_nats(logits, torch.tensor(tokens[start + 1 : end + 1])))
+    return torch.cat(found)
+
+
+def _gold_nats(logits: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:
+    return logits.logsumexp(-1) - logits.gather(-1, gold.to(logits.device)[:, None])[:, 0]
 
 
 @torch.inference_mode()
@@ -175,6 +226,6 @@ def _token_nats(
     values: list[torch.Tensor] = []
     for some, following in zip(hidden.split(chunk), gold.split(chunk), strict=True):
         logits = project(some).float()
-        values.append(logits.logsumexp(-1) - logits.gather(-1, following[:, None])[:, 0])
+        values.append(_gold_nats(logits, following))
     counts = [part.end - part.scored_from for _, part in batch]
     return np.split(torch.cat(values).double().cpu().numpy(), np.cumsum(counts)[:-1])

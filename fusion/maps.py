@@ -95,6 +95,12 @@ def _silent(done: int, total: int) -> None:
     pass
 
 
+def control_ids(source: Vocabulary, target: Vocabulary) -> dict[int, int]:
+    """The target's control token of the same role as each of the source's, of those that have one."""
+    found = {i: _same_role(i, source, target) for i in source.control}
+    return {i: mapped for i, mapped in found.items() if mapped != NOTHING}
+
+
 def _same_role(i: int, source: Vocabulary, target: Vocabulary) -> int:
     for role in _ROLE_ORDER:
         if source.roles.get(role) == i and role in target.roles:

@@ -10,13 +10,13 @@ Decoding against a prefix that is kept once: Juravsky et al. 2024, Hydragen (arX
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fusion.packing import device_of, dtype_of, own_forward, trying
+from fusion.runs import Run, Stem, Tree
 
 ATTENTION = "fusellm_prefixes"  # what the attention function is called in transformers' registry
 _HARMLESS = {"dropout", "position_ids", "use_cache", "is_causal", "sliding_window"}
@@ -25,51 +25,6 @@ _GROWTH = 128  # positions by which a row's memory grows
 
 class Unsupported(Exception):
     """The model at hand cannot be read this way; the message says why."""
-
-
-@dataclass(frozen=True)
-class Stem:
-    """A beginning that was read: its keys and values, one [H, L, D] a layer (H: key-value heads), and L."""
-
-    length: int
-    keys: list[Tensor]
-    values: list[Tensor]
-
-
-@dataclass(frozen=True)
-class Run:
-    """New tokens: a trunk that continues `stem`, then branches, each of which sees stem, trunk and itself."""
-
-    trunk: Sequence[int]
-    stem: Stem | None = None
-    branches: Sequence[Sequence[int]] = ()
-    tokens: list[int] = field(init=False)
-    branch: list[int] = field(init=False)
-    """Of every token: 0 in the trunk, else the number of its branch, from 1."""
-    positions: list[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        start = self.stem.length if self.stem else 0
-        end = start + len(self.trunk)
-        set_ = object.__setattr__
-        set_(self, "tokens", [*self.trunk, *(t for branch in self.branches for t in branch)])
-        set_(self, "branch", [0] * len(self.trunk) + [n for n, b in enumerate(self.branches, 1) for _ in b])
-        set_(self, "positions", [*range(start, end), *(end + i for b in self.branches for i in range(len(b)))])
-
-    def is_plain(self, window: int | None) -> bool:
-        """Whether each of its tokens sees all before it, and there is nothing else."""
-        return self.stem is None and not self.branches and (window is None or len(self.tokens) <= window)
-
-    def mask(self, window: int | None) -> Tensor:
-        """bool[t, L + t]: which of stem and run each of the run's t tokens sees."""
-        at, branch = torch.tensor(self.positions), torch.tensor(self.branch)
-        n = torch.arange(len(at))
-        own = (n[:, None] >= n) & ((branch == 0) | (branch[:, None] == branch))
-        before = torch.arange(self.stem.length if self.stem else 0)
-        seen = torch.cat([torch.ones(len(at), len(before), dtype=torch.bool), own], 1)
-        if window is not None:
-            seen &= at[:, None] - torch.cat([before, at]) < window
-        return seen
 
 
 class Rows:
@@ -82,6 +37,9 @@ class Rows:
         """Of each row: the tokens after the stem whose keys and values are kept."""
         self.keys: list[Tensor] = []  # a layer: [rows, H, capacity, D], more of both than are in use
         self.values: list[Tensor] = []
+        self.tokens: list[list[int]] = []
+        """Of each row: all tokens from the beginning of the text."""
+        self.translations: list[list[Stem]] = []
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -101,6 +59,8 @@ class Rows:
         for kept, new in zip([*self.keys, *self.values], [*begun.keys, *begun.values], strict=True):
             kept[n, :, : begun.length] = new
         self.lengths.append(begun.length)
+        self.tokens.append(list(begun.tokens))
+        self.translations.append(list(begun.translations))
 
     def drop(self, row: int) -> None:
         """Forgets a row; the last one takes its number."""
@@ -108,8 +68,10 @@ class Rows:
         if row != last:
             for kept in [*self.keys, *self.values]:
                 kept[row] = kept[last]
-        self.lengths[row] = self.lengths[last]
-        self.lengths.pop()
+        by_row: list[list[Any]] = [self.lengths, self.tokens, self.translations]
+        for notes in by_row:
+            notes[row] = notes[last]
+            notes.pop()
 
     def reserve(self, positions: int) -> None:
         """Room for so many tokens of every row."""
@@ -126,7 +88,7 @@ class Rows:
 class _Reading:
     """The attention of runs read side by side."""
 
-    def __init__(self, runs: Sequence[Run], device: torch.device, *, keep: bool) -> None:
+    def __init__(self, runs: "Sequence[Run | Tree]", device: torch.device, *, keep: bool) -> None:
         self._runs = runs
         self._device = device
         ends = torch.tensor([len(run.tokens) for run in runs]).cumsum(0).tolist()
@@ -232,7 +194,7 @@ def _attend(
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    shared: "_Reading | _Step | _Watched | None" = None,
+    shared: "_Reading | _Step | _Watched | Later | None" = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in every attention layer: query[1, A, T, D], key and value[1, H, T, D] of new tokens."""
@@ -257,6 +219,17 @@ class _Watched:
         return self._reading.attend(layer, q, k, v, scale, window)
 
 
+class Later:
+    """Passes on to a reading or a step in which the layers of other models come first."""
+
+    def __init__(self, shared: Any, first: int) -> None:
+        self._shared, self._first = shared, first
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        attended: Tensor = self._shared.attend(self._first + layer, q, k, v, scale, window)
+        return attended
+
+
 class PrefixReader:
     """A causal LM that reads runs and decodes rows. Use it inside `with reader.reading():`.
 
@@ -269,7 +242,12 @@ class PrefixReader:
         AttentionInterface.register(ATTENTION, _attend)
         self._model = model
         self.device = device_of(model)
-        self.vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
+        config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+        self.vocabulary = self.widest = int(config.vocab_size)
+        self.positions: int | None = getattr(config, "max_position_embeddings", None)
+        self.layers = int(config.num_hidden_layers)
+        self.position_bytes = 0
+        """What the keys and values of one token take."""
         self._windows: dict[int, int | None] = {}
         try:
             reason = self._disagreement()
@@ -292,18 +270,24 @@ class PrefixReader:
         finally:
             config._attn_implementation = before
 
-    def read(self, runs: Sequence[Run], wanted: Sequence[Sequence[int]]) -> Tensor:
+    def read(self, runs: Sequence[Run | Tree], wanted: Sequence[Sequence[int]]) -> Tensor:
         """logits[n, V] at the wanted tokens of each run (indices into its tokens), one run after the other."""
         return self._read(_Reading(runs, self.device, keep=False), runs, wanted)
 
-    def begin(self, runs: Sequence[Run]) -> tuple[Tensor, list[Stem]]:
-        """logits[n, V] after the last token of each of n runs without branches, and the runs as stems of their own.
+    def begin(
+        self, runs: Sequence[Run | Tree], wanted: Sequence[Sequence[int]] | None = None
+    ) -> tuple[Tensor, list[Stem]]:
+        """As `read`, by default at the last token of each run, and the runs as stems of their own.
 
-        The stems hold the trunks alone, not the stems that these continue.
+        The stems hold the runs' own keys and values, not those of the stems that these continue.
         """
         reading = _Reading(runs, self.device, keep=True)
-        logits = self._read(reading, runs, [[len(run.tokens) - 1] for run in runs])
-        return logits, [Stem(len(run.tokens), *kept) for run, kept in zip(runs, reading.kept, strict=True)]
+        logits = self._read(reading, runs, wanted or [[len(run.tokens) - 1] for run in runs])
+        before = [run.stem.tokens if run.stem else () for run in runs]
+        return logits, [
+            Stem(len(run.tokens), *kept, (*so_far, *run.tokens))
+            for run, kept, so_far in zip(runs, reading.kept, before, strict=True)
+        ]
 
     def step(self, groups: Sequence[Rows], tokens: Sequence[int]) -> Tensor:
         """logits[N, V] after one more token of each of the N rows of all groups, in their order."""
@@ -311,11 +295,13 @@ class PrefixReader:
             rows.reserve(max(rows.lengths) + 1)
         positions = [rows.start + length for rows in groups for length in rows.lengths]
         logits = self._forward(tokens, positions, list(range(len(tokens))), _Step(groups, self.device))
+        for row, token in zip((row for rows in groups for row in rows.tokens), tokens, strict=True):
+            row.append(token)
         for rows in groups:
             rows.lengths[:] = [length + 1 for length in rows.lengths]
         return logits
 
-    def _read(self, reading: Any, runs: Sequence[Run], wanted: Sequence[Sequence[int]]) -> Tensor:
+    def _read(self, reading: Any, runs: Sequence[Run | Tree], wanted: Sequence[Sequence[int]]) -> Tensor:
         starts = [span.start for span in _Reading(runs, self.device, keep=False).spans]
         return self._forward(
             [t for run in runs for t in run.tokens],
@@ -352,8 +338,9 @@ class PrefixReader:
             ]
             with self.reading():
                 _, (kept,) = self.begin([Run(stem)])
-                if len(kept.keys) != config.num_hidden_layers:
+                if len(kept.keys) != self.layers:
                     return "not all of its layers compute attention through transformers' registry"
+                self.position_bytes = sum(x.nbytes for x in [*kept.keys, *kept.values]) // kept.length
                 runs = [Run(trunk, kept, [one, other]), Run(third, kept)]
                 watched = _Watched(_Reading(runs, self.device, keep=False), self._windows)
                 tree = self._read(watched, runs, [range(12), range(4)])

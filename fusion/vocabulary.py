@@ -81,6 +81,15 @@ class Vocabulary:
         digest.update(json.dumps([sorted(self.roles.items()), self.space, self.dummy_prefix]).encode())
         return digest.hexdigest()
 
+    def means_in(self, other: Vocabulary) -> bool:
+        """Whether a model with the other vocabulary can read this one's ids: none is another token there.
+
+        Rows beyond the tokens differ between sizes of one family, and an added token may lack in one of them.
+        """
+        tokens = self.tokens[: max((i for i, token in enumerate(self.tokens) if token), default=-1) + 1]
+        alike = (not a or not b or a == b for a, b in zip(tokens, other.tokens, strict=False))
+        return len(tokens) <= len(other) and all(alike)
+
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerFast, size: int | None = None) -> Vocabulary:
         """The vocabulary of a fast tokenizer, for a model with `size` embedding rows (default: the tokenizer's length).
@@ -308,10 +317,20 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     The one exception: a Unigram model that counts control tokens among its pieces writes them where the text does;
     `byte_ends` stops there.
     """
+    return encode_all(tokenizer, [text])[0]
+
+
+def encode_all(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of each text, as `encode` gives them; on all cores."""
     # Not by calling the tokenizer: what transformers does around its backend takes as long as the backend itself.
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
-    ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
-    return ids
+    return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def encode_alike(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
+    """Whether two tokenizers give every text the same ids, control and added tokens aside."""
+    mine, theirs = (json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (one, other))
+    return all(mine[part] == theirs[part] for part in ("normalizer", "pre_tokenizer", "model"))

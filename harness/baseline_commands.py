@@ -67,4 +67,5 @@ def baseline_build(
 
     for row in experiment.build(config, labels, root):
         if ranks.first():
-            typer.echo(f"{row.label}{'' if row.seed is None else f' (seed {row.seed})'}: {row.candidate.folder}")
+            folders = ", ".join(str(one.folder) for one in row.candidate.checkpoints)
+            typer.echo(f"{row.label}{'' if row.seed is None else f' (seed {row.seed})'}: {folders}")

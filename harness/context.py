@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from baselines.method import Candidate
+from baselines.method import Candidate, Ensemble
 from fusion.errors import UserError, did_you_mean
 from fusion.learning import Learning, Needs
 from fusion.vocabulary import Vocabulary, encode
@@ -440,20 +440,37 @@ class Experiment:
             f"\n## Resolved configuration\n\n```yaml\n{config}```\n"
         )
 
-    def evaluate(self, label: str, candidate: Candidate, role: Role) -> tuple[Spec, Path]:
-        """The candidate's nats and bytes on every held-out document."""
+    def evaluate(self, label: str, candidate: Candidate | Ensemble, role: Role) -> tuple[Spec, Path] | None:
+        """The candidate's nats and bytes on every held-out document; None for one that only votes over answers."""
         from harness.suites.perplexity import evaluate
 
         documents, n_bytes = self._held_out()
         subject = self.subject(label, candidate, role)
+        if subject.votes:
+            return None
         return evaluate(self.config.suites.perplexity, documents, subject, self.store, self.costs, n_bytes)
 
-    def subject(self, label: str, candidate: Candidate, role: Role) -> "Subject":
+    def subject(self, label: str, candidate: Candidate | Ensemble, role: Role) -> "Subject":
         """The candidate as suites see it; the same for all suites, so that it is loaded once, and only the last."""
+        if not self._subject or (self._subject.label, self._subject.fingerprint) != (label, candidate.fingerprint):
+            if isinstance(candidate, Ensemble):
+                self._subject = self._together(label, candidate)
+            else:
+                self._subject = self._alone(label, candidate, role)
+        return self._subject
+
+    def _together(self, label: str, ensemble: Ensemble) -> "Subject":
+        from harness.suites.ensemble import joint_subject
+
+        members = [
+            (self._alone(member.role, member.candidate, self.role(member.role)), member.weight)
+            for member in ensemble.members
+        ]
+        return joint_subject(label, ensemble, members)
+
+    def _alone(self, label: str, candidate: Candidate, role: Role) -> "Subject":
         from harness.suites.suite import Subject
 
-        if self._subject and (self._subject.label, self._subject.fingerprint) == (label, candidate.fingerprint):
-            return self._subject
         role_name = next(n for n, r in self.config.roles.named().items() if r is role)
         spec = ModelSpec(
             name=str(candidate.folder),
@@ -461,7 +478,7 @@ class Experiment:
             trust_remote_code=role.trust_remote_code,
             attn_implementation=role.attn_implementation,
         )
-        self._subject = Subject(
+        return Subject(
             label=label,
             fingerprint=candidate.fingerprint,
             spec=spec,
@@ -471,7 +488,6 @@ class Experiment:
             parameters=self.sized(role_name).parameters,
             models_dir=self.models_dir,
         )
-        return self._subject
 
     @cached_property
     def suites(self) -> "dict[str, Suite]":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from baselines.method import Candidate, method
+from baselines.method import Candidate, Ensemble, method
 from fusion.errors import UserError
 from harness import evaluation, perplexity, ranks
 from harness.artifacts import Planned, alone, read_manifest, write_atomically, write_json
@@ -37,7 +37,7 @@ class Row:
 
     label: str
     seed: int | None
-    candidate: Candidate
+    candidate: Candidate | Ensemble
     role: Role
 
 
@@ -131,8 +131,9 @@ def run(config: Config, root: Path) -> Path:
     notes: dict[str, None] = {}  # each sentence once, in order
     for row in candidates(experiment):
         notes |= dict.fromkeys(_notes(experiment, row))
-        spec, path = experiment.evaluate(row.label, row.candidate, row.role)
-        files.add(_record(config, row, spec.fingerprint, path, folder))
+        if found := experiment.evaluate(row.label, row.candidate, row.role):
+            spec, path = found
+            files.add(_record(config, row, spec.fingerprint, path, folder))
         files |= _record_suites(experiment, row, folder, measured)
     with alone(folder / ".lock", f"run {folder.name}"):
         # Other seeds that were finished before, or meanwhile by another process, belong to the same table.
@@ -157,6 +158,10 @@ def run(config: Config, root: Path) -> Path:
 def _notes(experiment: Experiment, row: Row) -> Iterator[str]:
     """Sentences about how a candidate was made that belong below the tables."""
     role = experiment.config.methods[row.label].get("role")
+    if isinstance(row.candidate, Ensemble):
+        shares = ", ".join(f"{member.role} {member.weight:.3f}" for member in row.candidate.members)
+        yield f"{row.label} asks several models at once, with the weights {shares}."
+        return
     if role is not None and row.role.corpus is not None:
         tokens = tokens_seen(row.candidate.folder.parent) or 0
         base = experiment.origin(role).name

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fusion.ensemble import JointReader
 from fusion.errors import UserError
 from fusion.inference import document_nats, window_stride
 from fusion.vocabulary import encode, prefix_id
@@ -27,7 +28,7 @@ def documents_fingerprint(documents: Sequence[Document]) -> str:
 
 
 def measure(
-    model: nn.Module,
+    model: nn.Module | JointReader,
     tokenizer: Any,
     documents: Sequence[Document],
     section: PerplexitySection,
@@ -72,7 +73,7 @@ def evaluation_spec(
 
 def evaluate(
     folder: Path,
-    load: Callable[[], tuple[nn.Module, Any]],
+    load: Callable[[], tuple[nn.Module | JointReader, Any]],
     documents: Sequence[Document],
     section: PerplexitySection,
     *,
@@ -88,7 +89,9 @@ def evaluate(
     if not todo:
         return
     model, tokenizer = load()
-    context = getattr(model.config, "max_position_embeddings", None)
+    context: Any = (
+        model.positions if isinstance(model, JointReader) else getattr(model.config, "max_position_embeddings", None)
+    )
     if context and section.window > context:
         raise UserError(f"perplexity window {section.window} exceeds the context of {label}, {context}: lower it.")
     sizes = [sum(len(d.text.encode("utf-8")) for d in part) for part in parts]

@@ -87,7 +87,7 @@ class Table:
     notes: tuple[str, ...] = ()
 
     def best(self, published: bool = False) -> frozenset[tuple[int, int]]:
-        """The (row, column) of every best value, or published value; equal values are all best, unless all are equal."""
+        """The (row, column) of every best value, or published one; equal ones are all best, unless all are equal."""
         lines: dict[int, list[tuple[float, tuple[int, int]]]] = {}
         for i, row in enumerate(self.cells):
             for j, cell in enumerate(row):

@@ -92,7 +92,7 @@ def metric_of(name: str) -> Metric:
 def measure(name: str) -> Metric:
     """The metric that records call `name`, with `@k` at another k; one not registered is a score, higher is better."""
     base, _, k = name.partition("@")
-    if k and base in METRICS:
+    if k.isdecimal() and base in METRICS:
         return METRICS[base].at(int(k))
     return METRICS.get(name) or _score(name, f"{name}, percent")
 

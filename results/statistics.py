@@ -91,8 +91,8 @@ class Estimate:
     general: bool = False
 
 
-def group(records: pd.DataFrame, k: int = 1) -> dict[tuple[str, Part], Units]:
-    """The examples of each method and part in records of one experiment, profile and training step; k is pass@k's.
+def group(records: pd.DataFrame) -> dict[tuple[str, Part], Units]:
+    """The examples of each method and part in records of one experiment, profile and training step.
 
     They are not resampled yet. Raises UserError where the records are of several of these, where seeds of a method
     have other examples, denominators or weights, and where a method comes both with and without a seed.
@@ -115,7 +115,7 @@ def group(records: pd.DataFrame, k: int = 1) -> dict[tuple[str, Part], Units]:
     )
     found: dict[tuple[str, Part], list[Units]] = {}
     for (method, suite, task, name, seed), at in sorted(rows.items()):
-        part, metric = Part(suite, task, name), measure(name).at(k)
+        part, metric = Part(suite, task, name), measure(name)
         top, bottom = metric.examples(numerators[at], denominators[at])
         one = Units(method, part, metric, tuple(examples[at]), (int(seed),), top[None], bottom, weights[at])
         found.setdefault((method, part), []).append(one)

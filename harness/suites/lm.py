@@ -21,8 +21,10 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import GenerationMode
 
 from fusion.decoding import decode, families, packs
+from fusion.ensemble import JointReader
 from fusion.errors import UserError
-from fusion.prefixes import PrefixReader, Run, Unsupported
+from fusion.prefixes import PrefixReader, Unsupported
+from fusion.runs import Run
 from harness.progress import say
 from harness.suites.tasks import quietly
 
@@ -126,8 +128,13 @@ class SharedPrefixLM(HFLM):
         batch_size: BatchSize = "auto",
         batch_tokens: int = 2048,
         seed: int = 0,
+        joint: JointReader | None = None,
+        context: int | None = None,
     ) -> None:
-        """`batch_size`: sequences decoded at one time; `batch_tokens`: tokens of prompts read at one time."""
+        """`batch_size`: sequences decoded at one time; `batch_tokens`: tokens of prompts read at one time.
+
+        `joint`: the models that answer as one, `model` among them; with it `context` is the shortest of theirs.
+        """
         if tokenizer.eos_token_id is None:
             raise UserError(
                 f"The tokenizer of {label} has no end-of-text token, so that no answer would ever end: name it as "
@@ -135,13 +142,16 @@ class SharedPrefixLM(HFLM):
             )
         own = _HFLM_BATCH if batch_size == "auto" else batch_size
         with quietly():
-            super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=own)
+            super().__init__(
+                pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=own, max_length=context
+            )
         self.label = label
         self._rows = batch_size
         self._batch_tokens = batch_tokens
         self._seed = seed
+        self._joint = joint
         try:
-            self.reader: PrefixReader | None = PrefixReader(model)
+            self.reader: PrefixReader | None = joint or PrefixReader(model)
         except Unsupported as reason:
             self.reader = None
             say(f"{label}: common prefixes are read again for every prompt, by lm-eval's own HFLM ({reason}).")
@@ -187,7 +197,7 @@ class SharedPrefixLM(HFLM):
     ) -> None:
         """Fills in the answers of the requests whose continuations are the runs' branches."""
         assert self.reader is not None
-        wide = -(-self._batch_tokens * self.reader.vocabulary // _LOGITS)
+        wide = -(-self._batch_tokens * self.reader.widest // _LOGITS)
         # A call is bounded by its tokens and by its logits alike.
         sizes = [max(len(run.tokens), (len(run.tokens) - len(run.trunk) + 1) * wide) for run, _ in runs]
         for pack in packs(sizes, self._batch_tokens):
@@ -229,6 +239,11 @@ class SharedPrefixLM(HFLM):
             copies[id(request)] += 1
             seed = f"{self._seed}:{request.idx}:{number}:{context}"
             config = self._plain_config(kwargs)
+            if config is None and self._joint is not None:
+                raise UserError(
+                    f"{self.label} answers greedily or by sampling with temperature, top_k and top_p, but a task asks "
+                    f"for {', '.join(sorted(kwargs))}: leave that task out."
+                )
             if self.reader is not None and config is not None:
                 rows[index] = self._row(request, prompt, [u for u in until if u], limit, config, seed)
             elif kwargs["do_sample"]:  # one by one, for the answer must not depend on its neighbours
@@ -316,15 +331,12 @@ class SharedPrefixLM(HFLM):
         """How many sequences of `length` tokens are decoded at one time: half of the free memory is theirs at most."""
         if self._rows != "auto":
             return self._rows
-        config: Any = self.model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        token = 2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize
+        assert self.reader is not None
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
         else:
             free = psutil.virtual_memory().available
-        return max(1, min(ROWS, free // 2 // (token * length)))
+        return max(1, min(ROWS, free // 2 // (self.reader.position_bytes * length)))
 
     def _check_window(self, read: int, new: int) -> None:
         if read + new > self.max_length:

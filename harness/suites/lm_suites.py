@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, Field
 
 from fusion.errors import UserError, did_you_mean
-from harness.artifacts import Spec, Store
+from harness.artifacts import Spec, Store, fingerprint
 from harness.costs import Costs
 from harness.progress import say, track
 from harness.suites.suite import (
+    NO_VOTE,
     SUITES,
     Example,
     Measured,
@@ -36,6 +37,7 @@ from harness.suites.tasks import (
     task_folder,
     task_index,
 )
+from harness.suites.vote import Answers, choices, voted
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -102,6 +104,8 @@ class LmSuite:
         return prepare(list(self._sources.values()), self.section.limit)
 
     def measure(self, subject: Subject, store: Store, costs: Costs) -> Measured:
+        if subject.votes:
+            return self._counted(subject, store, costs)
         specs = {task: self._spec(subject, task) for task in self._sources}
         missing = {} if store.dry else self._missing(subject, [t for t in specs if not store.path(specs[t]).exists()])
         for task, reason in missing.items():
@@ -118,6 +122,45 @@ class LmSuite:
             fingerprints={task: specs[task].fingerprint for task in paths},
             missing=missing,
         )
+
+    def _counted(self, subject: Subject, store: Store, costs: Costs) -> Measured:
+        """The vote of members that are measured one by one, as they would be alone."""
+        found: list[tuple[Measured, float]] = []
+        for member, weight in subject.members:
+            found.append((self.measure(member, store, costs), weight))
+            member.release()
+        missing = {task: why for measured, _ in found for task, why in measured.missing.items()}
+        missing |= {task: NO_VOTE for task in self._sources if self._answers(task) is None}
+        tasks = [task for task in self._sources if task not in missing]
+
+        def examples() -> Iterator[Example]:
+            for task in tasks:
+                answers = self._answers(task)
+                assert answers is not None
+                given = [(read_lines(measured.artifacts[task] / EXAMPLES), weight) for measured, weight in found]
+                yield from voted(task, given, answers)
+
+        labels = [member.label for member, _ in subject.members]
+        measured_by = [(label, measured) for label, (measured, _) in zip(labels, found, strict=True)]
+        return Measured(
+            examples,
+            artifacts={f"{label} {task}": one.artifacts[task] for label, one in measured_by for task in tasks},
+            fingerprints={
+                task: fingerprint([subject.fingerprint, *(one.fingerprints[task] for _, one in measured_by)])
+                for task in tasks
+            },
+            missing=missing,
+        )
+
+    def _answers(self, task: str) -> Answers | None:
+        """How a task's answers are told apart; None where there are none."""
+        kind = self._sources[task].config.get("output_type")
+        return {"multiple_choice": choices, "generate_until": self._texts}.get(str(kind))
+
+    def _texts(self, line: Mapping[str, Any]) -> dict[str, Any]:
+        filters = list(line["filtered"])
+        by_metric = {metric: metric.partition(",")[2] or self.main_filter(filters) for metric in line["scores"]}
+        return {metric: line["filtered"][name] for metric, name in by_metric.items()}
 
     def _spec(self, subject: Subject, task: str) -> Spec:
         return Spec(
@@ -145,7 +188,8 @@ class LmSuite:
         found = {}
         for task in tasks:
             name = self._sources[task].name
-            if reason := unavailable.get(name) or _unfit(prepared[name]) or too_long(prepared[name], subject):
+            long = (too_long(prepared[name], member) for member, _ in subject.members)
+            if reason := unavailable.get(name) or _unfit(prepared[name]) or next(filter(None, long), None):
                 found[task] = reason
         return found
 

@@ -18,7 +18,18 @@ from harness.costs import BYTES_PER_TOKEN, Costs
 from harness.multipl_e.languages import LANGUAGES
 from harness.progress import say, track
 from harness.suites.lm_suites import answer
-from harness.suites.suite import SUITES, Example, Measured, Section, Subject, append_line, chosen, kept_lines, together
+from harness.suites.suite import (
+    NO_VOTE,
+    SUITES,
+    Example,
+    Measured,
+    Section,
+    Subject,
+    append_line,
+    chosen,
+    kept_lines,
+    together,
+)
 from harness.suites.tasks import load_rows, local_split
 
 if TYPE_CHECKING:
@@ -83,6 +94,8 @@ class MultiplE:
         return {"version": VERSION, "data": {language: self._data(language) for language in self._languages}}
 
     def measure(self, subject: Subject, store: Store, costs: Costs) -> Measured:
+        if subject.votes:
+            return Measured(lambda: iter(()), missing=dict.fromkeys(self._languages, NO_VOTE))
         todo = [] if store.dry else [n for n in self._languages if not store.path(self._results(subject, n)).exists()]
         if todo and self.section.execute and self.section.sandbox:
             from harness.sandbox import refusal
@@ -201,13 +214,14 @@ class MultiplE:
                 raise
             return f"its problems cannot be had ({error})"
         prompts = [problem["prompt"] for problem in self.problems(language)]
-        longest = max(len(ids) for ids in subject.tokenizer(prompts)["input_ids"])
-        new, context = self.section.max_new_tokens, subject.context
-        if longest + new > context:
-            return (
-                f"its longest prompt has {longest} tokens and up to {new} are to be generated, which do not fit the "
-                f"context of {context}; lower max_new_tokens"
-            )
+        new = self.section.max_new_tokens
+        for member, _ in subject.members:
+            longest = max(len(ids) for ids in member.tokenizer(prompts)["input_ids"])
+            if longest + new > member.context:
+                return (
+                    f"its longest prompt has {longest} tokens and up to {new} are to be generated, which do not fit "
+                    f"the context of {member.context}; lower max_new_tokens"
+                )
         return None
 
     def _write(self, subject: Subject, folders: Mapping[str, Path]) -> None:

@@ -74,7 +74,7 @@ def evaluate(
     def build(folder: Path) -> None:
         perplexity.evaluate(
             folder,
-            lambda: (subject.model, subject.tokenizer),
+            lambda: (subject.predictor, subject.tokenizer),
             documents,
             section,
             label=subject.label,

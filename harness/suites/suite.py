@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from fusion.ensemble import JointReader
+
+
+NO_VOTE = "there is no answer to vote on"
+
 
 class Section(BaseModel):
     """Base of every suite's section of the configuration: unknown keys are refused."""
@@ -58,6 +63,21 @@ class Subject:
     def model(self) -> "PreTrainedModel":
         return load_model(self.resolved, self.dtype, self.device)  # type: ignore[arg-type]
 
+    @property
+    def predictor(self) -> "PreTrainedModel | JointReader":
+        """What gives the distributions over the next token."""
+        return self.model
+
+    @property
+    def members(self) -> "Sequence[tuple[Subject, float]]":
+        """The models that it is made of, and their weights."""
+        return [(self, 1.0)]
+
+    @property
+    def votes(self) -> bool:
+        """Whether its members answer each for itself, and their answers are counted."""
+        return False
+
     @cached_property
     def context(self) -> int:
         """The longest text that the model reads (tokens), as lm-eval has it."""
@@ -75,19 +95,22 @@ class Subject:
 
     def lm(self, *, batch_size: Any, seed: int) -> "LM":
         """The candidate as lm-eval's LM."""
+        if self._lm is None or self._lm[0] != (batch_size, seed):
+            self._lm = (batch_size, seed), self._make_lm(batch_size, seed)
+        return self._lm[1]
+
+    def _make_lm(self, batch_size: Any, seed: int, **joint: Any) -> "LM":
         from harness.suites.lm import SharedPrefixLM
 
-        if self._lm is None or self._lm[0] != (batch_size, seed):
-            made = SharedPrefixLM(
-                self.model,
-                self.tokenizer,
-                label=self.label,
-                batch_size=batch_size,
-                batch_tokens=self.batch_tokens,
-                seed=seed,
-            )
-            self._lm = (batch_size, seed), made
-        return self._lm[1]
+        return SharedPrefixLM(
+            self.model,
+            self.tokenizer,
+            label=self.label,
+            batch_size=batch_size,
+            batch_tokens=self.batch_tokens,
+            seed=seed,
+            **joint,
+        )
 
 
 @dataclass(frozen=True)

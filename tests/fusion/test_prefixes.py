@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from fusion.decoding import LEAST_SHARED, decode, families, packs
-from fusion.prefixes import PrefixReader, Rows, Run, Unsupported
+from fusion.prefixes import PrefixReader, Rows, Unsupported
+from fusion.runs import Run
 
 _SMALL = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}
 _SMALL |= {"num_attention_heads": 4, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 0}

@@ -284,8 +284,8 @@ def test_nothing_solved_in_several_tasks_has_no_interval_and_shows_no_difference
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 10), min_size=1, max_size=8), st.integers(1, 10))
 def test_pass_at_k_is_the_chance_that_one_of_k_drawn_samples_passes(passed: list[int], k: int) -> None:
-    records = scores("CLM", "cpp", passed, suite="multipl_e", metric="passed", of=10)
-    found = statistics.group(frame(records), k=k)["CLM", Part("multipl_e", "cpp", "passed")]
+    records = scores("CLM", "cpp", passed, suite="multipl_e", metric=f"passed@{k}", of=10)
+    found = statistics.group(frame(records))["CLM", Part("multipl_e", "cpp", f"passed@{k}")]
     failing = [math.comb(10 - one, k) / math.comb(10, k) for one in passed]
     assert statistics.estimate([found]).value == pytest.approx(100 * (1 - np.mean(failing)), abs=1e-9)
     assert found.metric.label == f"pass@{k}, percent"
@@ -293,7 +293,7 @@ def test_pass_at_k_is_the_chance_that_one_of_k_drawn_samples_passes(passed: list
 
 def test_scores_that_cannot_be_are_refused() -> None:
     with pytest.raises(UserError, match="pass@20, percent needs 20 samples a problem, but one has 10"):
-        statistics.group(frame(scores("CLM", "cpp", [3], suite="multipl_e", metric="passed", of=10)), k=20)
+        statistics.group(frame(scores("CLM", "cpp", [3], suite="multipl_e", metric="passed@20", of=10)))
     with pytest.raises(UserError, match="score outside 0 to 1"):
         statistics.group(frame(scores("CLM", "boolq", [1.5])))
 

@@ -1,0 +1,158 @@
+"""Several models asked together: at every token, or for their answers, of which the most given one counts."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from baselines.method import METHODS, Context, Ensemble, Member, Need, Parameters
+from fusion.errors import UserError
+from fusion.maps import MAPS
+
+VERSION = 1
+
+
+class EnsembleParameters(Parameters):
+    models: list[str] | None = Field(None, description="the roles that take part; all sources without")
+    combine: Literal["probabilities", "logits", "vote"] = Field(
+        "probabilities", description="mean of probabilities, mean of logits (one tokenizer), or vote over answers"
+    )
+    weights: Literal["uniform", "held_out"] | list[float] = Field(
+        "uniform",
+        description="uniform; one number a model; or held_out: the more, the likelier validation text is to it",
+    )
+    weight_temperature: float = Field(
+        0.25, gt=0, description="held_out: softmax of -nats per byte / this (PackLLM's 1 a token is about 0.25 a byte)"
+    )
+    pivot: str | None = Field(
+        None, description="model whose tokens are read and written; the target if it takes part, else the first by name"
+    )
+    map: str = Field("first_piece", description="other tokenizers: vocabulary map onto the pivot (on bytes)")
+
+    @model_validator(mode="after")
+    def _holds(self) -> "EnsembleParameters":
+        MAPS.get(self.map)
+        if self.models is not None:
+            check_models(self.models)
+            if isinstance(self.weights, list) and len(self.weights) != len(self.models):
+                raise UserError(
+                    f"weights has {len(self.weights)} numbers for {len(self.models)} models: give one each."
+                )
+            if self.pivot is not None and self.pivot not in self.models:
+                raise UserError(f"pivot = {self.pivot!r} is none of the models {', '.join(self.models)}: name one.")
+        if isinstance(self.weights, list):
+            normalised(self.weights)
+        return self
+
+
+@METHODS.register("ensemble", reference="PackLLM, arXiv 2404.11531, for other tokenizers; table 7 of arXiv 2401.10491")
+class EnsembleMethod:
+    """The models of several roles, each as it is; nothing is trained."""
+
+    schema: ClassVar[type[Parameters]] = EnsembleParameters
+    needs: ClassVar[Sequence[Need]] = ()
+
+    def __init__(self, parameters: EnsembleParameters) -> None:
+        self.parameters = parameters
+
+    def build(self, context: Context) -> Ensemble:
+        """Weights by held-out text are known by that text: in a plan nothing has been read yet."""
+        parameters = self.parameters
+        names = parameters.models or list(context.sources)
+        check_models(names, context.label)
+        candidates = {name: context.model(name) for name in names}
+        if parameters.combine == "logits":
+            # In a plan some are not there yet.
+            folders = {name: one.folder for name, one in candidates.items() if one.folder.exists()}
+            check_one_tokenizer(folders, context.label)
+        weights = [1.0] * len(names)
+        chosen_by: dict[str, Any] = {}
+        if parameters.weights == "held_out":
+            chosen_by = {"held_out": context.held_out, "temperature": parameters.weight_temperature}
+            nats = [context.score(candidates[name], name) for name in names]
+            if all(map(math.isfinite, nats)):
+                weights = [math.exp((min(nats) - n) / parameters.weight_temperature) for n in nats]
+        elif parameters.weights != "uniform":
+            weights = list(parameters.weights)
+        if len(weights) != len(names):
+            raise UserError(
+                f"{context.label} has {len(weights)} weights for {len(names)} models ({', '.join(names)}): give one "
+                "each."
+            )
+        return ensemble(
+            [Member(name, candidates[name], w) for name, w in zip(names, normalised(weights), strict=True)],
+            pivot=parameters.pivot or ("target" if "target" in names else min(names)),
+            combine=parameters.combine,
+            map=parameters.map,
+            label=context.label,
+            chosen_by=chosen_by,
+        )
+
+
+def ensemble(
+    members: Sequence[Member],
+    *,
+    pivot: str,
+    combine: Literal["probabilities", "logits", "vote"],
+    map: str,
+    label: str,
+    chosen_by: Mapping[str, Any] | None = None,
+) -> Ensemble:
+    """The members that weigh something, in an order that does not depend on the one given; the pivot first.
+
+    `chosen_by` says what the weights come from, where they were not given. Raises UserError where the pivot is none of
+    the members.
+    """
+    members = [member for member in members if member.weight > 0]
+    if pivot not in (names := [member.role for member in members]):
+        raise UserError(f"{label} has the pivot {pivot}, which is none of the models that count: {', '.join(names)}.")
+    members = sorted(members, key=lambda m: (m.role != pivot, m.candidate.fingerprint, m.weight))
+    identity = {
+        "version": VERSION,
+        "members": [[m.candidate.fingerprint, None if chosen_by else m.weight] for m in members],
+        "weights": dict(chosen_by or {}),
+        "combine": combine,
+        "map": map,
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return Ensemble(tuple(members), combine, map, digest, any(member.candidate.seeded for member in members))
+
+
+def check_models(names: Sequence[str], label: str = "models") -> None:
+    """Raises UserError unless two models or more are named, each once."""
+    if len(names) < 2:
+        raise UserError(
+            f"{label}: an ensemble needs two models or more, not {', '.join(names) or 'none'}: name another."
+        )
+    if len(set(names)) < len(names):
+        raise UserError(f"{label}: {', '.join(names)} names a model twice: give each model once.")
+
+
+def check_one_tokenizer(folders: Mapping[str, Path], label: str) -> None:
+    """Raises UserError where two checkpoints write a text in other tokens. Reads no weights."""
+    from transformers import PreTrainedTokenizerFast
+
+    from fusion.vocabulary import encode_alike
+
+    known = {n: PreTrainedTokenizerFast.from_pretrained(f, local_files_only=True) for n, f in folders.items()}
+    for one, other in pairwise(known):
+        if not encode_alike(known[one], known[other]):
+            raise UserError(
+                f"{label} is a mean of logits, for which {one} and {other} must have one tokenizer, but theirs differ: "
+                "combine probabilities, or choose models of one family."
+            )
+
+
+def normalised(weights: Sequence[float]) -> list[float]:
+    """The weights divided by their sum. Raises UserError where one is negative or they do not sum to more than 0."""
+    if negative := [weight for weight in weights if not weight >= 0]:
+        raise UserError(f"A weight of an ensemble is {negative[0]:g}: give each member a number of 0 or more.")
+    total = sum(weights)
+    if not 0 < total < float("inf"):
+        raise UserError(f"The weights of an ensemble sum to {total:g}: give at least one member a positive number.")
+    return [weight / total for weight in weights]
