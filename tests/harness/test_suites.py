@@ -439,7 +439,7 @@ def test_eval_prints_a_table_and_computes_nothing_twice(
     command += ["bbh.max_new_tokens=4", "--dtype", "float32"]
     status, printed, said = answer(*command, "--format", "md")
     assert status == 0, said
-    assert "one: bbh" in printed and "one: commonsense" in printed and "| navigate | average |" in printed
+    assert "one: bbh" in printed and "one: commonsense" in printed and "| navigate (n=3) | average (n=3) |" in printed
     monkeypatch.setattr(suite, "load_model", lambda *_: pytest.fail("loaded"))
     status, again, said = answer(*command, "--format", "json")
     assert status == 0, said
