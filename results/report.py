@@ -14,6 +14,7 @@ from typing import Any
 from results.grid import MISSING
 from results.layout import Cell, Table
 from results.published import AVERAGE
+from results.tables import WITH_INTERVAL
 
 MODES = ("value", "difference", "rank")
 
@@ -180,7 +181,9 @@ def findings(table: Table) -> list[str]:
     if table.best_along == "row":
         cells = [(method, task, cell) for task, method, cell in cells]
     names = dict.fromkeys(name for _, name, _ in cells)
-    averages = [AVERAGE] if AVERAGE in names else [column.label for column in table.columns if column.compared]
+    # Where not every task has enough examples to say anything of the whole, the average over those that have.
+    whole = [name for name in names if name == AVERAGE or name.endswith(WITH_INTERVAL)][-1:]
+    averages = whole or [column.label for column in table.columns if column.compared]
     found = []
     for method, name, cell in cells:
         if name not in averages or cell.difference is None:
@@ -189,7 +192,8 @@ def findings(table: Table) -> list[str]:
         interval = "no interval"
         if cell.difference_interval:
             interval = "95% interval {:+{f}} to {:+{f}}".format(*cell.difference_interval, f=form)
-        verdict = f"{cell.verdict} than {table.baseline}" if cell.verdict else "no difference shown"
+        untested = "no difference shown" if cell.difference_interval else "too few examples to say more"
+        verdict = f"{cell.verdict} than {table.baseline}" if cell.verdict else untested
         about = "" if cell.general or not cell.verdict else ", about these checkpoints only"
         found.append(
             f"{method}, {name}: {cell.value:{form}}, which is {cell.difference:+{form}} against {table.baseline} "

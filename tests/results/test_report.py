@@ -16,6 +16,17 @@ def test_better_is_said_only_where_it_holds() -> None:
     assert other.startswith("other, average: ") and other.endswith("no difference shown.")
 
 
+def test_what_has_too_few_examples_is_left_out_of_what_is_said() -> None:
+    def said(**documents: int) -> str:
+        records = [*final("CLM", documents=documents), *final("FuseLLM", documents=documents, shift=-0.05)]
+        (found,) = findings(main_table(records_frame(records), ["CLM", "FuseLLM"]))
+        return found
+
+    assert said(code=24, news=10).startswith("FuseLLM, average of domains with an interval: ")
+    assert "better than CLM" in said(code=24, news=10)
+    assert said(code=8, news=10).endswith("(no interval): too few examples to say more.")
+
+
 def records_frame(records):  # type: ignore[no-untyped-def]
     from dataclasses import asdict
 
