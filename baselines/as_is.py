@@ -5,11 +5,11 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from baselines.method import METHODS, Candidate, Context, Need, Parameters
+from baselines.method import METHODS, Candidate, Context, Need, Parameters, Role
 
 
 class AsIsParameters(Parameters):
-    role: str = Field("target", description="target, or a source's name")
+    role: Role = Field("target", description="target, or a source's name")
 
 
 @METHODS.register("as_is")

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from baselines.method import METHODS, Candidate, Context, Need, Parameters
+from baselines.method import METHODS, Candidate, Context, Need, Parameters, Role
 from fusion.errors import UserError
 from fusion.learning import Distillation, Learning, OnlineDistillation
 
@@ -20,7 +20,7 @@ class TeacherParameters(Parameters):
     """From whom is learnt, and how much."""
 
     lam: float = Field(0.9, ge=0, le=1, alias="lambda", description="weight of the CLM term")
-    teachers: list[str] | None = Field(None, min_length=1, description="roles that teach; all sources without")
+    teachers: list[Role] | None = Field(None, min_length=1, description="roles that teach; all sources without")
 
     def taught_by(self, context: Context) -> list[str]:
         return list(context.sources) if self.teachers is None else self.teachers
@@ -44,7 +44,7 @@ class DistillationParameters(TeacherParameters):
         self.learning(self.teachers or ["all sources"])
         return self
 
-    def learning(self, teachers: list[str]) -> Learning:
+    def learning(self, teachers: list[Role]) -> Learning:
         """What these parameters ask for."""
         if self.online:
             return OnlineDistillation(teachers, self.divergence, self.temperature)

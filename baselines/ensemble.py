@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from baselines.method import METHODS, Context, Ensemble, Member, Need, Parameters
+from baselines.method import METHODS, Context, Ensemble, Member, Need, Parameters, Role
 from fusion.errors import UserError
 from fusion.maps import MAPS
 
@@ -18,7 +18,7 @@ VERSION = 1
 
 
 class EnsembleParameters(Parameters):
-    models: list[str] | None = Field(None, description="the roles that take part; all sources without")
+    models: list[Role] | None = Field(None, description="the roles that take part; all sources without")
     combine: Literal["probabilities", "logits", "vote"] = Field(
         "probabilities", description="mean of probabilities, mean of logits (one tokenizer), or vote over answers"
     )

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from baselines.method import METHODS, Candidate, Context, Need, Parameters
+from baselines.method import METHODS, Candidate, Context, Need, Parameters, Role
 from fusion.errors import UserError, did_you_mean
 from fusion.learning import Fusion
 from fusion.maps import MAPS
@@ -23,7 +23,7 @@ class FuseLLMParameters(Parameters):
 
     preset: str = Field("mended", description="mended, or published: what the published code computes")
     lam: float = Field(0.9, ge=0, le=1, alias="lambda", description="weight of the CLM term (paper: 0.9)")
-    sources: list[str] | None = Field(None, min_length=1, description="the sources that take part; all without")
+    sources: list[Role] | None = Field(None, min_length=1, description="the sources that take part; all without")
     k: int | None = Field(None, gt=0, description="use only so many of the entries stored a position; all without")
     map: str | None = Field(None, description="vocabulary map: mined, em or first_piece")
     map_on: Literal["bytes", "strings"] | None = Field(None, description="what the map compares")
@@ -62,7 +62,7 @@ class FuseLLMParameters(Parameters):
         """The preset's switches with those set alone over them."""
         return Switches(**self._setting(PRESETS, list(Switches.__dataclass_fields__)))
 
-    def fused(self, sources: list[str]) -> Fusion:
+    def fused(self, sources: list[Role]) -> Fusion:
         """How these parameters fuse the given sources."""
         setting = self._setting(MAP_PRESETS, ["map", "map_on"])
         return Fusion(sources=sources, switches=self.switches(), k=self.k, **setting)

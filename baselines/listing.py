@@ -6,7 +6,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from baselines.method import METHODS, method, method_names
+from baselines.method import METHODS, Role, method, method_names
 from fusion.errors import UserError
 
 
@@ -68,4 +68,6 @@ def _type(annotation: Any) -> str:
         return " or ".join(str(part) for part in parts)
     if get_origin(annotation) in (Union, UnionType):
         return " or ".join(_type(part) for part in parts)
-    return str(annotation).replace("typing.", "") if parts else annotation.__name__
+    if parts:
+        return str(annotation).replace(str(Role), "str").replace("typing.", "")
+    return str(annotation.__name__)

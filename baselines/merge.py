@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from baselines.method import METHODS, Candidate, Context, Need, Parameters
+from baselines.method import METHODS, Candidate, Context, Need, Parameters, Role
 from fusion.errors import UserError, did_you_mean
 from fusion.loading import check_loading
 
@@ -40,8 +40,8 @@ class MergeParameters(Parameters):
     merge_method: Literal["linear", "slerp", "task_arithmetic", "ties", "dare_ties"] = Field(
         "linear", description="linear, slerp (of two models), task_arithmetic, ties or dare_ties"
     )
-    models: list[str] | None = Field(None, min_length=2, description="the roles that are merged; all sources without")
-    base: str = Field("target", description="task_arithmetic, ties, dare_ties: role whose weights the others change")
+    models: list[Role] | None = Field(None, min_length=2, description="the roles that are merged; all sources without")
+    base: Role = Field("target", description="task_arithmetic, ties, dare_ties: role whose weights the others change")
     weights: Literal["uniform", "tuned"] | list[float] = Field(
         "uniform", description="uniform; one number a model, of which the shares count; or tuned on validation text"
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -22,6 +22,24 @@ class Parameters(BaseModel):
     """Base of every method's parameters: unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True, allow_inf_nan=False)
+
+
+Role = Annotated[str, "role"]
+"""A parameter that names a role of the experiment: that there is one is checked before anything is run."""
+
+
+def named_roles(parameters: BaseModel) -> list[str]:
+    """What is named by parameters of type `Role`, alone or in a list."""
+    found: list[str] = []
+    for name, field in type(parameters).model_fields.items():
+        if "role" in field.metadata or _has_role(field.annotation):
+            given = getattr(parameters, name)
+            found += [given] if isinstance(given, str) else given or []
+    return found
+
+
+def _has_role(annotation: Any) -> bool:
+    return annotation == Role or any(map(_has_role, get_args(annotation)))
 
 
 @dataclass(frozen=True)

@@ -195,12 +195,11 @@ class Config(Strict):
             raise UserError(f"baseline {self.baseline!r} is no row{hint}: rows are {', '.join(self.methods)}.")
         return self
 
-    def _check_roles(self, label: str, kind: Any, parameters: Any) -> None:
+    def _check_roles(self, label: str, kind: Any, parameters: BaseModel) -> None:
         """Raises UserError where a method names a role that is not there, or needs one."""
-        roles = list(self.roles.named())
-        keys = ("sources", "models", "teachers")
-        named = [name for key in keys for name in getattr(parameters, key, None) or []]
-        named += [getattr(parameters, key, "target") for key in ("role", "base")]
+        from baselines.method import named_roles
+
+        roles, named = list(self.roles.named()), named_roles(parameters)
         if "teacher" in getattr(kind, "needs", ()) and not hasattr(parameters, "teachers"):
             named.append("teacher")
         for name in named:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baselines.fusellm import FuseLLM, FuseLLMParameters
-from baselines.method import METHODS, Candidate, method
+from baselines.method import METHODS, Candidate, Parameters, Role, method, named_roles
 from fusion.errors import UserError
 from fusion.learning import Fusion, Learning
 from fusion.targets import PRESETS, Switches
@@ -50,6 +50,17 @@ def test_the_methods_of_the_main_job_are_registered() -> None:
     with pytest.raises(UserError, match="did you mean 'fusellm'"):
         method("fusellmm")
     assert set(METHODS.names()) >= {"as_is", "clm", "fusellm"}
+
+
+def test_a_role_is_what_is_typed_as_one() -> None:
+    class Settings(Parameters):
+        base: float = 2.0
+        pivot: Role = "target"
+        teachers: list[Role] | None = None
+        models: tuple[str, ...] = ("no role",)
+
+    assert named_roles(Settings()) == ["target"]
+    assert named_roles(Settings(pivot="a", teachers=["b", "c"])) == ["a", "b", "c"]
 
 
 def test_presets_set_switches_and_nothing_else() -> None:
