@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import machine, models, store, tokens
+from benchmarks import machine, models, store, tables, tokens
 from benchmarks.material import Material
 from benchmarks.page import Result, page
 from fusion.errors import UserError
@@ -20,6 +20,7 @@ WITHOUT_MODELS = {
     "alignments": tokens.alignments,
     "fusing": tokens.fusing,
     "store": store.store,
+    "tables": tables.tables,
     "objective": models.objective,
 }
 WITH_MODELS = {"training": models.training, "extraction": models.extraction}
