@@ -14,7 +14,7 @@ from baselines.method import METHODS, Context, Ensemble, Member, Need, Parameter
 from fusion.errors import UserError
 from fusion.maps import MAPS
 
-VERSION = 1
+VERSION = 2
 
 
 class EnsembleParameters(Parameters):

@@ -3,12 +3,14 @@
 Models with one tokenizer read the same tokens, each with its own keys and values. A model with another tokenizer reads
 the text so far as it would write it itself, never text to come, so that what it says of a text is what it would have
 said while writing it; its distribution is carried into the vocabulary of the pivot, the model whose tokens the ensemble
-reads and writes. One model's logits exist at a time, beside the mean of those before.
+reads and writes. Where the text ends within a token of its own, what that token would go on with counts, too
+(`fusion.overlaps`). One model's logits exist at a time, beside the mean of those before.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from fusion.errors import UserError
 from fusion.maps import control_ids
+from fusion.overlaps import MOST, Cover, Overlaps
 from fusion.prefixes import Later, PrefixReader, Rows
 from fusion.runs import Run, Stem, Tree, alike
 from fusion.vocabulary import Vocabulary, encode_all
@@ -72,11 +75,13 @@ class Translator:
         pivot: Vocabulary,
         vocabulary_map: Tensor,
         *,
+        encode_pivot: Callable[[Sequence[str]], list[list[int]]],
         prefix: int,
         label: str,
+        overlaps: int = MOST,
     ) -> None:
         """`vocabulary_map`: int64[V] the pivot's id of each of the model's, negative for none; `prefix`: its bos, else
-        its eos.
+        its eos; `encode_pivot` and `overlaps`: see `fusion.overlaps`.
         """
         self.reader = reader
         self._tokenizer = tokenizer
@@ -89,6 +94,9 @@ class Translator:
         self._of_byte = {piece[0]: i for i, piece in enumerate(vocabulary.token_bytes) if piece and len(piece) == 1}
         own = control_ids(pivot, vocabulary)
         self._of_control = {i: own.get(i, vocabulary.ids.get(pivot.tokens[i])) for i in pivot.control}
+        self._overlaps = Overlaps(vocabulary, pivot, encode_pivot, most=overlaps, device=reader.device)
+        self.widest = (1 + overlaps) * reader.vocabulary
+        """Logits that one text may need."""
 
     def read(self, asked: Sequence[Sequence[Sequence[int]]], begun: Sequence[Stem | None]) -> tuple[Tensor, list[Stem]]:
         """Log-probabilities float32[n, V of the pivot] after each of the n texts asked for, and stems to go on from.
@@ -96,21 +104,30 @@ class Translator:
         A group of texts continues what `begun` has read of it; its stem is that of its last text.
         """
         found = self.encode([text for texts in asked for text in texts])
+        ends = [
+            _End(own, self._overlaps.covers(own, text))
+            for own, text in zip(found, (text for texts in asked for text in texts), strict=True)
+        ]
+        left = iter(ends)
         trees, kept = [], []
+        wanted: list[list[int]] = []
         for texts, stem in zip(asked, begun, strict=True):
-            ids, found = found[: len(texts)], found[len(texts) :]
-            # The last token may change with the next character, and all of them with the pre-tokenizer's mood.
-            n = min(min(alike(stem.tokens, tuple(i)), len(i) - 1) for i in ids) if stem else 0
+            some = [next(left) for _ in texts]
+            # The last token may change with the next character, and all of them with the pre-tokenizer's mood. Those
+            # whose logits are wanted are read anew.
+            n = min(min(alike(stem.tokens, tuple(e.own)), len(e.own) - e.rows) for e in some) if stem else 0
             kept.append(stem.cut(n) if stem and n else None)
-            trees.append(Tree([i[n:] for i in ids], kept[-1]))
-            if self.reader.positions and max(map(len, ids)) > self.reader.positions:
+            trees.append(Tree([e.own[n:] for e in some], kept[-1]))
+            longest = max(len(e.own) for e in some)
+            if self.reader.positions and longest > self.reader.positions:
                 raise UserError(
-                    f"A text of {max(map(len, ids))} tokens does not fit the context of {self._label}, "
+                    f"A text of {longest} tokens does not fit the context of {self._label}, "
                     f"{self.reader.positions}: leave its task out, or lower the window."
                 )
-        logits, read = self.reader.begin(trees, [tree.ends for tree in trees])
+            wanted.append(_rows(trees[-1], some, sum(len(nodes) for nodes in wanted)))
+        logits, read = self.reader.begin(trees, wanted)
         stems = [_longer(before, tree, new) for before, tree, new in zip(kept, trees, read, strict=True)]
-        return self._carried(logits), stems
+        return self._carried(logits, ends), stems
 
     def encode(self, texts: Sequence[Sequence[int]]) -> list[list[int]]:
         """The model's own tokens of texts in the pivot's tokens; never none.
@@ -153,13 +170,58 @@ class Translator:
                 found.append(whole[before + 1 : mark])
         return found
 
-    def _carried(self, logits: Tensor) -> Tensor:
+    def _carried(self, logits: Tensor, ends: Sequence["_End"]) -> Tensor:
         """Log-probabilities float32[n, V of the pivot] by the map: duplicates summed, what maps to nothing left out."""
-        carried = torch.zeros(len(logits), len(self._pivot), device=logits.device)
-        for rows, new in zip(carried.split(_ROWS), logits.split(_ROWS), strict=True):
-            rows.index_add_(1, self._onto, new.float().softmax(-1)[:, self._mapped])
+        carried = torch.zeros(len(ends), len(self._pivot), device=logits.device)
+        totals = torch.cat([rows.float().logsumexp(-1) for rows in logits.split(_ROWS)])
+        for start in range(0, len(ends), _ROWS):
+            rows, some = carried[start : start + _ROWS], ends[start : start + _ROWS]
+            last = torch.tensor([end.at[0] for end in some], device=logits.device)
+            rows.index_add_(1, self._onto, logits[last].float().softmax(-1)[:, self._mapped])
+            for row, end in zip(rows, some, strict=True):
+                if end.covers:
+                    _add_covers(row, logits, totals, end)
             rows.log_()
         return carried
+
+
+@dataclass
+class _End:
+    """The end of a text in a model's own tokens, and what covers the last 1, 2, ... of these."""
+
+    own: list[int]
+    covers: list[Cover]
+    at: list[int] = field(default_factory=list)
+    """Rows of the logits after all tokens, and after all but the last 1, 2, ..."""
+
+    @property
+    def rows(self) -> int:
+        return 1 + len(self.covers)
+
+
+def _rows(tree: Tree, ends: Sequence[_End], first: int) -> list[int]:
+    """The tokens of the tree whose logits are wanted, each once; where they will be, from `first`, is noted."""
+    wanted: dict[int, int] = {}
+    for node, end in zip(tree.ends, ends, strict=True):
+        for _ in range(end.rows):
+            end.at.append(first + wanted.setdefault(node, len(wanted)))
+            node = tree.parents[node]
+    return list(wanted)
+
+
+def _add_covers(row: Tensor, logits: Tensor, totals: Tensor, end: _End) -> None:
+    """What comes next, float32[V of the pivot], where the text may also end within a token: in place."""
+    # Against all that begins with the text's own tokens, a longer one in their place weighs its probability by theirs.
+    theirs = torch.zeros((), device=row.device)
+    weights = []
+    for back, (ids, _) in enumerate(end.covers, 1):
+        at = end.at[back]
+        theirs = theirs + logits[at, end.own[-back]].float() - totals[at]
+        weights.append(logits[at, ids].float() - totals[at] - theirs)
+    log_weights = torch.cat(weights)
+    whole = torch.logaddexp(log_weights.logsumexp(0), torch.zeros_like(theirs))
+    row *= (-whole).exp()
+    row.index_add_(0, torch.cat([onto for _, onto in end.covers]), (log_weights - whole).exp())
 
 
 def _longer(before: Stem | None, tree: Tree, read: Stem) -> Stem:
@@ -201,7 +263,7 @@ class JointReader(PrefixReader):
         every = [*self._readers, *(t.reader for t in self._translators)]
         self.device = self._readers[0].device
         self.vocabulary = min(reader.vocabulary for reader in self._readers)
-        self.widest = max(reader.vocabulary for reader in every)
+        self.widest = max(*(r.vocabulary for r in self._readers), *(t.widest for t in self._translators), 0)
         self.positions = min((reader.positions for reader in self._readers if reader.positions), default=None)
         self.layers = sum(reader.layers for reader in self._readers)
         self.position_bytes = sum(reader.position_bytes for reader in every)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from baselines.method import Ensemble
@@ -46,7 +46,7 @@ class JointSubject(Subject):
         """Loads all members. Raises UserError for one that cannot take part."""
         from fusion.ensemble import JointReader, Translator
         from fusion.prefixes import PrefixReader, Unsupported
-        from fusion.vocabulary import Vocabulary, encode_alike, prefix_id
+        from fusion.vocabulary import Vocabulary, encode_alike, encode_all, prefix_id
 
         assert self.ensemble.combine != "vote"
         readers = []
@@ -74,6 +74,7 @@ class JointSubject(Subject):
                 vocabularies[i],
                 pivot,
                 self._map(member, vocabularies[i], pivot),
+                encode_pivot=partial(encode_all, self.tokenizer),
                 prefix=prefix_id(member.tokenizer),
                 label=member.label,
             )

@@ -2,9 +2,11 @@
 
 import copy
 import json
+import math
 import random
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,7 +36,7 @@ from fusion.inference import document_nats
 from fusion.maps import build_map
 from fusion.prefixes import PrefixReader
 from fusion.runs import Run, Tree
-from fusion.vocabulary import Vocabulary, encode, prefix_id
+from fusion.vocabulary import Vocabulary, encode, encode_all, prefix_id
 from tests.fusion.tokenizers_for_tests import FAMILIES, TEXTS, byte_level, sentencepiece_bpe
 
 _SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -236,7 +238,9 @@ def test_a_tree_is_its_sequences(trio: list[Any]) -> None:
 TEXT = "The dog sleeps; crème brûlée 猫 fox\n  two 🙂"
 
 
-def translator(member: Any, tokenizer: Any, kind: type[Translator] = Translator, label: str = "") -> Translator:
+def translator(
+    member: Any, tokenizer: Any, kind: type[Translator] = Translator, label: str = "", overlaps: int = 3
+) -> Translator:
     """A model that is asked in the tokens of `byte_level`."""
     tokens = byte_level()
     own = Vocabulary.from_tokenizer(tokens)
@@ -248,8 +252,10 @@ def translator(member: Any, tokenizer: Any, kind: type[Translator] = Translator,
         vocabulary,
         own,
         torch.from_numpy(onto).long(),
+        encode_pivot=partial(encode_all, tokens),
         prefix=prefix_id(tokenizer),
         label=label,
+        overlaps=overlaps,
     )
 
 
@@ -272,16 +278,57 @@ def members() -> dict[str, Any]:
     }
 
 
+def goes_on(known: bytes, tail: Sequence[int], rest: bytes) -> int | None:
+    """The token that `byte_level` writes after its tokens `tail`, which spell `known`, where these stay; else None."""
+    spelled = Vocabulary.from_tokenizer(byte_level()).token_bytes
+    if known + rest in spelled:
+        return None
+    try:
+        whole, without = encode(byte_level(), (known + rest).decode()), encode(byte_level(), known.decode())
+    except UnicodeDecodeError:
+        whole, without = [], []
+    if without == [*tail]:
+        return whole[len(tail)] if whole[: len(tail)] == [*tail] else None
+    starts = {len(b"".join(spelled[i] or b"" for i in tail[:n])) for n in range(len(tail))}
+    longer = {known[n:] + rest[:m] for n in starts for m in range(1, len(rest) + 1)}
+    if longer & set(spelled):
+        return None
+    return spelled.index(max((piece for piece in spelled if piece and rest.startswith(piece)), key=len))
+
+
 def by_definition(reader: JointReader, models: Sequence[Any], shares: Sequence[float], text: Sequence[int]) -> Tensor:
-    """log-probabilities float64[V] after a text, from the member's own tokens and without any cache."""
+    """log-probabilities float64[V] after a text, from the member's own tokens and without any cache.
+
+    What may follow is weighed by the probability of all that is written for it: of the text's last three tokens and the
+    next, and of what is written in place of the last one, two or three where a longer token covers the text's end.
+    """
+    spelled = Vocabulary.from_tokenizer(byte_level()).token_bytes
     with torch.no_grad():
         p = shares[0] * models[0](torch.tensor([list(text)])).logits[0, -1].double().softmax(-1)
         for one, member, share in zip(reader._translators, models[1:], shares[1:], strict=True):
             (ids,) = one.encode([text])
-            said = member(torch.tensor([ids])).logits[0, -1].double().softmax(-1)
+            said = member(torch.tensor([ids])).logits[0].double().softmax(-1)
+            until = max(len(ids) - 3, 1)  # what is read for certain
+            sure = [float(said[n - 1, ids[n]]) for n in range(until, len(ids))]
             carried = torch.zeros_like(p)
             for i, onto in zip(one._mapped.tolist(), one._onto.tolist(), strict=True):
-                carried[onto] += said[i]
+                carried[onto] += said[-1, i]
+            carried *= math.prod(sure)
+            own = Vocabulary.from_tokenizer(one._tokenizer, len(said[0])).token_bytes
+            for start in range(len(ids) - 1, until - 1, -1):
+                if None in (pieces := [own[i] for i in ids[start:]]):
+                    break
+                end = b"".join(piece or b"" for piece in pieces)
+                tails = [text[n:] for n in range(len(text)) if None not in [spelled[i] for i in text[n:]]]
+                known = {b"".join(spelled[i] or b"" for i in tail): tail for tail in tails}
+                begun = min((k for k in known if len(k) >= len(end)), key=len, default=b"")
+                if not begun.endswith(end):
+                    break
+                for i, piece in enumerate(own):
+                    if piece and piece.startswith(end) and piece != end:
+                        token = goes_on(begun, known[begun], piece[len(end) :])
+                        if token is not None:
+                            carried[token] += math.prod(sure[: start - until]) * said[start - 1, i]
             p += share * carried / carried.sum()
     return p.log()
 
@@ -312,12 +359,18 @@ def test_translated_reading_is_its_definition(
     reader = translated(pivot, members)
     models, shares = [pivot, *members.values()], [0.4, 0.3, 0.3]
     ids = [0, *encode(byte_level(), TEXT)]
+    for one in reader._translators:
+        ends = [one._overlaps.covers(*one.encode([ids[:n]]), ids[:n]) for n in range(1, len(ids))]
+        assert {0, 1, 2} <= set(map(len, ends))
     expected = torch.stack([by_definition(reader, models, shares, ids[: n + 1]) for n in range(len(ids))])
     with reader.reading():
         found = reader.read([Run(ids)], [range(len(ids))])
         _, (stem,) = reader.begin([Run(ids[:9])])
         continued = reader.read([Run(ids[9:12], stem, [ids[12:], ids[3:5]])], [range(len(ids) - 9)])
+        shuffled = JointReader([(reader._readers[0], 0.4)], [(one, 0.3) for one in reader._translators[::-1]])
+        other_order = shuffled.read([Run(ids)], [range(len(ids))])
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(other_order, found, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(continued.double(), expected[9:], atol=1e-4, rtol=1e-4)
     nats = -expected[:-1].gather(1, torch.tensor(ids[1:])[:, None]).sum()
     for logits in (2**25, 5 * reader.widest):
@@ -451,26 +504,29 @@ def taught(tokenizer: Any, words: int, steps: int) -> Any:
 
 
 def test_text_read_anew_tells_more_than_tokens_for_tokens_where_words_are_split_otherwise() -> None:
-    """On held-out text, the pivot spelling most of the member's tokens in pieces. Both are worse than the pivot alone.
+    """On held-out text, the pivot spelling most of the member's tokens in pieces.
 
-    What a member says within one of its own tokens is worth little either way; of like tokenizers neither is ahead.
+    What the member says within one of its own tokens is worth little either way, and both are worse than the pivot
+    alone; with what covers the text's end they are far better.
     """
     pivot, tokenizer = taught(byte_level(), 300, 30), whole_words()
     member = taught(tokenizer, 3000, 100)
-    anew, mapped = translator(member, tokenizer), translator(member, tokenizer, OneToOne)
+    covered, anew = (translator(member, tokenizer, overlaps=most) for most in (3, 0))
+    mapped = translator(member, tokenizer, OneToOne, overlaps=0)
     assert isinstance(mapped, OneToOne)
     own, theirs = Vocabulary.from_tokenizer(byte_level()), Vocabulary.from_tokenizer(tokenizer)
     onto = build_map("mined", own, theirs, encode_target=lambda text: encode(tokenizer, text))
     mapped.to_own = [int(i) if i >= 0 else prefix_id(tokenizer) for i in onto]
-    readers = [JointReader([(PrefixReader(pivot), 0.3)], [(one, 0.7)]) for one in (anew, mapped)]
+    readers = [JointReader([(PrefixReader(pivot), 0.3)], [(one, 0.7)]) for one in (covered, anew, mapped)]
     held_out = chain(60, 1)
     settings: Any = {"prefix": 0, "window": 512, "batch_tokens": 512}
-    alone, by_text, by_token = (
+    alone, by_end, by_text, by_token = (
         float(document_nats(m, [encode(byte_level(), held_out)], **settings)[0]) / len(held_out)
         for m in (pivot, *readers)
     )
-    print(f"nats a byte: pivot alone {alone:.3f}, text read anew {by_text:.3f}, tokens for tokens {by_token:.3f}")
+    print(f"nats a byte: {alone:.3f} alone, {by_end:.3f} covered, {by_text:.3f} read anew, {by_token:.3f} by tokens")
     assert by_text < 0.97 * by_token
+    assert by_end < 0.5 * alone < 0.5 * by_text
 
 
 def test_a_mean_of_logits_needs_one_tokenizer(pivot: Any, members: dict[str, Any]) -> None:
