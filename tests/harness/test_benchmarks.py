@@ -2,10 +2,15 @@
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from transformers import GPTNeoXConfig, LlamaConfig
 
+from benchmarks import ensembles
 from benchmarks.__main__ import NAMES, main
 from benchmarks.page import Result, page
+from tests.harness.tiny_models import save_model, sentences
 from tests.shared import shared
 
 
@@ -40,3 +45,20 @@ def test_the_page_says_what_was_missed() -> None:
     assert "| faster | ms | ≤ 25 | 20 | 6,000 | 300 | 1 |" in lines
     assert "| rate | tokens/s | ≥ 1 | **0.5, missed** | 0.25 | 2 | – |" in lines
     assert "| no goal | s | – | 3 | – | – | – |" in lines
+
+
+def test_ensembles_are_compared_on_texts_of_every_domain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pivot = save_model(tmp_path / "pivot", LlamaConfig, 330, 0, 4, max_position_embeddings=512)
+    member = save_model(tmp_path / "member", GPTNeoXConfig, 400, 1, 4, max_position_embeddings=512)
+    corpus = tmp_path / "corpora/mixed/default/test.parquet"
+    corpus.parent.mkdir(parents=True)
+    pq.write_table(pa.table({"text": sentences(6), "source": ensembles.DOMAINS * 2}), corpus)
+    arguments = ["--pivot", str(pivot), "--member", str(member), "--root", str(tmp_path), "--dtype", "float32"]
+    arguments += ["--data-root", str(tmp_path), "--texts", "3", "--bytes", "40", "--overlaps", "2"]
+    assert ensembles.main(arguments) == 0
+    heading, _, *rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert heading.endswith(" nats a byte | wiki | code | news | s |")
+    values = [tuple(row.split(" | ")[1:4]) for row in rows]
+    assert len(set(values)) == len(rows) == 5
+    assert ensembles.main([*arguments, "--member", "Qwen2.5-Coder-0.5B-Instruct"]) == 2
+    assert capsys.readouterr().err.startswith("benchmarks: The model Qwen2.5-Coder-0.5B-Instruct is not in")
