@@ -56,9 +56,10 @@ def test_ensembles_are_compared_on_texts_of_every_domain(tmp_path: Path, capsys:
     arguments = ["--pivot", str(pivot), "--member", str(member), "--root", str(tmp_path), "--dtype", "float32"]
     arguments += ["--data-root", str(tmp_path), "--texts", "3", "--bytes", "40", "--overlaps", "2"]
     assert ensembles.main(arguments) == 0
-    heading, _, *rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert heading.endswith(" nats a byte | wiki | code | news | s |")
-    values = [tuple(row.split(" | ")[1:4]) for row in rows]
-    assert len(set(values)) == len(rows) == 5
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert lines[0].endswith(" nats a byte | wiki | code | news | s |")
+    assert lines[7] == "| likelier than token by token | wiki, of 1 | code, of 1 | news, of 1 |"
+    assert len({tuple(line.split(" | ")[1:4]) for line in lines[2:7]}) == 5
+    assert len(lines) == 7 + 2 + 4
     assert ensembles.main([*arguments, "--member", "Qwen2.5-Coder-0.5B-Instruct"]) == 2
     assert capsys.readouterr().err.startswith("benchmarks: The model Qwen2.5-Coder-0.5B-Instruct is not in")
