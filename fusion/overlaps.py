@@ -48,7 +48,8 @@ class Overlaps:
         self._device = device
         spelled = sorted((piece, i) for i, piece in enumerate(self._own) if piece)
         self._pieces, self._ids = [piece for piece, _ in spelled], [i for _, i in spelled]
-        self._by_bytes = {piece: i for i, piece in reversed(list(enumerate(pivot.token_bytes))) if piece}
+        self._spelling = {i: piece for i, piece in enumerate(pivot.token_bytes) if piece}
+        self._by_bytes = {piece: i for i, piece in reversed(self._spelling.items())}
         self._longest = max(map(len, self._by_bytes))
         self._none = (torch.zeros(0, dtype=torch.long, device=device),) * 2
         self._cover = lru_cache(_KEPT)(self._find)
@@ -107,12 +108,13 @@ class Overlaps:
         asked = by_text[0] == expected
         found: list[int | None] = []
         for rest, ids in zip(rests, by_text[1:], strict=True):
-            if known + rest in self._by_bytes:  # though its tokenizer may never write that token
+            stays = ids is None or ids[: len(expected)] == expected
+            if known + rest in self._by_bytes or (asked and not stays):  # it may never write a token that it has
                 found.append(None)
-            elif asked and ids is not None:
-                found.append(ids[len(expected)] if ids[: len(expected)] == expected else None)
-            else:
-                found.append(self._by_length(tail, known, rest))
+                continue
+            following = ids[len(expected) :] if asked and ids is not None else []
+            begins = following and following[0] in self._spelling and rest.startswith(self._spelling[following[0]])
+            found.append(following[0] if begins else self._by_length(tail, known, rest))
         return found
 
     def _by_length(self, tail: tuple[int, ...], known: bytes, rest: bytes) -> int | None:

@@ -67,6 +67,15 @@ def test_the_bytes_of_a_character_are_part_of_it() -> None:
     assert named(overlaps, ["<s>", "<0xE7>"], ["<s>", "<0xE7>"]) == expected
 
 
+def test_what_the_pivots_tokenizer_cannot_write_is_known_by_length() -> None:
+    """It may drop text, know no token for it, or have tokens that the model has no row for."""
+    known = [PIVOT.ids["l"]]
+    for lost in ([], [PIVOT.ids["<s>"]], [len(PIVOT)]):
+        overlaps = Overlaps(OWN, PIVOT, lambda texts, lost=lost: [[], known, *([*known, *lost] for _ in texts[2:])])
+        # "lo" is a token of the pivot's, and longer.
+        assert named(overlaps, ["<s>", "l"], ["<s>", "l"]) == [{"l!>!"}]
+
+
 def test_nothing_is_covered_beyond_what_is_known() -> None:
     overlaps = longest_first(PIVOT)
     one = [{"l!>!"}]
