@@ -24,8 +24,10 @@ class Costs:
         """Floating-point operations a second that a model reaches here (all visible GPUs together)."""
         import torch
 
+        from harness.models import compute_dtype
+
         size = 4096 if self.device.startswith("cuda") else 1024
-        dtype = torch.bfloat16 if self.device.startswith("cuda") else torch.float32
+        dtype = getattr(torch, compute_dtype("auto", self.device))
         a = torch.ones(size, size, device=self.device, dtype=dtype)
         a @ a
         started, n = time.perf_counter(), 0
