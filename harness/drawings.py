@@ -1,6 +1,7 @@
 """The figures of a finished run: drawn from its records, its table and its audit, and so again from those alone."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +45,7 @@ def drawings(folder: Path, made: "Table") -> Iterator[Drawing]:
             about = "" if column == "average" else f": {column}"
             if len(shown := _with_difference(made, rows, column)) > 1:
                 yield Drawing(
-                    f"by-{along.replace(' ', '-')}{about.replace(': ', '-')}",
+                    re.sub(r"\W+", "-", f"by {along}{about}"),
                     f"Quality against {along}{about}",
                     partial(quality_figure, made, {along: shown}, along=along, column=column),
                 )

@@ -254,9 +254,10 @@ def _notes(
         notes.append(f"What is missing is made by `{command}`, as far as this harness can.")
     if with_paper:
         pairs = [f"{row.published} ({row.shown})" for row in rows if row.published and row.published != row.shown]
+        by_role = f" by role: {', '.join(pairs)}" if pairs else ""
         notes.append(
-            f"Published values (arXiv 2401.10491) stand beside ours by role: {', '.join(pairs)}; other models and data "
-            "give other absolute numbers."
+            f"Published values (arXiv 2401.10491) stand beside ours{by_role}; other models and data give other "
+            "absolute numbers."
         )
         notes += published.notes
     return notes
