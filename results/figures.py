@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_ACROSS = 4  # panels beside each other
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -306,10 +308,12 @@ def differences_figure(
     if not panels:
         return ()
     longest = max(map(len, panels.values()))
+    across = min(len(panels), _ACROSS)
+    down = -(-len(panels) // across)
     with drawing.style():
-        figure = drawing.new((2.2 + 3.6 * len(panels), 1.8 + 0.24 * longest))
+        figure = drawing.new((2.2 + 3.6 * across, 0.8 + (1 + 0.24 * longest) * down))
         for i, (method, panel) in enumerate(panels.items()):
-            axes = figure.add_subplot(1, len(panels), i + 1)
+            axes = figure.add_subplot(down, across, i + 1)
             for at, (_, cell) in enumerate(panel):
                 assert cell.difference is not None
                 low, high = cell.difference_interval or (cell.difference, cell.difference)

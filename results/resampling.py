@@ -39,6 +39,11 @@ class Ratio:
         return self.top - self.value * self.bottom
 
     @cached_property
+    def unlike(self) -> int:
+        """Examples that deviate otherwise than most."""
+        return len(self.top) - int(np.unique(self.residuals, return_counts=True)[1].max())
+
+    @cached_property
     def variance(self) -> float:
         """The squared standard error, by linearisation."""
         n = len(self.top)
@@ -95,8 +100,9 @@ def studentised(ratios: Sequence[Ratio], resamples: Sequence[Resamples]) -> tupl
         return 0.0, np.empty(0)
     deviation = np.abs(np.mean([one.deviation for one in resamples], axis=0))
     own = np.sqrt(np.sum([one.variance for one in resamples], axis=0)) / len(ratios)
-    # A resample whose examples are all alike (the few that differ were not drawn) knows no error of its own.
-    return error, deviation / np.where(own > 1e-9 * error, own, error)
+    # A resample whose examples are all alike (the few that differ were not drawn) knows no error of its own, but for
+    # the square root of what rounding left of nothing.
+    return error, deviation / np.where(own > 1e-4 * error, own, error)
 
 
 def _tops(residual: np.ndarray, bottom: np.ndarray) -> np.ndarray:

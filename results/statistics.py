@@ -22,6 +22,7 @@ from results.resampling import RESAMPLES, Ratio, Resamples, studentised
 from results.resampling import resample as resample_ratios
 
 MIN_UNITS = 20  # fewer examples give no interval and no test
+MIN_UNLIKE = 6  # of scores: if fewer differ from the rest, even all of them in one direction show nothing (sign test)
 MIN_SEEDS = 5  # fewer say nothing about a method
 CONFIDENCE = 0.95
 K = TypeVar("K", bound=Hashable)
@@ -77,9 +78,10 @@ class Units:
 class Estimate:
     """A value, or a difference, over one task or the unweighted mean over several.
 
-    interval is None below MIN_UNITS examples in any of the tasks, and where all examples scored alike. spread is the
-    standard deviation over seeds (None below two). n counts the examples of all tasks. p, of a difference only, is
-    that of a paired test that it is zero; it is `general` where that counts seeds as well as examples.
+    interval is None below MIN_UNITS examples in any of the tasks, and where fewer than MIN_UNLIKE scores differ from
+    the rest. spread is the standard deviation over seeds (None below two). n counts the examples of all tasks. p, of a
+    difference only, is that of a paired test that it is zero; it is `general` where that counts seeds as well as
+    examples.
     """
 
     value: float
@@ -221,9 +223,9 @@ def _inferred(tasks: Sequence[Units], value: float) -> tuple[tuple[float, float]
         resamples = [one.resamples for one in tasks if one.resamples is not None]
         if len(resamples) < len(tasks):
             return None, None
+        if first.metric.bounds and sum(one.ratio.unlike for one in tasks) < MIN_UNLIKE:
+            return None, 1.0 if contrast else None
         error, off = studentised([one.ratio for one in tasks], resamples)
-        if not off.size and first.metric.bounds:
-            return None, 1.0 if contrast else None  # scores are often alike by chance: nobody solved anything
         low, high, p = _bootstrapped(value, error * first.metric.scale, off)
     if first.metric.bounds:
         least, most = first.metric.bounds

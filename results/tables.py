@@ -16,7 +16,7 @@ from results.published import AVERAGE, paper_table
 from results.records import NO_SEED
 from results.render import FORMATS, plain_rich, plain_table, render, to_rich
 from results.resampling import RESAMPLES
-from results.statistics import CONFIDENCE, MIN_SEEDS, MIN_UNITS, Units
+from results.statistics import CONFIDENCE, MIN_SEEDS, MIN_UNITS, MIN_UNLIKE, Units
 
 __all__ = [
     "BANNERS", "FORMATS", "Cell", "Column", "Table",
@@ -303,10 +303,11 @@ def transposed(table: Table) -> Table:
 def sentences(metric: Metric, baseline: str | None, found: Measured, task: str, *more: str) -> list[str]:
     """What a reader must know to read the numbers; `task` is what one is called, `more` comes after the intervals."""
     everything = [cell for row in found.cells for cell in row]
+    alike = f", or fewer than {MIN_UNLIKE} in all score unlike the rest" if metric.bounds else ""
     notes = [
         f"The average is the unweighted mean over {task}s; n counts {metric.unit}s.",
         f"[low, high]: {CONFIDENCE:.0%} interval over {metric.unit}s within {task}s ({_how(metric)}), about these "
-        f"checkpoints only; none where a {task} has fewer than {MIN_UNITS} {metric.unit}s.",
+        f"checkpoints only; none where a {task} has fewer than {MIN_UNITS} {metric.unit}s{alike}.",
         *more,
     ]
     if found.comparisons:

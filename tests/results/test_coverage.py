@@ -118,6 +118,15 @@ def test_difference_of_average_accuracy(n: int) -> None:
     assert 0.93 <= coverage(found, 100 * 0.1 * 0.5) <= 0.97
 
 
+def test_difference_of_average_accuracy_where_few_differ() -> None:
+    """Won with probability 0.01, lost with 0.005."""
+    rng = np.random.default_rng(0)
+    found = estimates(
+        lambda _: alone(rng.choice([1.0, -1.0, 0.0], (BATCH, 250), p=[0.01, 0.005, 0.985])), "acc", tuple(RATES), True
+    )
+    assert 0.93 <= coverage(found, 0.5) <= 0.97
+
+
 @SIZES
 def test_pass_at_one(n: int) -> None:
     """A problem's samples pass with a probability of its own, beta(0.3, 0.9): most are never or always solved."""

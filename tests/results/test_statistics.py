@@ -265,6 +265,33 @@ def test_scores_under_several_seeds_are_resampled() -> None:
     assert statistics.estimate([statistics.resample({0: unit})[0]]).interval is not None
 
 
+@pytest.mark.parametrize(("won", "lost"), [(3, 2), (4, 3)])
+def test_a_handful_of_scores_that_differ_has_no_interval_or_a_sensible_one(won: int, lost: int) -> None:
+    records, parts = [], [Part("commonsense", task, "acc_norm") for task in ("a", "b")]
+    for task in ("a", "b"):
+        apart = [1.0] * won + [0.0] * lost if task == "a" else []
+        same = [1.0, 0.0] * 100
+        clm = [1 - one for one in apart] + same
+        records += scores("CLM", task, clm, metric="acc_norm") + scores(
+            "FuseLLM", task, apart + same, metric="acc_norm"
+        )
+    found = statistics.group(frame(records))
+    apart_by = {part: statistics.contrast(found["FuseLLM", part], found["CLM", part]) for part in parts}
+    difference = statistics.estimate(list(statistics.resample(apart_by).values()))
+    if won + lost < 6:
+        assert (difference.interval, difference.p) == (None, 1.0)
+    else:
+        assert difference.interval is not None and -3 < difference.interval[0] < 0 < difference.interval[1] < 3
+        assert difference.p is not None and difference.p > 0.5
+
+
+def test_a_resample_without_those_that_differ_is_not_infinitely_far_off() -> None:
+    ratios = [resampling.Ratio(task, np.array([1.0, -1.0, 1.0] + [0.0] * 297), np.ones(300)) for task in "abc"]
+    resamples = list(resampling.resample(dict(enumerate(ratios))).values())
+    _, off = resampling.studentised(ratios[:1], resamples[:1])
+    assert off.max() < 10
+
+
 def test_nothing_solved_in_several_tasks_has_no_interval_and_shows_no_difference() -> None:
     records = [
         one
