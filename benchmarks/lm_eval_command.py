@@ -59,13 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=Path("work"), help="folder that holds models/")
     parser.add_argument("--data-root", type=Path, default=Path("../shared/data/hub"))
     parser.add_argument("--limit", type=int, default=20, help="rows a task; of BBH's a tenth of it")
+    parser.add_argument("--max-new-tokens", type=int, help="of BBH's answers; the tasks' own without")
     options = parser.parse_args(arguments)
     few = max(1, options.limit // 10)
     try:
         model = resolve(ModelSpec(name=options.model), options.root / "models")
         suites = {
             options.limit: Commonsense(LmSection(limit=options.limit), options.data_root),
-            few: Bbh(BbhSection(limit=few, tasks=BBH_TASKS), options.data_root),
+            few: Bbh(BbhSection(limit=few, tasks=BBH_TASKS, max_new_tokens=options.max_new_tokens), options.data_root),
         }
     except UserError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
