@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 VERSION = 1
 EXAMPLES = "examples.jsonl"
 _DEFAULT_METRICS = {"multiple_choice": "acc", "loglikelihood": "acc", "generate_until": "exact_match"}
-_PROMPT_BYTES = 4000.0  # of one example, for estimates
 _UNKNOWN_ROWS = 1000  # of a task whose rows are not here, for estimates
 
 
@@ -65,6 +64,8 @@ class LmSuite:
 
     name: ClassVar[str]
     schema: ClassVar[type[BaseModel]] = LmSection
+    example_bytes: ClassVar[float] = 2000.0
+    """Of text that is read and written for one example, about, for estimates."""
 
     def __init__(self, section: LmSection, data_root: Path | None) -> None:
         self.section = section
@@ -111,7 +112,7 @@ class LmSuite:
         for task, reason in missing.items():
             say(f"{self.name} {subject.label}: {task} is left out, {reason}.")
         wanted = [
-            (task, spec, costs.forward(subject.parameters, self._rows(task) * _PROMPT_BYTES))
+            (task, spec, costs.forward(subject.parameters, self._rows(task) * self.example_bytes))
             for task, spec in specs.items()
             if task not in missing
         ]
@@ -400,6 +401,7 @@ class Commonsense(LmSuite):
     """Five tasks, zero-shot, by likelihood."""
 
     name = "commonsense"
+    example_bytes = 700.0  # four short choices
     _METRICS: ClassVar = {
         "arc_easy": "acc_norm",
         "arc_challenge": "acc_norm",
