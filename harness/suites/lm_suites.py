@@ -64,7 +64,7 @@ class LmSuite:
 
     name: ClassVar[str]
     schema: ClassVar[type[BaseModel]] = LmSection
-    example_bytes: ClassVar[float] = 2000.0
+    example_bytes: ClassVar[float] = 4000.0
     """Of text that is read and written for one example, about, for estimates."""
 
     def __init__(self, section: LmSection, data_root: Path | None) -> None:
