@@ -40,15 +40,17 @@ class Outcome:
     seconds: float
 
 
-def cases(data_root: Path, limit: int, languages: Sequence[str], new_tokens: int | None) -> list[Case]:
-    """BBH, every commonsense task and MultiPL-E, each with `limit` rows a task or language."""
+def cases(
+    data_root: Path, limit: int, languages: Sequence[str], new_tokens: int | None, bbh_tasks: list[str] | None = None
+) -> list[Case]:
+    """BBH (all tasks without `bbh_tasks`), every commonsense task and MultiPL-E, `limit` rows a task or language."""
     from lm_eval.api.instance import Instance
 
     from harness.suites.lm_suites import Bbh, BbhSection, Commonsense, LmSection
     from harness.suites.multipl_e import MultiplE, MultiplESection
 
     found = []
-    bbh = Bbh(BbhSection(limit=limit, max_new_tokens=new_tokens), data_root)
+    bbh = Bbh(BbhSection(limit=limit, max_new_tokens=new_tokens, tasks=bbh_tasks), data_root)
     commonsense = Commonsense(LmSection(limit=limit), data_root)
     for suite in (bbh, commonsense):
         prepared, missing = suite._prepared
@@ -120,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data-root", type=Path, default=Path("../shared/data/hub"))
     parser.add_argument("--limit", type=int, default=3, help="rows a task or language")
     parser.add_argument("--only", nargs="+", help="bbh, hellaswag, arc_easy, ..., multipl_e")
+    parser.add_argument("--bbh-tasks", nargs="+", help="of BBH only these; all 27 without")
     parser.add_argument("--languages", nargs="+", default=["cpp", "js", "python"])
     parser.add_argument("--max-new-tokens", type=int, help="shorter answers, to try; the tasks' own without")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 8, 16], help="those tried for HFLM")
@@ -131,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         resolved = resolve(ModelSpec(name=options.model, dtype="float32"), options.root / "models")
         model, tokenizer = load_model(resolved, "float32"), load_tokenizer(resolved)
-        chosen = cases(options.data_root, options.limit, options.languages, options.max_new_tokens)
+        chosen = cases(options.data_root, options.limit, options.languages, options.max_new_tokens, options.bbh_tasks)
     except UserError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
