@@ -13,7 +13,7 @@ import yaml
 from fusion.errors import UserError
 from harness.artifacts import canonical, read_manifest, write_atomically
 from harness.drawings import drawings
-from harness.runs import RUN_FILE, SUITES_FILE, described, find_run, open_run, opened, run_folder, table
+from harness.runs import RUN_FILE, SUITES_FILE, described, find_run, open_run, opened, run_folder, table, text_table
 from results.report import Answer, Asked, Cost, Entry, Figure, Run, Task, findings, page
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def read(folder: Path, *, examples: int) -> Run:
         banner=configuration["banner"] or "",
         facts=[(key, str(text)) for key, text in facts.items()],
         findings=[*findings(made), *_equal_quality(folder)],
-        tables=[made, *_suite_tables(folder, configuration, records)],
+        tables=[made, *_other_tables(folder, configuration, records)],
         figures=list(_figures(folder, made)),
         tasks=list(_tasks(evaluated, manifests, noted, examples)),
         costs=costs,
@@ -130,15 +130,18 @@ def _evaluated(folder: Path, files: Mapping[str, str]) -> Iterator[_Evaluated]:
         yield _Evaluated(name, files[name], **first, provenance=provenance)
 
 
-def _suite_tables(folder: Path, configuration: Mapping[str, Any], records: "pd.DataFrame") -> "list[Table]":
+def _other_tables(folder: Path, configuration: Mapping[str, Any], records: "pd.DataFrame") -> "list[Table]":
     from harness.evaluation import suite_tables
     from results.comparison import LAYOUTS
 
-    if configuration["experiment"] in LAYOUTS:  # whose table is about them already
-        return []
-    title = f"{configuration['title']} ({configuration['experiment']}, {configuration['profile']})"
     rows, banner, baseline = (configuration[key] for key in ("methods", "banner", "baseline"))
-    return list(suite_tables(folder, records, list(rows), title, banner or "", baseline).values())
+    layout, found = LAYOUTS.get(configuration["experiment"]), []
+    if layout and layout.columns and "perplexity" in set(records["suite"]):  # the paper's table has no held-out text
+        found.append(text_table(configuration, records, baseline))
+    if layout and (layout.methods_across or not layout.columns):  # it shows every task already
+        return found
+    title = f"{configuration['title']} ({configuration['experiment']}, {configuration['profile']})"
+    return [*found, *suite_tables(folder, records, list(rows), title, banner or "", baseline).values()]
 
 
 def _equal_quality(folder: Path) -> list[str]:

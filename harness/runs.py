@@ -1,6 +1,6 @@
 """Finished runs and the tables made of them: from records alone, and without importing anything heavy."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -141,11 +141,10 @@ def table(folder: Path, *, baseline: str | None = None, with_paper: bool = False
     values beside ours. Raises UserError for an unknown baseline, and where the paper has no such table.
     """
     from results.comparison import LAYOUTS, comparison, measured_for
-    from results.tables import main_table
 
     config, records = open_run(folder)
     try:
-        name, profile, methods, title = (config[key] for key in ("experiment", "profile", "methods", "title"))
+        name, profile, methods = (config[key] for key in ("experiment", "profile", "methods"))
         baseline, banner = baseline or config["baseline"], config["banner"] or ""
         roles = {entry.get("role", "target"): label for label, entry in methods.items() if entry["method"] == "as_is"}
     except (KeyError, TypeError):
@@ -167,16 +166,23 @@ def table(folder: Path, *, baseline: str | None = None, with_paper: bool = False
         return replace(made, notes=(*made.notes, *noted))
     if with_paper:
         raise UserError(f"The paper has no table {name!r}: those it has are {', '.join(LAYOUTS)}.")
+    made = text_table(config, records, baseline)
+    return replace(made, notes=(*made.notes, *noted))
+
+
+def text_table(config: Mapping[str, Any], records: "pd.DataFrame", baseline: str) -> "Table":
+    """Held-out text by domain, from a run's configuration and records."""
+    from results.tables import main_table
+
     text = records[(records["suite"] == "perplexity") & records["tokens"].isna()]
-    made = main_table(
+    return main_table(
         records,
-        list(methods),
+        list(config["methods"]),
         baseline,
         metric=str(text["metric"].iloc[0]) if len(text) else "bits_per_byte",
-        title=f"{title} ({name}, {profile})",
-        banner=banner,
+        title=f"{config['title']} ({config['experiment']}, {config['profile']})",
+        banner=config["banner"] or "",
     )
-    return replace(made, notes=(*made.notes, *noted))
 
 
 def _reasons(folder: Path) -> dict[tuple[str, str, str], str]:

@@ -192,7 +192,7 @@ def findings(table: Table) -> list[str]:
         interval = "no interval"
         if cell.difference_interval:
             interval = "95% interval {:+{f}} to {:+{f}}".format(*cell.difference_interval, f=form)
-        untested = "no difference shown" if cell.difference_interval else "too few examples to say more"
+        untested = "no difference shown" if cell.difference_interval else "too little to say more"
         verdict = f"{cell.verdict} than {table.baseline}" if cell.verdict else untested
         about = "" if cell.general or not cell.verdict else ", about these checkpoints only"
         found.append(

@@ -43,6 +43,13 @@ def test_the_rows_of_the_tiny_profiles_are_ours(root: Path) -> None:
     assert all(cell.value is not None for row in made.cells for cell in row)
 
 
+def test_held_out_text_stands_beside_the_papers_table(root: Path) -> None:
+    commonsense, text = reporting.read(runs.find_run(root, "table2", "micro"), examples=0).tables
+    assert commonsense.rows[0] == "arc_easy"
+    assert {"code", "docstrings", "manual"} <= {column.label for column in text.columns}
+    assert all(cell.value is not None for row in text.cells for cell in row[:3])
+
+
 def test_a_cell_leads_to_everything_behind_it(root: Path) -> None:
     folder = runs.find_run(root, "table2", "micro")
     description = runs.described(folder / runs.RUN_FILE)

@@ -24,7 +24,7 @@ def test_what_has_too_few_examples_is_left_out_of_what_is_said() -> None:
 
     assert said(code=24, news=10).startswith("FuseLLM, average of domains with an interval: ")
     assert "better than CLM" in said(code=24, news=10)
-    assert said(code=8, news=10).endswith("(no interval): too few examples to say more.")
+    assert said(code=8, news=10).endswith("(no interval): too little to say more.")
 
 
 def records_frame(records):  # type: ignore[no-untyped-def]
