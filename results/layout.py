@@ -1,6 +1,7 @@
 """What a table is, before it has a format: rows, columns, cells, and the sentences needed to read them."""
 
 from dataclasses import dataclass
+from math import isclose
 from typing import Literal, NamedTuple
 
 Verdict = Literal["better", "worse"]
@@ -98,6 +99,9 @@ class Table:
         marked: set[tuple[int, int]] = set()
         for line in lines.values():
             best = top(value for value, _ in line)
-            if any(value != best for value, _ in line):
-                marked.update(at for value, at in line if value == best)
+            ties = {
+                at for value, at in line if isclose(value, best, rel_tol=1e-12)
+            }  # means of the same in another order
+            if len(ties) < len(line):
+                marked |= ties
         return frozenset(marked)

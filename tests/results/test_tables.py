@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from results.errors import UserError
+from results.layout import Cell, Column
 from results.records import Record, read, write
 from results.tables import AVERAGE, Table, main_table, plain_rich, plain_table, render, to_rich
 from tests.results.sample import final
@@ -259,3 +260,10 @@ def test_listing_things_imports_no_heavy_package() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parents[2])
     assert done.stdout.strip() == b"set()"
+
+
+def test_means_of_the_same_in_another_order_are_all_best() -> None:
+    values = (sum([36.8, 36.4]) / 2, sum([36.2, 37.0]) / 2, 36.0)
+    assert values[0] != values[1]
+    table = Table("t", ("a", "b", "c"), (Column("x"),), tuple((Cell(one),) for one in values), True, 2)
+    assert table.best() == {(0, 0), (1, 0)}
