@@ -68,11 +68,11 @@ def resample(ratios: Mapping[K, Ratio]) -> dict[K, Resamples]:
     for key, ratio in ratios.items():
         n = len(ratio.top)
         residual, counts = np.unique(ratio.residuals, return_counts=True)
-        if 30 * len(residual) >= n or (ratio.bottom != ratio.bottom[0]).any():
+        if 75 * len(residual) >= n or (ratio.bottom != ratio.bottom[0]).any():
             together.setdefault((ratio.task, n), {})[key] = ratio
             continue
-        # Scores have few values. How often each is drawn is then multinomial, which costs nothing per example, and
-        # least with the most frequent first.
+        # Where scores have few values, how often each is drawn is multinomial, which costs nothing per example, and
+        # least with the most frequent first; with more values it costs more than draws that all methods share.
         order = np.argsort(-counts, kind="stable")
         draws = _generator(ratio.task).multinomial(n, counts[order] / n, RESAMPLES).astype(np.float64)
         residual, bottom = residual[order], ratio.bottom[: len(order)]
