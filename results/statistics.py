@@ -198,7 +198,7 @@ def estimate(tasks: Sequence[Units]) -> Estimate:
     spread = float(per_seed.std(ddof=1)) if len(seeds) > 1 else None
     n = sum(len(one.examples) for one in tasks)
     interval, p = _inferred(tasks, value)
-    general = p is not None and len(seeds) >= MIN_SEEDS
+    general = p is not None and interval is not None and len(seeds) >= MIN_SEEDS
     if general:
         p = _over_seeds(tasks, per_seed)
     return Estimate(value, interval, n, seeds, spread, p, general)

@@ -285,6 +285,22 @@ def test_a_handful_of_scores_that_differ_has_no_interval_or_a_sensible_one(won: 
         assert difference.p is not None and difference.p > 0.5
 
 
+def test_five_seeds_that_agree_in_a_handful_of_scores_show_nothing() -> None:
+    clm, fused = [0.0] * 5 + [1.0, 0.0] * 100, [1.0] * 5 + [1.0, 0.0] * 100
+    records = [
+        one
+        for seed in range(5)
+        for task in ("a", "b")
+        for method, values in (("CLM", clm), ("FuseLLM", fused if task == "a" else clm))
+        for one in scores(method, task, values, seed)
+    ]
+    found = statistics.group(frame(records))
+    parts = [Part("commonsense", task, "acc") for task in ("a", "b")]
+    apart = {part: statistics.contrast(found["FuseLLM", part], found["CLM", part]) for part in parts}
+    difference = statistics.estimate(list(statistics.resample(apart).values()))
+    assert (difference.interval, difference.p, difference.general) == (None, 1.0, False)
+
+
 def test_a_resample_without_those_that_differ_is_not_infinitely_far_off() -> None:
     ratios = [resampling.Ratio(task, np.array([1.0, -1.0, 1.0] + [0.0] * 297), np.ones(300)) for task in "abc"]
     resamples = list(resampling.resample(dict(enumerate(ratios))).values())
