@@ -44,7 +44,7 @@ class DistillationParameters(TeacherParameters):
         self.learning(self.teachers or ["all sources"])
         return self
 
-    def learning(self, teachers: list[Role]) -> Learning:
+    def learning(self, teachers: list[str]) -> Learning:
         """What these parameters ask for."""
         if self.online:
             return OnlineDistillation(teachers, self.divergence, self.temperature)

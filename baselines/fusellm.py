@@ -62,7 +62,7 @@ class FuseLLMParameters(Parameters):
         """The preset's switches with those set alone over them."""
         return Switches(**self._setting(PRESETS, list(Switches.__dataclass_fields__)))
 
-    def fused(self, sources: list[Role]) -> Fusion:
+    def fused(self, sources: list[str]) -> Fusion:
         """How these parameters fuse the given sources."""
         setting = self._setting(MAP_PRESETS, ["map", "map_on"])
         return Fusion(sources=sources, switches=self.switches(), k=self.k, **setting)

@@ -144,7 +144,7 @@ def table(folder: Path, *, baseline: str | None = None, with_paper: bool = False
 
     config, records = open_run(folder)
     try:
-        name, profile, methods = (config[key] for key in ("experiment", "profile", "methods"))
+        name, profile, methods, _ = (config[key] for key in ("experiment", "profile", "methods", "title"))
         baseline, banner = baseline or config["baseline"], config["banner"] or ""
         roles = {entry.get("role", "target"): label for label, entry in methods.items() if entry["method"] == "as_is"}
     except (KeyError, TypeError):

@@ -99,9 +99,8 @@ class Table:
         marked: set[tuple[int, int]] = set()
         for line in lines.values():
             best = top(value for value, _ in line)
-            ties = {
-                at for value, at in line if isclose(value, best, rel_tol=1e-12)
-            }  # means of the same in another order
+            # Means of the same in another order differ in the last digit.
+            ties = {at for value, at in line if isclose(value, best, rel_tol=1e-12)}
             if len(ties) < len(line):
                 marked |= ties
         return frozenset(marked)
