@@ -7,7 +7,7 @@ from pydantic import Field
 
 from baselines.distillation import TeacherParameters
 from baselines.method import METHODS, Candidate, Context, Need, Parameters
-from fusion.learning import ChunkDistillation
+from fusion.losses.specs import ChunkDistillation
 
 
 class ALMParameters(TeacherParameters):

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from baselines.method import METHODS, Candidate, Context, Need, Parameters, Role
 from fusion.errors import UserError
-from fusion.learning import Distillation, Learning, OnlineDistillation
+from fusion.losses.specs import Distillation, Learning, OnlineDistillation
 
 OFFLINE = ("map", "map_on", "alignment", "tail")
 

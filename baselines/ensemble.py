@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from baselines.method import METHODS, Context, Ensemble, Member, Need, Parameters, Role
 from fusion.errors import UserError
-from fusion.maps import MAPS
+from fusion.vocabulary.maps import MAPS
 
 VERSION = 2
 
@@ -137,7 +137,7 @@ def check_one_tokenizer(folders: Mapping[str, Path], label: str) -> None:
     """Raises UserError where two checkpoints write a text in other tokens. Reads no weights."""
     from transformers import PreTrainedTokenizerFast
 
-    from fusion.vocabulary import encode_alike
+    from fusion.vocabulary.token_bytes import encode_alike
 
     known = {n: PreTrainedTokenizerFast.from_pretrained(f, local_files_only=True) for n, f in folders.items()}
     for one, other in pairwise(known):

@@ -7,9 +7,9 @@ from pydantic import Field, model_validator
 
 from baselines.method import METHODS, Candidate, Context, Need, Parameters, Role
 from fusion.errors import UserError, did_you_mean
-from fusion.learning import Fusion
-from fusion.maps import MAPS
-from fusion.targets import PRESETS, Switches
+from fusion.losses.specs import Fusion
+from fusion.types import PRESETS, Switches
+from fusion.vocabulary.maps import MAPS
 
 # A preset names switches and nothing else; these are the two that are not fusion's own.
 MAP_PRESETS: Mapping[str, Mapping[str, str]] = {
@@ -19,7 +19,7 @@ MAP_PRESETS: Mapping[str, Mapping[str, str]] = {
 
 
 class FuseLLMParameters(Parameters):
-    """A preset, and any switch set alone over it (see `fusion.targets.Switches` for what each one does)."""
+    """A preset, and any switch set alone over it (see `fusion.types.Switches` for what each one does)."""
 
     preset: str = Field("mended", description="mended, or published: what the published code computes")
     lam: float = Field(0.9, ge=0, le=1, alias="lambda", description="weight of the CLM term (paper: 0.9)")

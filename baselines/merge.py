@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from baselines.method import METHODS, Candidate, Context, Need, Parameters, Role
 from fusion.errors import UserError, did_you_mean
-from fusion.loading import check_loading
+from fusion.modeling.loading import check_loading
 
 VERSION = 1
 MODEL_FOLDER = "model"

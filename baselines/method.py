@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, get_args
 from pydantic import BaseModel, ConfigDict
 
 from fusion.errors import UserError
-from fusion.learning import Learning
+from fusion.losses.specs import Learning
 from fusion.registry import Registry
 
 
@@ -116,7 +116,7 @@ class Context(Protocol):
         """The stored extraction of a role's model on the training corpus."""
 
     def train(self, *, lam: float, learn: Learning | None = None) -> Candidate:
-        """The target trained on the corpus with lam * CLM + (1 - lam) * what is learnt besides (`fusion.learning`).
+        """The target trained on the corpus with lam * CLM + (1 - lam) * what is learnt besides (`fusion.losses.specs`).
 
         The same rows in the same order for every method. UserError where what it needs cannot be had.
         """

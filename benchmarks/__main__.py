@@ -10,10 +10,10 @@ from benchmarks import machine, models, store, tables, tokens
 from benchmarks.material import Material
 from benchmarks.page import Result, page
 from fusion.errors import UserError
-from harness.config import load
-from harness.context import TARGET, Experiment
-from harness.memory import keep_freed
-from harness.progress import say
+from harness.config.loading import load
+from harness.experiment.context import TARGET, Experiment
+from harness.runtime.memory import keep_freed
+from harness.runtime.progress import say
 
 WITHOUT_MODELS = {
     "maps": tokens.maps,

@@ -1,7 +1,7 @@
 """What a member with another tokenizer adds to an ensemble, by how the text so far is put to it: nats a byte.
 
 PackLLM turns every token of the context into the member's token most like it; the harness has the member read the text
-in its own tokens, without and with what covers the text's end (`fusion.overlaps`).
+in its own tokens, without and with what covers the text's end (`fusion.inference.token_healing`).
 """
 
 import argparse
@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusion.errors import UserError
-from fusion.overlaps import MOST
-from harness.corpus import CorpusConfig, Document, documents
-from harness.models import ModelSpec, load_model, load_tokenizer, resolve
-from harness.progress import say
+from fusion.inference.token_healing import MOST
+from harness.data.corpus import CorpusConfig, Document, documents
+from harness.models.checkpoints import ModelSpec, load_model, load_tokenizer, resolve
+from harness.runtime.progress import say
 
 if TYPE_CHECKING:
-    from fusion.ensemble import Translator
-    from fusion.prefixes import PrefixReader
-    from fusion.vocabulary import Vocabulary
+    from fusion.inference.ensembles import Translator
+    from fusion.inference.prefix_cache import PrefixReader
+    from fusion.vocabulary.token_bytes import Vocabulary
 
 DOMAINS = ["wiki", "code", "news"]
 TOKEN_BY_TOKEN = "token by token (PackLLM)"
@@ -41,7 +41,7 @@ class Model:
 
     @cached_property
     def reader(self) -> "PrefixReader":
-        from fusion.prefixes import PrefixReader
+        from fusion.inference.prefix_cache import PrefixReader
 
         return PrefixReader(load_model(self._resolved, self.dtype))
 
@@ -51,7 +51,7 @@ class Model:
 
     @cached_property
     def vocabulary(self) -> "Vocabulary":
-        from fusion.vocabulary import Vocabulary
+        from fusion.vocabulary.token_bytes import Vocabulary
 
         return Vocabulary.from_tokenizer(self.tokenizer, self.reader.vocabulary)
 
@@ -60,7 +60,7 @@ class Model:
         return resolve(ModelSpec(name=self.name, dtype=self.dtype), self.root / "models")
 
     def encode(self, text: str) -> list[int]:
-        from fusion.vocabulary import encode
+        from fusion.vocabulary.token_bytes import encode
 
         return encode(self.tokenizer, text)
 
@@ -82,9 +82,9 @@ def translators(pivot: Model, member: Model, given: Sequence[Document], most: Se
     """The member as it is asked in each way, by what that is called."""
     import torch
 
-    from fusion.ensemble import Translator
-    from fusion.maps import build_map
-    from fusion.vocabulary import encode_all, prefix_id
+    from fusion.inference.ensembles import Translator
+    from fusion.vocabulary.maps import build_map
+    from fusion.vocabulary.token_bytes import encode_all, prefix_id
 
     class OneToOne(Translator):
         to_own: dict[int, int]
@@ -119,8 +119,8 @@ def translators(pivot: Model, member: Model, given: Sequence[Document], most: Se
 
 def nats(reader: Any, model: Model, given: Sequence[Document]) -> np.ndarray:
     """float64[N] of the texts, which the reader reads in the model's tokens."""
-    from fusion.inference import document_nats
-    from fusion.vocabulary import prefix_id
+    from fusion.inference.likelihood import document_nats
+    from fusion.vocabulary.token_bytes import prefix_id
 
     return document_nats(
         reader,
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--overlaps", type=int, nargs="+", default=[MOST], help="last tokens that may be covered")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     options = parser.parse_args(arguments)
-    from fusion.ensemble import JointReader
+    from fusion.inference.ensembles import JointReader
 
     try:
         pivot, member = (Model(name, options.root, options.dtype) for name in (options.pivot, options.member))

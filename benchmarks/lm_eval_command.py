@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fusion.errors import UserError
-from harness.artifacts import Store
-from harness.costs import Costs
-from harness.models import ModelSpec, ResolvedModel, count_parameters, resolve
-from harness.suites.lm_suites import Bbh, BbhSection, Commonsense, LmSection, LmSuite
-from harness.suites.suite import Subject
-from harness.suites.tasks import _include
+from harness.evaluation.lm_eval.suites import Bbh, BbhSection, Commonsense, LmSection, LmSuite
+from harness.evaluation.lm_eval.tasks import _include
+from harness.evaluation.suite import Subject
+from harness.models.checkpoints import ModelSpec, ResolvedModel, count_parameters, resolve
+from harness.store.artifacts import Store
+from harness.store.costs import Costs
 
 BBH_TASKS = ["boolean_expressions", "causal_judgement", "navigate", "sports_understanding"]
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 
-from harness.artifacts import PeakMemory
+from harness.store.artifacts import PeakMemory
 
 T = TypeVar("T")
 _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "numba", "rapidfuzz", "safetensors", "pyarrow")
@@ -27,7 +27,7 @@ def facts() -> list[tuple[str, str]]:
     import psutil
     import torch
 
-    from harness.models import compute_dtype
+    from harness.models.checkpoints import compute_dtype
 
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _LIBRARIES)
     return [

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from fusion.errors import UserError
-from fusion.targets import Reading
-from fusion.vocabulary import Vocabulary, byte_ends
+from fusion.types import Reading
+from fusion.vocabulary.token_bytes import Vocabulary, byte_ends
 
 TARGET, SOURCE = "smol", "gemma"
 PIECE = 512  # positions of a piece, about

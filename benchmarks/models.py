@@ -11,25 +11,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import fusion.objective as objective_module
+import fusion.losses.objective as objective_module
 from baselines.fusellm import FuseLLMParameters
 from benchmarks import machine, plain
 from benchmarks.material import Material
 from benchmarks.page import Result
-from fusion.extraction import batches_by_length, externalise, reader
-from fusion.heads import fused_forward
-from fusion.learning import FusedLesson
-from fusion.objective import Head, mixed_loss
-from fusion.packing import Packing, attending_by_piece, check_packing, own_forward, packed_inputs
-from fusion.vocabulary import encode, prefix_id
-from harness import lessons
-from harness.artifacts import PeakMemory
-from harness.context import TARGET, Experiment
-from harness.corpus import Pieces
-from harness.extraction import Extraction
-from harness.memory import keep_freed
-from harness.models import ResolvedModel, compute_dtype, load_model
-from harness.rows import IGNORED, Rows, collate
+from fusion.inference.top_k import batches_by_length, externalise, reader
+from fusion.losses.objective import Head, mixed_loss
+from fusion.losses.specs import FusedLesson
+from fusion.modeling.heads import fused_forward
+from fusion.modeling.packing import Packing, attending_by_piece, check_packing, own_forward, packed_inputs
+from fusion.vocabulary.token_bytes import encode, prefix_id
+from harness.data.corpus import Pieces
+from harness.data.sequences import IGNORED, Rows, collate
+from harness.experiment.context import TARGET, Experiment
+from harness.models.checkpoints import ResolvedModel, compute_dtype, load_model
+from harness.runtime.memory import keep_freed
+from harness.stages import loss_resources
+from harness.stages.extraction import Extraction
+from harness.store.artifacts import PeakMemory
 
 _KINDS = ("clm", "fusellm", "plain")
 _LAMBDA = 0.9
@@ -145,7 +145,10 @@ def prepare(experiment: Experiment) -> Prepared:
     """Extracts and maps what is not there yet."""
     fusion = FuseLLMParameters().fused(list(experiment.config.roles.sources))
     needs = fusion.needs(TARGET)
-    lesson, extractions = fusion.lesson(lessons.material(experiment, needs)), lessons.readers(experiment, needs)
+    lesson, extractions = (
+        fusion.lesson(loss_resources.material(experiment, needs)),
+        loss_resources.readers(experiment, needs),
+    )
     pieces = Pieces(experiment.pieces[1])
     tokenizer, vocabulary = experiment.tokenizer(TARGET)
     rows = Rows(pieces, tokenizer, vocabulary, experiment.config.training.row_length, lesson, extractions)

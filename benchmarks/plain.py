@@ -13,8 +13,8 @@ from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusion.targets import Reading
-from fusion.vocabulary import Vocabulary
+from fusion.types import Reading
+from fusion.vocabulary.token_bytes import Vocabulary
 
 Entries = list[tuple[list[int], list[float]]]  # for each position its ids and scores
 

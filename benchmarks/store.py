@@ -12,9 +12,9 @@ import pyarrow as pa
 from benchmarks import machine
 from benchmarks.material import SOURCE, TARGET, Material
 from benchmarks.page import Result
-from fusion.extraction import Externalised
-from fusion.targets import Reading
-from harness.shards import Compression, Shard, write_shard
+from fusion.inference.top_k import Externalised
+from fusion.types import Reading
+from harness.stages.shards import Compression, Shard, write_shard
 
 _CASES: tuple[tuple[str, str, Compression, float], ...] = (
     ("below 65,536 ids", TARGET, "none", 48.0),

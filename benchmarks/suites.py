@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
-from harness.models import ModelSpec, load_model, load_tokenizer, resolve
-from harness.progress import say
+from harness.models.checkpoints import ModelSpec, load_model, load_tokenizer, resolve
+from harness.runtime.progress import say
 
 GOALS = {"bbh": 3.0, "hellaswag": 2.0, "multipl_e": 3.0}
 
@@ -46,8 +46,8 @@ def cases(
     """BBH (all tasks without `bbh_tasks`), every commonsense task and MultiPL-E, `limit` rows a task or language."""
     from lm_eval.api.instance import Instance
 
-    from harness.suites.lm_suites import Bbh, BbhSection, Commonsense, LmSection
-    from harness.suites.multipl_e import MultiplE, MultiplESection
+    from harness.evaluation.lm_eval.suites import Bbh, BbhSection, Commonsense, LmSection
+    from harness.evaluation.multipl_e.code_suite import MultiplE, MultiplESection
 
     found = []
     bbh = Bbh(BbhSection(limit=limit, max_new_tokens=new_tokens, tasks=bbh_tasks), data_root)
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     from lm_eval.models.huggingface import HFLM
 
-    from harness.suites.lm import SharedPrefixLM
+    from harness.evaluation.lm_eval.shared_prefix_lm import SharedPrefixLM
 
     try:
         resolved = resolve(ModelSpec(name=options.model, dtype="float32"), options.root / "models")

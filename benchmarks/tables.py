@@ -10,10 +10,10 @@ from pathlib import Path
 
 from benchmarks.material import Material
 from benchmarks.page import Result
-from harness.artifacts import write_json
-from harness.config import load
-from harness.runs import RUN_FILE, hashes
-from results.comparison import BBH
+from harness.config.loading import load
+from harness.reporting.runs import RUN_FILE, hashes
+from harness.store.artifacts import write_json
+from results.paper_layouts import BBH
 from results.records import NO_SEED, Record, write
 
 _SEEDS = 5

@@ -9,12 +9,12 @@ import numpy as np
 from benchmarks import machine, plain
 from benchmarks.material import SOURCE, TARGET, Material
 from benchmarks.page import Result
-from fusion.align import align, same_end
-from fusion.distance import Targets, code_points, to_alphabet
-from fusion.fuse import Source, fuse_row
-from fusion.maps import build_map
-from fusion.targets import PRESETS, Switches
-from fusion.vocabulary import respace
+from fusion.alignment.fuse import Source, fuse_row
+from fusion.alignment.pairing import align, same_end
+from fusion.types import PRESETS, Switches
+from fusion.vocabulary.edit_distance import Targets, code_points, to_alphabet
+from fusion.vocabulary.maps import build_map
+from fusion.vocabulary.token_bytes import respace
 
 _SEED = 0
 _TWO = ("first", "second")  # the source read by the texts' other model stands for two
@@ -83,7 +83,7 @@ def _texts(material: Material, on: Literal["strings", "bytes"], ids: np.ndarray)
 
 
 def _search_limit(material: Material, on: Literal["strings", "bytes"], ids: np.ndarray) -> float:
-    """Seconds of one core for the arithmetic of `fusion.distance`: 16 operations a character and 9 a distance."""
+    """Seconds of one core for the arithmetic of the edit distance: 16 operations a character and 9 a distance."""
     texts, candidates, _ = _texts(material, on, ids)
     known = set(candidates)
     inexact = [text for text in texts if text not in known]

@@ -9,11 +9,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from results.grid import MISSING
+from results.cells import MISSING
 from results.layout import Cell, Table
-from results.published import AVERAGE
+from results.paper_numbers import AVERAGE
 from results.tables import WITH_INTERVAL
 
 MODES = ("value", "difference", "rank")
@@ -109,10 +110,10 @@ class Run:
 
 def page(runs: Sequence[Run], title: str) -> str:
     """The page as HTML; the same bytes for the same runs."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("results", "templates"),
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -14,12 +14,12 @@ import numpy as np
 import pandas as pd
 from scipy.special import ndtri
 
+from results.bootstrap import RESAMPLES, Ratio, Resamples, studentised
+from results.bootstrap import resample as resample_ratios
 from results.errors import UserError
 from results.layout import Part
 from results.metrics import Metric, measure
 from results.records import NO_SEED
-from results.resampling import RESAMPLES, Ratio, Resamples, studentised
-from results.resampling import resample as resample_ratios
 
 MIN_UNITS = 20  # fewer examples give no interval and no test
 MIN_UNLIKE = 6  # of scores: if fewer differ from the rest, even all of them in one direction show nothing (sign test)

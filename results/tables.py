@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 import pandas as pd
 
 from results import statistics
+from results.bootstrap import RESAMPLES
 from results.errors import UserError
+from results.formats import FORMATS, plain_rich, plain_table, render, to_rich
 from results.layout import Cell, Column, Part, Table, Verdict
 from results.metrics import Metric, measure, metric_of, unknown
-from results.published import AVERAGE, paper_table
+from results.paper_numbers import AVERAGE, paper_table
 from results.records import NO_SEED
-from results.render import FORMATS, plain_rich, plain_table, render, to_rich
-from results.resampling import RESAMPLES
 from results.statistics import CONFIDENCE, MIN_SEEDS, MIN_UNITS, MIN_UNLIKE, Units
 
 __all__ = [

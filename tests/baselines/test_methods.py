@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from baselines.fusellm import FuseLLM, FuseLLMParameters
 from baselines.method import METHODS, Candidate, Parameters, Role, method, named_roles
 from fusion.errors import UserError
-from fusion.learning import Fusion, Learning
-from fusion.targets import PRESETS, Switches
+from fusion.losses.specs import Fusion, Learning
+from fusion.types import PRESETS, Switches
 
 
 class _Context:

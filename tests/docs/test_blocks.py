@@ -2,7 +2,7 @@
 
 A block of commands that is not run says why in a comment above it; of that, of the README and of the pages of results
 every command is parsed, and every experiment that it names is resolved. Adding a baseline, with the real pip, is
-followed in tests/harness/test_adding_a_baseline.py.
+followed in tests/docs/test_adding_a_baseline.py.
 """
 
 import re
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from harness.suites.suite import SUITES, suite
+from harness.evaluation.suite import SUITES, suite
 from tests.harness.command import answer
 
 ROOT = Path(__file__).parents[2]

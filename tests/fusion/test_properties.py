@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusion.fuse import FusedRow, Reading, Source, Switches, fuse_row
-from fusion.maps import build_map
-from fusion.vocabulary import Vocabulary, byte_ends, encode, prefix_id
-from tests.fusion.test_align import PIECES
-from tests.fusion.test_vocabulary import TEXT
+from fusion.alignment.fuse import FusedRow, Reading, Source, Switches, fuse_row
+from fusion.vocabulary.maps import build_map
+from fusion.vocabulary.token_bytes import Vocabulary, byte_ends, encode, prefix_id
+from tests.fusion.alignment.test_pairing import PIECES
 from tests.fusion.tokenizers_for_tests import FAMILIES
+from tests.fusion.vocabulary.test_token_bytes import TEXT
 
 # Emoji, CJK, combining marks, control characters and spaces, alone and beside words that the tokenizers know.
 TEXTS = st.lists(

@@ -11,8 +11,8 @@ import yaml
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from harness.config import load
-from harness.context import Experiment
+from harness.config.loading import load
+from harness.experiment.context import Experiment
 
 Table = Mapping[str, Mapping[str, float]]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 from harness import cli
-from harness.artifacts import Store, read_json
+from harness.store.artifacts import Store, read_json
 from results.records import read
 
 
@@ -47,7 +47,15 @@ def sentence(err: str) -> str:
 
 _server = multiprocessing.get_context("forkserver")
 # What takes seconds to import is imported once; every process is then a fork of that one.
-_server.set_forkserver_preload(["harness.audit", "harness.training", "harness.rows", "results.figures", "fusion.fuse"])
+_server.set_forkserver_preload(
+    [
+        "harness.experiment.headroom",
+        "harness.stages.trainer",
+        "harness.data.sequences",
+        "results.figures.charts",
+        "fusion.alignment.fuse",
+    ]
+)
 
 
 def start(err: Path, *arguments: str | Path, before: Callable[[], None] | None = None) -> ForkServerProcess:

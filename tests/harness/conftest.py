@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from harness.config import Config, load
+from harness.config.loading import Config, load
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from harness import context, training
-from harness.experiment import candidates
-from harness.rows import Rows
+from harness.data.sequences import Rows
+from harness.experiment import context
+from harness.experiment.run import candidates
+from harness.stages import trainer
 
 
 class _Caught(Exception):
@@ -22,7 +23,7 @@ def rows_of(experiment: context.Experiment, monkeypatch: pytest.MonkeyPatch) -> 
         raise _Caught(rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "train", train)
+        patch.setattr(trainer, "train", train)
         with pytest.raises(_Caught) as caught:
             list(candidates(experiment))
     rows: Rows = caught.value.args[0]

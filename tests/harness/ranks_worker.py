@@ -14,15 +14,16 @@ import torch
 from safetensors.torch import save_file
 
 from baselines.method import Candidate
-from harness import ranks, training
-from harness.config import Config, load
-from harness.context import Experiment
-from harness.experiment import candidates
+from harness.config.loading import Config, load
+from harness.experiment.context import Experiment
+from harness.experiment.run import candidates
+from harness.runtime import distributed
+from harness.stages import trainer
 
 Gradients = dict[str, torch.Tensor]
 
 
-def first_gradients(trainer: training.FusionTrainer) -> Gradients:
+def first_gradients(trainer: trainer.FusionTrainer) -> Gradients:
     """Of the first step, from Adam's first moment after it: the one place where every kind of training keeps it."""
     found = {}
     assert trainer.is_deepspeed_enabled == bool(trainer.args.deepspeed)
@@ -50,7 +51,7 @@ class Watched:
         self._at_step = at_step
 
     def __enter__(self) -> "Watched":
-        self._original = original = training._Follow.on_step_end
+        self._original = original = trainer._Follow.on_step_end
 
         def on_step_end(follow: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 1:
@@ -60,11 +61,11 @@ class Watched:
             if act := self._at_step.get(state.global_step):
                 act()
 
-        training._Follow.on_step_end = on_step_end  # type: ignore[method-assign]
+        trainer._Follow.on_step_end = on_step_end  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *error: object) -> None:
-        training._Follow.on_step_end = self._original  # type: ignore[method-assign]
+        trainer._Follow.on_step_end = self._original  # type: ignore[method-assign]
 
 
 def train(config: Config, root: Path, label: str, at_step: Mapping[int, Any] = {}) -> tuple[Candidate, Gradients]:
@@ -86,7 +87,7 @@ def _interrupt() -> None:
 
 
 def _kill_the_last() -> None:
-    if ranks.local_rank() == ranks.world() - 1:
+    if distributed.local_rank() == distributed.world() - 1:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -99,7 +100,7 @@ def main(experiment: str, root: Path, *jobs: str) -> None:
         config = load(experiment, overrides=[] if zero == "-" else [f"training.deepspeed={zero}"])
         if not fault:
             _, gradients = train(config, root, label)
-            if ranks.first():
+            if distributed.first():
                 save_file(gradients, root / f"{zero}-{label}.safetensors")
             continue
         act = {"interrupt": _interrupt, "kill": _kill_the_last}[fault[0]]

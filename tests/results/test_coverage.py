@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from results import resampling, statistics
+from results import bootstrap, statistics
 from results.layout import Part
 from results.metrics import METRICS
 from results.statistics import Units
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(autouse=True)
 def fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     """A quarter of a table's: each interval is a little rougher, and the tests take a minute instead of four."""
-    for module in (resampling, statistics):
+    for module in (bootstrap, statistics):
         monkeypatch.setattr(module, "RESAMPLES", 999)
     # statsmodels collects garbage in every Holm correction, which takes most of the time where there are thousands.
     monkeypatch.setattr(gc, "collect", lambda *_: 0)

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from results import drawing, statistics
+from results import statistics
 from results.errors import UserError
-from results.figures import (
+from results.figures import style
+from results.figures.charts import (
     Curve,
     audit_figure,
     choice_figure,
@@ -154,7 +155,7 @@ def test_bad_measures_are_refused(tmp_path: Path) -> None:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that were drawn."""
     figures: list[Any] = []
-    monkeypatch.setattr(drawing, "save", lambda figure, path: figures.append(figure) or (path,))
+    monkeypatch.setattr(style, "save", lambda figure, path: figures.append(figure) or (path,))
     return figures
 
 

@@ -1,4 +1,4 @@
-"""What the page says of a table; the page itself is tried in a browser in tests/harness/test_report.py."""
+"""What the page says of a table; the page itself is tried in a browser in tests/harness/reporting/test_report.py."""
 
 import json
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from results import resampling, statistics
+from results import bootstrap, statistics
 from results.errors import UserError
 from results.layout import Part
 from results.metrics import METRICS, metric_of
@@ -98,8 +98,8 @@ def test_resamples_agree_with_scipy() -> None:
         (nats, size), lambda x, y, axis: x.sum(axis) / y.sum(axis), paired=True, vectorized=True,
         method="percentile", n_resamples=4000, rng=np.random.default_rng(0),
     )  # fmt: skip
-    ratio = resampling.Ratio("code", nats, size)
-    ours = resampling.resample({0: ratio})[0]
+    ratio = bootstrap.Ratio("code", nats, size)
+    ours = bootstrap.resample({0: ratio})[0]
     assert ours.deviation.std() == pytest.approx(theirs.standard_error, rel=0.05)
     assert ours.variance.mean() ** 0.5 == pytest.approx(theirs.standard_error, rel=0.05)
     assert ratio.variance**0.5 == pytest.approx(theirs.standard_error, rel=0.05)
@@ -199,26 +199,26 @@ def test_an_unknown_metric_names_the_nearest() -> None:
 
 
 def test_resamples_draw_every_example_n_times_on_average() -> None:
-    draws = np.concatenate(list(resampling._draws("code", 30)))
-    assert len(draws) == resampling.RESAMPLES
+    draws = np.concatenate(list(bootstrap._draws("code", 30)))
+    assert len(draws) == bootstrap.RESAMPLES
     assert (draws.sum(axis=1) == 30).all()
     assert draws.mean(axis=0) == pytest.approx(np.ones(30), abs=0.1)
     assert draws.var() == pytest.approx(29 / 30, rel=0.03)
 
 
 def test_resampling_in_parts_gives_every_resample_once() -> None:
-    parts = list(resampling._draws("code", 600))
+    parts = list(bootstrap._draws("code", 600))
     assert len(parts) > 1
-    assert sum(len(part) for part in parts) == resampling.RESAMPLES
+    assert sum(len(part) for part in parts) == bootstrap.RESAMPLES
     assert all((part.sum(axis=1) == 600).all() for part in parts)
 
 
 def test_few_different_scores_are_drawn_like_many() -> None:
     rng = np.random.default_rng(0)
-    ratio = resampling.Ratio("code", rng.choice([-1.0, 0.0, 1.0], 300, p=[0.1, 0.7, 0.2]), np.ones(300))
-    quick = resampling.resample({0: ratio})[0]
-    many = resampling.Ratio("code", ratio.top + 1e-12 * rng.random(300), np.ones(300))
-    slow = resampling.resample({0: many})[0]
+    ratio = bootstrap.Ratio("code", rng.choice([-1.0, 0.0, 1.0], 300, p=[0.1, 0.7, 0.2]), np.ones(300))
+    quick = bootstrap.resample({0: ratio})[0]
+    many = bootstrap.Ratio("code", ratio.top + 1e-12 * rng.random(300), np.ones(300))
+    slow = bootstrap.resample({0: many})[0]
     assert not np.array_equal(quick.deviation, slow.deviation)
     for a, b in ((quick.deviation, slow.deviation), (quick.variance, slow.variance)):
         assert stats.ks_2samp(a, b).pvalue > 0.001
@@ -226,11 +226,11 @@ def test_few_different_scores_are_drawn_like_many() -> None:
 
 def test_sums_do_not_depend_on_their_neighbours() -> None:
     rng = np.random.default_rng(0)
-    draws, columns = next(resampling._draws("code", 500)), rng.lognormal(0, 3, (500, 40))
-    whole = resampling._sums(draws, columns)
-    assert np.array_equal(whole[:, 3:4], resampling._sums(draws, columns[:, 3:4]))
+    draws, columns = next(bootstrap._draws("code", 500)), rng.lognormal(0, 3, (500, 40))
+    whole = bootstrap._sums(draws, columns)
+    assert np.array_equal(whole[:, 3:4], bootstrap._sums(draws, columns[:, 3:4]))
     shuffled = rng.permutation(500)
-    assert np.array_equal(whole, resampling._sums(draws[:, shuffled], columns[shuffled]))
+    assert np.array_equal(whole, bootstrap._sums(draws[:, shuffled], columns[shuffled]))
     assert whole == pytest.approx(draws @ columns, rel=1e-10)
 
 
@@ -302,9 +302,9 @@ def test_five_seeds_that_agree_in_a_handful_of_scores_show_nothing() -> None:
 
 
 def test_a_resample_without_those_that_differ_is_not_infinitely_far_off() -> None:
-    ratios = [resampling.Ratio(task, np.array([1.0, -1.0, 1.0] + [0.0] * 297), np.ones(300)) for task in "abc"]
-    resamples = list(resampling.resample(dict(enumerate(ratios))).values())
-    _, off = resampling.studentised(ratios[:1], resamples[:1])
+    ratios = [bootstrap.Ratio(task, np.array([1.0, -1.0, 1.0] + [0.0] * 297), np.ones(300)) for task in "abc"]
+    resamples = list(bootstrap.resample(dict(enumerate(ratios))).values())
+    _, off = bootstrap.studentised(ratios[:1], resamples[:1])
     assert off.max() < 10
 
 

@@ -1,0 +1,255 @@
+"""From several models' readings of a row of pieces to one target distribution per position: align, carry over, fuse.
+
+A pure function of what the models said: no model, no file and no randomness, so that the alignment, the map, the tail
+rule, the fusion function and the level can be changed without reading the corpus again.
+
+Source: "Knowledge Fusion of Large Language Models", ICLR 2024, arXiv 2401.10491, sections 3.2 and 3.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from fusion.alignment.pairing import align
+from fusion.alignment.projection import carry, complete
+from fusion.alignment.selection import FUSIONS, gather_evidence
+from fusion.errors import UserError
+from fusion.types import PRESETS, Reading, Sparse, Switches
+from fusion.vocabulary.token_bytes import Vocabulary
+
+__all__ = ["PRESETS", "FusedRow", "Reading", "Source", "Sparse", "Switches", "fuse_row"]
+
+UNPAIRED = -1
+"""In `FusedRow.chosen`: the distribution is a one-hot, for want of a partner."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model whose distributions are fused: its name, its V token ids, and where they go in the target vocabulary."""
+
+    name: str
+    vocabulary: Vocabulary
+    map: np.ndarray
+    """int32[V] target id; -1 maps to nothing, -2 was not computed. The target itself is carried over by identity."""
+
+
+@dataclass(frozen=True)
+class FusedRow:
+    """What the target is to learn at the N positions of a row, its pieces one after the other."""
+
+    targets: Sparse
+    fusion_weight: np.ndarray
+    """float32[N], 1 where the fusion loss is taken, else 0; always 0 where there is no distribution to learn."""
+    gold: np.ndarray
+    """int32[N], the next token of the piece, -1 at a piece's last position."""
+    chosen: np.ndarray
+    """int16[N], index into `names` of the source chosen, -1 for a one-hot for want of a partner, -2 for a mixture."""
+    paired: np.ndarray
+    """bool[S, N], whether source s has a partner at the position."""
+    partner: np.ndarray
+    """int32[S, N], that partner, counted over the source's positions in the whole row; -1 where there is none."""
+    names: tuple[str, ...]
+    """The S sources that take part: the target first where it does and is not listed, then the others as given."""
+
+
+def fuse_row(
+    readings: Sequence[Mapping[str, Reading]],
+    n_bytes: Sequence[int],
+    *,
+    target: str,
+    sources: Sequence[Source],
+    target_vocabulary: Vocabulary,
+    switches: Switches,
+    max_entries: int | None = None,
+) -> FusedRow:
+    """Fuse the sources' readings of the pieces of one row.
+
+    Every source is first made a complete distribution at every position (its partner's entries carried over, or what
+    the switches put in the place of nothing); the fusion function then chooses among these or averages them.
+
+    Args:
+        readings: for each piece, the reading of every model by name. The target's own must be there for its tokens and
+            ends; without entries (k = 0) it serves only where `include_target` and `empty` do not call for them. A
+            model takes no part in a piece that is left out of its readings; without any, all positions are unpaired.
+        n_bytes: UTF-8 bytes of each piece.
+        target: the target's name; if it is listed in `sources`, its place there is its place in `names`.
+        switches: see `Switches`. At a piece's last position, where `unpaired: next` or `tail: gold` find no next token,
+            an unpaired position has no distribution (weight 0) and the tail is scaled away.
+        max_entries: keep at most this many entries a position, the most probable; the rest joins the tail.
+
+    Raises:
+        UserError: a reading is missing, damaged or of another tokenizer, a map does not fit, a name is not registered,
+            or `sources` and `include_target` contradict each other.
+    """
+    fuse = FUSIONS.get(switches.fusion)
+    if max_entries is not None and max_entries < 1:
+        raise UserError(f"max_entries is {max_entries}: keep at least one entry, or leave it out to keep all.")
+    itself = Source(target, target_vocabulary, np.arange(len(target_vocabulary.tokens), dtype=np.int32))
+    taking_part = _taking_part(itself, sources, switches)
+    names = tuple(taking_part)
+    _check(readings, n_bytes, names, target)
+    own = [piece[target] for piece in readings]
+    current = np.concatenate([reading.tokens for reading in own]).astype(np.int32)
+    gold = np.concatenate([np.append(reading.tokens[1:], -1) for reading in own]).astype(np.int32)
+
+    @cache
+    def partners(name: str) -> np.ndarray:
+        return _partners(taking_part.get(name, itself), target, readings, target_vocabulary, switches.alignment)
+
+    @cache
+    def distributions(name: str) -> tuple[Sparse, np.ndarray]:
+        source, partner = taking_part.get(name, itself), partners(name)
+        ids, log_p = _entries(name, readings)
+        ids, p = carry(
+            ids,
+            np.exp(log_p, dtype=np.float64),
+            partner,
+            source.map,
+            vocabulary_size=len(target_vocabulary.tokens),
+            duplicates=switches.duplicates,
+        )
+        return complete(
+            ids,
+            p,
+            partner,
+            gold=gold,
+            current=current,
+            switches=switches,
+            own=None if name == target else lambda: distributions(target)[0],
+        )
+
+    members, paired = zip(*(distributions(name) for name in names), strict=True)
+    evidence = gather_evidence(
+        [[piece[name] for name in names] for piece in readings], own, n_bytes, names=names, level=switches.level
+    )
+    fused, which = fuse(members, evidence, switches)
+    paired_by_source = np.stack(paired)
+    has_partner = np.where(
+        which >= 0, paired_by_source[np.maximum(which, 0), np.arange(len(which))], paired_by_source.any(axis=0)
+    )
+    fused, exists = _finish(fused, max_entries)
+    wanted = gold >= 0 if switches.positions == "with_next" else np.ones(len(gold), bool)
+    return FusedRow(
+        targets=fused,
+        fusion_weight=(wanted & exists).astype(np.float32),
+        gold=gold,
+        chosen=np.where(has_partner, which, UNPAIRED).astype(np.int16),
+        paired=paired_by_source,
+        partner=np.stack([partners(name) for name in names]),
+        names=names,
+    )
+
+
+def _taking_part(itself: Source, sources: Sequence[Source], switches: Switches) -> dict[str, Source]:
+    """The sources that take part, by name, in the order of `FusedRow.names`."""
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two sources are called {name!r}: give each a name of its own.")
+    listed = itself.name in names
+    if listed and not switches.include_target:
+        raise UserError(
+            f"the target {itself.name!r} is listed among the sources, but the switch include_target is off: "
+            "take it off the list or turn the switch on."
+        )
+    taking_part = [itself] if switches.include_target and not listed else []
+    taking_part += [itself if source.name == itself.name else source for source in sources]
+    if not taking_part:
+        raise UserError("there is nothing to fuse: name a source or turn the switch include_target on.")
+    return {source.name: source for source in taking_part}
+
+
+def _check(
+    readings: Sequence[Mapping[str, Reading]], n_bytes: Sequence[int], names: Sequence[str], target: str
+) -> None:
+    """Refuse what would give wrong numbers silently: missing models, arrays of different lengths, not-a-numbers."""
+    if not readings or len(readings) != len(n_bytes):
+        raise UserError(
+            f"a row needs pieces and the bytes of each: got {len(readings)} pieces, {len(n_bytes)} byte counts."
+        )
+    for number, piece in enumerate(readings):
+        for name in {*names, target}:
+            if name not in piece:
+                raise UserError(
+                    f"piece {number} of the row has no reading by {name!r}: extract its distributions first."
+                )
+            reading, m = piece[name], len(piece[name].tokens)
+            aligned = (reading.ends, reading.ids, reading.log_p, reading.tail, reading.nats)
+            if m == 0 or any(len(a) != m for a in aligned) or reading.ids.shape != reading.log_p.shape:
+                raise UserError(
+                    f"the reading of piece {number} by {name!r} has arrays of different lengths: extract again."
+                )
+            if reading.ends[0] != 0:
+                raise UserError(f"the reading of piece {number} by {name!r} does not begin at byte 0: extract again.")
+            if name in names and not np.isfinite(reading.nats).all():
+                raise UserError(
+                    f"the reading of piece {number} by {name!r} has nats that are no numbers: extract again."
+                )
+
+
+def _partners(
+    source: Source,
+    target: str,
+    readings: Sequence[Mapping[str, Reading]],
+    target_vocabulary: Vocabulary,
+    alignment: str,
+) -> np.ndarray:
+    """int32[N], the position among all of the source's in the row that serves each target position, -1 for none."""
+    partners, first = [], 0
+    for piece in readings:
+        reading, own = piece[source.name], piece[target]
+        if reading.left_out:
+            partner = np.full(len(own.tokens), -1, dtype=np.int32)
+        elif source.name == target:
+            partner = np.arange(len(own.tokens), dtype=np.int32)
+        else:
+            partner = align(
+                alignment,
+                reading.tokens,
+                reading.ends,
+                own.tokens,
+                own.ends,
+                source.vocabulary,
+                target_vocabulary,
+                source.map,
+            )
+        partners.append(np.where(partner >= 0, partner + first, -1))
+        first += len(reading.tokens)
+    return np.concatenate(partners).astype(np.int32)
+
+
+def _entries(name: str, readings: Sequence[Mapping[str, Reading]]) -> tuple[np.ndarray, np.ndarray]:
+    """ids[M, k] and log_p[M, k] of all of a model's positions in the row."""
+    widths = {piece[name].ids.shape[1] for piece in readings}
+    if widths == {0}:
+        raise UserError(
+            f"the distributions of {name!r} are needed, but its readings hold no entries: extract them first."
+        )
+    if len(widths) > 1:
+        raise UserError(
+            f"the readings by {name!r} keep different numbers of entries ({sorted(widths)}): extract again."
+        )
+    return np.concatenate([piece[name].ids for piece in readings]), np.concatenate(
+        [piece[name].log_p for piece in readings]
+    )
+
+
+def _finish(fused: Sparse, max_entries: int | None) -> tuple[Sparse, np.ndarray]:
+    """Drop columns that no position uses, keep at most `max_entries`; and whether there is a distribution, bool[N].
+
+    Where there is none, all mass goes to the tail, so that what is handed on always sums to 1.
+    """
+    ids, p, tail = fused.ids, fused.p, fused.tail
+    used = int((ids >= 0).sum(axis=1).max(initial=0))
+    if max_entries is not None and used > max_entries:
+        order = np.argsort(-p, axis=1, kind="stable")  # pads have p = 0 and stand last already, so they stay last
+        ids, p = np.take_along_axis(ids, order, 1), np.take_along_axis(p, order, 1)
+        tail = tail + p[:, max_entries:].sum(axis=1, dtype=np.float64).astype(np.float32)
+        used = max_entries
+    ids, p = ids[:, :used], p[:, :used]
+    exists = (p > 0).any(axis=1) | (tail > 0)
+    return Sparse(ids, p, np.where(exists, tail, np.float32(1.0))), exists

@@ -1,0 +1,193 @@
+"""From a source's top-k entries to complete distributions over the target vocabulary, one per target position.
+
+Everything is an integer gather through the vocabulary map and a scan over the few entries of a row: no dense
+[T, V] array and no Python loop over positions.
+"""
+
+from collections.abc import Callable
+
+import numba
+import numpy as np
+
+from fusion.errors import UserError
+from fusion.types import Sparse, Switches
+
+MASS_SLACK = 0.01
+"""By how much the entries of a position may exceed 1 before it is an error and not storage rounding."""
+
+_FAULTS = {
+    1: "a token id lies outside its vocabulary map: map and reading come from different models, make the map again",
+    2: "the vocabulary map has no answer for a token that occurs (a lazy map): compute it for the ids in the readings",
+    3: "the vocabulary map names an id that the target vocabulary lacks: it was made for another target, make it again",
+}
+
+
+def carry(
+    ids: np.ndarray,
+    values: np.ndarray,
+    partner: np.ndarray,
+    vocabulary_map: np.ndarray,
+    *,
+    vocabulary_size: int,
+    duplicates: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Carry each target position's partner through the map, entries in their order.
+
+    Args:
+        ids: int32[M, k] source token ids.
+        values: [M, k] what rides along: probabilities, or any score (logits) where the first of duplicates is kept.
+        partner: int32[N] the source position that serves each target position, -1 for none.
+        vocabulary_map: int32[V_source] target ids; -1 maps to nothing, -2 was not computed.
+        vocabulary_size: number of ids of the target vocabulary.
+        duplicates: `sum` adds the values of entries that land on one target id, `first` keeps the first's.
+
+    Returns:
+        int32[N, k] target ids, -1 pads at the end of a row, and float64[N, k] values, 0 at pads.
+
+    Raises:
+        UserError: the map does not belong to these ids or to this target, or is not computed for an id that occurs.
+    """
+    out_ids = np.full((len(partner), ids.shape[1]), -1, np.int32)
+    out_values = np.zeros(out_ids.shape, np.float64)
+    fault = _carry(
+        np.ascontiguousarray(ids, np.int32),
+        np.ascontiguousarray(values, np.float64),
+        np.ascontiguousarray(partner, np.int32),
+        np.ascontiguousarray(vocabulary_map, np.int32),
+        vocabulary_size,
+        duplicates == "sum",
+        out_ids,
+        out_values,
+    )
+    if fault:
+        raise UserError(f"cannot carry a distribution over: {_FAULTS[fault]}.")
+    return out_ids, out_values
+
+
+@numba.njit(cache=True)
+def _carry(
+    ids: np.ndarray,
+    values: np.ndarray,
+    partner: np.ndarray,
+    vocabulary_map: np.ndarray,
+    size: int,
+    add: bool,
+    out_ids: np.ndarray,
+    out_values: np.ndarray,
+) -> int:
+    for i in range(len(partner)):
+        j = partner[i]
+        if j < 0:
+            continue
+        kept = 0
+        for column in range(ids.shape[1]):
+            source = ids[j, column]
+            if source < 0 or source >= len(vocabulary_map):
+                return 1
+            mapped = vocabulary_map[source]
+            if mapped == -1:
+                continue
+            if mapped < -1:
+                return 2
+            if mapped >= size:
+                return 3
+            place = 0
+            while place < kept and out_ids[i, place] != mapped:
+                place += 1
+            if place == kept:
+                out_ids[i, place] = mapped
+                out_values[i, place] = values[j, column]
+                kept += 1
+            elif add:
+                out_values[i, place] += values[j, column]
+    return 0
+
+
+def complete(
+    ids: np.ndarray,
+    p: np.ndarray,
+    partner: np.ndarray,
+    *,
+    gold: np.ndarray,
+    current: np.ndarray,
+    switches: Switches,
+    own: Callable[[], Sparse] | None = None,
+) -> tuple[Sparse, np.ndarray]:
+    """A distribution for every target position out of what was carried over, by `switches`.
+
+    Where mass is to go to a next token that does not exist (`gold` -1: a piece's last position), `tail: gold` scales
+    what is kept to 1, and an unpaired position has no distribution: no entries, no tail.
+
+    Args:
+        ids: int32[N, k] of `carry`.
+        p: float64[N, k] of `carry`.
+        partner: int32[N], -1 where unpaired.
+        gold: int32[N] the next token, -1 for none.
+        current: int32[N] the token read at the position.
+        own: gives the N distributions of the target itself, for positions where nothing is left (`empty: target`); None
+            for the target itself.
+
+    Returns:
+        The N distributions, and bool[N] whether each stems from a partner.
+
+    Raises:
+        UserError: the probabilities of a position are not a distribution.
+    """
+    kept = p.sum(axis=1)
+    sound = (kept >= 0) & (kept <= 1 + MASS_SLACK)
+    if not sound.all():
+        row = int(sound.argmin())
+        raise UserError(
+            f"the top-k probabilities at target position {row} of the row sum to {kept[row]:g}, which no distribution "
+            "does: the extraction is damaged, extract again."
+        )
+    p = p / np.maximum(kept, 1.0)[:, None]  # rounded log-probabilities may sum to a little over 1
+    tail = np.maximum(1.0 - kept, 0.0)
+    if switches.tail == "gold":
+        ids, p = _add(ids, p, gold, np.where(gold >= 0, tail, 0.0))
+    if switches.tail != "bucket":
+        total = p.sum(axis=1)
+        p = p / np.where(total > 0, total, 1.0)[:, None]
+        tail = np.zeros(len(p))
+    paired = partner >= 0
+    nothing = paired & (kept <= 0)
+    if switches.empty == "target" and own is not None and nothing.any():
+        ids, p, tail = _replace(ids, p, tail, nothing, own())
+    elif switches.tail == "renormalise":  # there is no tail that could take the mass
+        paired &= ~nothing
+    one_hot = np.where(paired, -1, gold if switches.unpaired == "next" else current)
+    ids, p = _widen(ids, 1, -1), _widen(p, 1, 0.0)
+    ids[~paired], p[~paired], tail[~paired] = -1, 0.0, 0.0
+    rows = np.flatnonzero(one_hot >= 0)
+    ids[rows, 0], p[rows, 0] = one_hot[rows], 1.0
+    return Sparse(ids, p.astype(np.float32), tail.astype(np.float32)), paired
+
+
+def _add(ids: np.ndarray, p: np.ndarray, token: np.ndarray, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`mass[N]` added to the entry `token[N]` of each row, which becomes a new last entry where the row lacks it."""
+    ids, p = _widen(ids, ids.shape[1] + 1, -1), _widen(p, p.shape[1] + 1, 0.0)
+    rows = np.flatnonzero(mass > 0)
+    hit = ids[rows] == token[rows, None]
+    place = np.where(hit.any(axis=1), hit.argmax(axis=1), (ids[rows] == -1).argmax(axis=1))
+    ids[rows, place] = token[rows]
+    p[rows, place] += mass[rows]
+    return ids, p
+
+
+def _replace(
+    ids: np.ndarray, p: np.ndarray, tail: np.ndarray, where: np.ndarray, by: Sparse
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    width = max(ids.shape[1], by.ids.shape[1])
+    at = where[:, None]
+    return (
+        np.where(at, _widen(by.ids, width, -1), _widen(ids, width, -1)),
+        np.where(at, _widen(by.p, width, 0.0), _widen(p, width, 0.0)),
+        np.where(where, by.tail, tail),
+    )
+
+
+def _widen(a: np.ndarray, width: int, fill: float) -> np.ndarray:
+    """A copy of `a[N, K]` with at least `width` columns."""
+    out = np.full((a.shape[0], max(width, a.shape[1])), fill, a.dtype)
+    out[:, : a.shape[1]] = a
+    return out

@@ -1,0 +1,229 @@
+"""Which source speaks where: cross-entropies by stretch of text, and the fusion functions that use them.
+
+MinCE takes, of all distributions, the one whose cross-entropy against the gold text is least; AvgCE averages them with
+weights that fall with cross-entropy (arXiv 2401.10491, section 3.3). A fusion function is registered by name:
+
+    @FUSIONS.register("mince", reference="arXiv 2401.10491, MinCE")
+    def mince(members, evidence, switches): -> (Sparse, which[N])
+
+`members` are the S sources' complete distributions over the same N positions. A member without entries and tail at a
+position has no distribution there. `which[N]` is the chosen member of each position, `MIXTURE` where there is no one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import numba
+import numpy as np
+
+from fusion.registry import Registry
+from fusion.types import Reading, Sparse, Switches
+
+MIXTURE = -2
+"""In place of a chosen source: several have a part."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """How well S sources predicted the U stretches of text (units) of a row, each by its own tokens.
+
+    A unit is a piece, a segment of a piece, or the row, by the switch `level`; of a row of which a source has not read
+    all, the pieces that the same sources have read.
+    """
+
+    names: tuple[str, ...]
+    """The sources' names, in their order."""
+    nats: np.ndarray
+    """float64[S, U], summed -log p of the unit's tokens; infinite where the source has not read the unit."""
+    tokens: np.ndarray
+    """int64[S, U], number of the source's own tokens in the unit."""
+    n_bytes: np.ndarray
+    """int64[U], bytes of text in the unit."""
+    unit: np.ndarray
+    """int64[N], the unit of each target position."""
+
+    def nats_per_byte(self) -> np.ndarray:
+        """float64[S, U] nats per byte of text, which does not depend on how a tokenizer cuts it."""
+        return self.nats / np.maximum(self.n_bytes, 1)
+
+    def rewards(self) -> np.ndarray:
+        """float32[S, U] exp(-CE) in bfloat16, CE the mean nats per token of the source's own tokenizer.
+
+        CE is rounded too, as the published code does: sources that differ by less than its spacing are tied.
+        """
+        mean = to_bfloat16(self.nats / np.maximum(self.tokens, 1))
+        return to_bfloat16(np.exp(-mean.astype(np.float64)))
+
+
+FusionFunction = Callable[[Sequence[Sparse], Evidence, Switches], tuple[Sparse, np.ndarray]]
+FUSIONS: Registry[FusionFunction] = Registry("fusion function", "fusellm.fusions")
+
+
+@FUSIONS.register("mince", reference="arXiv 2401.10491, MinCE")
+def mince(members: Sequence[Sparse], evidence: Evidence, switches: Switches) -> tuple[Sparse, np.ndarray]:
+    """The distributions of the source with the least cross-entropy in each unit.
+
+    `choice: nats_per_byte` compares float32 and breaks ties by name; `mean_ce_bfloat16` compares rewards and breaks
+    ties by the order of the sources. At `level: token` the choice sees the very gold token it is to predict, so that
+    the targets drift towards the gold text and the loss towards that of plain language modelling.
+    """
+    if switches.choice == "nats_per_byte":
+        by_name = np.argsort(evidence.names)
+        best = by_name[evidence.nats_per_byte().astype(np.float32)[by_name].argmin(axis=0)]
+    else:
+        best = evidence.rewards().argmax(axis=0)
+    which = best[evidence.unit]
+    ids, p, tail = _stack(members)
+    rows = np.arange(len(which))
+    return Sparse(ids[which, rows], p[which, rows], tail[which, rows]), which
+
+
+@FUSIONS.register("avgce", reference="arXiv 2401.10491, AvgCE")
+def avgce(members: Sequence[Sparse], evidence: Evidence, switches: Switches) -> tuple[Sparse, np.ndarray]:
+    """The average of the sources' distributions, weights[S, U] by cross-entropy.
+
+    `weights: nats_per_byte` is softmax(-CE / weight_temperature) of CE in nats per byte; `exp_ce` is softmax(exp(-CE))
+    of the bfloat16 rewards, which lie in (0, 1), so that no weight is more than e times another. Where a source has no
+    distribution, or has not read the unit, the weights of the others are scaled to 1.
+    """
+    if switches.weights == "nats_per_byte":
+        score = -evidence.nats_per_byte() / switches.weight_temperature
+    else:
+        score = evidence.rewards().astype(np.float64)
+    unread = np.isinf(evidence.nats)
+    score = np.where(unread.all(axis=0), 0.0, np.where(unread, -np.inf, score))
+    by_name = np.argsort(evidence.names)  # sums in one order, so that the result does not depend on the given one
+    weight = np.exp(score - score.max(axis=0))[by_name]
+    return mix([members[s] for s in by_name], weight[:, evidence.unit]), np.full(len(evidence.unit), MIXTURE)
+
+
+def mix(members: Sequence[Sparse], weight: np.ndarray) -> Sparse:
+    """The mixture with `weight[S, N]`, scaled to sum 1 over the members that have a distribution at a position.
+
+    Entries come in the order in which the members name them; the tail is the weighted tail. The tails' mass is
+    not split: an id that one member names and another keeps in its tail has the first one's part only.
+    """
+    ids, p, tail = _stack(members)
+    weight = weight * ((p > 0).any(axis=2) | (tail > 0))
+    total = weight.sum(axis=0)
+    weight = weight / np.where(total > 0, total, 1.0)
+    out_ids = np.full((ids.shape[1], ids.shape[0] * ids.shape[2]), -1, np.int32)
+    out_p = np.zeros(out_ids.shape, np.float64)
+    width = _mix(ids, p, weight, out_ids, out_p)
+    return Sparse(
+        out_ids[:, :width], out_p[:, :width].astype(np.float32), (weight * tail).sum(axis=0).astype(np.float32)
+    )
+
+
+@numba.njit(cache=True)
+def _mix(ids: np.ndarray, p: np.ndarray, weight: np.ndarray, out_ids: np.ndarray, out_p: np.ndarray) -> int:
+    width = 0
+    for i in range(ids.shape[1]):
+        kept = 0
+        for s in range(ids.shape[0]):
+            for column in range(ids.shape[2]):
+                token = ids[s, i, column]
+                if token < 0 or weight[s, i] == 0:
+                    break
+                place = 0
+                while place < kept and out_ids[i, place] != token:
+                    place += 1
+                if place == kept:
+                    out_ids[i, place] = token
+                    kept += 1
+                out_p[i, place] += weight[s, i] * p[s, i, column]
+        width = max(width, kept)
+    return width
+
+
+def _stack(members: Sequence[Sparse]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ids[S, N, K], p[S, N, K], tail[S, N] with K the widest member's."""
+    n, width = len(members[0].tail), max(member.ids.shape[1] for member in members)
+    ids = np.full((len(members), n, width), -1, np.int32)
+    p = np.zeros(ids.shape, np.float32)
+    for s, member in enumerate(members):
+        ids[s, :, : member.ids.shape[1]] = member.ids
+        p[s, :, : member.p.shape[1]] = member.p
+    return ids, p, np.stack([member.tail for member in members])
+
+
+def gather_evidence(
+    pieces: Sequence[Sequence[Reading]],
+    targets: Sequence[Reading],
+    n_bytes: Sequence[int],
+    *,
+    names: tuple[str, ...],
+    level: str,
+) -> Evidence:
+    """Sum the sources' nats over the units of a row.
+
+    A source's nats are those of all its own tokens, whether or not their positions are paired with the target's, and
+    infinite for a piece that is left out, so that it takes no part there and the others' choice is among themselves. At
+    `level: token` the segments lie between consecutive byte ends that all sources and the target have in common. A
+    position belongs to the segment that its byte end begins, for its distribution and its nats are about the text
+    that follows, and no source's token reaches over a common end. A piece's last position goes with the last
+    segment; so do all positions from where some model's ends are -1, which nothing tells apart any more.
+
+    Args:
+        pieces: for each piece the readings of the S sources, in the order of `names`.
+        targets: for each piece the target's own reading, of which the byte ends serve.
+        n_bytes: bytes of each piece.
+    """
+    n_sources, first = len(names), 0
+    nats: list[np.ndarray] = []
+    tokens: list[np.ndarray] = []
+    sizes: list[np.ndarray] = []
+    units: list[np.ndarray] = []
+    for readings, target, size in zip(pieces, targets, n_bytes, strict=True):
+        heard = [reading for reading in readings if not reading.left_out]
+        starts = segment_starts([*heard, target], size) if level == "token" else np.zeros(1, np.int64)
+        count = len(starts)
+        sums, counts = np.zeros((n_sources, count)), np.zeros((n_sources, count), np.int64)
+        for s, reading in enumerate(readings):
+            if reading.left_out:
+                sums[s] = np.inf
+                continue
+            unit = segment_of(reading, starts)[:-1]  # the last position has no next token
+            sums[s] = np.bincount(unit, reading.nats[:-1], count)
+            counts[s] = np.bincount(unit, minlength=count)
+        nats.append(sums)
+        tokens.append(counts)
+        sizes.append(np.diff(starts, append=size))
+        units.append(segment_of(target, starts) + first)
+        first += count
+    evidence = Evidence(
+        names, np.concatenate(nats, 1), np.concatenate(tokens, 1), np.concatenate(sizes), np.concatenate(units)
+    )
+    if level != "row":
+        return evidence
+    groups, group = np.unique(np.isinf(evidence.nats), axis=1, return_inverse=True)
+    members = group == np.arange(groups.shape[1])[:, None]
+
+    def summed(values: np.ndarray) -> np.ndarray:
+        total: np.ndarray = np.where(members, values[..., None, :], 0).sum(axis=-1)
+        return total
+
+    return Evidence(
+        names, summed(evidence.nats), summed(evidence.tokens), summed(evidence.n_bytes), group[evidence.unit]
+    )
+
+
+def segment_starts(readings: Sequence[Reading], n_bytes: int) -> np.ndarray:
+    """Bytes where the segments of a piece begin: the ends that all readings have, without the end of the text."""
+    common = reduce(np.intersect1d, [reading.ends[reading.ends >= 0] for reading in readings])
+    return common[common < n_bytes] if n_bytes else common[:1]
+
+
+def segment_of(reading: Reading, starts: np.ndarray) -> np.ndarray:
+    """int64[M], the segment of each position."""
+    return np.where(reading.ends < 0, len(starts), np.searchsorted(starts, reading.ends, side="right")) - 1
+
+
+def to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """Round to the nearest bfloat16, ties to even, and give it back as float32. Finite numbers only."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return (rounded & np.uint32(0xFFFF0000)).view(np.float32)

@@ -1,0 +1,139 @@
+"""Decoding many sequences at once: what begins alike is read once, and who has ended makes room for the next."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fusion.inference.prefix_cache import PrefixReader, Rows
+from fusion.inference.prefix_tree import Run, alike
+
+LEAST_SHARED = 16  # tokens in common that are worth a stem
+
+Choose = Callable[[Sequence[int], Tensor], Sequence[int | None]]
+"""choose(numbers of n sequences, logits[n, V]) -> the next token of each, None where it has ended."""
+
+
+def families(sequences: Sequence[Sequence[int]]) -> list[tuple[int, list[int]]]:
+    """Sequences that begin alike: (tokens in common, their numbers), in lexicographic order.
+
+    A sequence joins a family when it shares at least half of what the family has in common; the last token is never in
+    common, since what follows it is to be predicted. A family that is not worth a stem has 0 in common.
+    """
+    found: list[tuple[int, list[int]]] = []
+    for number in sorted(range(len(sequences)), key=lambda i: tuple(sequences[i])):
+        sequence = sequences[number]
+        if found:
+            common, members = found[-1]
+            shared = min(alike(sequences[members[0]], sequence), common, len(sequence) - 1)
+            if shared >= LEAST_SHARED and 2 * shared >= common:
+                found[-1] = shared, [*members, number]
+                continue
+        found.append((len(sequence) - 1, [number]))
+    return [(common if len(members) > 1 else 0, members) for common, members in found]
+
+
+def packs(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Consecutive indices whose `sizes` add up to at most `limit`; what is larger stands alone."""
+    found: list[list[int]] = []
+    room = 0
+    for index, size in enumerate(sizes):
+        if not found or size > room:
+            found.append([])
+            room = limit
+        found[-1].append(index)
+        room -= size
+    return found
+
+
+@dataclass(eq=False)
+class _Family:
+    """Sequences that continue one stem; `members` and `tokens` are those under way, in the order of `rows`."""
+
+    common: int
+    size: int
+    rows: Rows | None = None
+    members: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    """The last token of each, which is still to be read."""
+
+    def begin(self, reader: PrefixReader, prompt: Sequence[int], room: int) -> Rows:
+        """The rows; what is in common is read when the first of them comes."""
+        if self.rows is None:
+            stem = reader.begin([Run(prompt[: self.common])])[1][0] if self.common else None
+            self.rows = Rows(stem, min(room, self.size))
+        return self.rows
+
+    def settle(self, chosen: Sequence[int | None]) -> None:
+        """Takes the next tokens, in the order of the rows; rows that have ended leave."""
+        assert self.rows is not None
+        for row in reversed(range(len(chosen))):
+            token = chosen[row]
+            if token is not None:
+                self.tokens[row] = token
+                continue
+            self.rows.drop(row)
+            self.members[row], self.tokens[row] = self.members[-1], self.tokens[-1]
+            self.members.pop()
+            self.tokens.pop()
+            self.size -= 1
+        if not self.size:  # its memory is needed for others
+            self.rows = None
+
+
+def decode(
+    reader: PrefixReader, prompts: Sequence[Sequence[int]], choose: Choose, *, rows: int, batch_tokens: int
+) -> None:
+    """Continues every prompt until `choose` ends it; at most `rows` at one time, the longest of a family first.
+
+    `batch_tokens` bounds the prompt tokens of one call. A sequence's logits do not depend on the others, but for
+    rounding.
+    """
+    alone = _Family(0, 0)  # what has nothing in common with anything is one family, too
+    waiting: deque[tuple[_Family, int]] = deque()
+    for common, members in families(prompts):
+        family = _Family(common, 0) if common else alone
+        family.size += len(members)
+        waiting += [(family, m) for m in sorted(members, key=lambda m: (-len(prompts[m]), m))]
+    under_way: list[_Family] = []
+    with reader.reading():
+        while waiting or under_way:
+            free = rows - sum(len(f.members) for f in under_way)
+            if waiting and (not under_way or 4 * free >= rows):
+                some = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+                under_way += [f for f in dict.fromkeys(f for f, _ in some) if f not in under_way]
+                _admit(reader, prompts, choose, some, rows, batch_tokens)
+            groups = [(f, f.rows) for f in under_way if f.rows is not None and f.members]
+            if groups:
+                logits = reader.step([r for _, r in groups], [t for f, _ in groups for t in f.tokens])
+                chosen = choose([m for f, _ in groups for m in f.members], logits)
+                start = 0
+                for family, group in groups:
+                    n = len(group)
+                    family.settle(chosen[start : start + n])
+                    start += n
+            under_way = [f for f in under_way if f.members]
+
+
+def _admit(
+    reader: PrefixReader,
+    prompts: Sequence[Sequence[int]],
+    choose: Choose,
+    some: Sequence[tuple[_Family, int]],
+    room: int,
+    batch_tokens: int,
+) -> None:
+    """Reads the prompts of some sequences, after what they have in common, and chooses their first tokens."""
+    for pack in packs([len(prompts[number]) - family.common for family, number in some], batch_tokens):
+        part = [(*some[i], some[i][0].begin(reader, prompts[some[i][1]], room)) for i in pack]
+        runs = [Run(prompts[number][family.common :], rows.stem) for family, number, rows in part]
+        logits, begun = reader.begin(runs)
+        chosen = choose([number for _, number, _ in part], logits)
+        for (family, number, rows), row, token in zip(part, begun, chosen, strict=True):
+            if token is None:
+                family.size -= 1
+            else:
+                rows.add(row)
+                family.members.append(number)
+                family.tokens.append(token)

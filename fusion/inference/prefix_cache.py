@@ -1,0 +1,371 @@
+"""Reading sequences that begin alike: what they share is read once, and its keys and values are kept once.
+
+All new tokens of a call lie in one row without padding, and attention is computed here, run by run, through
+transformers' registry of attention functions. So a prefix is never copied to the sequences that continue it, windows
+and caches of any layer are a matter of positions alone, and what a run gives does not depend on what is read beside it
+(but for rounding). Whether all that holds for the model at hand is not assumed but tried, at start-up.
+
+Decoding against a prefix that is kept once: Juravsky et al. 2024, Hydragen (arXiv 2402.05099).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusion.inference.prefix_tree import Run, Stem, Tree
+from fusion.modeling.packing import device_of, dtype_of, own_forward, trying
+
+ATTENTION = "fusellm_prefixes"  # what the attention function is called in transformers' registry
+_HARMLESS = {"dropout", "position_ids", "use_cache", "is_causal", "sliding_window"}
+_GROWTH = 128  # positions by which a row's memory grows
+
+
+class Unsupported(Exception):
+    """The model at hand cannot be read this way; the message says why."""
+
+
+class Rows:
+    """At most `room` sequences that continue one stem, to which every step adds one token each."""
+
+    def __init__(self, stem: Stem | None, room: int) -> None:
+        self.stem = stem
+        self._room = room
+        self.lengths: list[int] = []
+        """Of each row: the tokens after the stem whose keys and values are kept."""
+        self.keys: list[Tensor] = []  # a layer: [rows, H, capacity, D], more of both than are in use
+        self.values: list[Tensor] = []
+        self.tokens: list[list[int]] = []
+        """Of each row: all tokens from the beginning of the text."""
+        self.translations: list[list[Stem]] = []
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def start(self) -> int:
+        """The position of the first token after the stem."""
+        return self.stem.length if self.stem else 0
+
+    def add(self, begun: Stem) -> None:
+        """A row whose tokens so far (after the stem) are `begun`."""
+        n = len(self)
+        if not self.keys:
+            self.keys = [k.new_zeros(self._room, k.shape[0], 0, k.shape[2]) for k in begun.keys]
+            self.values = [v.new_zeros(self._room, v.shape[0], 0, v.shape[2]) for v in begun.values]
+        self.reserve(begun.length + 1)
+        for kept, new in zip([*self.keys, *self.values], [*begun.keys, *begun.values], strict=True):
+            kept[n, :, : begun.length] = new
+        self.lengths.append(begun.length)
+        self.tokens.append(list(begun.tokens))
+        self.translations.append(list(begun.translations))
+
+    def drop(self, row: int) -> None:
+        """Forgets a row; the last one takes its number."""
+        last = len(self) - 1
+        if row != last:
+            for kept in [*self.keys, *self.values]:
+                kept[row] = kept[last]
+        by_row: list[list[Any]] = [self.lengths, self.tokens, self.translations]
+        for notes in by_row:
+            notes[row] = notes[last]
+            notes.pop()
+
+    def reserve(self, positions: int) -> None:
+        """Room for so many tokens of every row."""
+        if positions <= self.keys[0].shape[2]:
+            return
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                # Zeros: what lies beyond a row's end is multiplied by 0, which is 0 only if it is finite.
+                new = old.new_zeros(*old.shape[:2], positions + _GROWTH, old.shape[3])
+                new[:, :, : old.shape[2]] = old
+                tensors[layer] = new
+
+
+class _Reading:
+    """The attention of runs read side by side."""
+
+    def __init__(self, runs: "Sequence[Run | Tree]", device: torch.device, *, keep: bool) -> None:
+        self._runs = runs
+        self._device = device
+        ends = torch.tensor([len(run.tokens) for run in runs]).cumsum(0).tolist()
+        self.spans = [slice(end - len(run.tokens), end) for run, end in zip(runs, ends, strict=True)]
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self.keep = keep
+        self.kept: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in runs]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        """out[A, T, D] of q[A, T, D], k[H, T, D], v[H, T, D]; A is a multiple of H."""
+        out = q.new_empty(*q.shape[:2], v.shape[2])
+        attention = nn.functional.scaled_dot_product_attention
+        heads, group = k.shape[0], q.shape[0] // k.shape[0]
+        for number, (run, span) in enumerate(zip(self._runs, self.spans, strict=True)):
+            keys, values = k[:, span], v[:, span]
+            if self.keep:  # a copy, so that the whole call's keys are not kept alive
+                self.kept[number][0].append(keys.clone())
+                self.kept[number][1].append(values.clone())
+            if run.stem is not None:
+                keys = torch.cat([run.stem.keys[layer], keys], 1)
+                values = torch.cat([run.stem.values[layer], values], 1)
+            n = span.stop - span.start
+            if run.is_plain(window):
+                out[:, span] = attention(
+                    q[None, :, span], keys[None], values[None], is_causal=True, scale=scale, enable_gqa=group > 1
+                )[0]
+                continue
+            # Query heads that share keys are stacked as more queries: nothing is repeated.
+            stacked = q[:, span].reshape(1, heads, group * n, -1)
+            mask = self._mask(number, window).repeat(group, 1)
+            attended = attention(stacked, keys[None], values[None], attn_mask=mask, scale=scale)
+            out[:, span] = attended.reshape(q.shape[0], n, -1)
+        return out
+
+    def _mask(self, number: int, window: int | None) -> Tensor:
+        if (number, window) not in self._masks:
+            self._masks[number, window] = self._runs[number].mask(window).to(self._device)
+        return self._masks[number, window]
+
+
+class _Step:
+    """The attention of one more token of every row."""
+
+    def __init__(self, groups: Sequence[Rows], device: torch.device) -> None:
+        self._groups = groups
+        self._lengths = [torch.tensor(rows.lengths, device=device) for rows in groups]
+        self._hidden: dict[tuple[int, int | None], Tensor] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        """out[A, N, D] of q[A, N, D], k[H, N, D], v[H, N, D], N being the rows of all groups."""
+        out = q.new_empty(*q.shape[:2], v.shape[2])
+        start = 0
+        for number, rows in enumerate(self._groups):
+            span = slice(start, start + len(rows))
+            start = span.stop
+            out[:, span] = self._of_group(number, layer, q[:, span], k[:, span], v[:, span], scale, window)
+        return out
+
+    def _of_group(
+        self, number: int, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        rows, lengths = self._groups[number], self._lengths[number]
+        n, end = len(rows), max(rows.lengths) + 1
+        keys, values = rows.keys[layer], rows.values[layer]
+        at = torch.arange(n, device=lengths.device), slice(None), lengths
+        keys[at], values[at] = k.transpose(0, 1), v.transpose(0, 1)
+        heads, group = k.shape[0], q.shape[0] // k.shape[0]
+        # As in flash attention scores are float32: there are models whose scores are in the hundreds.
+        exact = torch.promote_types(q.dtype, torch.float32)
+        q = q.reshape(heads, group, n, -1).to(exact) * scale
+        own = q.permute(2, 0, 1, 3) @ keys[:n, :, :end].transpose(2, 3).to(exact)  # [n, H, group, end]
+        scores = own.permute(1, 2, 0, 3)
+        if rows.stem is not None:
+            stem = q.flatten(1, 2) @ rows.stem.keys[layer].transpose(1, 2).to(exact)
+            scores = torch.cat([stem.unflatten(1, (group, n)), scores], 3)
+        scores = scores.masked_fill(self._hides(number, end, window), -torch.inf)
+        p = scores.softmax(-1).to(v.dtype)
+        own_p = p[..., rows.start :].permute(2, 0, 1, 3)
+        out = (own_p @ values[:n, :, :end]).permute(1, 2, 0, 3)
+        if rows.stem is not None:
+            of_stem = p[..., : rows.start].flatten(1, 2) @ rows.stem.values[layer]
+            out = out + of_stem.unflatten(1, (group, n))
+        return out.flatten(0, 1)
+
+    def _hides(self, number: int, end: int, window: int | None) -> Tensor:
+        """bool[n, L + end]: what each row's new token does not see."""
+        if (number, window) not in self._hidden:
+            start, last = self._groups[number].start, self._lengths[number][:, None]
+            at = torch.arange(start + end, device=last.device)
+            hidden = at > start + last
+            if window is not None:
+                hidden |= start + last - at >= window
+            self._hidden[number, window] = hidden
+        return self._hidden[number, window]
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    shared: "_Reading | _Step | _Watched | Later | None" = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in every attention layer: query[1, A, T, D], key and value[1, H, T, D] of new tokens."""
+    if shared is None or attention_mask is not None:
+        raise Unsupported("its attention layers are not handed what its forward was called with")
+    strange = sorted(name for name, v in options.items() if v is not None and name not in _HARMLESS)
+    if strange:
+        raise Unsupported(f"its attention takes {', '.join(strange)}")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer: Any = module.layer_idx
+    return shared.attend(layer, query[0], key[0], value[0], scale, sliding_window).transpose(0, 1)[None], None
+
+
+class _Watched:
+    """Passes on to a reading and notes the window of every layer."""
+
+    def __init__(self, reading: _Reading, windows: dict[int, int | None]) -> None:
+        self._reading, self._windows = reading, windows
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        self._windows[layer] = window
+        return self._reading.attend(layer, q, k, v, scale, window)
+
+
+class Later:
+    """Passes on to a reading or a step in which the layers of other models come first."""
+
+    def __init__(self, shared: Any, first: int) -> None:
+        self._shared, self._first = shared, first
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        attended: Tensor = self._shared.attend(self._first + layer, q, k, v, scale, window)
+        return attended
+
+
+class PrefixReader:
+    """A causal LM that reads runs and decodes rows. Use it inside `with reader.reading():`.
+
+    Raises Unsupported when the model's logits read this way are not its own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(ATTENTION, _attend)
+        self._model = model
+        self.device = device_of(model)
+        config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+        self.vocabulary = self.widest = int(config.vocab_size)
+        self.positions: int | None = getattr(config, "max_position_embeddings", None)
+        self.layers = int(config.num_hidden_layers)
+        self.position_bytes = 0
+        """What the keys and values of one token take."""
+        self._windows: dict[int, int | None] = {}
+        try:
+            reason = self._disagreement()
+        except Unsupported:
+            raise
+        except Exception as error:  # whatever a model raises on inputs that it does not take
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if reason is not None:
+            raise Unsupported(reason)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Switches the model's attention over; inside, it can be read in no other way."""
+        config: Any = self._model.config
+        before = config._attn_implementation
+        config._attn_implementation = ATTENTION
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            config._attn_implementation = before
+
+    def read(self, runs: Sequence[Run | Tree], wanted: Sequence[Sequence[int]]) -> Tensor:
+        """logits[n, V] at the wanted tokens of each run (indices into its tokens), one run after the other."""
+        return self._read(_Reading(runs, self.device, keep=False), runs, wanted)
+
+    def begin(
+        self, runs: Sequence[Run | Tree], wanted: Sequence[Sequence[int]] | None = None
+    ) -> tuple[Tensor, list[Stem]]:
+        """As `read`, by default at the last token of each run, and the runs as stems of their own.
+
+        The stems hold the runs' own keys and values, not those of the stems that these continue.
+        """
+        reading = _Reading(runs, self.device, keep=True)
+        logits = self._read(reading, runs, wanted or [[len(run.tokens) - 1] for run in runs])
+        before = [run.stem.tokens if run.stem else () for run in runs]
+        return logits, [
+            Stem(len(run.tokens), *kept, (*so_far, *run.tokens))
+            for run, kept, so_far in zip(runs, reading.kept, before, strict=True)
+        ]
+
+    def step(self, groups: Sequence[Rows], tokens: Sequence[int]) -> Tensor:
+        """logits[N, V] after one more token of each of the N rows of all groups, in their order."""
+        for rows in groups:
+            rows.reserve(max(rows.lengths) + 1)
+        positions = [rows.start + length for rows in groups for length in rows.lengths]
+        logits = self._forward(tokens, positions, list(range(len(tokens))), _Step(groups, self.device))
+        for row, token in zip((row for rows in groups for row in rows.tokens), tokens, strict=True):
+            row.append(token)
+        for rows in groups:
+            rows.lengths[:] = [length + 1 for length in rows.lengths]
+        return logits
+
+    def _read(self, reading: Any, runs: Sequence[Run | Tree], wanted: Sequence[Sequence[int]]) -> Tensor:
+        starts = [span.start for span in _Reading(runs, self.device, keep=False).spans]
+        return self._forward(
+            [t for run in runs for t in run.tokens],
+            [p for run in runs for p in run.positions],
+            [start + i for start, indices in zip(starts, wanted, strict=True) for i in indices],
+            reading,
+        )
+
+    def _forward(self, tokens: Sequence[int], positions: Sequence[int], wanted: Sequence[int], shared: Any) -> Tensor:
+        output = own_forward(
+            self._model,
+            input_ids=torch.tensor([list(tokens)], device=self.device),
+            position_ids=torch.tensor([list(positions)], device=self.device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(list(wanted), device=self.device),
+            shared=shared,
+        )
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def _disagreement(self) -> str | None:
+        """What goes wrong with a few random tokens, read in every way that there is, or None."""
+        config: Any = self._model.config.get_text_config()  # type: ignore[operator, union-attr]
+        if any(kind in str(getattr(config, "rope_parameters", "")) for kind in ("'dynamic'", "'longrope'")):
+            return "its rotary positions depend on the longest sequence read at one time"
+        with trying(self._model) as generator:
+            stem, trunk, one, other, third = torch.randint(
+                self.vocabulary, (5, 4), generator=generator, device="cpu"
+            ).tolist()
+            texts = [[*stem, *trunk, *one], [*stem, *trunk, *other], [*stem, *third]]
+            own = [
+                own_forward(self._model, input_ids=torch.tensor([t], device=self.device), use_cache=False).logits[0]
+                for t in texts
+            ]
+            with self.reading():
+                _, (kept,) = self.begin([Run(stem)])
+                if len(kept.keys) != self.layers:
+                    return "not all of its layers compute attention through transformers' registry"
+                self.position_bytes = sum(x.nbytes for x in [*kept.keys, *kept.values]) // kept.length
+                runs = [Run(trunk, kept, [one, other]), Run(third, kept)]
+                watched = _Watched(_Reading(runs, self.device, keep=False), self._windows)
+                tree = self._read(watched, runs, [range(12), range(4)])
+                rows = Rows(kept, 2)
+                _, begun = self.begin([Run(trunk, kept), Run(third[:1], kept)])
+                for row in begun:
+                    rows.add(row)
+                steps = [self.step([rows], pair) for pair in zip(one[:3], third[1:], strict=True)]
+        whole = torch.cat([own[0][4:], own[1][8:], own[2][4:]])
+        stepped = torch.stack([x for i, s in enumerate(steps) for x in (s[0] - own[0][8 + i], s[1] - own[2][5 + i])])
+        size = float(whole.abs().max())
+        apart = max(float((tree - whole).abs().max()), float(stepped.abs().max())) / size
+        # In shorter types the two ways round differently in every layer.
+        tolerance = max(1e-4, 16 * torch.finfo(dtype_of(self._model)).eps)
+        if not apart <= tolerance:
+            return f"its logits are not its own when read in parts (apart by {apart:.2g} of the greatest)"
+        return self._wrong_window(config)
+
+    def _wrong_window(self, config: Any) -> str | None:
+        """The trial is shorter than any window, so what each layer says of its window is held against the config."""
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(self._windows)
+        if strange := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
+            return f"it has layers of {', '.join(strange)}"
+        window = getattr(config, "sliding_window", None)
+        expected = {i: window if kind == "sliding_attention" else None for i, kind in enumerate(kinds)}
+        if self._windows != expected:
+            return "its attention layers do not say what window they see through"
+        return None

@@ -1,0 +1,128 @@
+"""What a source model yields at every position: its top-k log-probabilities, the mass outside them, the gold nats."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fusion.errors import UserError
+from fusion.modeling.heads import find_head, project
+from fusion.modeling.packing import own_forward
+
+Backbone = Callable[[Tensor], Tensor]
+Projection = Callable[[Tensor], Tensor]
+_CACHED = 2**20  # logits that a CPU core works on at once: what lies in its cache is not fetched from memory five times
+
+
+def reader(model: nn.Module) -> tuple[Backbone, Projection]:
+    """A causal LM as `backbone(input_ids[B, L])` -> hidden[B, L, D] and `project(hidden[N, D])` -> logits[N, V].
+
+    For a model whose head is not understood (`heads.split` warns) the backbone gives the model's own logits, dense.
+    """
+    if find_head(model) is None:
+        # Not the instance's forward, which the training loop may have replaced by the objective.
+        return lambda tokens: own_forward(model, input_ids=tokens, use_cache=False).logits, lambda logits: logits
+    backbone: Any = model.base_model
+    return (
+        lambda tokens: backbone(input_ids=tokens, use_cache=False).last_hidden_state,
+        lambda hidden: project(model, hidden),
+    )
+
+
+@dataclass(frozen=True)
+class Externalised:
+    """One sequence of M tokens as a model reads it (paper section 3.1); everything in nats or mass.
+
+    M is 0 where a logit about the sequence was not finite: nothing is known of it.
+    """
+
+    ids: np.ndarray  # int32[M, k] token ids, most probable first
+    log_p: np.ndarray  # float32[M, k]
+    tail: np.ndarray  # float32[M], 1 - sum of the top k
+    nats: np.ndarray  # float32[M], -log p(next token); 0 at M - 1
+    log_z: np.ndarray | None = None  # float32[M, n], log sum over all V ids of p^(1/T) at the n temperatures asked for
+
+
+def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices grouped into batches of at most `max_tokens` padded tokens, sorted by length so that little is padding.
+
+    A sequence longer than `max_tokens` gets a batch of its own. The grouping depends on the lengths alone.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+@torch.inference_mode()
+def externalise(
+    backbone: Backbone,
+    project: Projection,
+    sequences: Sequence[Sequence[int]],
+    *,
+    k: int,
+    device: torch.device,
+    temperatures: Sequence[float] = (),
+    chunk: int = 256,
+) -> list[Externalised]:
+    """Reads one batch of sequences (prefix first, no padding).
+
+    `backbone(input_ids[B, L])` gives hidden states [B, L, D] and `project(hidden[N, D])` logits [N, V]; logits exist
+    for `chunk` positions at a time. Sequences are padded on the right, which a causal model cannot see.
+
+    Raises:
+        UserError: k exceeds the vocabulary.
+    """
+    lengths = [len(s) for s in sequences]
+    input_ids = torch.zeros(len(sequences), max(lengths), dtype=torch.long)
+    following = torch.full_like(input_ids, -1)
+    real = torch.zeros_like(input_ids, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        tokens = torch.tensor(sequence)
+        input_ids[row, : len(sequence)] = tokens
+        following[row, : len(sequence) - 1] = tokens[1:]
+        real[row, : len(sequence)] = True
+    hidden = backbone(input_ids.to(device))[real.to(device)]
+    gold = following[real].to(device)
+
+    parts = []
+    for hidden_part, gold_part in zip(hidden.split(chunk), gold.split(chunk), strict=True):
+        logits = project(hidden_part)
+        if k > logits.shape[-1]:
+            raise UserError(f"k = {k} exceeds the source's vocabulary of {logits.shape[-1]}: lower extraction.k.")
+        rows = chunk
+        if device.type == "cpu":
+            rows = max(1, _CACHED // logits.shape[-1]) * torch.get_num_threads()
+        parts += [
+            _summary(*part, k, temperatures) for part in zip(logits.split(rows), gold_part.split(rows), strict=True)
+        ]
+    columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
+
+    results = []
+    for end, length in zip(np.cumsum(lengths), lengths, strict=True):
+        result = Externalised(*(column[end - length : end] for column in columns))
+        if not (np.isfinite(result.log_p).all() and np.isfinite(result.nats).all()):
+            result = Externalised(*(column[:0] for column in columns))
+        results.append(result)
+    return results
+
+
+def _summary(logits: Tensor, gold: Tensor, k: int, temperatures: Sequence[float]) -> tuple[Tensor, ...]:
+    """The columns of `Externalised` for logits[N, V] and the next tokens gold[N], -1 for none; in float32."""
+    logits = logits.float()
+    total = logits.logsumexp(-1, keepdim=True)
+    top, ids = logits.topk(k, -1)
+    log_p = top - total
+    # Summed in float64: the tail is a small difference of numbers near one.
+    tail = (1 - log_p.double().exp().sum(-1)).clamp(min=0).float()
+    nats = (total - logits.gather(-1, gold.clamp(min=0)[:, None]))[:, 0].masked_fill(gold < 0, 0)
+    if not temperatures:
+        return ids.int(), log_p, tail, nats
+    log_z = torch.stack([((logits - total) / t).logsumexp(-1) for t in temperatures], -1)
+    return ids.int(), log_p, tail, nats, log_z

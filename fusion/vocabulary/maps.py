@@ -1,0 +1,243 @@
+"""Vocabulary maps: which target id each source id becomes.
+
+A map is int32[V_source]: a target id, -1 where the source id maps to nothing, -2 where it was not computed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from fusion.errors import UserError
+from fusion.registry import Registry
+from fusion.vocabulary.edit_distance import Codes, Targets, code_points, nearest, to_alphabet
+from fusion.vocabulary.token_bytes import Vocabulary, respace
+
+NOTHING = -1
+NOT_COMPUTED = -2
+Unit = Literal["bytes", "strings"]
+Text = str | bytes
+Progress = Callable[[int, int], None]
+
+# A control token with several roles takes the first that the target has: one that ends texts and begins them
+# (GPT-2's) is predicted where a text ends.
+_ROLE_ORDER = ("eos", "bos", "pad", "unk")
+# What a target with a dummy prefix is given before the text, so that the text's own first token carries no added space.
+_SENTINELS = ("\n", "|", "=", "a", "0", "\u4e00")
+_PATTERNS_AT_ONCE = 512
+
+
+@dataclass(frozen=True)
+class MapTask:
+    """What a kind of map is asked: the target ids of `ids` int64[N], source ids that have a token.
+
+    On bytes, `ids` holds no control tokens: those map by role and never come here.
+    """
+
+    source: Vocabulary
+    target: Vocabulary
+    on: Unit
+    ids: np.ndarray
+    encode_target: Callable[[str], list[int]] | None
+    progress: Progress
+
+
+MapKind = Callable[[MapTask], np.ndarray]
+MAPS: Registry[MapKind] = Registry("map", "fusellm.maps")
+
+
+def build_map(
+    kind: str,
+    source: Vocabulary,
+    target: Vocabulary,
+    *,
+    on: Unit = "bytes",
+    only: np.ndarray | None = None,
+    encode_target: Callable[[str], list[int]] | None = None,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """int32[V_source] by the registered `kind`: "mined", "em" or "first_piece".
+
+    `on="bytes"` compares the bytes that tokens stand for; control tokens map to the control token of the same role or
+    to nothing, and no text ever maps to a control token. `on="strings"` compares raw strings with the source's space
+    mark written as the target's, control tokens included, as the published code does. With `only` (source ids that
+    occur) the rest is left uncomputed, -2. `encode_target` (text to ids, no special tokens) is needed by
+    "first_piece". `progress(done, total)` counts source tokens. Raises UserError for unknown kinds and units.
+    """
+    if on not in ("bytes", "strings"):
+        raise UserError(f'A vocabulary map compares "bytes" or "strings", not {on!r}.')
+    build = MAPS.get(kind)
+    wanted = np.arange(len(source)) if only is None else np.unique(np.asarray(only, dtype=np.int64))
+    if len(wanted) and (wanted[0] < 0 or wanted[-1] >= len(source)):
+        raise UserError(
+            f"A vocabulary map was asked for source ids from {wanted[0]} to {wanted[-1]}, but the source has "
+            f"{len(source)} ids: they come from another tokenizer."
+        )
+    result = np.full(len(source), NOT_COMPUTED, dtype=np.int32)
+    result[wanted] = NOTHING
+    if on == "bytes":
+        for i in source.control.intersection(wanted.tolist()):
+            result[i] = _same_role(i, source, target)
+        ids = [i for i in wanted.tolist() if source.token_bytes[i] is not None]
+    else:
+        ids = [i for i in wanted.tolist() if source.tokens[i]]
+    task = MapTask(source, target, on, np.array(ids, dtype=np.int64), encode_target, progress or _silent)
+    result[task.ids] = build(task)
+    return result
+
+
+def _silent(done: int, total: int) -> None:
+    pass
+
+
+def control_ids(source: Vocabulary, target: Vocabulary) -> dict[int, int]:
+    """The target's control token of the same role as each of the source's, of those that have one."""
+    found = {i: _same_role(i, source, target) for i in source.control}
+    return {i: mapped for i, mapped in found.items() if mapped != NOTHING}
+
+
+def _same_role(i: int, source: Vocabulary, target: Vocabulary) -> int:
+    for role in _ROLE_ORDER:
+        if source.roles.get(role) == i and role in target.roles:
+            return target.roles[role]
+    return NOTHING
+
+
+@MAPS.register("em", reference="arXiv 2401.10491, section 4.4: exact match (EM)")
+def exact(task: MapTask) -> np.ndarray:
+    """int32[N]: the target token that is the same, else nothing. Of two with the same bytes the ordinary one serves."""
+    texts, candidates, places = _texts(task)
+    by_text = _first_places(candidates)
+    task.progress(len(texts), len(texts))
+    return np.array([places[by_text[text]] if text in by_text else NOTHING for text in texts], dtype=np.int32)
+
+
+@MAPS.register("mined", reference="arXiv 2401.10491, section 3.3: minimum edit distance (MinED)")
+def mined(task: MapTask) -> np.ndarray:
+    """int32[N]: the target token that is the same, else the one at the least Levenshtein distance.
+
+    Distances are in bytes or in characters of the strings. Ties go to the lowest target id; on bytes, ordinary tokens
+    go before byte-fallback ones.
+    """
+    texts, candidates, places = _texts(task)
+    by_text = _first_places(candidates)
+    result = np.array([places[by_text[text]] if text in by_text else NOTHING for text in texts], dtype=np.int32)
+    inexact = np.flatnonzero([text not in by_text for text in texts])
+    if not len(inexact) or not candidates:
+        task.progress(len(texts), len(texts))
+        return result
+    patterns, strings, alphabet = to_alphabet(code_points([texts[i] for i in inexact]), code_points(candidates))
+    found = _search(patterns, Targets.build(strings, alphabet), task.progress, len(texts))
+    result[inexact] = np.array(places, dtype=np.int32)[found]
+    return result
+
+
+@MAPS.register("first_piece", reference="the first token of the source token's bytes, as the target encodes them")
+def first_piece(task: MapTask) -> np.ndarray:
+    """int32[N]: the first token of the source token's bytes when the target's tokenizer encodes them.
+
+    Bytes that are not whole characters, and what the target's tokenizer does not give back as it was, take the longest
+    target token that they begin with. Favours short target tokens.
+    """
+    if task.encode_target is None:
+        raise UserError('The map "first_piece" needs the target\'s tokenizer: give its encode function.')
+    if task.on != "bytes":
+        raise UserError('The map "first_piece" works on bytes: set the map\'s unit to "bytes".')
+    texts, candidates, places = _texts(task)
+    by_bytes = {text: places[place] for text, place in _first_places(candidates).items()}
+    encode = _without_dummy_prefix(task.encode_target) if task.target.dummy_prefix else task.encode_target
+    result = np.empty(len(texts), dtype=np.int32)
+    for n, piece in enumerate(texts):
+        assert isinstance(piece, bytes)
+        first = _first_token(piece, encode, task.target)
+        if first is None:
+            starts = (by_bytes.get(piece[:length], NOTHING) for length in range(len(piece), 0, -1))
+            first = next((i for i in starts if i != NOTHING), NOTHING)
+        result[n] = first
+        if n % _PATTERNS_AT_ONCE == 0:
+            task.progress(n, len(texts))
+    task.progress(len(texts), len(texts))
+    return result
+
+
+def _texts(task: MapTask) -> tuple[list[Text], list[Text], list[int]]:
+    """The N source texts, the M target texts in order of preference, and the M ids of those."""
+    source, target = task.source, task.target
+    if task.on == "strings":
+        places = [i for i, token in enumerate(target.tokens) if token]
+        strings: list[Text] = [respace(source.tokens[i], source.space, target.space) for i in task.ids.tolist()]
+        return strings, [target.tokens[i] for i in places], places
+    spelled = target.token_bytes
+    ordinary = [i for i, piece in enumerate(spelled) if piece and i not in target.byte_fallback]
+    places = ordinary + sorted(target.byte_fallback)
+    texts: list[Text] = [source.token_bytes[i] or b"" for i in task.ids.tolist()]
+    return texts, [spelled[i] or b"" for i in places], places
+
+
+def _first_places(candidates: Sequence[Text]) -> dict[Text, int]:
+    return {text: place for place, text in reversed(list(enumerate(candidates)))}
+
+
+def _search(patterns: Codes, targets: Targets, progress: Progress, total: int) -> np.ndarray:
+    """int64[N]: the place of each pattern's nearest target, searched by all cores."""
+    # Characters that the targets lack have all become one wildcard, which makes many patterns the same.
+    distinct: dict[bytes, int] = {}
+    rows = [patterns.codes[a:b] for a, b in zip(patterns.offsets[:-1], patterns.offsets[1:], strict=True)]
+    which = np.array([distinct.setdefault(row.tobytes(), len(distinct)) for row in rows])
+    representatives = np.unique(which, return_index=True)[1]
+    chunks = [
+        representatives[start : start + _PATTERNS_AT_ONCE]
+        for start in range(0, len(representatives), _PATTERNS_AT_ONCE)
+    ]
+    found = np.empty(len(distinct), dtype=np.int64)
+    multiplicity = np.bincount(which)
+    done = total - len(rows)
+    progress(done, total)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ThreadPoolExecutor(cores) as pool:
+        running = {pool.submit(nearest, _pick(rows, chunk), targets): chunk for chunk in chunks}
+        try:
+            for future in as_completed(running):
+                chunk = running[future]
+                found[which[chunk]] = future.result()
+                done += int(multiplicity[which[chunk]].sum())
+                progress(done, total)
+        finally:  # an interrupted search ends with the chunks in hand, not with all of them
+            pool.shutdown(wait=False, cancel_futures=True)
+    return found[which]
+
+
+def _pick(rows: Sequence[np.ndarray], chunk: Iterable[int]) -> Codes:
+    picked = [rows[i] for i in chunk]
+    return Codes(np.concatenate(picked), np.concatenate([[0], np.cumsum([len(row) for row in picked])]))
+
+
+def _first_token(piece: bytes, encode: Callable[[str], list[int]], target: Vocabulary) -> int | None:
+    """The first token of the bytes as text, or None where they are no text or do not begin with that token."""
+    try:
+        ids = encode(piece.decode("utf-8"))
+    except UnicodeDecodeError:
+        return None
+    if not ids or not 0 <= ids[0] < len(target):
+        return None
+    spelled = target.token_bytes[ids[0]]
+    return ids[0] if spelled and piece.startswith(spelled) else None
+
+
+def _without_dummy_prefix(encode: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
+    """Encodes text as it is encoded after other text; [] where every sentinel merges with it."""
+    sentinels = {sentinel: encode(sentinel) for sentinel in _SENTINELS}
+
+    def encode_after(text: str) -> list[int]:
+        for sentinel, before in sentinels.items():
+            ids = encode(sentinel + text)
+            if len(ids) > len(before) and ids[: len(before)] == before:
+                return ids[len(before) :]
+        return []
+
+    return encode_after

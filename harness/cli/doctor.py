@@ -1,0 +1,74 @@
+"""What this machine has, and what that means for a run."""
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from harness.store.paths import SOURCE
+
+_NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numba", "rapidfuzz")
+_LATER = ("lm-eval", "mergekit", "deepspeed")
+_NO_TESTS = 5  # pytest's exit status where nothing was selected
+
+Row = tuple[str, str, str]
+
+
+def check(root: Path, *, gpu: bool) -> tuple[list[Row], bool]:
+    """Rows (what, found, yes/no/-) and whether everything that every run needs is there."""
+    import psutil
+    import torch
+
+    from harness.models.checkpoints import compute_dtype
+
+    rows: list[Row] = [("Python", sys.version.split()[0], "yes" if sys.version_info >= (3, 11) else "no")]
+    for name in (*_NEEDED, *_LATER):
+        try:
+            rows.append((name, importlib.metadata.version(name), "yes"))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((name, "not installed", "no" if name in _NEEDED else "-"))
+    rows.append(("CPU cores", str(os.cpu_count()), "yes"))
+    rows.append(("memory", f"{psutil.virtual_memory().total / 2**30:.1f} GiB", "yes"))
+    place = next(p for p in [root, *root.resolve().parents] if p.exists())
+    rows.append((f"free disk at {place}", f"{shutil.disk_usage(place).free / 2**30:.1f} GiB", "yes"))
+    rows.append(("computing precision on the CPU", compute_dtype("auto", "cpu"), "yes"))
+    cuda = torch.cuda.is_available()
+    rows.append(("CUDA devices", str(torch.cuda.device_count()) if cuda else "none", "yes" if cuda else "-"))
+    rows += _toolchains(root / "toolchains")
+    if gpu:
+        rows.append(_gpu_tests(cuda))
+    return rows, not any(found == "no" for *_, found in rows)
+
+
+def _toolchains(cache: Path) -> list[Row]:
+    """The sandbox, and the toolchains as they are in it: a program of each language is run."""
+    from harness.evaluation.multipl_e.languages import LANGUAGES
+    from harness.evaluation.multipl_e.toolchains import available
+    from harness.evaluation.sandbox import refusal
+
+    refused = refusal()
+    rows = [("sandbox for generated programs", refused or "bubblewrap works", "-" if refused else "yes")]
+    found, not_run = available(list(LANGUAGES), cache)
+    for name, language in LANGUAGES.items():
+        rows.append(
+            (
+                f"MultiPL-E in {language.title}",
+                not_run.get(name) or found[name].version,
+                "-" if name in not_run else "yes",
+            )
+        )
+    return rows
+
+
+def _gpu_tests(cuda: bool) -> Row:
+    name = "tests marked gpu"
+    tests = SOURCE / "tests"
+    if not cuda:
+        return name, "no CUDA device to run them on", "no"
+    if not tests.is_dir():
+        return name, "the tests come with the source, not with the installed package", "no"
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(tests)], check=False)
+    passed = done.returncode in (0, _NO_TESTS)
+    return name, "passed" if passed else f"failed (pytest exit status {done.returncode})", "yes" if passed else "no"

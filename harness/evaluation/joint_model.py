@@ -1,0 +1,149 @@
+"""An ensemble as a suite sees it: its members loaded together and read as one, or asked one by one and counted."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+from baselines.method import Ensemble
+from fusion.errors import UserError
+from harness.evaluation.suite import Subject
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from fusion.inference.ensembles import JointReader
+    from fusion.vocabulary.token_bytes import Vocabulary
+
+
+@dataclass
+class JointSubject(Subject):
+    """Members that are read as one, in the tokens of the first; or, where they vote, each by itself."""
+
+    ensemble: Ensemble = field(kw_only=True)
+    parts: Sequence[tuple[Subject, float]] = field(kw_only=True)
+
+    @property
+    def members(self) -> Sequence[tuple[Subject, float]]:
+        return self.parts
+
+    @property
+    def votes(self) -> bool:
+        return self.ensemble.combine == "vote"
+
+    @property
+    def predictor(self) -> "JointReader":
+        return self.reader
+
+    @cached_property
+    def model(self) -> "PreTrainedModel":
+        return self.parts[0][0].model
+
+    @cached_property
+    def reader(self) -> "JointReader":
+        """Loads all members. Raises UserError for one that cannot take part."""
+        from fusion.inference.ensembles import JointReader, Translator
+        from fusion.inference.prefix_cache import PrefixReader, Unsupported
+        from fusion.vocabulary.token_bytes import Vocabulary, encode_alike, encode_all, prefix_id
+
+        assert self.ensemble.combine != "vote"
+        readers = []
+        for member, _ in self.parts:
+            try:
+                readers.append(PrefixReader(member.model))
+            except Unsupported as reason:
+                raise UserError(f"{member.label} cannot take part in {self.label}: {reason}.") from None
+        vocabularies = [
+            Vocabulary.from_tokenizer(member.tokenizer, reader.vocabulary)
+            for (member, _), reader in zip(self.parts, readers, strict=True)
+        ]
+        shared = [
+            i
+            for i, (member, _) in enumerate(self.parts)
+            if vocabularies[0].means_in(vocabularies[i]) and encode_alike(self.tokenizer, member.tokenizer)
+        ]
+        others = [i for i in range(len(self.parts)) if i not in shared]
+        rows = min(readers[i].vocabulary for i in shared)
+        pivot = Vocabulary.from_tokenizer(self.tokenizer, rows)
+        translators = [
+            Translator(
+                readers[i],
+                (member := self.parts[i][0]).tokenizer,
+                vocabularies[i],
+                pivot,
+                self._map(member, vocabularies[i], pivot),
+                encode_pivot=partial(encode_all, self.tokenizer),
+                prefix=prefix_id(member.tokenizer),
+                label=member.label,
+            )
+            for i in others
+        ]
+        return JointReader(
+            [(readers[i], self.parts[i][1]) for i in shared],
+            [(translator, self.parts[i][1]) for translator, i in zip(translators, others, strict=True)],
+            self.ensemble.combine,
+        )
+
+    def _map(self, member: Subject, vocabulary: "Vocabulary", pivot: "Vocabulary") -> "Tensor":
+        import torch
+
+        from fusion.vocabulary.maps import build_map
+        from fusion.vocabulary.token_bytes import encode
+        from harness.runtime.progress import track
+
+        label = f"map {member.label} to {self.parts[0][0].label}"
+        with track(label, len(vocabulary), "tokens") as advance:
+            found = build_map(
+                self.ensemble.map,
+                vocabulary,
+                pivot,
+                encode_target=lambda text: encode(self.tokenizer, text),
+                progress=_steps(advance, len(vocabulary)),
+            )
+        return torch.from_numpy(found).long()
+
+    @cached_property
+    def context(self) -> int:
+        return min(member.context for member, _ in self.parts)
+
+    def _make_lm(self, batch_size: Any, seed: int, **joint: Any) -> "LM":
+        return super()._make_lm(batch_size, seed, joint=self.reader, context=self.context)
+
+    def release(self) -> None:
+        super().release()
+        self.__dict__.pop("reader", None)
+        for member, _ in self.parts:
+            member.release()
+
+
+def _steps(advance: Callable[[float], None], size: int) -> Callable[[int, int], None]:
+    """`advance` by what has been done since the last call, as `build_map` counts."""
+    last = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        now = done * size / max(total, 1)
+        advance(now - last)
+        last = now
+
+    return progress
+
+
+def joint_subject(label: str, ensemble: Ensemble, parts: Sequence[tuple[Subject, float]]) -> JointSubject:
+    """The ensemble of subjects; the first is the pivot."""
+    pivot = parts[0][0]
+    dtypes = [member.dtype for member, _ in parts]
+    return JointSubject(
+        label=label,
+        fingerprint=ensemble.fingerprint,
+        spec=pivot.spec,
+        dtype=dtypes[0] if len(set(dtypes)) == 1 else "+".join(dtypes),
+        device=pivot.device,
+        batch_tokens=pivot.batch_tokens,
+        parameters=sum(member.parameters for member, _ in parts),
+        models_dir=pivot.models_dir,
+        ensemble=ensemble,
+        parts=parts,
+    )

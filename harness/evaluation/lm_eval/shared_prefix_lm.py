@@ -1,0 +1,346 @@
+"""lm-eval's HFLM with what prompts have in common read once: the same answers, sooner.
+
+Every lm-eval task profits: it is handed to lm-eval like any other LM. Where the model cannot be read that way, HFLM's
+own methods answer, and the user is told.
+"""
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import psutil
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.generation import GenerationMode
+
+from fusion.errors import UserError
+from fusion.inference.decoding import decode, families, packs
+from fusion.inference.ensembles import JointReader
+from fusion.inference.prefix_cache import PrefixReader, Unsupported
+from fusion.inference.prefix_tree import Run
+from harness.evaluation.lm_eval.tasks import quietly
+from harness.runtime.progress import say
+
+ROWS = 64  # sequences decoded at one time, if memory allows
+_HFLM_BATCH = 4  # prompts that HFLM reads at one time, where it must: it holds the logits of every position
+_LOGITS = 2**26  # numbers of logits that exist at one time: 256 MB
+_CACHED = 16  # rows of logits that are summed at one time: what fits a processor's cache
+# How transformers may draw otherwise, and the values under which it does not.
+_WARPERS = {
+    "min_p": (None,),
+    "top_h": (None,),
+    "typical_p": (None, 1.0),
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
+}
+
+BatchSize = int | Literal["auto"]
+
+
+def _totals(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 log of the summed exponentials, and the greatest, of each of logits[n, V]; some rows at a time.
+
+    Unlike HFLM's log_softmax in float32, which is off by some 4e-5 nats a token where V is 150,000.
+    """
+    totals, bests = [], []
+    for part in logits.split(_CACHED):
+        best = part.amax(-1).float()
+        totals.append(best + (part.float() - best[:, None]).exp_().sum(-1).log())
+        bests.append(best)
+    return torch.cat(totals), torch.cat(bests)
+
+
+@dataclass
+class _Sampling:
+    temperature: float
+    top_k: int
+    top_p: float
+    random: random.Random
+
+    def draw(self, logits: Tensor) -> int:
+        """One token by logits[V]: temperature, then the top k, then the nucleus, in the order of transformers."""
+        n = self.top_k or 64
+        while True:
+            top = logits.topk(min(n, len(logits)))
+            scaled = top.values.double() / self.temperature
+            # The rest is at most as likely as the last of these; where that is nothing it needs not be summed.
+            rest = (len(logits) - n) * float((scaled[-1] - scaled[0]).exp())
+            whole = scaled if self.top_k or rest < 1e-9 else logits.double() / self.temperature
+            p = (scaled - whole.logsumexp(-1)).exp()
+            if self.top_k or n >= len(logits) or float(p.sum()) >= self.top_p:
+                break
+            n *= 8  # few are needed where the model is sure
+        kept = p[p.cumsum(-1) - p < self.top_p].cumsum(-1)
+        # The likeliest first: rounding in the sum of the unlikely ones moves no draw.
+        drawn = int(torch.searchsorted(kept, self.random.random() * float(kept[-1]), right=True))
+        return int(top.indices[min(drawn, len(kept) - 1)])
+
+
+@dataclass
+class _Row:
+    """One answer in the making."""
+
+    request: Instance
+    prompt: list[int]
+    until: list[str]
+    ends: frozenset[int]
+    limit: int
+    lookback: int
+    """Tokens in which a stop string that has just been completed must lie: each is a byte or more."""
+    processors: LogitsProcessorList
+    sampling: _Sampling | None
+    new: list[int] = field(default_factory=list)
+
+    def choose(self, logits: Tensor, greedy: int) -> int:
+        """The next token by logits[V], of which `greedy` is the best."""
+        if self.processors:
+            read = torch.tensor([[*self.prompt, *self.new]], device=logits.device)
+            logits = self.processors(read, logits[None].float())[0]  # type: ignore[arg-type]  # declared a LongTensor
+            greedy = int(logits.argmax())
+        return greedy if self.sampling is None else self.sampling.draw(logits)
+
+    def ended(self, tail: str) -> bool:
+        """`tail` is the text of the last `lookback` tokens."""
+        over = self.new[-1] in self.ends or len(self.new) >= self.limit
+        return over or any(stop in tail for stop in self.until)
+
+
+class SharedPrefixLM(HFLM):
+    """A model and its tokenizer as lm-eval's LM. Differences from HFLM:
+
+    A prompt that does not fit the context is refused with UserError, not cut. A sampled answer depends on `seed`, its
+    prompt and its number alone. Log-probabilities are computed in float32 whatever the model's dtype.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        label: str,
+        batch_size: BatchSize = "auto",
+        batch_tokens: int = 2048,
+        seed: int = 0,
+        joint: JointReader | None = None,
+        context: int | None = None,
+    ) -> None:
+        """`batch_size`: sequences decoded at one time; `batch_tokens`: tokens of prompts read at one time.
+
+        `joint`: the models that answer as one, `model` among them; with it `context` is the shortest of theirs.
+        """
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"The tokenizer of {label} has no end-of-text token, so that no answer would ever end: name it as "
+                "eos_token in tokenizer_config.json."
+            )
+        own = _HFLM_BATCH if batch_size == "auto" else batch_size
+        with quietly():
+            super().__init__(
+                pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=own, max_length=context
+            )
+        self.label = label
+        self._rows = batch_size
+        self._batch_tokens = batch_tokens
+        self._seed = seed
+        self._joint = joint
+        try:
+            self.reader: PrefixReader | None = joint or PrefixReader(model)
+        except Unsupported as reason:
+            self.reader = None
+            say(f"{label}: common prefixes are read again for every prompt, by lm-eval's own HFLM ({reason}).")
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """Of every (anything, context, continuation): the continuation's log-probability, and whether it is greedy."""
+        for _, context, continuation in requests:
+            self._check_window(len(context) + len(continuation) - 1, 0)
+        if self.reader is None:
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        of_context: dict[tuple[int, ...], list[int]] = {}
+        for index, (_, context, _) in enumerate(requests):
+            of_context.setdefault(tuple(context), []).append(index)
+        contexts = list(of_context)
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        runs: list[tuple[Run, list[int]]] = []
+        with self.reader.reading():
+            for common, members in families(contexts):
+                stem = self.reader.begin([Run(contexts[members[0]][:common])])[1][0] if common else None
+                for m in members:
+                    trunk, all_of_it = contexts[m][common:], of_context[contexts[m]]
+                    sizes = [len(requests[i][2]) - 1 for i in all_of_it]
+                    for part in packs(sizes, max(1, self._batch_tokens - len(trunk))):
+                        some = [all_of_it[p] for p in part]
+                        runs.append((Run(trunk, stem, [requests[i][2][:-1] for i in some]), some))
+                # Families wait for one another to fill a call, but not all of them: their stems are kept meanwhile.
+                if sum(len(run.tokens) for run, _ in runs) >= self._batch_tokens:
+                    self._score(runs, requests, answers)
+                    runs = []
+            self._score(runs, requests, answers)
+        return answers
+
+    def _score(
+        self,
+        runs: Sequence[tuple[Run, list[int]]],
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        answers: list[tuple[float, bool]],
+    ) -> None:
+        """Fills in the answers of the requests whose continuations are the runs' branches."""
+        assert self.reader is not None
+        wide = -(-self._batch_tokens * self.reader.widest // _LOGITS)
+        # A call is bounded by its tokens and by its logits alike.
+        sizes = [max(len(run.tokens), (len(run.tokens) - len(run.trunk) + 1) * wide) for run, _ in runs]
+        for pack in packs(sizes, self._batch_tokens):
+            part = [runs[i] for i in pack]
+            # What follows the trunk is predicted at its last token, the rest of a branch in the branch.
+            wanted = [range(len(run.trunk) - 1, len(run.tokens)) for run, _ in part]
+            logits = self.reader.read([run for run, _ in part], wanted)
+            total, best = _totals(logits)
+            if not torch.isfinite(total).all():
+                raise UserError(f"The logits of {self.label} are not finite: it cannot be evaluated.")
+            first = 0
+            for run, some in part:
+                row = first + 1
+                for index in some:
+                    continuation = torch.tensor(requests[index][2], device=logits.device)
+                    n = len(continuation) - 1
+                    at = torch.tensor([first, *range(row, row + n)], device=logits.device)
+                    row += n
+                    chosen = logits[at, continuation].float()
+                    answers[index] = (float((chosen - total[at]).sum()), bool((chosen == best[at]).all()))
+                    if requests[index][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[index][0], answers[index])
+                first += len(run.tokens) - len(run.trunk) + 1
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The answer to every request, cut before its first stop string."""
+        answers = [""] * len(requests)
+        rows: dict[int, _Row] = {}
+        copies: Counter[int] = Counter()
+        slow: list[int] = []
+        for index, request in enumerate(requests):
+            context, given = request.args
+            kwargs: dict[str, Any] = dict(normalize_gen_kwargs(given, self.max_gen_toks))
+            until = handle_stop_sequences(kwargs.pop("until"), self.tok_decode(self.eot_token_id, False))
+            limit = kwargs.pop("max_gen_toks")
+            prompt = self.tok_batch_encode([context])[0][0].tolist()
+            self._check_window(len(prompt), limit)
+            number = copies[id(request)]  # lm-eval asks for several answers by naming a request again
+            copies[id(request)] += 1
+            seed = f"{self._seed}:{request.idx}:{number}:{context}"
+            config = self._plain_config(kwargs)
+            if config is None and self._joint is not None:
+                raise UserError(
+                    f"{self.label} answers greedily or by sampling with temperature, top_k and top_p, but a task asks "
+                    f"for {', '.join(sorted(kwargs))}: leave that task out."
+                )
+            if self.reader is not None and config is not None:
+                rows[index] = self._row(request, prompt, [u for u in until if u], limit, config, seed)
+            elif kwargs["do_sample"]:  # one by one, for the answer must not depend on its neighbours
+                torch.manual_seed(int(hashlib.sha256(seed.encode()).hexdigest()[:15], 16))
+                answers[index] = super().generate_until([request], disable_tqdm=True)[0]
+                self.cache_hook.add_partial("generate_until", request.args, answers[index])
+            else:
+                slow.append(index)
+        if rows:
+            self._decode(rows, answers)
+        if slow:
+            found = super().generate_until([requests[i] for i in slow], disable_tqdm)
+            for index, answer in zip(slow, found, strict=True):
+                answers[index] = answer
+        return answers
+
+    def _plain_config(self, kwargs: dict[str, Any]) -> GenerationConfig | None:
+        """What `generate` would make of the kwargs and the model's own defaults; None for more than we do ourselves."""
+        given = {name: v for name, v in kwargs.items() if name != "temperature" or kwargs["do_sample"]}
+        config, others = self.model._prepare_generation_config(None, **given)
+        mode = config.get_generation_mode()
+        ours = mode == GenerationMode.GREEDY_SEARCH or (
+            mode == GenerationMode.SAMPLE
+            and all(getattr(config, name, None) in plain for name, plain in _WARPERS.items())
+        )
+        if others or not ours or config.guidance_scale not in (None, 1) or config.watermarking_config is not None:
+            return None
+        return config
+
+    def _row(
+        self, request: Instance, prompt: list[int], until: list[str], limit: int, config: GenerationConfig, seed: str
+    ) -> _Row:
+        sampling = None
+        if config.do_sample:
+            top_p = 1.0 if config.top_p is None else config.top_p
+            sampling = _Sampling(config.temperature or 1.0, config.top_k or 0, top_p, random.Random(seed))
+        ends = config.eos_token_id or []
+        config.do_sample = False  # what is left to transformers are the processors, not the sampling
+        config.max_length = len(prompt) + limit
+        self.model._prepare_special_tokens(config, True, device=self.device)
+        processors = self.model._get_logits_processor(config, input_ids_seq_length=len(prompt), device=self.device)
+        return _Row(
+            request,
+            prompt,
+            until,
+            frozenset([self.eot_token_id, *(ends if isinstance(ends, list) else [ends])]),
+            limit,
+            max(len(stop.encode()) for stop in until) + 2,
+            processors,
+            sampling,
+        )
+
+    def _decode(self, rows: dict[int, _Row], answers: list[str]) -> None:
+        """Fills in the answers of the rows, each under its request's index."""
+        assert self.reader is not None
+        indices = list(rows)
+
+        def choose(numbers: Sequence[int], logits: Tensor) -> list[int | None]:
+            some = [rows[indices[n]] for n in numbers]
+            best = logits.max(-1)
+            if not torch.isfinite(best.values).all():
+                raise UserError(f"The logits of {self.label} are not finite: it cannot be evaluated.")
+            for row, scores, greedy in zip(some, logits, best.indices.tolist(), strict=True):
+                row.new.append(row.choose(scores, greedy))
+            tails = self.tokenizer.batch_decode([row.new[-row.lookback :] for row in some])
+            chosen: list[int | None] = []
+            for n, row, tail in zip(numbers, some, tails, strict=True):
+                ended = row.ended(tail)
+                chosen.append(None if ended else row.new[-1])
+                if ended:
+                    text = self.tok_decode(row.new)
+                    answers[indices[n]] = postprocess_generated_text(text, row.until, None)
+                    self.cache_hook.add_partial("generate_until", row.request.args, answers[indices[n]])
+            return chosen
+
+        decode(
+            self.reader,
+            [rows[i].prompt for i in indices],
+            choose,
+            rows=self._room(max(len(row.prompt) + row.limit for row in rows.values())),
+            batch_tokens=self._batch_tokens,
+        )
+
+    def _room(self, length: int) -> int:
+        """How many sequences of `length` tokens are decoded at one time: half of the free memory is theirs at most."""
+        if self._rows != "auto":
+            return self._rows
+        assert self.reader is not None
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+        else:
+            free = psutil.virtual_memory().available
+        return max(1, min(ROWS, free // 2 // (self.reader.position_bytes * length)))
+
+    def _check_window(self, read: int, new: int) -> None:
+        if read + new > self.max_length:
+            raise UserError(
+                f"A prompt of {read} tokens with up to {new} new ones does not fit the context of {self.label}, "
+                f"{self.max_length}: leave its task out, or lower max_new_tokens."
+            )

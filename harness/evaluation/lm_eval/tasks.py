@@ -1,0 +1,275 @@
+"""lm-eval's tasks as they are, on the rows of this machine.
+
+A small YAML file includes lm-eval's own and names the local files; nothing else of the task is touched. Only the files
+that are needed are read, since looking through all 14,000 of lm-eval takes longer than many a task.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusion.errors import UserError
+from harness.store.artifacts import file_sha256
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.task import ConfigurableTask
+
+FEWSHOT_SEED = 1234  # lm-eval's own default
+_FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}  # and what datasets calls them
+_TASK_LINE = re.compile(rb"""^["']?(task|group|tag)["']?:[ ]*["']?([^"'\s\[{#][^"'\n#]*?)["']?[ ]*\r?$""", re.M)
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What is changed of a task; None leaves it as it is."""
+
+    num_fewshot: int | None = None
+    max_new_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """One task of lm-eval: its YAML file, and where its rows are."""
+
+    name: str
+    yaml: Path
+    config: dict[str, Any] = field(compare=False)
+    files: dict[str, Path] = field(compare=False)
+    """By split, on this machine; empty where only the hub has them."""
+    overrides: Overrides
+
+    @property
+    def hub(self) -> str:
+        return f"{self.config.get('dataset_path')} ({self.config.get('dataset_name') or 'default'})"
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the prompts and targets, in hashes and names."""
+        data = {split: file_sha256(path) for split, path in self.files.items()} or f"hub:{self.hub}"
+        return {
+            "task": self.name,
+            "version": str((self.config.get("metadata") or {}).get("version", "")),
+            "lm_eval": lm_eval_version(),
+            "data": data,
+            "num_fewshot": self.overrides.num_fewshot,
+            "max_new_tokens": self.overrides.max_new_tokens,
+        }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task with its requests: those of each example, in the order of the rows."""
+
+    source: Source
+    task: "ConfigurableTask"
+    examples: dict[str, list["Instance"]]
+
+
+def lm_eval_version() -> str:
+    return importlib.metadata.version("lm_eval")
+
+
+def task_folder() -> Path:
+    """lm-eval's folder of tasks; found without importing it."""
+    found = importlib.util.find_spec("lm_eval")
+    assert found is not None and found.origin is not None
+    return Path(found.origin).parent / "tasks"
+
+
+@cache
+def task_index() -> dict[str, tuple[str, Path]]:
+    """Every name of lm-eval: whether it is a task, a group or a tag, and a YAML file that says so."""
+    index: dict[str, tuple[str, Path]] = {}
+    for folder, _, names in os.walk(task_folder()):
+        for name in names:
+            if name.endswith(".yaml"):
+                path = Path(folder, name)
+                for kind, value in _TASK_LINE.findall(path.read_bytes()):
+                    index.setdefault(value.decode(), (kind.decode(), path))
+    return index
+
+
+def find_source(name: str, yaml: Path, data_root: Path | None, overrides: Overrides) -> Source:
+    """A task and where its rows are. Raises UserError when `data_root` has the data set but not a split it needs."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config = load_yaml(yaml, resolve_func=False)
+    hub, configuration = str(config.get("dataset_path")), config.get("dataset_name")
+    files = {
+        split: local_split(hub, configuration, split, data_root, f"the task {name}")
+        for split in _needed_splits(config, overrides)
+    }
+    here = {split: path for split, path in files.items() if path is not None}
+    return Source(name, yaml, config, here, overrides)
+
+
+def local_split(hub: str, configuration: str | None, split: str, data_root: Path | None, reader: str) -> Path | None:
+    """The file below `data_root` with a split of a hub's data set; None where only the hub has it.
+
+    Raises UserError when the data set is there but not this split, naming the file that `reader` expects.
+    """
+    folder = data_root.expanduser() / hub if data_root else None
+    if folder is None or not folder.is_dir():
+        return None
+    files = [folder / (configuration or "default") / f"{split}{suffix}" for suffix in _FORMATS]
+    found = next((path for path in files if path.exists()), None)
+    if found is None:
+        raise UserError(f"{files[0]} (or .jsonl) is missing, which {reader} reads: put it there, or leave that out.")
+    return found
+
+
+def load_rows(hub: str, configuration: str, split: str, path: Path | None) -> list[dict[str, Any]]:
+    """All rows of a split, from `path` or else the hub. Raises UserError when they cannot be had."""
+    import datasets
+
+    with quietly(), offline_unless_reachable(path is not None):
+        try:
+            if path is None:
+                return list(datasets.load_dataset(hub, configuration, split=split))
+            return list(datasets.load_dataset(_FORMATS[path.suffix], data_files={split: str(path)}, split=split))
+        except Exception as error:  # whatever datasets and its readers raise
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            remedy = (
+                f"correct {path}" if path else f"set data.root to a folder with {hub}/{configuration}/{split}.parquet"
+            )
+            raise UserError(
+                f"The rows of {hub} ({configuration}, {split}) cannot be read ({reason}): {remedy}."
+            ) from None
+
+
+def _needed_splits(config: dict[str, Any], overrides: Overrides) -> list[str]:
+    """The split that is evaluated, and that of the few-shot examples where they come from one."""
+    evaluated = config.get("test_split") or config.get("validation_split")
+    shots = config.get("num_fewshot") if overrides.num_fewshot is None else overrides.num_fewshot
+    of_shots = config.get("fewshot_config") or {}
+    needed = [evaluated]
+    if shots and not of_shots.get("samples"):
+        order = ("training_split", "validation_split", "test_split")  # lm-eval's own rule where none is named
+        named = of_shots.get("split") or config.get("fewshot_split")
+        needed.append(named or next(config[split] for split in order if config.get(split)))
+    return [str(split) for split in dict.fromkeys(needed) if split]
+
+
+def _include(source: Source) -> dict[str, Any]:
+    """The YAML that includes lm-eval's own and changes what must be changed."""
+    changed: dict[str, Any] = {"include": str(source.yaml), "task": source.name}
+    if source.files:
+        kinds = {_FORMATS[path.suffix] for path in source.files.values()}
+        if len(kinds) > 1:
+            raise UserError(f"The splits of {source.hub} are partly Parquet, partly JSON: give all in one format.")
+        changed |= {
+            "dataset_path": kinds.pop(),
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": {split: str(path) for split, path in source.files.items()}},
+        }
+        for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
+            if source.config.get(key) and source.config[key] not in source.files:
+                changed[key] = None
+    if source.overrides.num_fewshot is not None:
+        changed["num_fewshot"] = source.overrides.num_fewshot
+    if source.overrides.max_new_tokens is not None and source.config.get("output_type") == "generate_until":
+        given = source.config.get("generation_kwargs") or {"until": ["\n\n"], "do_sample": False}
+        changed["generation_kwargs"] = {**given, "max_gen_toks": source.overrides.max_new_tokens}
+    return changed
+
+
+def prepare(sources: Sequence[Source], limit: int | None) -> tuple[dict[str, Prepared], dict[str, str]]:
+    """The tasks with the requests of their first `limit` rows, and of those that cannot be had why not, by name.
+
+    Raises UserError for rows on this machine that do not hold what the task reads.
+    """
+    from lm_eval.tasks import TaskManager
+
+    found: dict[str, Prepared] = {}
+    missing: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder, quietly():
+        for number, source in enumerate(sources):
+            # JSON is YAML, and quotes everything.
+            Path(folder, f"{number}.yaml").write_text(json.dumps(_include(source)), encoding="utf-8")
+        manager = TaskManager(include_defaults=False, include_path=[folder])
+        for source in sources:
+            try:
+                with offline_unless_reachable(bool(source.files)):
+                    found[source.name] = _prepared(source, manager.load([source.name])["tasks"][source.name], limit)
+            except Exception as error:  # whatever a task's own code raises
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                if source.files:
+                    listed = ", ".join(str(path) for path in source.files.values())
+                    raise UserError(
+                        f"The task {source.name} cannot use the rows of {listed} ({reason}): give them the columns of "
+                        f"{source.hub}."
+                    ) from None
+                missing[source.name] = f"its rows, {source.hub}, cannot be had ({reason})"
+    return found, missing
+
+
+def _prepared(source: Source, task: Any, limit: int | None) -> Prepared:
+    if task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(FEWSHOT_SEED)
+    # From the first row on, whatever is wanted: lm-eval draws few-shot examples one row after the other.
+    task.build_all_requests(limit=limit)
+    examples: dict[str, list[Any]] = {}
+    for instance in task.instances:
+        examples.setdefault(f"{instance.doc_id:05d}", []).append(instance)
+    return Prepared(source, task, examples)
+
+
+@contextmanager
+def offline_unless_reachable(local: bool) -> Iterator[None]:
+    """Where the hub does not answer nobody should wait for every data set anew; what is cached is found offline."""
+    import datasets
+    from huggingface_hub import constants
+
+    if local or constants.HF_HUB_OFFLINE or _hub_answers():
+        yield
+        return
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = False
+
+
+@cache
+def _hub_answers() -> bool:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().dataset_info("EleutherAI/lambada_openai", timeout=5)
+    except HfHubHTTPError:
+        return True
+    except Exception:  # of whichever HTTP library the hub's client uses
+        return False
+    return True
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Bars and advice of lm-eval and datasets would tear our own bars apart; templates are compiled once, not a row."""
+    import datasets
+    from lm_eval import utils
+
+    logger, bars = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled()
+    level, compile_template = logger.level, utils.env.from_string
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    utils.env.from_string = cache(compile_template)
+    try:
+        yield
+    finally:
+        utils.env.from_string = compile_template
+        logger.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,320 @@
+"""MultiPL-E: what a candidate writes where the problems of ten languages leave off, and whether it runs.
+
+Samples are an artifact of their own, apart from their execution (`execute`), so that one machine can write
+them and another run them. They are kept in the fields of MultiPL-E's own tools.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, Field, model_validator
+
+from fusion.errors import UserError
+from harness.evaluation.lm_eval.suites import answer
+from harness.evaluation.lm_eval.tasks import load_rows, local_split
+from harness.evaluation.multipl_e.languages import LANGUAGES
+from harness.evaluation.suite import (
+    NO_VOTE,
+    SUITES,
+    Example,
+    Measured,
+    Section,
+    Subject,
+    append_line,
+    chosen,
+    kept_lines,
+    together,
+)
+from harness.runtime.progress import say, track
+from harness.store.artifacts import Estimate, Spec, Store, file_sha256, write_atomically
+from harness.store.costs import BYTES_PER_TOKEN, Costs
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+VERSION = 1
+SAMPLES = "samples.jsonl"
+COMPLETIONS = "completions.jsonl"
+RESULTS = "results.jsonl"
+_PROBLEMS = 160  # of a language, for estimates
+_RUN_SECONDS = 0.5  # of one program, for estimates
+TEMPERATURE, TOP_P = 0.2, 0.95  # section 4.1 of arXiv 2401.10491
+_PYTHON_STOPS = ["\ndef", "\n#", "\nif", "\nclass"]  # MultiPL-E's own for Python, whose rows are HumanEval's
+_FIELDS = ("name", "prompt", "tests", "stop_tokens")
+
+
+Sample = tuple[str, str, int]
+"""A language, a problem's name, and the sample's number."""
+
+
+class MultiplESection(Section):
+    tasks: list[str] | None = Field(None, min_length=1, description="only these languages; all ten without")
+    limit: int | None = Field(None, gt=0, description="only the first so many problems of each language")
+    samples: int = Field(20, gt=0, description="completions a problem")
+    greedy: bool = Field(False, description="one completion a problem, the likeliest token at every step")
+    k: int = Field(1, gt=0, description="the k of pass@k that is shown")
+    max_new_tokens: int = Field(1024, gt=0, description="longest completion (tokens)")
+    batch_size: int | Literal["auto"] = Field("auto", description="completions generated at one time")
+    seed: int = Field(0, ge=0, description="of the samples")
+    execute: bool = Field(True, description="run the completions; otherwise only write them")
+    sandbox: bool = Field(True, description="without it generated programs do what you may do")
+
+    @property
+    def n(self) -> int:
+        return 1 if self.greedy else self.samples
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> "MultiplESection":
+        if self.n < self.k:
+            raise UserError(f"pass@{self.k} needs {self.k} samples a problem, but there are {self.n}: raise samples.")
+        return self
+
+
+@SUITES.register("multipl_e", reference="Cassano et al. 2023, arXiv 2208.08227")
+class MultiplE:
+    """HumanEval in ten languages."""
+
+    name = "multipl_e"
+    schema: ClassVar[type[BaseModel]] = MultiplESection
+
+    def __init__(self, section: MultiplESection, data_root: Path | None) -> None:
+        self.section = section
+        self._data_root = data_root
+        self._languages = chosen(section.tasks, list(LANGUAGES), self.name)
+        self._problems: dict[str, list[dict[str, Any]]] = {}
+        self._tried: dict[str, str | None] = {}  # why a language's toolchain does not work, None where it does
+
+    def shown(self) -> dict[str, str]:
+        return dict.fromkeys(self._languages, "passed")
+
+    def identity(self) -> dict[str, Any]:
+        return {"version": VERSION, "data": {language: self._data(language) for language in self._languages}}
+
+    def measure(self, subject: Subject, store: Store, costs: Costs) -> Measured:
+        if subject.votes:
+            return Measured(lambda: iter(()), missing=dict.fromkeys(self._languages, NO_VOTE))
+        todo = [] if store.dry else [n for n in self._languages if not store.path(self._results(subject, n)).exists()]
+        if todo and self.section.execute and self.section.sandbox:
+            from harness.evaluation.sandbox import refusal
+
+            if why := refusal():  # before hours are spent on samples
+                raise UserError(f"{why} Without it write samples only (--generate-only) and run them elsewhere.")
+        samples, missing = self._generate(subject, store, costs)
+        artifacts = {f"{language} samples": path for language, path in samples.items()}
+        if not self.section.execute:
+            return Measured(lambda: iter(()), artifacts, missing=missing)
+        not_run = self._without_toolchain([name for name in todo if name in samples], store)
+        for language, reason in not_run.items():
+            say(f"{self.name} {subject.label}: {language} is not run, {reason}")
+        paths: dict[str, Path] = {}
+        for language, written in samples.items():
+            if language not in not_run:
+                programs = (self.section.limit or _PROBLEMS) * self.section.n
+                paths[language] = store.ensure(
+                    self._results(subject, language),
+                    partial(self._execute, samples=written, store=store),
+                    Estimate(seconds=programs * _RUN_SECONDS),
+                )
+        return Measured(
+            examples=lambda: (e for language, path in paths.items() for e in _examples(language, path)),
+            artifacts={**artifacts, **paths},
+            fingerprints={name: self._results(subject, name).fingerprint for name in paths},
+            missing={**missing, **not_run},
+            notes=[] if store.dry else _unsolvable(paths),
+        )
+
+    def _results(self, subject: Subject, language: str) -> Spec:
+        from harness.evaluation.multipl_e.execute import VERSION as executing
+
+        samples = self._spec(subject, language)
+        params = {"sandbox": self.section.sandbox}
+        info = {"candidate": subject.label}
+        return Spec(self.name, samples.label, executing, {"samples": samples.fingerprint}, params, info)
+
+    def _without_toolchain(self, languages: Sequence[str], store: Store) -> dict[str, str]:
+        from harness.evaluation.multipl_e.toolchains import available
+
+        unknown = [name for name in languages if name not in self._tried]
+        if unknown:
+            _, not_run = available(unknown, _toolchains(store), unsafe=not self.section.sandbox)
+            self._tried |= {name: not_run.get(name) for name in unknown}
+        return {name: reason for name in languages if (reason := self._tried[name])}
+
+    def _execute(self, folder: Path, *, samples: Path, store: Store) -> None:
+        from harness.evaluation.multipl_e.execute import execute
+
+        out = folder / RESULTS
+        done = execute(samples / COMPLETIONS, out, cache=_toolchains(store), unsafe=not self.section.sandbox)
+        if done.not_run:
+            raise UserError(next(iter(done.not_run.values())))
+        for lock in folder.glob(".*.lock"):
+            lock.unlink()
+
+    def _generate(self, subject: Subject, store: Store, costs: Costs) -> tuple[dict[str, Path], dict[str, str]]:
+        """The samples by language, and of the languages whose problems cannot be had or do not fit, why not."""
+        specs = {language: self._spec(subject, language) for language in self._languages}
+        missing: dict[str, str] = {}
+        if not store.dry:
+            for language, spec in specs.items():
+                if not store.path(spec).exists() and (reason := self._obstacle(language, subject)):
+                    missing[language] = reason
+                    say(f"{self.name} {subject.label}: {language} is left out, {reason}.")
+        tokens = (self.section.limit or _PROBLEMS) * self.section.n * min(self.section.max_new_tokens, 256)
+        estimate = costs.forward(subject.parameters, BYTES_PER_TOKEN * tokens)
+        wanted = [(language, spec, estimate) for language, spec in specs.items() if language not in missing]
+        return together(store, wanted, partial(self._write, subject)), missing
+
+    def _spec(self, subject: Subject, language: str) -> Spec:
+        section = self.section
+        sampling = {} if section.greedy else {"temperature": TEMPERATURE, "top_p": TOP_P, "seed": section.seed}
+        return Spec(
+            "multipl_e_samples",
+            f"{subject.label}-{language}",
+            VERSION,
+            {"model": subject.fingerprint, "data": self._data(language)},
+            {
+                "language": language,
+                "limit": section.limit,
+                "samples": section.n,
+                "max_new_tokens": section.max_new_tokens,
+                "dtype": subject.dtype,
+                **sampling,
+            },
+            {"candidate": subject.label, "batch_size": section.batch_size, "batch_tokens": subject.batch_tokens},
+        )
+
+    def _place(self, language: str) -> tuple[str, str, str]:
+        """The hub's data set, configuration and split with the language's problems."""
+        if language == "python":
+            return "openai/openai_humaneval", "openai_humaneval", "test"
+        return "nuprl/MultiPL-E", f"humaneval-{language}", "test"
+
+    def _file(self, language: str) -> Path | None:
+        return local_split(*self._place(language), self._data_root, f"MultiPL-E's {language}")
+
+    def _data(self, language: str) -> str:
+        path = self._file(language)
+        return file_sha256(path) if path else f"hub:{' '.join(self._place(language))}"
+
+    def problems(self, language: str) -> list[dict[str, Any]]:
+        """The language's problems: name, prompt, tests, stop_tokens. Raises UserError where they cannot be had."""
+        if language not in self._problems:
+            rows = load_rows(*self._place(language), self._file(language))[: self.section.limit]
+            self._problems[language] = [_problem(language, row) for row in rows]
+        return self._problems[language]
+
+    def _obstacle(self, language: str, subject: Subject) -> str | None:
+        try:
+            self.problems(language)
+        except UserError as error:
+            if self._file(language):
+                raise
+            return f"its problems cannot be had ({error})"
+        prompts = [problem["prompt"] for problem in self.problems(language)]
+        new = self.section.max_new_tokens
+        for member, _ in subject.members:
+            longest = max(len(ids) for ids in member.tokenizer(prompts)["input_ids"])
+            if longest + new > member.context:
+                return (
+                    f"its longest prompt has {longest} tokens and up to {new} are to be generated, which do not fit "
+                    f"the context of {member.context}; lower max_new_tokens"
+                )
+        return None
+
+    def _write(self, subject: Subject, folders: Mapping[str, Path]) -> None:
+        """Writes what is missing of several languages' samples, then all of each in MultiPL-E's form."""
+        done: dict[Sample, str] = {}
+        pending: dict[Sample, list[Instance]] = {}
+        for language, folder in folders.items():
+            done |= {(language, x["name"], x["sample"]): x["completion"] for x in kept_lines(folder / SAMPLES)}
+            for problem in self.problems(language):
+                pending |= self._requests(language, problem, done)
+        total = len(done) + len(pending)
+        with track(f"{self.name} {subject.label}", total, "samples", done=len(done)) as advance:
+
+            def finished(key: Sample) -> None:
+                language, name, sample = key
+                done[key] = pending[key][0].resps[0]
+                append_line(folders[language] / SAMPLES, {"name": name, "sample": sample, "completion": done[key]})
+                advance(1)
+
+            if pending:
+                answer(subject.lm(batch_size=self.section.batch_size, seed=self.section.seed), pending, finished)
+        for language, folder in folders.items():
+            lines = [
+                {
+                    **problem,
+                    "language": language,
+                    "completions": [done[language, problem["name"], sample] for sample in range(self.section.n)],
+                    "temperature": 0.0 if self.section.greedy else TEMPERATURE,
+                    "top_p": 1.0 if self.section.greedy else TOP_P,
+                    "max_tokens": self.section.max_new_tokens,
+                }
+                for problem in self.problems(language)
+            ]
+            write_atomically(folder / COMPLETIONS, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def _requests(
+        self, language: str, problem: Mapping[str, Any], done: Mapping[Sample, str]
+    ) -> "dict[Sample, list[Instance]]":
+        """What lm-eval's LM is asked for each of a problem's samples that is not there."""
+        from lm_eval.api.instance import Instance
+
+        kwargs = {
+            "until": problem["stop_tokens"],
+            "max_gen_toks": self.section.max_new_tokens,
+            # Whatever the checkpoint's generation_config.json says: the protocol knows no penalty.
+            "repetition_penalty": 1.0,
+            "do_sample": False,
+        }
+        if not self.section.greedy:
+            kwargs |= {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0}
+        keys = [(language, str(problem["name"]), sample) for sample in range(self.section.n)]
+        return {
+            key: [Instance("generate_until", dict(problem), (problem["prompt"], kwargs), key[2])]
+            for key in keys
+            if key not in done
+        }
+
+
+def _problem(language: str, row: dict[str, Any]) -> dict[str, Any]:
+    """A row in MultiPL-E's fields. Raises UserError naming a column that it lacks."""
+    needed = ("task_id", "prompt", "test", "entry_point") if language == "python" else _FIELDS
+    if lacking := [name for name in needed if row.get(name) is None]:
+        raise UserError(
+            f"A row of MultiPL-E's {language} has no {lacking[0]!r} (it has {', '.join(row)}): put the rows of the hub "
+            "there."
+        )
+    if language != "python":
+        return {name: row[name] for name in _FIELDS}
+    name = f"{row['task_id'].replace('/', '_')}_{row['entry_point']}"
+    tests = f"{row['test']}\ncheck({row['entry_point']})\n"
+    return {"name": name, "prompt": row["prompt"], "tests": tests, "stop_tokens": _PYTHON_STOPS}
+
+
+def _toolchains(store: Store) -> Path:
+    return store.root.parent / "toolchains"
+
+
+def _examples(language: str, folder: Path) -> Iterator[Example]:
+    """Per problem how many samples pass, strictly and by exit status alone."""
+    from harness.evaluation.multipl_e.scores import read_results
+
+    for problem in read_results(folder / RESULTS):
+        for metric, passed in (("passed", problem.strict), ("passed_exit", problem.by_exit_status)):
+            yield Example(language, problem.name, metric, passed, problem.samples)
+
+
+def _unsolvable(paths: dict[str, Path]) -> list[str]:
+    from harness.evaluation.multipl_e.scores import read_results
+
+    names = [
+        f"{problem.name} ({language})"
+        for language, path in paths.items()
+        for problem in read_results(path / RESULTS)
+        if problem.unsolvable
+    ]
+    return [f"Cannot be solved as published, and counted all the same: {', '.join(names)}."] if names else []

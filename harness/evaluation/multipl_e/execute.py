@@ -1,0 +1,216 @@
+"""Executes a file of generations: identical programs once, on all cores, each in the sandbox.
+
+Every result is written as soon as it is there, to a journal beside the results; a second start goes on from there. The
+results themselves are whole or absent, and do not depend on the order in which programs ended.
+"""
+
+import json
+import os
+import queue
+import secrets
+import time
+from collections.abc import Generator, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusion.errors import UserError
+from harness.evaluation.multipl_e.generations import Problem, json_lines, read_generations
+from harness.evaluation.multipl_e.languages import LANGUAGES, language_of
+from harness.evaluation.multipl_e.toolchains import Toolchain, available
+from harness.evaluation.sandbox import Limits, Sandbox, refusal
+from harness.runtime.progress import say, track
+from harness.store.artifacts import whole_lines, write_atomically
+
+VERSION = 1  # of the way in which programs are put together, run and scored
+
+Key = tuple[str, str]
+"""A toolchain, with everything else that can change a verdict, and a program."""
+
+
+@dataclass(frozen=True)
+class Executed:
+    """What an execution left: the results, how many programs were run for them now, and by language why it was not."""
+
+    results: Path
+    ran: int
+    not_run: Mapping[str, str]
+
+
+def results_path(generations: Path) -> Path:
+    return generations.with_suffix(".results.jsonl")
+
+
+def execute(
+    generations: Path,
+    out: Path,
+    *,
+    cache: Path,
+    workers: int | None = None,
+    limits: Limits | None = None,
+    unsafe: bool = False,
+) -> Executed:
+    """Runs every completion of `generations` and writes `out` (formats: harness.evaluation.multipl_e.generations).
+
+    `cache` keeps what makes toolchains fast. Languages whose toolchain is missing are left out of `out` and named.
+    Raises UserError where there is no sandbox, unless `unsafe`; where `out` holds results of other completions; and
+    where a toolchain disappears, with everything kept that was finished.
+    """
+    from filelock import FileLock, Timeout
+
+    limits = limits or Limits()
+    problems = read_generations(generations)
+    if not unsafe and (why := refusal()):
+        raise UserError(f"{why} Programs are not executed without it, unless you say --unsafe-no-sandbox.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out.with_name(f".{out.name}.lock"), timeout=0):
+            return _execute(problems, out, cache, workers or len(os.sched_getaffinity(0)), limits, unsafe)
+    except Timeout:
+        raise UserError(f"Another process executes into {out}: wait for it or choose another file.") from None
+
+
+def _execute(problems: list[Problem], out: Path, cache: Path, workers: int, limits: Limits, unsafe: bool) -> Executed:
+    old = _old_lines(out, problems)
+    names = sorted({problem.language.name for problem in problems})
+    found, not_run = available(names, cache, unsafe=unsafe)
+    kind = {name: _identity(toolchain, limits, unsafe) for name, toolchain in found.items()}
+    journal = out.with_name(f"{out.name}.journal")
+    results = _finished(journal, old.values())
+    programs: dict[Key, Problem] = {}
+    for problem in problems:
+        if problem.language.name in found:
+            programs |= {(kind[problem.language.name], program): problem for program in problem.programs}
+    todo = {key: problem for key, problem in programs.items() if key not in results}
+    with (
+        track("executing", len(programs), "programs", done=len(programs) - len(todo)) as advance,
+        journal.open("a", encoding="ascii") as file,
+        closing(_run_all(todo, found, workers, limits, unsafe)) as running,
+    ):
+        try:
+            for result in running:
+                file.write(json.dumps(result) + "\n")
+                file.flush()
+                results[result["toolchain"], result["program"]] = result
+                advance(1)
+        except UserError as error:
+            kept = sum(key in results for key in programs)
+            raise UserError(f"{error} {kept} of {len(programs)} results are kept; the same command goes on.") from None
+    _refuse_broken({p.language.name: kind[p.language.name] for p in todo.values()}, journal, cache, limits, unsafe)
+
+    lines, left_out = [], set()
+    for problem in problems:
+        name = problem.language.name
+        if name in found:
+            ours = [results[kind[name], program] for program in problem.programs]
+            lines.append({**problem.row, "results": ours})
+        elif problem.key in old:
+            lines.append(old[problem.key])
+        else:
+            left_out.add(name)
+    write_atomically(out, "".join(json.dumps(line) + "\n" for line in lines))
+    if not left_out:
+        journal.unlink()
+    for name in sorted(left_out):
+        say(not_run[name])
+    return Executed(out, len(todo), {name: not_run[name] for name in sorted(left_out)})
+
+
+def _run_all(
+    todo: Mapping[Key, Problem], found: Mapping[str, Toolchain], workers: int, limits: Limits, unsafe: bool
+) -> Generator[dict[str, Any], None, None]:
+    """The results, in the order in which programs end."""
+    roots = [root for toolchain in found.values() for root in toolchain.roots]
+    boxes: queue.SimpleQueue[Sandbox] = queue.SimpleQueue()
+
+    def one(key: Key) -> dict[str, Any]:
+        box = boxes.get()
+        try:
+            return _run(found[todo[key].language.name], key, todo[key].row["tests"], box)
+        finally:
+            boxes.put(box)
+
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(workers))
+        # Closed before the pool, so that an interrupt ends the programs that its threads wait for.
+        for slot in range(min(workers, len(todo))):
+            boxes.put(stack.enter_context(Sandbox(roots, limits, slot=slot, unsafe=unsafe)))
+        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+        for done in as_completed([pool.submit(one, key) for key in todo]):
+            yield done.result()
+
+
+def _refuse_broken(used: Mapping[str, str], journal: Path, cache: Path, limits: Limits, unsafe: bool) -> None:
+    """Raises UserError, and drops the results, where a toolchain no longer works as it did when the run began.
+
+    Otherwise what an upgrade, say, has left incomplete would count against the completions.
+    """
+    found, not_run = available(sorted(used), cache, unsafe=unsafe)
+    changed = [name for name in used if name not in found or _identity(found[name], limits, unsafe) != used[name]]
+    if changed:
+        dropped = {used[name] for name in changed}
+        kept = [line for line in whole_lines(journal) if json.loads(line)["toolchain"] not in dropped]
+        write_atomically(journal, "".join(kept))
+        titles = " and ".join(LANGUAGES[name].title for name in changed)
+        why = " ".join(not_run.values())
+        raise UserError(f"{titles} changed during the run, so its results are dropped; run again. {why}".rstrip())
+
+
+def _identity(toolchain: Toolchain, limits: Limits, unsafe: bool) -> str:
+    """Everything beside the program that a verdict may depend on."""
+    bounds = f"{limits.cpu} s of processor, {limits.wall:g} s, {limits.memory >> 20} MiB, {limits.processes} processes"
+    return f"{toolchain.version}; {bounds}{'; no sandbox' if unsafe else ''}; version {VERSION}"
+
+
+def _run(toolchain: Toolchain, key: Key, tests: str, sandbox: Sandbox) -> dict[str, Any]:
+    """The result of one program; raises UserError where its toolchain is gone, which is no failure of the program."""
+    kind, program = key
+    nonce = secrets.token_hex(16)
+    language = toolchain.language
+    outcome = sandbox.run(toolchain.program(language.with_nonce(program, tests, nonce), nonce))
+    if outcome.exit_code and (lost := toolchain.lacking()):
+        raise UserError(f"{language.title} stopped: {lost} has disappeared, install it again.")
+    return {
+        "program": program,
+        "stdout": outcome.stdout.replace(f"{nonce}\n", ""),
+        "stderr": outcome.stderr,
+        "exit_code": outcome.exit_code,
+        "status": language.status(outcome),
+        "timestamp": int(time.time()),
+        "strict": outcome.exit_code == 0 and outcome.seen,
+        "cpu_ms": round(1000 * outcome.cpu),
+        "toolchain": kind,
+    }
+
+
+def _old_lines(out: Path, problems: list[Problem]) -> dict[tuple[str, str], dict[str, Any]]:
+    """The lines of earlier results by problem; raises UserError where they are of other completions."""
+    if not out.exists():
+        return {}
+    by_key = {problem.key: problem for problem in problems}
+    old = {}
+    for number, row in json_lines(out):
+        try:
+            key = language_of(row["language"]).name, row["name"]
+            programs = [result["program"] for result in row["results"]]
+        except (KeyError, TypeError):
+            raise UserError(f"{out}, line {number} is no result of an execution: choose another file.") from None
+        if key not in by_key or programs != by_key[key].programs:
+            raise UserError(f"{out} holds results of other completions ({row['name']}): choose another file.")
+        old[key] = row
+    return old
+
+
+def _finished(journal: Path, lines: Iterable[Mapping[str, Any]]) -> dict[Key, dict[str, Any]]:
+    """What needs not be run again: the journal of an interrupted execution, and earlier results."""
+    kept = whole_lines(journal)
+    if journal.exists():
+        write_atomically(journal, "".join(kept))  # without the line that a kill has torn
+    results = [result for line in lines for result in line["results"]]
+    try:
+        results += [json.loads(line) for line in kept]
+        return {(result["toolchain"], result["program"]): result for result in results}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{journal} is damaged: remove it and run again.") from None

@@ -1,0 +1,70 @@
+"""From results to numbers: pass@k, strictly and by exit status, over all problems that were run."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fusion.errors import UserError
+from harness.evaluation.multipl_e.generations import json_lines
+from harness.evaluation.multipl_e.languages import LANGUAGES, UNSOLVABLE, language_of
+
+COLUMNS = ("language", "problems", "samples", "pass@{k}", "pass@{k} by exit status", "note")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One problem's result: of `samples` completions so many pass strictly, and so many by exit status alone."""
+
+    language: str
+    name: str
+    samples: int
+    strict: int
+    by_exit_status: int
+
+    @property
+    def unsolvable(self) -> bool:
+        """Whether the row cannot be solved as published; it counts all the same."""
+        return any(self.name.startswith(f"HumanEval_{n}_") for n in UNSOLVABLE.get(self.language, ()))
+
+
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """The unbiased estimate of the chance that one of k completions passes (Chen et al. 2021, arXiv 2107.03374, 2.1).
+
+    Raises UserError where there are fewer samples than k.
+    """
+    if not 1 <= k <= samples:
+        raise UserError(f"pass@{k} needs at least {k} samples a problem, and there are {samples}: choose another k.")
+    return 1.0 - math.comb(samples - passed, k) / math.comb(samples, k)
+
+
+def read_results(path: Path) -> list[Example]:
+    """What was found for every problem that was run; raises UserError for a file that is no result."""
+    examples = []
+    for number, row in json_lines(path):
+        try:
+            results = row["results"]
+            strict = sum(bool(result["strict"]) for result in results)
+            passed = sum(result["exit_code"] == 0 for result in results)
+            examples.append(Example(language_of(row["language"]).name, row["name"], len(results), strict, passed))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number} is no result of an execution ({error}): execute again.") from None
+    return examples
+
+
+def summary(examples: Sequence[Example], not_run: Mapping[str, str], k: int) -> list[list[object]]:
+    """One row (COLUMNS) a language, means over problems; a language that was not run has no numbers, but a reason."""
+    rows: list[list[object]] = []
+    for name, language in LANGUAGES.items():
+        ours = [example for example in examples if example.language == name]
+        if ours:
+            samples = sorted({example.samples for example in ours})
+            strict = sum(pass_at_k(e.samples, e.strict, k) for e in ours) / len(ours)
+            by_exit = sum(pass_at_k(e.samples, e.by_exit_status, k) for e in ours) / len(ours)
+            unsolvable = [example.name for example in ours if example.unsolvable]
+            note = f"cannot be solved as published: {', '.join(unsolvable)}" if unsolvable else ""
+            shown = " to ".join(str(n) for n in dict.fromkeys((samples[0], samples[-1])))
+            rows.append([language.title, len(ours), shown, f"{strict:.4f}", f"{by_exit:.4f}", note])
+        if name in not_run:
+            rows.append([language.title, "", "", "", "", not_run[name]])
+    return rows

@@ -1,0 +1,228 @@
+"""What a suite is: something that measures candidates and yields one record an example.
+
+A suite keeps what it computes as artifacts named by the candidate, the data and every setting that can change an
+answer, so that no answer of one model is ever served to another, and what is there is not computed again. Under a dry
+store the same code only plans.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from fusion.errors import UserError, did_you_mean
+from fusion.registry import Registry
+from harness.models.checkpoints import ModelSpec, ResolvedModel, load_model, load_tokenizer, resolve
+from harness.store.artifacts import Estimate, Spec, Store, whole_lines, write_atomically
+from harness.store.costs import Costs
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from fusion.inference.ensembles import JointReader
+
+
+NO_VOTE = "there is no answer to vote on"
+
+
+class Section(BaseModel):
+    """Base of every suite's section of the configuration: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+@dataclass
+class Subject:
+    """A candidate as a suite sees it: what it is called and what it is; it is loaded when it is first needed."""
+
+    label: str
+    fingerprint: str
+    spec: ModelSpec
+    dtype: str
+    """Computing precision, made definite."""
+    device: str
+    batch_tokens: int
+    parameters: float
+    models_dir: Path
+    _lm: "tuple[tuple[Any, int], LM] | None" = field(default=None, init=False)
+
+    @cached_property
+    def resolved(self) -> ResolvedModel:
+        return resolve(self.spec, self.models_dir)
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
+        return load_tokenizer(self.resolved)
+
+    @cached_property
+    def model(self) -> "PreTrainedModel":
+        return load_model(self.resolved, self.dtype, self.device)  # type: ignore[arg-type]
+
+    @property
+    def predictor(self) -> "PreTrainedModel | JointReader":
+        """What gives the distributions over the next token."""
+        return self.model
+
+    @property
+    def members(self) -> "Sequence[tuple[Subject, float]]":
+        """The models that it is made of, and their weights."""
+        return [(self, 1.0)]
+
+    @property
+    def votes(self) -> bool:
+        """Whether its members answer each for itself, and their answers are counted."""
+        return False
+
+    @cached_property
+    def context(self) -> int:
+        """The longest text that the model reads (tokens), as lm-eval has it."""
+        from lm_eval.models.utils import resolve_max_length
+        from transformers import AutoConfig
+
+        trusted = self.spec.trust_remote_code
+        config = AutoConfig.from_pretrained(self.resolved.folder, local_files_only=True, trust_remote_code=trusted)
+        return resolve_max_length(config, self.tokenizer)
+
+    def release(self) -> None:
+        """Frees the model's memory; it is loaded again when it is needed again."""
+        self._lm = None
+        self.__dict__.pop("model", None)
+
+    def lm(self, *, batch_size: Any, seed: int) -> "LM":
+        """The candidate as lm-eval's LM."""
+        if self._lm is None or self._lm[0] != (batch_size, seed):
+            self._lm = (batch_size, seed), self._make_lm(batch_size, seed)
+        return self._lm[1]
+
+    def _make_lm(self, batch_size: Any, seed: int, **joint: Any) -> "LM":
+        from harness.evaluation.lm_eval.shared_prefix_lm import SharedPrefixLM
+
+        return SharedPrefixLM(
+            self.model,
+            self.tokenizer,
+            label=self.label,
+            batch_size=batch_size,
+            batch_tokens=self.batch_tokens,
+            seed=seed,
+            **joint,
+        )
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example's result under one metric; numerator / denominator is the score."""
+
+    task: str
+    example: str
+    metric: str
+    numerator: float
+    denominator: float = 1.0
+
+
+@dataclass
+class Measured:
+    """What a suite found out about one candidate."""
+
+    examples: Callable[[], Iterator[Example]]
+    artifacts: dict[str, Path] = field(default_factory=dict)
+    """By task (or a name for all of them): where prompts, answers and targets lie."""
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    """By task that could not be run: why not."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences that belong below its table."""
+
+
+class Suite(Protocol):
+    """Measures candidates. Registered in `SUITES` or by the entry-point group `fusellm.suites`."""
+
+    schema: ClassVar[type[BaseModel]]
+    """Its section of the configuration."""
+    section: Any
+
+    def __init__(self, section: Any, data_root: Path | None) -> None: ...
+
+    def shown(self) -> dict[str, str]:
+        """The tasks that were asked for, in the order of the table's columns, and the metric shown for each."""
+
+    def identity(self) -> dict[str, Any]:
+        """What the numbers come from beside the section and the candidate: versions, hashes of the data."""
+
+    def measure(self, subject: Subject, store: Store, costs: Costs) -> Measured:
+        """Evaluates what is missing. Under a dry store only notes it, and must not open the candidate."""
+
+
+SUITES: Registry[type[Suite]] = Registry("suite", "fusellm.suites")
+
+
+def suite(name: str) -> type[Suite]:
+    """The registered suite of that name; imports the ones that come with the project first."""
+    import harness.evaluation.lm_eval.suites
+    import harness.evaluation.multipl_e.code_suite
+    import harness.evaluation.perplexity  # noqa: F401  they register themselves
+
+    return SUITES.get(name)
+
+
+def together(
+    store: Store, wanted: Sequence[tuple[str, Spec, Estimate]], run: Callable[[dict[str, Path]], None]
+) -> dict[str, Path]:
+    """The artifacts by name; those that are not there are made by one call, `run(their folders by name)`.
+
+    So several tasks share the batches of one model, and each has an artifact of its own all the same.
+    """
+    paths: dict[str, Path] = {}
+
+    def enter(rest: Sequence[tuple[str, Spec, Estimate]], folders: dict[str, Path]) -> None:
+        if not rest:
+            if folders:
+                run(folders)
+            return
+        (name, spec, estimate), *others = rest
+        entered = False
+
+        def build(folder: Path) -> None:
+            nonlocal entered
+            entered = True
+            enter(others, {**folders, name: folder})
+
+        paths[name] = store.ensure(spec, build, estimate)
+        if not entered:
+            enter(others, folders)
+
+    enter(wanted, {})
+    return {name: paths[name] for name, _, _ in wanted}
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Adds one JSON line; in ASCII, so that `whole_lines` can read what a kill has torn at any byte."""
+    with path.open("a", encoding="ascii") as file:
+        file.write(json.dumps(value, allow_nan=False) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file that `append_line` wrote."""
+    return [json.loads(line) for line in whole_lines(path)]
+
+
+def kept_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines that an interrupted run finished, to go on after them; what is left of a torn one is removed."""
+    write_atomically(path, "".join(whole_lines(path)))
+    return read_lines(path)
+
+
+def chosen(wanted: Sequence[str] | None, known: Sequence[str], suite_name: str) -> list[str]:
+    """The tasks of a suite that were asked for, in the suite's order; all where none was.
+
+    Raises UserError with the nearest spelling for one that the suite does not have.
+    """
+    for name in wanted or ():
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise UserError(f"The suite {suite_name} has no task {name!r}{hint}: its tasks are {', '.join(known)}.")
+    return [name for name in known if wanted is None or name in wanted]

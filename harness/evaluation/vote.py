@@ -1,0 +1,39 @@
+"""Votes over answers: of what several models answered to an example, the answer with the greatest weight counts."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from harness.evaluation.suite import Example
+
+Line = Mapping[str, Any]
+"""What a suite of lm-eval tasks keeps of an example."""
+Answers = Callable[[Line], Mapping[str, Any]]
+"""The answer in a line by each metric, of those that look at one."""
+
+
+def choices(line: Line) -> dict[str, Any]:
+    """The choice by each of lm-eval's metrics that choose one: the likeliest, as it is and by its length."""
+    log_p = [answer[0] for answer in line["answer"]]
+    by_length = [p / max(len(choice), 1) for p, choice in zip(log_p, line["choices"], strict=True)]
+    return {"acc": log_p.index(max(log_p)), "acc_norm": by_length.index(max(by_length))}
+
+
+def voted(task: str, members: Sequence[tuple[Sequence[Line], float]], answers: Answers) -> Iterator[Example]:
+    """By example and metric, the score of the answer with the greatest weight behind it.
+
+    Where several have it: what a draw among them gives on average. `members`: their lines and weights.
+    """
+    by_example = [({line["example"]: line for line in lines}, weight) for lines, weight in members]
+    for example in sorted(by_example[0][0], key=str):
+        given = [(lines[example], answers(lines[example]), weight) for lines, weight in by_example]
+        for metric in given[0][1].keys() & given[0][0]["scores"].keys():
+            behind: dict[str, float] = {}
+            scores: dict[str, float] = {}
+            for line, answer, weight in given:
+                key = json.dumps(answer[metric])
+                behind[key] = behind.get(key, 0.0) + weight
+                scores[key] = line["scores"][metric]
+            most = max(behind.values())
+            first = [scores[key] for key, weight in behind.items() if weight >= most - 1e-9]
+            yield Example(task, example, metric, sum(first) / len(first))

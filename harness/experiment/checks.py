@@ -1,0 +1,99 @@
+"""What is refused before anything is paid for: a mistake that shows after a week of training costs the week."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fusion.errors import UserError
+from fusion.vocabulary.token_bytes import encode, prefix_id
+from harness.data.corpus import Pieces
+from harness.experiment.context import TARGET, Experiment
+from harness.models.checkpoints import count_parameters, load_config, load_tokenizer
+from harness.runtime import distributed
+from harness.stages.sharding import check_usable
+from harness.store.artifacts import Planned
+
+_TINY = "tiny:"
+_LOOKED_AT = 256  # pieces
+
+
+def check_inputs(experiment: Experiment) -> None:
+    """Refuses models and text that are not here or not whole, held-out text that is trained on, and ranks that do not
+    fit the training.
+    """
+    training = experiment.config.training
+    if training.deepspeed:
+        check_usable(training.deepspeed)
+    distributed.micro_batches(training.rows_per_step, training.micro_rows)
+    for name in _roles(experiment):
+        if not experiment.role(name).model.startswith(_TINY):
+            experiment.origin(name)
+    check_sizes(experiment)
+    _ = experiment.documents
+
+
+def check_sizes(experiment: Experiment) -> None:
+    """Refuses a k above a vocabulary and a window above a context, as far as the models are here."""
+    config = experiment.config
+    k, window = config.extraction.k, config.suites.perplexity.window
+    evaluated = {entry.get("role", TARGET) for entry in config.methods.values()}
+    for name in _roles(experiment):
+        vocabulary, context = _sizes(experiment, name)
+        if vocabulary and k > vocabulary:
+            raise UserError(f"extraction.k = {k} exceeds the vocabulary of {name}, {vocabulary}: lower it.")
+        if context and window > context and name in evaluated:
+            raise UserError(f"suites.perplexity.window = {window} exceeds the context of {name}, {context}: lower it.")
+
+
+def check_lengths(experiment: Experiment) -> None:
+    """Refuses pieces that exceed a context or a row; looks at the longest ones only, for reading all takes hours."""
+    pieces = Pieces(experiment.pieces[1])
+    longest = np.argsort(-pieces.n_bytes, kind="stable")[:_LOOKED_AT].tolist()
+    for name in _roles(experiment):
+        if experiment.role(name).model.startswith(_TINY):  # not made yet, but to measure
+            continue
+        tokenizer = load_tokenizer(experiment.origin(name))
+        prefix_id(tokenizer)
+        lengths = [1 + len(encode(tokenizer, pieces.text(piece))) for piece in longest]
+        limits = {f"the context of {name}": _sizes(experiment, name)[1]}
+        if name == TARGET:
+            limits["training.row_length"] = experiment.config.training.row_length
+        for what, limit in limits.items():
+            if limit and max(lengths) > limit:
+                raise UserError(
+                    f"{pieces.name(longest[int(np.argmax(lengths))])} is {max(lengths)} tokens for {name} and exceeds "
+                    f"{what}, {limit}: lower pieces.max_bytes."
+                )
+
+
+def check_space(planned: Sequence[Planned], root: Path) -> None:
+    """Refuses what does not fit on the disk."""
+    needed = sum(p.estimate.disk for p in planned if p.state != "there")
+    free = shutil.disk_usage(next(p for p in [root, *root.resolve().parents] if p.exists())).free
+    if needed > free:
+        raise UserError(
+            f"The run needs about {needed / 1e6:,.1f} MB on the disk of {root}, and {free / 1e6:,.1f} MB are free: "
+            "make room (see `fusellm artifacts gc`) or choose another --root."
+        )
+
+
+def _roles(experiment: Experiment) -> list[str]:
+    return list(experiment.config.roles.named())
+
+
+def _sizes(experiment: Experiment, name: str) -> tuple[int | None, int | None]:
+    """Vocabulary and context of a role's model (tokens); None where it is not here or does not say."""
+    model = experiment.role(name).model
+    if model.startswith(_TINY):
+        from harness.models.tiny import tiny_recipe
+
+        tiny = tiny_recipe(experiment.config.profile).model(model.removeprefix(_TINY))
+        return tiny.vocabulary, tiny.context
+    resolved = experiment.origin(name)
+    if not resolved.folder.exists():  # in a plan
+        return None, None
+    count_parameters(resolved.folder)
+    config = load_config(resolved)
+    return config.vocab_size, getattr(config, "max_position_embeddings", None)

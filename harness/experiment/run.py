@@ -1,0 +1,260 @@
+"""Running an experiment: plan, candidates, records, table and figure."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from baselines.method import Candidate, Ensemble, method
+from fusion.errors import UserError
+from harness.config.loading import Config, Role, method_parameters
+from harness.evaluation import bits_per_byte, standalone
+from harness.evaluation.standalone import places
+from harness.evaluation.suite import Measured
+from harness.experiment.checks import check_inputs, check_lengths, check_sizes, check_space
+from harness.experiment.context import TARGET, Experiment
+from harness.experiment.method_context import MethodContext
+from harness.reporting.figures import learning_curves
+from harness.reporting.runs import RUN_FILE, described, hashes, open_run, table
+from harness.runtime import distributed
+from harness.stages.training_log import tokens_seen
+from harness.store.artifacts import Planned, alone, read_manifest, write_atomically, write_json
+from harness.store.provenance import made_by
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from results.layout import Table
+
+PLAN_FILE = "plan.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate of the experiment: a method with a seed (None where the seed changes nothing)."""
+
+    label: str
+    seed: int | None
+    candidate: Candidate | Ensemble
+    role: Role
+
+
+def candidates(experiment: Experiment, labels: Sequence[str] | None = None) -> Iterator[Row]:
+    """Every row of the table (of those called so) built in turn, for every seed."""
+    config = experiment.config
+    for label in config.methods if labels is None else labels:
+        entry = config.methods[label]
+        kind = method(entry["method"])
+        built = kind(method_parameters(label, entry, kind.schema))
+        role = experiment.role(entry["role"]) if "role" in entry else experiment.role(TARGET)
+        for seed in config.seeds:
+            candidate = built.build(MethodContext(experiment, label, seed))
+            yield Row(label, seed if candidate.seeded else None, candidate, role)
+            if not candidate.seeded:
+                break
+
+
+def plan(config: Config, root: Path, *, flops: float | None = None) -> list[Planned]:
+    """All artifacts that the experiment needs, what is there of them, and what the others cost. Makes nothing.
+
+    flops: operations a second that models reach on the machine that is planned for; measured on this one without.
+    """
+    experiment = Experiment(config, root, dry=True)
+    if flops is not None:
+        experiment.costs.flops = flops
+    return _plan(experiment)
+
+
+def _plan(experiment: Experiment) -> list[Planned]:
+    check_sizes(experiment)
+    for row in candidates(experiment):
+        experiment.evaluate(row.label, row.candidate, row.role)
+        for suite in experiment.suites.values():
+            suite.measure(experiment.subject(row.label, row.candidate, row.role), experiment.store, experiment.costs)
+    return list(experiment.store.planned.values())
+
+
+def _check_validation(rehearsed: Experiment, experiment: Experiment) -> None:
+    """Refuses validation text that is trained or tested on, where a method has asked for it in the plan."""
+    if "validation" in vars(rehearsed):
+        _ = experiment.validation
+
+
+def build(config: Config, labels: Sequence[str], root: Path) -> Iterator[Row]:
+    """Makes the candidates of rows without evaluating them; what is there is not made again."""
+    experiment = Experiment(config, root)
+    check_inputs(experiment)
+    check_lengths(experiment)
+    rehearsed = Experiment(config, root, dry=True)
+    for _ in candidates(rehearsed, labels):
+        pass
+    _check_validation(rehearsed, experiment)
+    check_space(list(rehearsed.store.planned.values()), root)
+    yield from candidates(experiment, labels)
+
+
+def run_folder(experiment: Experiment, root: Path) -> Path:
+    config = experiment.config
+    return root / "runs" / config.experiment / config.profile / experiment.run_fingerprint()[:16]
+
+
+def run(config: Config, root: Path) -> Path:
+    """Makes what is missing, then writes records, table and figure; returns the run's folder.
+
+    Of several ranks all walk through the stages, and the first one writes.
+    """
+    experiment = Experiment(config, root)
+    check_inputs(experiment)
+    rehearsed = Experiment(config, root, dry=True)
+    planned = _plan(rehearsed)
+    _check_validation(rehearsed, experiment)
+    if any(p.state != "there" for p in planned):
+        check_space(planned, root)
+        check_lengths(experiment)
+    folder = run_folder(experiment, root)
+    if not distributed.first():
+        for row in candidates(experiment):
+            experiment.evaluate(row.label, row.candidate, row.role)
+        return folder
+    (folder / "records").mkdir(parents=True, exist_ok=True)
+    # What the plan has not asked for, naming the run has (the pieces, where nothing is trained).
+    artifacts = {str(p.path.relative_to(root)) for p in [*planned, *experiment.store.planned.values()]}
+    with alone(folder / ".lock", f"run {folder.name}"):
+        # Known from the beginning, so that cleaning up spares what a run under way has made.
+        before = described(folder / PLAN_FILE).get("artifacts", [])
+        write_json(folder / PLAN_FILE, {"artifacts": sorted(artifacts.union(before))})
+        described(folder / RUN_FILE)  # refused now if it is damaged, not when all is done
+    files: set[str] = set()
+    measured: dict[str, dict[str, Measured]] = {name: {} for name in experiment.suites}
+    notes: dict[str, None] = {}  # each sentence once, in order
+    for row in candidates(experiment):
+        notes |= dict.fromkeys(_notes(experiment, row))
+        if found := experiment.evaluate(row.label, row.candidate, row.role):
+            spec, path = found
+            files.add(_record(config, row, spec.fingerprint, path, folder))
+        files |= _record_suites(experiment, row, folder, measured)
+    with alone(folder / ".lock", f"run {folder.name}"):
+        # Other seeds that were finished before, or meanwhile by another process, belong to the same table.
+        before = described(folder / RUN_FILE)
+        # What was made to find out what to make is known by now.
+        artifacts |= {str(p.path.relative_to(root)) for p in experiment.store.planned.values()}
+        standalone.note_suites(folder, experiment.suites, measured)
+        description = {
+            "configuration": config.model_dump(mode="json"),
+            "named": experiment.named(),
+            **made_by(),
+            "artifacts": sorted(artifacts.union(before.get("artifacts", []))),
+            "records": {**before.get("records", {}), **hashes(folder, files)},
+            "notes": list(dict.fromkeys([*before.get("notes", []), *notes])),
+            "finished": time.time(),
+        }
+        write_json(folder / RUN_FILE, description)
+        write_tables(folder)
+    return folder
+
+
+def _notes(experiment: Experiment, row: Row) -> Iterator[str]:
+    """Sentences about how a candidate was made that belong below the tables."""
+    role = experiment.config.methods[row.label].get("role")
+    if isinstance(row.candidate, Ensemble):
+        shares = ", ".join(f"{member.role} {member.weight:.3f}" for member in row.candidate.members)
+        yield f"{row.label} asks several models at once, with the weights {shares}."
+        return
+    if role is not None and row.role.corpus is not None:
+        tokens = tokens_seen(row.candidate.folder.parent) or 0
+        base = experiment.origin(role).name
+        yield f"{row.label} is {base} continued on {tokens:,} tokens of its own text, which no other row counts."
+    made = experiment.store.planned.get(row.candidate.fingerprint)
+    if made is not None and (note := read_manifest(made.path)["info"].get("note")):
+        yield str(note)
+
+
+def _record(config: Config, row: Row, evaluation: str, measured: Path, folder: Path) -> str:
+    """Stamps an evaluation and a training's curve with experiment, profile, method and seed; one file each row."""
+    from harness.stages.training_log import read_curve
+    from results.records import NO_SEED, Record, write
+
+    def stamped(rows: Sequence[dict[str, Any]], tokens: int | None) -> Iterator[Record]:
+        for r in rows:
+            yield Record(
+                experiment=config.experiment,
+                profile=config.profile,
+                method=row.label,
+                seed=NO_SEED if row.seed is None else row.seed,
+                suite=bits_per_byte.SUITE,
+                task=r["domain"],
+                example=r["example"],
+                metric=bits_per_byte.METRIC[config.suites.perplexity.mode],
+                numerator=r["nats"],
+                denominator=r["bytes"],
+                tokens=tokens,
+            )
+
+    records = list(stamped(bits_per_byte.read_evaluation(measured), None))
+    if row.candidate.training is not None:
+        for point in read_curve(row.candidate.training):
+            records += stamped(point["records"], int(point["tokens"]))
+    slug = "".join(c if c.isalnum() else "-" for c in row.label)
+    name = f"{slug}-{'as-is' if row.seed is None else row.seed}-{evaluation[:16]}.parquet"
+    provenance = {
+        "evaluation": evaluation,
+        "candidate": row.candidate.fingerprint,
+        "method": config.methods[row.label],
+        "artifacts": places({bits_per_byte.SUITE: measured}),
+    }
+    write(folder / "records" / name, records, provenance)
+    return name
+
+
+def _record_suites(
+    experiment: Experiment, row: Row, folder: Path, measured: dict[str, dict[str, Measured]]
+) -> set[str]:
+    """Measures a row on the suites beside perplexity, adds that to `measured`, and gives its record files."""
+    config, files = experiment.config, set()
+    subject = experiment.subject(row.label, row.candidate, row.role)
+    for name, suite in experiment.suites.items():
+        found = measured[name][row.label] = suite.measure(subject, experiment.store, experiment.costs)
+        file = standalone.write_measured(
+            folder,
+            name,
+            found,
+            experiment=config.experiment,
+            profile=config.profile,
+            method=row.label,
+            seed=row.seed,
+        )
+        files |= {file} if file else set()
+    subject.release()  # before the next row is trained
+    return files
+
+
+def _open_run(folder: Path) -> tuple[Config, "pd.DataFrame"]:
+    raw, records = open_run(folder)
+    try:
+        return Config.model_validate(raw), records
+    except ValidationError:
+        raise UserError(f"{folder} was made by another version of fusellm-harness: run the experiment again.") from None
+
+
+def suite_tables(folder: Path) -> "dict[str, Table]":
+    """The tables of the suites beside perplexity."""
+    config, records = _open_run(folder)
+    title = f"{config.title} ({config.experiment}, {config.profile})"
+    return standalone.suite_tables(folder, records, list(config.methods), title, config.banner or "", config.baseline)
+
+
+def write_tables(folder: Path) -> None:
+    """The run's tables in every format, and its figure where something was trained."""
+    from results.formats import FORMATS, render
+
+    configuration, records = open_run(folder)
+    tables = {"table": table(folder), **{f"table-{name}": one for name, one in suite_tables(folder).items()}}
+    for form in FORMATS:
+        for name, made in tables.items():
+            write_atomically(folder / f"{name}.{form}", render(made, form))
+    if curves := learning_curves(configuration, records, folder / "learning_curves"):
+        lines = [found.sentence(curves.metric.digits) for found in curves.equal_quality]
+        write_atomically(folder / "equal_quality.txt", "\n".join(lines) + "\n")

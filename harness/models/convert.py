@@ -1,0 +1,376 @@
+"""Makes a model folder (safetensors, fast tokenizer, manifest) of a GGUF file or a pickle checkpoint, once.
+
+Nothing is executed: GGUF is data, and pickles are read by the weights-only loader, which builds tensors and nothing
+else. What was written is loaded afresh and compared before it gets its name, so a folder
+that exists is whole and right.
+"""
+
+import gc
+import importlib.metadata
+import json
+import pickle
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusion.errors import UserError
+from fusion.modeling.loading import check_loading
+from harness.models.checkpoints import (
+    MANIFEST,
+    PICKLE_FILES,
+    SLOW_TOKENIZER_FILES,
+    ModelSpec,
+    ResolvedModel,
+    check_config_file,
+    load_model,
+    load_tokenizer,
+    read_manifest,
+)
+from harness.store.artifacts import disk_errors, file_sha256, write_atomically
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+Say = Callable[[str], None]
+
+# Texts on which tokenizers that look alike come apart: spaces at both ends, runs of spaces and line ends, digits,
+# scripts with and without spaces, combining marks, joined emoji, compatibility characters, control characters.
+SAMPLES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "  two spaces before, two after  ",
+    " one before",
+    "a\n\n\nb\r\nc\td \n e",
+    "def f(x):\n    return {'a': x[1:], \"b\": 10 ** -3}  # why?\n",
+    "In 1984, 2,023.5 and 007 cost $1,000 (12%) at 10:45; ½ ² ٣٤",
+    "It's they'll WE'RE don't I'd",
+    "Größe, naïve café, ﬁne, ＡＢＣ, e\u0301 and é",
+    "Привет, мир! Γειά σου Κόσμε",
+    "東京は日本の首都です。中文分词没有空格。한국어 문장",
+    "مرحبا بالعالم हिन्दी में पाठ ไทยไม่มีช่องว่าง עברית",
+    "🙂 👩‍👩‍👧‍👦 🇩🇪 👍🏽",
+    "zero\u200bwidth, nb\u00a0space, \x01control, \ufeffmark",
+    "https://example.org/a_b?c=d&e=%20#f <tag> </tag>",
+)
+
+# How a byte-level vocabulary splits text before merging is only named in a GGUF file, and the library takes the GPT-2
+# pattern for names that it does not know. These names mean that pattern ...
+_GPT2_SPLIT = {"gpt-2", "mpt", "olmo", "jais", "phi-2"}
+# ... and these mean every digit by itself first (SmolLM2 reads one bit per byte in 500 worse without).
+_DIGITS_THEN_GPT2_SPLIT = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
+
+
+def convert(
+    path: Path, out: Path, *, source: Mapping[str, Any] | None = None, licence: str = "", say: Say | None = None
+) -> Path:
+    """Converts a .gguf file or a checkpoint folder to the model folder `out`, and returns `out`.
+
+    GGUF is de-quantised to float32; 16-bit floats are stored where they hold every weight exactly. A pickle keeps its
+    dtype. Logits are those of the original. `source` replaces what the manifest says of the origin. Raises
+    UserError when `out` is taken by another model, or the original cannot be reproduced exactly.
+    """
+    from filelock import FileLock
+
+    path, out = Path(path).expanduser(), Path(out)
+    is_gguf = path.is_file() and path.suffix == ".gguf"
+    if not is_gguf and not path.is_dir():
+        raise UserError(f"{path} is neither a .gguf file nor a model's folder: give one of these to convert.")
+    tell = say or (lambda message: None)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(out.parent / f".{out.name}.convert.lock"):
+        if source is None:
+            source = _describe(path, is_gguf)
+        if out.exists():
+            if read_manifest(out).get("source") == dict(source):
+                tell(f"{out} is there already.")
+                return out
+            raise UserError(f"{out} exists already and holds something else: choose another name, or delete it.")
+        beside = out.parent / f".{out.name}.partial"
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        try:
+            with disk_errors(beside):
+                if is_gguf:
+                    tell(f"Converting {path.name} to safetensors (a minute or two) ...")
+                    _convert_gguf(path, beside)
+                else:
+                    tell(f"Converting {path} to safetensors ...")
+                    _convert_folder(path, beside)
+            write_manifest(beside, source=source, licence=licence)
+            beside.rename(out)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    return out
+
+
+def write_manifest(folder: Path, *, source: Mapping[str, Any], licence: str) -> None:
+    """Writes where a model is from, under which licence, what made the folder, and the SHA-256 of each file in it."""
+    manifest = {
+        "source": dict(source),
+        "licence": licence,
+        "made_by": {name: importlib.metadata.version(name) for name in ("fusellm-harness", "transformers", "torch")},
+        "files": {
+            file.relative_to(folder).as_posix(): file_sha256(file)
+            for file in sorted(folder.rglob("*"))
+            if file.is_file() and file.name != MANIFEST
+        },
+    }
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def _describe(path: Path, is_gguf: bool) -> dict[str, Any]:
+    if is_gguf:
+        return {"kind": "gguf", "file": path.name, "sha256": file_sha256(path), "size": path.stat().st_size}
+    pickles = sorted({file for pattern in PICKLE_FILES for file in path.glob(pattern)})
+    weights = pickles or sorted(path.glob("*.safetensors"))
+    hashes = {file.name: file_sha256(file) for file in weights}
+    return {"kind": "pickle" if pickles else "folder", "folder": path.resolve().name, "sha256": hashes}
+
+
+def _convert_gguf(path: Path, out: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = _gguf_tokenizer(path)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except (ValueError, KeyError, NotImplementedError, OSError) as error:
+        raise UserError(f"{path} cannot be read as a GGUF model ({type(error).__name__}: {error}).") from error
+    model, info = loaded
+    check_loading(info, model, str(path))
+    # The marks of quantisation make saving and training refuse a model whose weights are plain floats by now.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    _save(model, tokenizer, out)
+
+
+def _gguf_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
+    """The tokenizer that a GGUF file describes, with the split before merging that it names."""
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    from transformers.integrations.gguf.reader import read_gguf_metadata
+
+    try:
+        metadata, tensors = read_gguf_metadata(str(path), ())
+    except Exception as error:  # the reader raises whatever a broken header leads it to
+        raise UserError(f"{path} cannot be read as a GGUF file ({type(error).__name__}: {error}).") from error
+    dropped = sorted(name for name in tensors if name.startswith("rope_"))
+    if dropped:
+        raise UserError(
+            f"{path} scales rotary positions by a tensor ({dropped[0]}) that would be lost: use the hub's copy."
+        )
+    if "tokenizer.ggml.tokens" not in metadata:
+        raise UserError(f"{path} has no tokenizer inside: use the hub's copy of the model.")
+    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    kind, split = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    if kind == "gpt2":
+        if split in _DIGITS_THEN_GPT2_SPLIT:
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+                [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            )
+        elif split not in _GPT2_SPLIT and split not in GGUF_PRE_TOKENIZER_SPLITS:
+            raise UserError(
+                f"{path} says that its tokenizer splits text the {split!r} way, which is not known here: "
+                "use the hub's copy of the model."
+            )
+    elif kind == "llama":
+        _spell_spaces_exactly(tokenizer, prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", True)))
+    return _only_what_the_file_says(tokenizer, metadata)
+
+
+def _only_what_the_file_says(tokenizer: "PreTrainedTokenizerFast", metadata: Mapping[str, Any]) -> Any:
+    """Without the tokens and roles that the library's class adds by default: they have no embedding, or no meaning."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    size = metadata["tokenizer.ggml.tokens"]
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < size]
+    backend = Tokenizer.from_str(json.dumps(state))
+    roles = {}
+    for role, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
+        token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if token_id is not None:
+            roles[f"{role}_token"] = backend.id_to_token(token_id)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=tokenizer.chat_template, **roles)
+
+
+def _spell_spaces_exactly(tokenizer: "PreTrainedTokenizerFast", *, prefix: bool) -> None:
+    """Writes spaces as SentencePiece does: Metaspace drops the space before text that begins with one."""
+    from tokenizers import normalizers, pre_tokenizers
+
+    backend = tokenizer.backend_tokenizer
+    if isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):
+        steps = [normalizers.Prepend("▁")] if prefix else []
+        backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = None
+
+
+def _convert_folder(folder: Path, out: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    check_config_file(folder)
+    tokenizer = _folder_tokenizer(folder)
+    has_safetensors = any(folder.glob("*.safetensors"))
+    dtype = None if has_safetensors else _pickle_dtype(folder)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=has_safetensors,
+            weights_only=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except pickle.UnpicklingError as error:
+        raise _unsafe(folder) from error
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        raise UserError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    model, info = loaded
+    check_loading(info, model, str(folder))
+    _save(model, tokenizer, out)
+
+
+def _unsafe(folder: Path) -> UserError:
+    return UserError(
+        f"{folder} holds pickles that are damaged or have more in them than weights: they were not executed and cannot "
+        "be used."
+    )
+
+
+def _pickle_dtype(folder: Path) -> "torch.dtype":
+    """The one float type of the checkpoint; float32 where there are several. config.json may say another."""
+    import torch
+
+    found = set()
+    paths = sorted(folder.glob("pytorch_model*.bin"))
+    if not paths:
+        raise UserError(f"{folder} holds no weights that can be converted: neither safetensors nor pytorch_model.bin.")
+    for path in paths:
+        try:
+            state = torch.load(path, map_location="meta", weights_only=True)
+            found |= {value.dtype for value in state.values() if value.is_floating_point()}
+        except (pickle.UnpicklingError, EOFError, RuntimeError, AttributeError) as error:
+            raise _unsafe(folder) from error
+    return found.pop() if len(found) == 1 else torch.float32
+
+
+def _folder_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
+    """The folder's fast tokenizer, or one made of its slow one that splits every sample as the slow one does."""
+    if (folder / "tokenizer.json").is_file():
+        return load_tokenizer(_as_resolved(folder))
+    pieces = sorted(folder.glob("*.model"))
+    if not pieces:
+        slow = [file.name for pattern in SLOW_TOKENIZER_FILES for file in folder.glob(pattern)]
+        has = f"only {slow[0]}, from which no exact fast tokenizer can be made here" if slow else "no tokenizer"
+        raise UserError(f"{folder} has {has}: put the model's tokenizer.json into it.")
+    from sentencepiece import SentencePieceProcessor
+    from transformers import AutoTokenizer
+
+    try:
+        slow_tokenizer = SentencePieceProcessor(model_file=str(pieces[0]))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{pieces[0]} cannot be read as a SentencePiece model: copy it again.") from error
+    differing = ""
+    for exact in (False, True):
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if not tokenizer.is_fast:
+            raise UserError(
+                f"{folder}: no fast tokenizer can be made of {pieces[0].name}: put a tokenizer.json into it."
+            )
+        if exact:
+            _spell_spaces_exactly(tokenizer, prefix=slow_tokenizer.encode("a", out_type=str)[0].startswith("▁"))
+        wrong = [text for text in SAMPLES if _ids(tokenizer, text) != slow_tokenizer.encode(text)]
+        if not wrong:
+            fast: PreTrainedTokenizerFast = tokenizer
+            return fast
+        differing = wrong[0]
+    raise UserError(
+        f"The fast tokenizer made of {pieces[0]} splits {differing!r} otherwise than the slow one: "
+        "put the model's own tokenizer.json into the folder."
+    )
+
+
+def _ids(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _as_resolved(folder: Path) -> ResolvedModel:
+    return ResolvedModel(folder, folder.name, "", ModelSpec(name=str(folder)))
+
+
+def _exact_dtype(model: "PreTrainedModel") -> "torch.dtype":
+    """The smallest float type that holds every weight as it is."""
+    import torch
+
+    weights = list(model.state_dict().values())
+    for dtype in (torch.bfloat16, torch.float16):
+        if all(torch.equal(weight.to(dtype).to(weight.dtype), weight) for weight in weights):
+            return dtype
+    return model.dtype
+
+
+def _logits(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> "torch.Tensor":
+    import torch
+
+    ids = [token for text in SAMPLES[:6] for token in _ids(tokenizer, text)][:128]
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(torch.tensor([ids])).logits.float()
+    return logits
+
+
+def _save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", out: Path) -> None:
+    """Saves, loads afresh and compares: tokens of every sample, special tokens, weights (exactly) and logits.
+
+    The loaded model is given up half-way, so that one copy at a time is in memory.
+    """
+    import torch
+    from safetensors import safe_open
+
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"The tokenizer has {len(tokenizer)} tokens and the model has fewer embeddings: they do not belong."
+        )
+    dtype = model.dtype
+    expected = _logits(model, tokenizer)
+    stored = _exact_dtype(model) if dtype == torch.float32 else dtype
+    model.to(stored)  # type: ignore[arg-type]
+    weights = model.state_dict()
+    model.save_pretrained(out)
+    _save_tokenizer(tokenizer, out)
+    for file in out.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (no mapping)
+                if name in weights and not torch.equal(tensors.get_tensor(name), weights[name]):
+                    raise RuntimeError(f"{name} was not written as it is")
+    del model, weights
+    gc.collect()
+    again = load_tokenizer(_as_resolved(out))
+    same_roles = again.all_special_ids == tokenizer.all_special_ids and again.eos_token_id == tokenizer.eos_token_id
+    if not same_roles or any(_ids(again, text) != _ids(tokenizer, text) for text in SAMPLES):
+        raise RuntimeError("the saved tokenizer differs from the original")
+    name = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}[dtype]
+    got = _logits(load_model(_as_resolved(out), name), tokenizer)  # type: ignore[arg-type]
+    # Equal weights give equal logits; the room is for kernels that depend on where memory lies.
+    room = (1e-5 if dtype == torch.float32 else 1e-2) * expected.abs().max()
+    if not torch.isfinite(expected).all() or (got - expected).abs().max() > room:
+        raise UserError("The converted model does not give the original's logits: it was not kept.")
+
+
+def _save_tokenizer(tokenizer: "PreTrainedTokenizerFast", out: Path) -> None:
+    tokenizer.save_pretrained(out)
+    path = out / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("is_local", "local_files_only", "vocab_file", "gguf_file"):
+        config.pop(key, None)
+    # tokenizer.json alone is to decide: a named class would rebuild it from the vocabulary (see load_tokenizer).
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_atomically(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")

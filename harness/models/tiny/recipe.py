@@ -1,0 +1,199 @@
+"""The tiny models: a target that has seen a little of everything, and two sources that know one side of it better.
+
+These three differ in architecture and tokenizer; a teacher is a larger model of the target's family that has seen more
+of the same, with the target's tokenizer. They are plumbing, not a result: what they show is that every stage
+does its work on real text in minutes.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from fusion.errors import UserError
+from harness.data.standard_library import DOMAINS, MAX_DOCUMENT_BYTES, Split, TinyDocument, stdlib_corpus
+from harness.models.tiny.tokenizers import TokenizerKind, build_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+Architecture = Literal["llama", "qwen2", "gemma3_text"]
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """How one model is made; every number a choice for two cores.
+
+    `mix` is the share of each domain in its `train_bytes` (UTF-8) of text, which is read `epochs` times in rows of
+    `row_length` tokens, `rows_per_step` to an optimiser step, with a cosine schedule from `learning_rate`.
+    """
+
+    name: str
+    architecture: Architecture
+    tokenizer: TokenizerKind
+    vocabulary: int
+    hidden: int
+    layers: int
+    heads: int
+    mix: Mapping[str, float]
+    train_bytes: int
+    context: int = 512
+    epochs: int = 1
+    row_length: int = 512
+    rows_per_step: int = 1
+    learning_rate: float = 5e-3
+    warmup_ratio: float = 0.05
+    seed: int = 0
+    family: "TinyModel | None" = None
+    """Whose tokenizer it has; its own without."""
+
+    @property
+    def intermediate(self) -> int:
+        """Width of the gated feed-forward layers."""
+        return self.hidden * 5 // 2
+
+
+@dataclass(frozen=True)
+class TinyRecipe:
+    """A profile's models and the size of its corpus (`max_bytes` a domain, None: all there is)."""
+
+    name: str
+    models: tuple[TinyModel, ...]
+    max_bytes: int | None = None
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    min_test: int = 20
+
+    def model(self, name: str) -> TinyModel:
+        """Raises UserError for a name that is not in the recipe."""
+        for model in self.models:
+            if model.name == name:
+                return model
+        known = ", ".join(model.name for model in self.models)
+        raise UserError(f"the profile '{self.name}' has no tiny model '{name}': choose one of {known}")
+
+    def documents(self, split: Split | None = None) -> list[TinyDocument]:
+        """The corpus of this recipe, or one split of it, by name; see `stdlib_corpus`."""
+        found = stdlib_corpus(self.max_bytes, max_document_bytes=self.max_document_bytes, min_test=self.min_test)
+        return [document for document in found if split in (None, document.split)]
+
+
+_EVERYTHING = {"code": 0.4, "docstrings": 0.4, "manual": 0.2}
+_CODE = {"code": 0.95, "docstrings": 0.05}
+_PROSE = {"docstrings": 0.7, "manual": 0.3}
+
+_TARGET = TinyModel("target", "llama", "gpt2", 1_280, 96, 2, 4, _EVERYTHING, train_bytes=300_000, seed=1)
+_TINY = TinyRecipe(
+    name="tiny",
+    models=(
+        _TARGET,
+        TinyModel("coder", "qwen2", "qwen2", 1_024, 96, 2, 4, _CODE, train_bytes=600_000, seed=2),
+        TinyModel("reader", "gemma3_text", "gemma", 1_536, 96, 2, 4, _PROSE, train_bytes=600_000, seed=3),
+        replace(_TARGET, name="teacher", hidden=192, layers=3, train_bytes=600_000, seed=4, family=_TARGET),
+    ),
+)
+
+
+def _micro(model: TinyModel) -> TinyModel:
+    """The same model of a size that is made in a fraction of a second."""
+    return replace(
+        model,
+        vocabulary={"gpt2": 320, "qwen2": 300, "gemma": 384}[model.tokenizer],
+        hidden=model.hidden // 3,
+        layers=2,
+        heads=2,
+        train_bytes=8_000,
+        context=256,
+        row_length=256,
+        rows_per_step=2,
+        learning_rate=1e-2,
+        family=model.family and _micro(model.family),
+    )
+
+
+_MICRO = TinyRecipe(
+    name="micro",
+    models=tuple(_micro(model) for model in _TINY.models),
+    max_bytes=12_000,
+    max_document_bytes=2_000,
+    min_test=1,
+)
+
+
+def tiny_recipe(name: str = "tiny") -> TinyRecipe:
+    """The recipe of the profile `tiny` (minutes) or `micro` (seconds, for tests). Raises UserError on another name."""
+    recipes = {recipe.name: recipe for recipe in (_TINY, _MICRO)}
+    if name not in recipes:
+        raise UserError(f"there are no tiny models for the profile '{name}': choose one of {', '.join(recipes)}")
+    return recipes[name]
+
+
+def training_documents(model: TinyModel, documents: Sequence[TinyDocument]) -> list[TinyDocument]:
+    """The training documents of `documents` that the model reads, in the order in which it reads them.
+
+    Each domain gives its share of `train_bytes`, overstepped by less than a document, or all it has; the choice and the
+    order follow from the model's name and the documents' names, so that any beginning has about the same mix.
+    """
+
+    def rank(document: TinyDocument) -> bytes:
+        return hashlib.sha256(f"{model.name}: {document.name}".encode()).digest()
+
+    chosen: list[TinyDocument] = []
+    for domain in DOMAINS:
+        left = model.mix.get(domain, 0.0) * model.train_bytes
+        for document in sorted((d for d in documents if d.domain == domain and d.split == "train"), key=rank):
+            if left <= 0:
+                break
+            chosen.append(document)
+            left -= len(document.text.encode())
+    return sorted(chosen, key=rank)
+
+
+def make_tokenizer(model: TinyModel, documents: Sequence[TinyDocument]) -> "PreTrainedTokenizerFast":
+    """The model's tokenizer, trained on the text that the model (of that family) is trained on.
+
+    Raises UserError for too little text.
+    """
+    model = model.family or model
+    return build_tokenizer(model.tokenizer, [d.text for d in training_documents(model, documents)], model.vocabulary)
+
+
+def build_model(model: TinyModel, tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedModel":
+    """The model before training, float32; its weights follow from `model.seed`, PyTorch's own random state is kept."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = _config(model, tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(model.seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def _config(model: TinyModel, tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedConfig":
+    from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config
+
+    common = {
+        # Wider than the usual 0.02, with which so small a model spends most of its few steps on leaving the start.
+        "initializer_range": 0.1,
+        "vocab_size": model.vocabulary,
+        "hidden_size": model.hidden,
+        "intermediate_size": model.intermediate,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "max_position_embeddings": model.context,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+    }
+    if model.architecture == "llama":
+        return LlamaConfig(**common)
+    if model.architecture == "qwen2":
+        return Qwen2Config(**common, num_key_value_heads=model.heads // 2)
+    return Gemma3TextConfig(
+        **common,
+        num_key_value_heads=model.heads // 2,
+        head_dim=model.hidden // model.heads,
+        query_pre_attn_scalar=model.hidden // model.heads,
+        sliding_window=model.context // 4,
+    )

@@ -1,0 +1,137 @@
+"""The figures of a finished run: drawn from its records, its table and its audit, and so again from those alone."""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.reporting.runs import open_run
+from harness.store.artifacts import canonical
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from results.figures.charts import LearningCurves
+    from results.layout import Table
+
+AUDIT = Path("audit", "audit.json")  # in the run's folder, where the sources were audited
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure: the end of its files' names, what it shows, and what draws it at a path without an ending."""
+
+    name: str
+    caption: str
+    draw: Callable[[Path], Sequence[Path]]
+
+
+def drawings(folder: Path, made: "Table") -> Iterator[Drawing]:
+    """All figures that there are of the run in `folder`, whose table is `made`; a draw may find nothing to draw."""
+    from results.figures.charts import differences_figure, quality_figure
+
+    configuration, records = open_run(folder)
+    yield Drawing(
+        "learning-curves", "Held-out text against training tokens", partial(_curve_files, configuration, records)
+    )
+    yield Drawing(
+        "differences", f"Differences to {made.baseline} in every task", lambda place: differences_figure(made, place)
+    )
+    for along, rows in _series(configuration).items():
+        for column in _columns(made):
+            about = "" if column == "average" else f": {column}"
+            if len(shown := _with_difference(made, rows, column)) > 1:
+                yield Drawing(
+                    re.sub(r"\W+", "-", f"by {along}{about}"),
+                    f"Quality against {along}{about}",
+                    partial(quality_figure, made, {along: shown}, along=along, column=column),
+                )
+    if (folder / AUDIT).exists():
+        yield from audited(read_audit(folder), configuration["title"], configuration["banner"] or "")
+
+
+def audited(measures: "pd.DataFrame", title: str, banner: str) -> Iterator[Drawing]:
+    """The figures of an audit's measures."""
+    from results.figures.charts import audit_figure, choice_figure, coverage_figure
+
+    for name, caption, draw in (
+        ("audit", "What there is to learn from each source", audit_figure),
+        ("choice", "Which source is chosen where", choice_figure),
+        ("coverage", "How much of the text each source's alignment covers", coverage_figure),
+    ):
+        yield Drawing(name, caption, partial(draw, measures, title=title, banner=banner))
+
+
+def read_audit(folder: Path) -> "pd.DataFrame":
+    """The measures that the audit left in a run's folder."""
+    import pandas as pd
+
+    return pd.DataFrame(json.loads((folder / AUDIT).read_text(encoding="utf-8")))
+
+
+def learning_curves(configuration: Mapping[str, Any], records: "pd.DataFrame", place: Path) -> "LearningCurves | None":
+    """Draws the held-out text against training tokens; None where the baseline was not measured along its training."""
+    from results.figures import charts
+
+    along = records[records["tokens"].notna()]
+    trained = [label for label in configuration["methods"] if label in set(along["method"])]
+    if configuration["baseline"] not in trained:
+        return None
+    return charts.learning_curves(
+        records,
+        trained,
+        place,
+        baseline=configuration["baseline"],
+        metric=str(along["metric"].iloc[0]),
+        title=configuration["title"],
+        banner=configuration["banner"] or "",
+    )
+
+
+def _curve_files(configuration: Mapping[str, Any], records: "pd.DataFrame", place: Path) -> Sequence[Path]:
+    curves = learning_curves(configuration, records, place)
+    return curves.files if curves else ()
+
+
+def _columns(made: "Table") -> list[str]:
+    """The columns of averages that methods, being the rows, are compared in."""
+    if made.best_along == "row":
+        return []
+    compared = [column.label for column in made.columns if column.compared]
+    return ["average"] if "average" in compared else compared
+
+
+def _with_difference(made: "Table", rows: Mapping[str, float], column: str) -> dict[str, float]:
+    at = [one.label for one in made.columns].index(column)
+    cells = {row: line[at] for row, line in zip(made.rows, made.cells, strict=True)}
+    return {row: x for row, x in rows.items() if row in cells and cells[row].difference is not None}
+
+
+def _series(configuration: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """By setting the rows that differ in it alone, with its values: lambda, k, number of sources."""
+    values: dict[str, Callable[[Mapping[str, Any]], float]] = {
+        "lambda": lambda entry: entry["lambda"] if "lambda" in entry else _usual_lambda(),
+        "k": lambda entry: entry.get("k") or configuration["extraction"]["k"],
+        "sources": lambda entry: len(entry.get("sources") or configuration["roles"]["sources"]),
+    }
+    rows = {label: entry for label, entry in configuration["methods"].items() if entry["method"] == "fusellm"}
+    found = {}
+    for setting, value in values.items():
+        alike: dict[str, dict[str, Mapping[str, Any]]] = {}
+        for label, entry in rows.items():
+            rest = {"preset": "mended", **{key: one for key, one in entry.items() if key != setting}}
+            alike.setdefault(canonical(rest), {})[label] = entry
+        largest = max(alike.values(), key=len, default={})
+        if len({canonical(entry.get(setting)) for entry in largest.values()}) > 1:
+            name = "number of sources" if setting == "sources" else setting
+            found[name] = {label: value(entry) for label, entry in largest.items()}
+    return found
+
+
+def _usual_lambda() -> float:
+    from baselines.fusellm import FuseLLMParameters
+
+    return float(FuseLLMParameters.model_fields["lam"].default)

@@ -1,0 +1,190 @@
+"""The files of an extraction: each holds what a model said about some pieces, and is there whole or not at all.
+
+A shard is a safetensors file of the columns `ids`, `log_p`, `tail`, `nats` and `steps` (and `log_z` where temperatures
+were asked for), all pieces' positions one after the other, and of the pieces' `offsets` in them. Compressed, the
+columns are empty and say only what they are made of; `zstd` holds a frame for each piece, so that a piece is read
+without its neighbours, and `frames` their offsets.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from fusion.errors import UserError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from fusion.inference.top_k import Externalised
+
+Compression = Literal["zstd", "none"]
+StoreDType = Literal["float16", "float32"]
+Columns = dict[str, np.ndarray]
+LOST = np.uint16(65535)  # a step to where the tokens no longer spell the text
+_FLOATS = ("log_p", "tail", "nats", "log_z")
+_COLUMNS = ("ids", "log_p", "tail", "nats", "steps", "log_z")
+
+
+def position_bytes(k: int, vocabulary: int, dtype: StoreDType = "float16", temperatures: int = 0) -> int:
+    """Bytes a position takes: ids, log-probabilities and tail in `dtype`, float32 nats, uint16 step in bytes, and a
+    float32 for each temperature.
+
+    Compressed, of real models' top 10 in float16, it is about 35 of 48 (vocabulary of at most 65,536) and 37 of 68.
+    """
+    return k * (2 if vocabulary <= 65536 else 4) + np.dtype(dtype).itemsize * (k + 1) + 4 + 2 + 4 * temperatures
+
+
+def write_shard(
+    path: Path,
+    beside: Path,
+    results: "Sequence[Externalised]",
+    ends: Sequence[np.ndarray],
+    *,
+    wide: bool,
+    compression: Compression,
+    dtype: StoreDType = "float16",
+) -> None:
+    """Writes to `beside` and renames. `ends` are the pieces' `byte_ends`; a result of no positions is left out."""
+    from safetensors.numpy import save
+
+    steps = [_steps(piece_ends) for result, piece_ends in zip(results, ends, strict=True) if len(result.nats)]
+    ids = np.concatenate([r.ids for r in results])
+    width = np.uint32 if wide else np.uint16
+    if ids.max(initial=0) > np.iinfo(width).max:  # a cast would wrap around and name other tokens
+        raise UserError(
+            f"the model's logits name token {ids.max()}, beyond the vocabulary of its config.json: correct vocab_size."
+        )
+    tensors = {
+        "ids": ids.astype(width),
+        "log_p": np.concatenate([r.log_p for r in results]).astype(dtype),
+        "tail": np.concatenate([r.tail for r in results]).astype(dtype),
+        "nats": np.concatenate([r.nats for r in results]).astype(np.float32),
+        "steps": np.concatenate([np.zeros(0, np.uint16), *steps]),
+        "offsets": np.cumsum([0, *(len(r.nats) for r in results)]).astype(np.int64),
+    }
+    log_z = [r.log_z for r in results if r.log_z is not None]
+    if log_z:
+        tensors["log_z"] = np.concatenate(log_z).astype(np.float32)
+    if compression == "zstd":
+        tensors = _compressed(tensors)
+    try:
+        beside.write_bytes(save(tensors, {"sha256": _digest(tensors)}))
+        beside.replace(path)
+    finally:  # a full disk needs the space
+        beside.unlink(missing_ok=True)
+
+
+def _steps(ends: np.ndarray) -> np.ndarray:
+    """uint16[M], the bytes from each position to the next, of a piece's `byte_ends`[M - 1]."""
+    steps = np.diff(ends, prepend=0).astype(np.int64)
+    if steps[ends >= 0].max(initial=0) >= int(LOST):
+        raise UserError("a token stands for more than 65,534 bytes of text: the store cannot hold it.")
+    steps[ends < 0] = int(LOST)
+    return np.concatenate([[0], steps]).astype(np.uint16)
+
+
+def _compressed(tensors: Columns) -> Columns:
+    import pyarrow as pa
+
+    codec = pa.Codec("zstd", compression_level=1)
+    columns = {name: tensors[name] for name in _COLUMNS if name in tensors}
+    frames: list[bytes] = [
+        codec.compress(_joined({name: column[start:end] for name, column in columns.items()}), asbytes=True)
+        for start, end in pairwise(tensors["offsets"].tolist())
+    ]
+    return {
+        "offsets": tensors["offsets"],
+        "frames": np.cumsum([0, *map(len, frames)]).astype(np.int64),
+        "zstd": np.frombuffer(b"".join(frames), np.uint8),
+        **{name: column[:0] for name, column in columns.items()},
+    }
+
+
+def _joined(columns: Columns) -> bytes:
+    """All columns' bytes, turned so that they compress well: floats lie first byte by first byte, last by last.
+
+    From a position's first entry to its last the bits of log p grow by little, so that only by how much is kept.
+    """
+    parts = []
+    for name, column in columns.items():
+        if name == "log_p":
+            bits = column.view(f"u{column.itemsize}")
+            column = np.diff(bits.T, axis=0, prepend=bits.dtype.type(0))
+        if name in _FLOATS:
+            column = np.ascontiguousarray(column).view(np.uint8).reshape(-1, column.itemsize).T
+        parts.append(column.tobytes())
+    return b"".join(parts)
+
+
+def _parted(raw: "Buffer", positions: int, empty: Columns) -> Columns:
+    """The inverse of `_joined`; `empty` are columns of no positions."""
+    columns, start = {}, 0
+    for name, like in empty.items():
+        shape = (positions, *like.shape[1:])
+        size = int(np.prod(shape)) * like.itemsize
+        column = np.frombuffer(raw, np.uint8, size, start)
+        if name in _FLOATS:
+            column = np.ascontiguousarray(column.reshape(like.itemsize, -1).T).reshape(-1)
+        if name == "log_p":
+            grown = column.view(f"u{like.itemsize}").reshape(shape[::-1])
+            column = np.ascontiguousarray(grown.cumsum(axis=0, dtype=grown.dtype).T).reshape(-1)
+        columns[name] = column.view(like.dtype).reshape(shape)
+        start += size
+    return columns
+
+
+def _digest(tensors: Columns) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name}:{tensors[name].dtype}:{tensors[name].shape};".encode())
+        digest.update(np.ascontiguousarray(tensors[name]).data)
+    return digest.hexdigest()
+
+
+class Shard:
+    """An open, memory-mapped shard."""
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import safe_open
+
+        self._file = safe_open(path, framework="numpy")
+        self.offsets: np.ndarray = self._file.get_tensor("offsets")
+        self._frames = self._empty = None
+        there = self._file.keys()
+        self._names = [name for name in _COLUMNS if name in there]
+        if "frames" in there:
+            self._frames = self._file.get_tensor("frames")
+            self._empty = {name: self._file.get_tensor(name) for name in self._names}
+
+    def columns(self, piece: int) -> Columns:
+        """The piece's columns as they are stored: ids[M, k], log_p[M, k], tail[M], nats[M], steps[M], log_z[M, n]."""
+        start, end = self.offsets[piece : piece + 2].tolist()
+        if start == end:
+            return {name: self._file.get_tensor(name)[:0] for name in self._names}
+        if self._frames is None or self._empty is None:
+            return {name: self._file.get_slice(name)[start:end] for name in self._names}
+        import pyarrow as pa
+
+        first, last = self._frames[piece : piece + 2].tolist()
+        size = (end - start) * sum(int(np.prod(e.shape[1:])) * e.itemsize for e in self._empty.values())
+        raw = pa.decompress(self._file.get_slice("zstd")[first:last], size, codec="zstd")
+        return _parted(raw, end - start, self._empty)
+
+
+def checked(path: Path) -> Shard:
+    """An open shard whose bytes are those that were written. Raises UserError when they are not."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+            sha256 = (file.metadata() or {}).get("sha256")
+    except SafetensorError:
+        tensors, sha256 = {}, "damaged"
+    if _digest(tensors) != sha256:
+        raise UserError(f"{path} does not match its checksum: remove that file to have it made again.")
+    return Shard(path)

@@ -1,0 +1,71 @@
+"""Making a tiny model: its text, its tokenizer and its weights, with the trainer that trains everything else."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from fusion.errors import UserError
+from harness.config.loading import TrainingSection
+from harness.data.corpus import Document, Pieces, write_pieces
+from harness.models.tiny.recipe import build_model, make_tokenizer, tiny_recipe, training_documents
+from harness.runtime import distributed
+from harness.store.artifacts import Estimate, Spec, Store
+
+VERSION = 1
+
+
+def make_tiny(store: Store, name: str, profile: str, device: str) -> tuple[Spec, Path]:
+    """The tiny model `name` of a profile's recipe, as an artifact that holds `model`."""
+    recipe = tiny_recipe(profile)
+    model = recipe.model(name)
+    # The text is the running Python's own, so its release stands for it.
+    python = ".".join(str(part) for part in sys.version_info[:3])
+    corpus = {"max_bytes": recipe.max_bytes, "max_document_bytes": recipe.max_document_bytes}
+    made = {key: value for key, value in asdict(model).items() if value is not None}
+    spec = Spec("tiny", name, VERSION, {"python": python}, {**made, "corpus": corpus})
+
+    def build(folder: Path) -> None:
+        if distributed.world() > 1:
+            raise UserError(
+                "Tiny models are made by one process: run the experiment once without torchrun or deepspeed."
+            )
+        from transformers import set_seed
+
+        from fusion.vocabulary.token_bytes import Vocabulary
+        from harness.data.sequences import Rows
+        from harness.stages.trainer import train
+
+        documents = recipe.documents()
+        tokenizer = make_tokenizer(model, documents)
+        texts = [Document(d.name, d.domain, d.text, "") for d in training_documents(model, documents)]
+        pieces = folder / "text"
+        pieces.mkdir(exist_ok=True)
+        # A byte is a token at most, and each piece has a prefix.
+        write_pieces(pieces, texts, model.row_length - 1)
+        rows = Rows(Pieces(pieces), tokenizer, Vocabulary.from_tokenizer(tokenizer, model.vocabulary), model.row_length)
+        settings = TrainingSection(
+            row_length=model.row_length,
+            rows_per_step=model.rows_per_step,
+            micro_rows=model.rows_per_step,
+            learning_rate=model.learning_rate,
+            warmup_ratio=model.warmup_ratio,
+            epochs=model.epochs,
+            dtype="float32",
+            save_every=100,
+        )
+        set_seed(model.seed)
+        train(
+            build_model(model, tokenizer),
+            tokenizer,
+            rows,
+            settings,
+            lam=1.0,
+            seed=model.seed,
+            device=device,
+            folder=folder,
+            label=name,
+            card=f"# {name}\n\nA model of a few hundred thousand parameters made on the spot: plumbing.\n",
+        )
+
+    tokens = model.train_bytes / 3 * model.epochs
+    return spec, store.ensure(spec, build, Estimate(disk=1e7, memory=1e9, seconds=tokens / 10_000))

@@ -1,0 +1,36 @@
+"""Cleaning up: what no finished run uses."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from harness.evaluation.standalone import FOLDER
+from harness.experiment.run import PLAN_FILE
+from harness.reporting.runs import RUN_FILE, described
+from harness.store.artifacts import Store
+
+
+def _size(path: Path) -> int:
+    return sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+
+
+def unused(root: Path) -> Iterator[tuple[Path, int]]:
+    """Leftovers of interrupted stages, and artifacts that no run lists; with their sizes in bytes."""
+    store = Store(root / "artifacts")
+    used = {
+        root / name
+        for pattern in (RUN_FILE, PLAN_FILE)
+        for run in [*(root / "runs").glob(f"*/*/*/{pattern}"), *(root / FOLDER).glob(f"*/*/{pattern}")]
+        for name in described(run)["artifacts"]
+    }
+    for path in [*store.leftovers(), *(p for p in store.artifacts() if p not in used)]:
+        yield path, _size(path)
+
+
+def remove(root: Path, path: Path) -> None:
+    """Removes an artifact or a leftover; renamed first, so that no half-removed artifact is ever found."""
+    if not path.is_relative_to(root / "artifacts"):
+        raise ValueError(f"{path} is no artifact")
+    beside = path.with_name(f".{path.name.lstrip('.')}.removed")
+    path.replace(beside)
+    shutil.rmtree(beside)

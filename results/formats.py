@@ -1,0 +1,232 @@
+"""Tables as text: Markdown, CSV, JSON, LaTeX and HTML with the same bytes every time, and Rich for the terminal.
+
+Imports no pandas and no SciPy, so that commands which only list things start fast.
+"""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from html import escape
+from typing import TYPE_CHECKING
+
+from results.cells import Entry, grid
+from results.errors import UserError
+from results.layout import Table
+from results.metrics import unknown
+
+if TYPE_CHECKING:
+    from rich.console import Group, RenderableType
+
+
+def render(table: Table, form: str) -> str:
+    """The table as text; `form` is one of FORMATS, another raises UserError.
+
+    md, latex and html are for people (rounded, the best in bold, reasons for what is missing below); csv has one line a
+    cell and json the whole table, both at full precision.
+    """
+    return render_all([table], form)
+
+
+def render_all(tables: Sequence[Table], form: str) -> str:
+    """Several tables, one after another; json gives a list of them where there are not exactly one."""
+    if form not in FORMATS:
+        raise UserError(unknown("table format", form, FORMATS))
+    if form == "json" and len(tables) != 1:
+        return _json([_whole(table) for table in tables])
+    return "\n".join(FORMATS[form](table) for table in tables)
+
+
+def plain_table(columns: Sequence[str], rows: Iterable[Sequence[object]], form: str) -> str:
+    """Any list as a table; `form` is md, csv or json (a list of objects); None and NaN are empty (json: null).
+
+    Raises UserError for another format, ValueError for a row that is not as long as `columns`.
+    """
+    body = [[_empty_nan(value) for _, value in zip(columns, row, strict=True)] for row in rows]
+    if form == "md":
+        return _markdown(columns, [[_shown(value) for value in row] for row in body])
+    if form == "csv":
+        return _csv([list(columns), *body])
+    if form == "json":
+        return _json([dict(zip(columns, row, strict=True)) for row in body])
+    raise UserError(unknown("list format", form, ("md", "csv", "json")))
+
+
+def plain_rich(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> "RenderableType":
+    """Any list of things for the terminal; numbers stand right."""
+    body = [[_empty_nan(value) for _, value in zip(columns, row, strict=True)] for row in rows]
+    numeric = [all(isinstance(row[j], int | float | None) for row in body) for j in range(len(columns))]
+    return _rich(columns, [[(_shown(value), "") for value in row] for row in body], numeric, title)
+
+
+def to_rich(table: Table) -> "Group":
+    """The table for the terminal: banner above, the best in bold, intervals on a second line, notes below."""
+    from rich.console import Group
+    from rich.text import Text
+
+    shown = grid(table)
+    body = [[(one.text("\n"), "bold" if one.best else "") for one in row] for row in shown.rows]
+    parts: list[RenderableType] = [Text(table.banner.upper(), style="bold reverse")] if table.banner else []
+    parts.append(_rich(shown.header, body, [False] + [True] * (len(shown.header) - 1), table.title))
+    parts += [Text(note, style="dim") for note in shown.notes]
+    return Group(*parts)
+
+
+def _as_markdown(table: Table) -> str:
+    shown = grid(table)
+
+    def text(one: Entry) -> str:
+        whole = _escaped(one.text())
+        value = _escaped(one.value)
+        return f"**{value}**{whole.removeprefix(value)}" if one.best else whole
+
+    lines = [f"**{table.banner.upper()}**\n"] if table.banner else []
+    body = [[text(one) for one in row] for row in shown.rows]
+    lines += [f"**{table.title}**\n", _markdown(shown.header, body, escape=False)]
+    lines += [f"{_escaped(note)}  " for note in shown.notes]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _as_csv(table: Table) -> str:
+    best = table.best()
+    head = [table.corner, "column", "value", "low", "high", "n", "seeds", "spread", "best", "note"]
+    head += ["baseline", "difference", "difference_low", "difference_high", "difference_seeds", "difference_note"]
+    head += ["p", "p_corrected", "verdict", "change", "published", "published_change", "evaluations"]
+    lines: list[list[object]] = [list(head)]
+    for i, row in enumerate(table.rows):
+        for j, column in enumerate(table.columns):
+            cell = table.cells[i][j]
+            seeds, others = (" ".join(map(str, one)) for one in (cell.seeds, cell.difference_seeds))
+            line: list[object] = [row, column.label, cell.value, *(cell.interval or (None, None)), cell.n, seeds]
+            line += [cell.spread, int((i, j) in best), cell.note]
+            line += [table.baseline, cell.difference, *(cell.difference_interval or (None, None)), others]
+            line += [cell.difference_note, cell.p, cell.p_corrected, cell.verdict]
+            line += [cell.change, cell.published, cell.published_change, " ".join(cell.evaluations)]
+            lines.append(line)
+    return _csv(lines)
+
+
+def _as_json(table: Table) -> str:
+    return _json(_whole(table))
+
+
+def _whole(table: Table) -> dict[str, object]:
+    best = table.best()
+    whole = asdict(table)
+    for i, row in enumerate(whole["cells"]):
+        for j, cell in enumerate(row):
+            cell["best"] = (i, j) in best
+    return whole
+
+
+def _as_latex(table: Table) -> str:
+    """Needs the packages booktabs and amssymb."""
+    shown = grid(table)
+
+    def text(one: Entry) -> str:
+        value = rf"\textbf{{{_tex(one.value)}}}" if one.best else _tex(one.value)
+        return " ".join(
+            [value, *map(_tex, one.about), *([rf"{{\scriptsize {_tex(one.interval)}}}"] * bool(one.interval))]
+        )
+
+    lines = [r"\begin{table}", r"\centering"]
+    lines.append(rf"\caption{{{_tex(': '.join(one for one in (table.banner.upper(), table.title) if one))}}}")
+    lines += [rf"\begin{{tabular}}{{l{'r' * (len(shown.header) - 1)}}}", r"\toprule"]
+    lines += [" & ".join(map(_tex, shown.header)) + r" \\", r"\midrule"]
+    lines += [" & ".join(map(text, row)) + r" \\" for row in shown.rows]
+    lines += [r"\bottomrule", r"\end{tabular}", ""]
+    lines += [rf"{{\footnotesize {_tex(note)}\par}}" for note in shown.notes]
+    return "\n".join([*lines, r"\end{table}", ""])
+
+
+# What LaTeX reads as a command, and the signs that a table uses beyond ASCII.
+_TEX: dict[str, str | int | None] = {
+    **{sign: rf"\{sign}" for sign in "&%$#_{}"},
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$",
+    "±": r"$\pm$", "−": "$-$", "—": "---", "–": "--", "▲": r"$\blacktriangle$", "▼": r"$\blacktriangledown$",
+    "\n": " ",
+}  # fmt: skip
+
+
+def _tex(text: str) -> str:
+    return text.translate(str.maketrans(_TEX))
+
+
+def _as_html(table: Table) -> str:
+    """A fragment, to be put into a page."""
+    shown = grid(table)
+
+    def text(one: Entry) -> str:
+        value = f"<strong>{escape(one.value)}</strong>" if one.best else escape(one.value)
+        interval = f" <small>{escape(one.interval)}</small>" if one.interval else ""
+        return " ".join([value, *map(escape, one.about)]) + interval
+
+    lines = ['<figure class="fusellm-table">', "<figcaption>"]
+    lines += [f"<strong>{escape(table.banner.upper())}</strong><br>"] if table.banner else []
+    lines += [escape(table.title), "</figcaption>", "<table>", "<thead>"]
+    lines.append("<tr>" + "".join(f'<th scope="col">{escape(one)}</th>' for one in shown.header) + "</tr>")
+    lines += ["</thead>", "<tbody>"]
+    for label, *row in shown.rows:
+        lines.append(
+            f'<tr><th scope="row">{text(label)}</th>' + "".join(f"<td>{text(one)}</td>" for one in row) + "</tr>"
+        )
+    lines += ["</tbody>", "</table>", *(f"<p><small>{escape(note)}</small></p>" for note in shown.notes), "</figure>"]
+    return "\n".join(lines) + "\n"
+
+
+FORMATS: dict[str, Callable[[Table], str]] = {
+    "md": _as_markdown,
+    "csv": _as_csv,
+    "json": _as_json,
+    "latex": _as_latex,
+    "html": _as_html,
+}
+ENDINGS = {**{form: form for form in FORMATS}, "latex": "tex"}  # of files
+
+
+def _empty_nan(value: object) -> object:
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], escape: bool = True) -> str:
+    head = [_escaped(column) for column in columns]
+    body = [[_escaped(text) for text in row] if escape else list(row) for row in rows]
+    lines = [head, ["---"] * len(head), *body]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _csv(lines: Iterable[Sequence[object]]) -> str:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(lines)  # floats by repr: they read back equal
+    return out.getvalue()
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _rich(
+    columns: Sequence[str], rows: Sequence[Sequence[tuple[str, str]]], right: Sequence[bool], title: str
+) -> "RenderableType":
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    drawn = RichTable(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
+    for column, numeric in zip(columns, right, strict=True):
+        drawn.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(Text(text, style=style) for text, style in row))
+    return drawn

@@ -1,0 +1,542 @@
+"""An ensemble is the mean of what its members say: greedy, sampled and scored, in one tokenizer or several."""
+
+import copy
+import json
+import math
+import random
+import weakref
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+from fusion.errors import UserError
+from fusion.inference.decoding import decode
+from fusion.inference.ensembles import JointReader, Translator, mean
+from fusion.inference.likelihood import document_nats
+from fusion.inference.prefix_cache import PrefixReader
+from fusion.inference.prefix_tree import Run, Tree
+from fusion.vocabulary.maps import build_map
+from fusion.vocabulary.token_bytes import Vocabulary, encode, encode_all, prefix_id
+from tests.fusion.tokenizers_for_tests import FAMILIES, TEXTS, byte_level, sentencepiece_bpe
+
+_SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+_SMALL |= {"max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 0}
+_GEMMA = {"num_key_value_heads": 1, "head_dim": 8, "sliding_window": 20, "pad_token_id": 0}
+_GEMMA |= {"layer_types": ["sliding_attention", "full_attention"]}
+
+
+def model(kind: type[PreTrainedConfig], vocabulary: int, seed: int, **settings: Any) -> Any:
+    """A random model with opinions."""
+    torch.manual_seed(seed)
+    made = AutoModelForCausalLM.from_config(kind(vocab_size=vocabulary, **{**_SMALL, **settings})).eval()
+    for parameter in made.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(4)
+    return made
+
+
+@pytest.fixture(scope="module")
+def trio() -> list[Any]:
+    """Three architectures with one vocabulary; the last has rows without a token."""
+    return [
+        model(LlamaConfig, 60, 1, num_key_value_heads=1),
+        model(GPTNeoXConfig, 60, 2),
+        model(Gemma3TextConfig, 64, 3, **_GEMMA),
+    ]
+
+
+WEIGHTS = [0.5, 0.2, 0.3]
+
+
+def joint(members: Sequence[Any], weights: Sequence[float], combine: Any = "probabilities") -> JointReader:
+    return JointReader([(PrefixReader(m), w) for m, w in zip(members, weights, strict=True)], combine=combine)
+
+
+def naive(members: Sequence[Any], weights: Sequence[float], combine: str, tokens: Sequence[int]) -> Tensor:
+    """float64[T, 60] by the definition, without any cache."""
+    with torch.no_grad():
+        logits = [m(torch.tensor([list(tokens)]), use_cache=False).logits[0, :, :60].double() for m in members]
+    if combine == "logits":
+        return sum(w * x.log_softmax(-1) for w, x in zip(weights, logits, strict=True)).log_softmax(-1)  # type: ignore[union-attr]
+    return sum(w * x.softmax(-1) for w, x in zip(weights, logits, strict=True)).log()  # type: ignore[union-attr]
+
+
+def prompts(n: int, low: int = 1, high: int = 40) -> list[list[int]]:
+    drawn = random.Random(n)
+    shared = [drawn.randrange(60) for _ in range(20)]
+    return [
+        shared[: drawn.randrange(21)] + [drawn.randrange(60) for _ in range(drawn.randint(low, high))] for _ in range(n)
+    ]
+
+
+@given(st.integers(1, 4), st.sampled_from(["probabilities", "logits"]), st.integers(0, 99))
+def test_a_mean_is_its_formula(n: int, combine: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    parts = [torch.randn(3, 7 + i, generator=generator) * 5 for i in range(n)]
+    weights = torch.rand(n, generator=generator).add(0.01)
+    weights /= weights.sum()
+    found = mean(parts, weights.tolist(), combine)
+    cut = [part[:, :7].double() for part in parts]
+    if combine == "probabilities":
+        expected = sum(w * x.softmax(-1) for w, x in zip(weights, cut, strict=True)).log()  # type: ignore[union-attr]
+    else:
+        expected = sum(w * x for w, x in zip(weights, cut, strict=True)).log_softmax(-1)  # type: ignore[union-attr]
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    order = random.Random(seed).sample(range(n), n)
+    shuffled = mean([cut[i] for i in order], [float(weights[i]) for i in order], combine)
+    torch.testing.assert_close(shuffled, found, atol=1e-5, rtol=1e-5)
+
+
+def test_who_knows_nothing_does_not_count() -> None:
+    some = torch.randn(2, 5)
+    silent = torch.full((2, 5), -torch.inf)
+    torch.testing.assert_close(mean([some, silent], [0.3, 0.7]), some.log_softmax(-1))
+
+
+def test_one_models_logits_exist_at_a_time(trio: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the mean of those before."""
+    forward = PrefixReader._forward
+    made: list[weakref.ref[np.ndarray]] = []
+    alive: list[int] = []
+
+    def watched(self: PrefixReader, *given: Any) -> Tensor:
+        alive.append(sum(ref() is not None for ref in made))
+        memory = forward(self, *given).numpy().copy()
+        made.append(weakref.ref(memory))
+        return torch.from_numpy(memory)  # keeps it as long as any view of it is there
+
+    reader = joint(trio, WEIGHTS)
+    monkeypatch.setattr(PrefixReader, "_forward", watched)
+    texts = prompts(4)
+    with reader.reading():
+        reader.read([Run(t) for t in texts], [range(len(t)) for t in texts])
+    assert generate(reader, texts, 3)
+    assert len(alive) > 3 and set(alive) == {0}
+
+
+@pytest.mark.parametrize("combine", ["probabilities", "logits"])
+def test_reading_is_the_naive_mean(trio: list[Any], combine: Any) -> None:
+    reader = joint(trio, WEIGHTS, combine)
+    texts = prompts(4)
+    with reader.reading():
+        found = reader.read([Run(t) for t in texts], [range(len(t)) for t in texts])
+        _, (stem,) = reader.begin([Run(texts[0][:5])])
+        branches = [texts[0][5:], texts[1]]
+        tree = reader.read([Run([7, 8], stem, branches)], [range(2 + sum(map(len, branches)))])
+    expected = torch.cat([naive(trio, WEIGHTS, combine, t) for t in texts])
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
+    whole = [naive(trio, WEIGHTS, combine, [*texts[0][:5], 7, 8, *b]) for b in branches]
+    torch.testing.assert_close(tree.double(), torch.cat([whole[0][5:], whole[1][7:]]), atol=1e-4, rtol=1e-4)
+
+
+def generate(reader: PrefixReader, given: Sequence[Sequence[int]], n: int, seed: int | None = None) -> list[list[int]]:
+    """Greedy, or drawn with a number of its own for every sequence and step."""
+    new: list[list[int]] = [[] for _ in given]
+
+    def choose(numbers: Sequence[int], logits: Tensor) -> list[int | None]:
+        for number, row in zip(numbers, logits, strict=True):
+            new[number].append(pick(row, number, len(new[number]), seed))
+        return [None if len(new[number]) == n else new[number][-1] for number in numbers]
+
+    decode(reader, given, choose, rows=3, batch_tokens=50)
+    return new
+
+
+def pick(row: Tensor, number: int, step: int, seed: int | None) -> int:
+    if seed is None:
+        return int(row.argmax())
+    p = row.double().softmax(-1).cumsum(-1)
+    return int(torch.searchsorted(p, random.Random(f"{seed} {number} {step}").random()))
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize("combine", ["probabilities", "logits"])
+def test_generation_is_the_naive_loops(trio: list[Any], combine: Any, seed: int | None) -> None:
+    given = prompts(5)
+    expected = []
+    for number, prompt in enumerate(given):
+        text = list(prompt)
+        for step in range(6):
+            text.append(pick(naive(trio, WEIGHTS, combine, text)[-1], number, step, seed))
+        expected.append(text[len(prompt) :])
+    order = [2, 0, 1]
+    assert generate(joint(trio, WEIGHTS, combine), given, 6, seed) == expected
+    shuffled = joint([trio[i] for i in order], [WEIGHTS[i] for i in order], combine)
+    assert generate(shuffled, given, 6, seed) == expected
+    assert generate(joint(trio[:1], [1], combine), given, 6, seed) != expected
+
+
+@pytest.mark.parametrize("combine", ["probabilities", "logits"])
+def test_a_model_with_itself_is_the_model(trio: list[Any], combine: Any) -> None:
+    twice, given = joint([trio[2], trio[2]], [0.3, 0.7], combine), prompts(4)
+    assert generate(twice, given, 8) == generate(PrefixReader(trio[2]), given, 8)
+    for window in (16, 200):
+        settings: Any = {"prefix": 0, "window": window, "batch_tokens": 100}
+        np.testing.assert_allclose(
+            document_nats(twice, given, **settings), document_nats(trio[2], given, **settings), rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("mode", ["rolling", "strided"])
+def test_perplexity_is_the_naive_means(trio: list[Any], mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fusion.inference.likelihood
+
+    given = [*prompts(4), []]
+    found = {}
+    for logits in (2**20, 64 * 7):  # windows in one part, and seven positions at one time
+        monkeypatch.setattr(fusion.inference.likelihood, "LOGITS_PER_CHUNK", logits)
+        found[logits] = document_nats(joint(trio, WEIGHTS), given, prefix=0, window=24, mode=mode, batch_tokens=100)
+    expected = [
+        sum(
+            -float(naive(trio, WEIGHTS, "probabilities", [0, *t][w.start : w.end])[i - w.start, t[i]])
+            for w in fusion.inference.likelihood.windows(len(t), window=24, stride=24 if mode == "rolling" else 12)
+            for i in range(w.scored_from, w.end)
+        )
+        for t in given
+    ]
+    for one in found.values():
+        np.testing.assert_allclose(one, expected, rtol=1e-5)
+
+
+def test_a_tree_is_its_sequences(trio: list[Any]) -> None:
+    texts = [[1, 2, 3], [1, 2], [1, 2, 3, 4, 5], [1, 9, 3], [8], [1, 2, 3]]
+    for member in (trio[0], trio[2]):
+        reader = PrefixReader(member)
+        tree = Tree(texts)
+        assert len(tree.tokens) == 8
+        with reader.reading():
+            found = reader.read([tree], [tree.ends])
+            _, (stem,) = reader.begin([Run([5, 6] * 12)])
+            later = Tree(texts, stem)
+            continued = reader.read([later], [later.ends])
+            alone = reader.read([Run(t) for t in texts], [[len(t) - 1] for t in texts])
+            after = reader.read([Run([5, 6] * 12 + t) for t in texts], [[23 + len(t)] for t in texts])
+        torch.testing.assert_close(found, alone, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(continued, after, atol=1e-4, rtol=1e-4)
+
+
+TEXT = "The dog sleeps; crème brûlée 猫 fox\n  two 🙂"
+
+
+def translator(
+    member: Any, tokenizer: Any, kind: type[Translator] = Translator, label: str = "", overlaps: int = 3
+) -> Translator:
+    """A model that is asked in the tokens of `byte_level`."""
+    tokens = byte_level()
+    own = Vocabulary.from_tokenizer(tokens)
+    vocabulary = Vocabulary.from_tokenizer(tokenizer, member.config.vocab_size)
+    onto = build_map("first_piece", vocabulary, own, encode_target=lambda text: encode(tokens, text))
+    return kind(
+        PrefixReader(member),
+        tokenizer,
+        vocabulary,
+        own,
+        torch.from_numpy(onto).long(),
+        encode_pivot=partial(encode_all, tokens),
+        prefix=prefix_id(tokenizer),
+        label=label,
+        overlaps=overlaps,
+    )
+
+
+def translated(pivot: Any, members: dict[str, Any], share: float = 0.4) -> JointReader:
+    """A model in the pivot's tokens with others, each with the tokenizer of a family."""
+    others = [translator(member, FAMILIES[family](), label=family) for family, member in members.items()]
+    return JointReader([(PrefixReader(pivot), share)], [(one, (1 - share) / len(others)) for one in others])
+
+
+@pytest.fixture(scope="module")
+def pivot() -> Any:
+    return model(LlamaConfig, len(byte_level()), 1)
+
+
+@pytest.fixture(scope="module")
+def members() -> dict[str, Any]:
+    return {
+        "sentencepiece": model(Gemma3TextConfig, len(sentencepiece_bpe(False)), 2, **_GEMMA),
+        "dummy_prefix": model(LlamaConfig, len(sentencepiece_bpe(True)), 3),
+    }
+
+
+def goes_on(known: bytes, tail: Sequence[int], rest: bytes) -> int | None:
+    """The token that `byte_level` writes after its tokens `tail`, which spell `known`, where these stay; else None."""
+    spelled = Vocabulary.from_tokenizer(byte_level()).token_bytes
+    if known + rest in spelled:
+        return None
+    try:
+        whole, without = encode(byte_level(), (known + rest).decode()), encode(byte_level(), known.decode())
+    except UnicodeDecodeError:
+        whole, without = [], []
+    if without == [*tail]:
+        return whole[len(tail)] if whole[: len(tail)] == [*tail] else None
+    starts = {len(b"".join(spelled[i] or b"" for i in tail[:n])) for n in range(len(tail))}
+    longer = {known[n:] + rest[:m] for n in starts for m in range(1, len(rest) + 1)}
+    if longer & set(spelled):
+        return None
+    return spelled.index(max((piece for piece in spelled if piece and rest.startswith(piece)), key=len))
+
+
+def by_definition(reader: JointReader, models: Sequence[Any], shares: Sequence[float], text: Sequence[int]) -> Tensor:
+    """log-probabilities float64[V] after a text, from the member's own tokens and without any cache.
+
+    What may follow is weighed by the probability of all that is written for it: of the text's last three tokens and the
+    next, and of what is written in place of the last one, two or three where a longer token covers the text's end.
+    """
+    spelled = Vocabulary.from_tokenizer(byte_level()).token_bytes
+    with torch.no_grad():
+        p = shares[0] * models[0](torch.tensor([list(text)])).logits[0, -1].double().softmax(-1)
+        for one, member, share in zip(reader._translators, models[1:], shares[1:], strict=True):
+            (ids,) = one.encode([text])
+            said = member(torch.tensor([ids])).logits[0].double().softmax(-1)
+            until = max(len(ids) - 3, 1)  # what is read for certain
+            sure = [float(said[n - 1, ids[n]]) for n in range(until, len(ids))]
+            carried = torch.zeros_like(p)
+            for i, onto in zip(one._mapped.tolist(), one._onto.tolist(), strict=True):
+                carried[onto] += said[-1, i]
+            carried *= math.prod(sure)
+            own = Vocabulary.from_tokenizer(one._tokenizer, len(said[0])).token_bytes
+            for start in range(len(ids) - 1, until - 1, -1):
+                if None in (pieces := [own[i] for i in ids[start:]]):
+                    break
+                end = b"".join(piece or b"" for piece in pieces)
+                tails = [text[n:] for n in range(len(text)) if None not in [spelled[i] for i in text[n:]]]
+                known = {b"".join(spelled[i] or b"" for i in tail): tail for tail in tails}
+                begun = min((k for k in known if len(k) >= len(end)), key=len, default=b"")
+                if not begun.endswith(end):
+                    break
+                for i, piece in enumerate(own):
+                    if piece and piece.startswith(end) and piece != end:
+                        token = goes_on(begun, known[begun], piece[len(end) :])
+                        if token is not None:
+                            carried[token] += math.prod(sure[: start - until]) * said[start - 1, i]
+            p += share * carried / carried.sum()
+    return p.log()
+
+
+def test_members_read_their_own_tokens_of_the_prefix_alone(pivot: Any, members: dict[str, Any]) -> None:
+    reader = translated(pivot, members)
+    tokens = byte_level()
+    ids = encode(tokens, TEXT)
+    for one, family in zip(reader._translators, members, strict=True):
+        other = FAMILIES[family]()
+        for n in range(1, len(ids) + 1):
+            spelled = b"".join(Vocabulary.from_tokenizer(tokens).token_bytes[i] or b"" for i in ids[:n])
+            whole = spelled.decode("utf-8", "ignore")
+            left = spelled[len(whole.encode()) :]
+            expected = encode(other, whole) + [other.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in left]
+            assert one.encode([ids[:n]]) == [expected]
+            # Where the pivot reads a control token first, the member reads its own.
+            assert one.encode([[0, *ids[:n]]]) == [[prefix_id(other), *expected]]
+        assert one.encode([[0]]) == [[prefix_id(other)]]
+        assert one.encode([[*ids[:3], 0]])[0][-1] == other.eos_token_id
+
+
+def test_translated_reading_is_its_definition(
+    pivot: Any, members: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fusion.inference.likelihood
+
+    reader = translated(pivot, members)
+    models, shares = [pivot, *members.values()], [0.4, 0.3, 0.3]
+    ids = [0, *encode(byte_level(), TEXT)]
+    for one in reader._translators:
+        ends = [one._overlaps.covers(*one.encode([ids[:n]]), ids[:n]) for n in range(1, len(ids))]
+        assert {0, 1, 2} <= set(map(len, ends))
+    expected = torch.stack([by_definition(reader, models, shares, ids[: n + 1]) for n in range(len(ids))])
+    with reader.reading():
+        found = reader.read([Run(ids)], [range(len(ids))])
+        _, (stem,) = reader.begin([Run(ids[:9])])
+        continued = reader.read([Run(ids[9:12], stem, [ids[12:], ids[3:5]])], [range(len(ids) - 9)])
+        shuffled = JointReader([(reader._readers[0], 0.4)], [(one, 0.3) for one in reader._translators[::-1]])
+        other_order = shuffled.read([Run(ids)], [range(len(ids))])
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(other_order, found, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(continued.double(), expected[9:], atol=1e-4, rtol=1e-4)
+    nats = -expected[:-1].gather(1, torch.tensor(ids[1:])[:, None]).sum()
+    for logits in (2**25, 5 * reader.widest):
+        monkeypatch.setattr(fusion.inference.likelihood, "LOGITS_PER_CHUNK", logits)
+        found = document_nats(reader, [ids[1:]], prefix=0, window=100, batch_tokens=100)
+        assert found == pytest.approx([float(nats)], rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_what_is_written_has_the_likelihood_of_its_steps(pivot: Any, members: dict[str, Any], seed: int | None) -> None:
+    reader = translated(pivot, members, share=0.1)
+    models, shares = [pivot, *members.values()], [0.1, 0.45, 0.45]
+    given = [[0, *encode(byte_level(), text)] for text in (*TEXTS[:2], TEXTS[0][:30], "猫")]
+    steps = [0.0] * len(given)
+    new: list[list[int]] = [[] for _ in given]
+
+    def choose(numbers: Sequence[int], logits: Tensor) -> list[int | None]:
+        for number, row in zip(numbers, logits, strict=True):
+            token = pick(row, number, len(new[number]), seed)
+            steps[number] += float(row[token])
+            new[number].append(token)
+        return [None if len(new[number]) == 12 else new[number][-1] for number in numbers]
+
+    decode(reader, given, choose, rows=3, batch_tokens=60)
+    for prompt, answer, steps_sum in zip(given, new, steps, strict=True):
+        with reader.reading():
+            text = [*prompt, *answer]
+            rows = reader.read([Run(text[:-1])], [range(len(prompt) - 1, len(text) - 1)])
+        found = float(rows.gather(1, torch.tensor(answer)[:, None]).sum())
+        assert found == pytest.approx(steps_sum, abs=1e-3)
+    prompt = list(given[2])
+    for step in range(4):  # and the steps are those of the naive loop
+        token = pick(by_definition(reader, models, shares, prompt), 2, step, seed)
+        assert token == new[2][step]
+        prompt.append(token)
+
+
+def test_a_tokenizer_of_the_pivots_in_other_numbers_changes_nothing(pivot: Any) -> None:
+    """A model that is translated although it has the pivot's tokens, against the ensemble that needs no translation."""
+    described = json.loads(byte_level().backend_tokenizer.to_str())
+    vocabulary = described["model"]["vocab"]
+    shuffled = random.Random(1).sample(range(len(vocabulary)), len(vocabulary))
+    number = [*shuffled, *range(len(vocabulary), len(byte_level()))]  # of each token, where the pivot has its index
+    described["model"]["vocab"] = {token: number[i] for token, i in vocabulary.items()}
+    for token in described["added_tokens"]:
+        token["id"] = number[token["id"]]
+    backend = Tokenizer.from_str(json.dumps(described))
+    other = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    assert encode(other, TEXT) == [number[i] for i in encode(byte_level(), TEXT)] != encode(byte_level(), TEXT)
+
+    member = model(GPTNeoXConfig, len(byte_level()), 4)
+    renumbered = copy.deepcopy(member)
+    for layer in (renumbered.get_input_embeddings(), renumbered.get_output_embeddings()):
+        layer.weight.data[torch.tensor(number)] = layer.weight.data.clone()
+    found = JointReader([(PrefixReader(pivot), 0.4)], [(translator(renumbered, other), 0.6)])
+    plain = joint([pivot, member], [0.4, 0.6])
+    ids = [0, *encode(byte_level(), TEXT)]
+    # A text that ends within a character is spelled in bytes, which the pivot's own tokens may join to others.
+    whole = [n for n in range(len(ids)) if "\ufffd" not in byte_level().decode(ids[: n + 1])]
+    assert len(whole) > len(ids) / 2
+    said = []
+    for reader in (found, plain):
+        with reader.reading():
+            said.append(reader.read([Run(ids)], [whole]))
+    torch.testing.assert_close(*said, atol=1e-4, rtol=1e-4)
+
+
+class OneToOne(Translator):
+    """PackLLM's way: every token of the context becomes the one most like it, whatever text that spells."""
+
+    to_own: Sequence[int]
+
+    def encode(self, texts: Sequence[Sequence[int]]) -> list[list[int]]:
+        return [[self.to_own[i] for i in text] for text in texts]
+
+
+WORDS = [
+    "gardens",
+    "bloom",
+    "underneath",
+    "silver",
+    "moonlight",
+    "wandering",
+    "strangers",
+    "whisper",
+    "ancient",
+    "promises",
+    "another",
+    "thousand",
+    "lanterns",
+    "drift",
+    "northward",
+]
+
+
+def chain(n: int, seed: int) -> str:
+    """Words of which each is followed by one of two others."""
+    drawn, now, found = random.Random(seed), 0, []
+    for _ in range(n):
+        found.append(WORDS[now])
+        now = (2 * now + drawn.choice((1, 6))) % len(WORDS)
+    return " ".join(found)
+
+
+def whole_words() -> PreTrainedTokenizerFast:
+    """To `byte_level` those words are pieces of two or three letters; here most are one token each."""
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    backend.train_from_iterator(
+        [chain(500, 0)],
+        BpeTrainer(
+            vocab_size=370, special_tokens=["<eos>"], initial_alphabet=ByteLevel.alphabet(), show_progress=False
+        ),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+
+def taught(tokenizer: Any, words: int, steps: int) -> Any:
+    """A model that has read so many words of the chain."""
+    made = model(LlamaConfig, len(tokenizer), 1, hidden_size=32)
+    for parameter in made.parameters():
+        parameter.data.div_(4 if parameter.ndim > 1 else 1)
+    tokens = torch.tensor(encode(tokenizer, chain(words, 0)))
+    drawn, optimizer = random.Random(0), torch.optim.AdamW(made.parameters(), lr=1e-2)
+    for _ in range(steps):
+        rows = torch.stack([tokens[at : at + 32] for at in (drawn.randrange(len(tokens) - 32) for _ in range(16))])
+        made(rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return made.eval()
+
+
+def test_text_read_anew_tells_more_than_tokens_for_tokens_where_words_are_split_otherwise() -> None:
+    """On held-out text, the pivot spelling most of the member's tokens in pieces.
+
+    What the member says within one of its own tokens is worth little either way, and both are worse than the pivot
+    alone; with what covers the text's end they are far better.
+    """
+    pivot, tokenizer = taught(byte_level(), 300, 30), whole_words()
+    member = taught(tokenizer, 3000, 100)
+    covered, anew = (translator(member, tokenizer, overlaps=most) for most in (3, 0))
+    mapped = translator(member, tokenizer, OneToOne, overlaps=0)
+    assert isinstance(mapped, OneToOne)
+    own, theirs = Vocabulary.from_tokenizer(byte_level()), Vocabulary.from_tokenizer(tokenizer)
+    onto = build_map("mined", own, theirs, encode_target=lambda text: encode(tokenizer, text))
+    mapped.to_own = [int(i) if i >= 0 else prefix_id(tokenizer) for i in onto]
+    readers = [JointReader([(PrefixReader(pivot), 0.3)], [(one, 0.7)]) for one in (covered, anew, mapped)]
+    held_out = chain(60, 1)
+    settings: Any = {"prefix": 0, "window": 512, "batch_tokens": 512}
+    alone, by_end, by_text, by_token = (
+        float(document_nats(m, [encode(byte_level(), held_out)], **settings)[0]) / len(held_out)
+        for m in (pivot, *readers)
+    )
+    print(f"nats a byte: {alone:.3f} alone, {by_end:.3f} covered, {by_text:.3f} read anew, {by_token:.3f} by tokens")
+    assert by_text < 0.97 * by_token
+    assert by_end < 0.5 * alone < 0.5 * by_text
+
+
+def test_a_mean_of_logits_needs_one_tokenizer(pivot: Any, members: dict[str, Any]) -> None:
+    reader = translated(pivot, members)
+    with pytest.raises(UserError, match="needs models with one tokenizer"):
+        JointReader([(PrefixReader(pivot), 1)], [(t, 1) for t in reader._translators], "logits")
+
+
+def test_a_text_beyond_a_members_context_is_refused(pivot: Any, members: dict[str, Any]) -> None:
+    reader = translated(pivot, members)
+    reader._translators[0].reader.positions = 10
+    with reader.reading(), pytest.raises(UserError, match="does not fit the context of sentencepiece, 10"):
+        reader.read([Run(encode(byte_level(), TEXT))], [[12]])

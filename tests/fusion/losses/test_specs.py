@@ -1,0 +1,134 @@
+"""What lessons make of a row's readings, by numbers worked out by hand."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fusion.errors import UserError
+from fusion.losses.specs import (
+    LEAST_TAIL,
+    ChunkDistillation,
+    Distillation,
+    Learning,
+    Material,
+    OnlineDistillation,
+    SortedDistillation,
+)
+from fusion.types import Reading
+from fusion.vocabulary.token_bytes import Vocabulary, same_ids
+from tests.fusion.alignment.test_fuse import MAP, OTHER, OWN, READ, TARGET, reading
+
+BARE = Reading.without(OWN.tokens, OWN.ends, 0)  # the target where nothing of it was extracted
+LEFT_OUT = Reading.without(READ.tokens, READ.ends, 3)
+TWIN = reading(TARGET, ["ab", "cd"], [{"ab": 0.5, "b": 0.5}, {"cd": 0.25, "d": 0.25}, {"a": 1.0, "b": 0.0}])
+
+
+def arrays(learn: Learning, *pieces: Mapping[str, Reading], size: int = 4) -> dict[str, np.ndarray]:
+    material = Material("target", {"target": TARGET, "other": OTHER, "twin": TARGET}, {"other": MAP})
+    return learn.lesson(material).arrays([{"target": BARE, **piece} for piece in pieces], [size] * len(pieces))
+
+
+def test_a_teacher_is_carried_over_where_it_has_a_partner() -> None:
+    found = arrays(Distillation(["other"]), {"other": READ}, {"other": LEFT_OUT})
+    entries = [
+        dict(zip(i.tolist(), p.tolist(), strict=True))
+        for i, p in zip(found["taught_ids"][:, 0], found["taught_p"][:, 0], strict=True)
+    ]
+    assert {TARGET.tokens[i]: p for i, p in entries[0].items() if i >= 0} == {"ab": 0.5, "a": 0.125}
+    assert found["taught_tail"][0, 0] == 0.375
+    # Nothing after the last position, and nothing is known of the second piece.
+    assert found["taught_weight"][:, 0].tolist() == [1, 1, 0, 0, 0, 0]
+
+
+def test_teachers_share_the_positions_they_have() -> None:
+    found = arrays(Distillation(["other", "twin"]), {"other": READ, "twin": TWIN}, {"other": LEFT_OUT, "twin": TWIN})
+    assert found["taught_weight"].tolist() == [[0.5, 0.5], [0.5, 0.5], [0, 0], [0, 1], [0, 1], [0, 0]]
+    assert found["taught_ids"].shape == found["taught_p"].shape == (6, 2, 2)
+
+
+def test_one_vocabulary_needs_no_map() -> None:
+    """Material holds none for the twin: its ids are the target's."""
+    found = arrays(Distillation(["twin"]), {"twin": TWIN})
+    assert found["taught_ids"][0, 0].tolist() == TWIN.ids[0].tolist()
+    assert found["taught_tail"][0, 0] == np.float32(LEAST_TAIL)  # of a tail that is rounded to 0
+
+
+def test_the_target_can_teach_itself() -> None:
+    found = arrays(Distillation(["target"]), {"target": OWN})
+    np.testing.assert_array_equal(found["taught_ids"][:, 0], OWN.ids)
+    np.testing.assert_allclose(found["taught_p"][:2, 0], [[0.5, 0.25]] * 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("tail", "mass"), [("renormalise", 1.0), ("gold", 1.0), ("bucket", 0.625)])
+def test_the_mass_beyond_the_top_k(tail: Any, mass: float) -> None:
+    found = arrays(Distillation(["other"], tail=tail), {"other": READ})
+    assert found["taught_p"][0, 0].sum() == mass
+    assert found["taught_tail"][0, 0] == 1 - mass
+
+
+def test_who_reads_along_does_so_where_a_token_follows() -> None:
+    found = arrays(OnlineDistillation(["twin"]), {}, {})
+    assert found["watched"].tolist() == [1, 1, 0, 1, 1, 0]
+
+
+def test_sorted_probabilities_stand_at_the_partner() -> None:
+    found = arrays(
+        SortedDistillation(["other", "twin"]), {"other": READ, "twin": TWIN}, {"other": LEFT_OUT, "twin": TWIN}
+    )
+    np.testing.assert_allclose(found["sorted_p"][0], [[0.5, 0.25, 0.125], [0.5, 0.5, 0]], rtol=1e-6)
+    np.testing.assert_allclose(found["sorted_tail"][0], [0.125, 0], atol=1e-7)
+    assert found["sorted_weight"].tolist() == [[0.5, 0.5], [0.5, 0.5], [0, 0], [0, 1], [0, 1], [0, 0]]
+
+
+def test_chunks_lie_between_common_ends() -> None:
+    # The source reads ab|c|d where the target reads ab|cd.
+    read = reading(OTHER, ["ab", "c", "d"], [{"a": 0.5}] * 4, [1.0, 0.25, 0.5])
+    found = arrays(ChunkDistillation(["other"]), {"other": read}, {"other": LEFT_OUT}, {"other": read})
+    assert found["chunk"][:, 0].tolist() == [0, 1, -1, -1, -1, -1, 4, 5, -1]
+    assert found["chunk_nats"][:, 0].tolist() == [1.0, 0.75, 0, 0, 0, 0, 1.0, 0.75, 0]
+    # A target token that ends within the source's belongs to the same chunk as the next.
+    short = reading(TARGET, ["ab", "c", "d"], [{"a": 0.5}] * 4)
+    whole = reading(OTHER, ["ab", "cd"], [{"a": 0.5}] * 3, [1.0, 0.5])
+    found = arrays(ChunkDistillation(["other"]), {"other": whole, "target": short})
+    assert found["chunk"][:, 0].tolist() == [0, 1, 1, -1]
+    assert found["chunk_nats"][:, 0].tolist() == [1.0, 0.5, 0.5, 0]
+
+
+def test_text_that_tokens_do_not_spell_is_in_no_chunk() -> None:
+    lost = reading(OTHER, ["ab", "c", "d"], [{"a": 0.5}] * 4, [1.0, 0.25, 0.5], ends=[0, 2, -1, -1])
+    found = arrays(ChunkDistillation(["other"]), {"other": lost})
+    assert found["chunk"][:, 0].tolist() == [0, -1, -1]
+
+
+def test_rows_beyond_the_tokens_do_not_make_another_vocabulary() -> None:
+    padded = Vocabulary.from_tokens([*TARGET.tokens, "", ""], space=" ", control={0})
+    assert same_ids(TARGET, padded) and same_ids(padded, TARGET)
+    assert not same_ids(TARGET, Vocabulary.from_tokens([*TARGET.tokens, "x"], space=" ", control={0}))
+    assert not same_ids(TARGET, Vocabulary.from_tokens(list(TARGET.tokens), space=" "))
+    source = Material("target", {"target": TARGET, "twin": padded}).source("twin")
+    assert source.map.tolist() == [*range(len(TARGET)), -1, -1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "sentence"),
+    [
+        (
+            Distillation,
+            {"divergence": "jensen_shannon", "tail": "renormalise"},
+            "set tail to bucket, or online to true",
+        ),
+        (Distillation, {"divergence": "reverse_kl", "tail": "gold"}, "set tail to bucket"),
+        (Distillation, {"divergence": "forwardkl"}, "did you mean 'forward_kl'"),
+        (Distillation, {"tail": "buckets"}, "did you mean 'bucket'"),
+        (Distillation, {"map": "mind"}, "did you mean 'mined'"),
+        (Distillation, {"alignment": "same"}, "no alignment 'same'"),
+        (OnlineDistillation, {"temperature": 0.0}, "temperature is 0.0"),
+        (SortedDistillation, {"teachers": []}, "name at least one"),
+        (ChunkDistillation, {"teachers": ["a", "a"]}, "each once"),
+    ],
+)
+def test_what_does_not_hold_is_refused(kind: Any, settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        kind(**{"teachers": ["a"], **settings})

@@ -1,0 +1,105 @@
+"""Documents and pieces."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusion.errors import UserError
+from harness.data.corpus import CorpusConfig, Pieces, cut, documents, expected_bytes, first_bytes, make_pieces
+from harness.store.artifacts import Store
+
+TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=300)
+
+
+@given(TEXT, st.integers(4, 60))
+def test_pieces_join_and_fit(text: str, limit: int) -> None:
+    pieces = cut(text, limit)
+    assert "".join(pieces) == text
+    assert all(0 < len(p.encode()) <= limit for p in pieces)
+
+
+@given(TEXT, st.integers(1, 60))
+def test_first_bytes_end_at_a_character(text: str, limit: int) -> None:
+    start = first_bytes(text, limit)
+    assert text.startswith(start) and len(start.encode()) <= limit
+    assert start == text or len(text[: len(start) + 1].encode()) > limit
+
+
+def test_cuts_fall_after_lines_and_before_spaces() -> None:
+    assert cut("one line here\nand another one here", 19) == ["one line here\n", "and another one", " here"]
+
+
+def test_the_size_is_known_before_the_text_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x" * 500)
+    assert expected_bytes(CorpusConfig(path=str(tmp_path)), None) == 500
+    assert expected_bytes(CorpusConfig(path=str(tmp_path), max_bytes=70), None) == 70
+    assert expected_bytes(CorpusConfig(path="some/set", expected_bytes=9), None) == 9
+    assert expected_bytes(CorpusConfig(path="some/set"), None) == 0
+
+
+def test_stored_pieces_are_the_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("naïve 猫 text " * 20, encoding="utf-8")
+    (tmp_path / "b.txt").write_text("x", encoding="utf-8")
+    _, folder = make_pieces(Store(tmp_path / "store"), CorpusConfig(path=str(tmp_path)), 50, None)
+    pieces = Pieces(folder)
+    assert "".join(pieces.text(i) for i in range(len(pieces) - 1)) == "naïve 猫 text " * 20
+    assert [bool(x) for x in pieces.last[-2:]] == [True, True] and sum(pieces.last) == 2
+    assert all(pieces.n_bytes[i] == len(pieces.text(i).encode()) for i in range(len(pieces)))
+
+
+def _parquet(path: Path, rows: list[dict[str, str]]) -> None:
+    path.parent.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def test_data_root_maps_a_hub_id(tmp_path: Path) -> None:
+    rows = [{"text": f"text {i}", "name": f"n{i}", "source": "ab"[i % 2]} for i in range(10)]
+    _parquet(tmp_path / "some/set/default/train.parquet", [*rows, rows[0]])
+    config = CorpusConfig(path="some/set", name_column="name", domain_column="source")
+    found = list(documents(config, tmp_path))
+    assert [d.name for d in found] == [f"n{i}" for i in range(10)]  # the same text counts once
+    limited = list(documents(config.model_copy(update={"per_domain": 2}), tmp_path))
+    assert sorted(d.domain for d in limited) == ["a", "a", "b", "b"]
+    other = list(documents(config.model_copy(update={"per_domain": 2, "seed": 3}), tmp_path))
+    assert {d.name for d in limited} != {d.name for d in other}
+    with pytest.raises(UserError, match=r"validation\.parquet is missing"):
+        list(documents(config.model_copy(update={"split": "validation"}), tmp_path))
+    with pytest.raises(UserError, match="no column 'nome'"):
+        list(documents(config.model_copy(update={"name_column": "nome"}), tmp_path))
+
+
+def test_the_domains_of_a_corpus_add_up_to_it(tmp_path: Path) -> None:
+    """What is drawn of several domains is what is drawn of each, so that their continuations and it see the same."""
+    rows = [{"text": f"text {i} " + "x" * (i % 5 * 20), "name": f"n{i}", "source": "aab"[i % 3]} for i in range(60)]
+    _parquet(tmp_path / "some/set/default/train.parquet", rows)
+    whole = CorpusConfig(path="some/set", domain_column="source", domains=["a", "b"], domain_bytes=200)
+    parts = [list(documents(whole.model_copy(update={"domains": [domain]}), tmp_path)) for domain in "ab"]
+    assert {d.sha256 for d in documents(whole, tmp_path)} == {d.sha256 for part in parts for d in part}
+    for part in parts:
+        sizes = [len(d.text.encode()) for d in part]
+        assert 200 <= sum(sizes) < 200 + max(sizes)
+    assert expected_bytes(whole, tmp_path) == 400
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "sentence"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "line 2 is not JSON"),
+        ("a.jsonl", b'{"words": "x"}\n', "line 1 has no 'text'"),
+        ("a.jsonl", json.dumps({"text": ""}).encode(), "has no text"),
+        ("a.jsonl", b"", "has no document"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "not valid Unicode"),
+        ("a.txt", b"caf\xe9", "not UTF-8 at byte 3"),
+        ("a.parquet", b"no parquet", "is no Parquet file"),
+        ("a.csv", b"text\nx\n", "neither .parquet"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, name: str, raw: bytes, sentence: str) -> None:
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(UserError, match=sentence):
+        list(documents(CorpusConfig(path=str(tmp_path / name)), None))

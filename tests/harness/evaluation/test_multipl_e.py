@@ -1,0 +1,394 @@
+"""MultiPL-E's execution: verdicts in ten languages, interruptions, neighbours that mean harm, and bad input."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusion.errors import UserError
+from harness.evaluation import sandbox as sandboxes
+from harness.evaluation.multipl_e import execute as executing
+from harness.evaluation.multipl_e import toolchains
+from harness.evaluation.multipl_e.execute import Executed, execute
+from harness.evaluation.multipl_e.generations import read_generations
+from harness.evaluation.multipl_e.languages import LANGUAGES, cut, language_of
+from harness.evaluation.multipl_e.scores import Example, pass_at_k, read_results, summary
+from harness.evaluation.sandbox import Limits
+from tests.shared import needed, shared
+
+LIMITS = Limits(cpu=2, wall=20.0)
+PROMPT = {
+    "name": "HumanEval_53_add",
+    "language": "python",
+    "prompt": "def add(x, y):\n",
+    "tests": "assert add(2, 3) == 5\n",
+    "stop_tokens": ["\ndef", "\n#"],
+}
+RIGHT, WRONG = "    return x + y\n", "    return x - y\n"
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What makes toolchains fast, made once for all processes of a test run."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "toolchains"
+
+
+def rows_of(name: str) -> dict[str, dict[str, Any]]:
+    """A language's problems by name, Python's from HumanEval."""
+    import pyarrow.parquet as pq
+
+    if name != "python":
+        table = pq.read_table(shared(f"data/hub/nuprl/MultiPL-E/humaneval-{name}/test.parquet"))
+        return {row["name"]: row for row in table.to_pylist()}
+    table = pq.read_table(shared("data/hub/openai/openai_humaneval/openai_humaneval/test.parquet"))
+    rows = {}
+    for row in table.to_pylist():
+        key = f"{row['task_id'].replace('/', '_')}_{row['entry_point']}"
+        rows[key] = {**PROMPT, "name": key, "prompt": row["prompt"], "tests": f"{row['test']}\n"}
+    return rows
+
+
+Run = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, cache: Path) -> Run:
+    """Executes completions of PROMPT, or given problems, and returns all results in order."""
+    needed(sandboxes.refusal())
+
+    def once(*problems: dict[str, Any], out: str = "results.jsonl", **options: Any) -> list[dict[str, Any]]:
+        path = write(tmp_path / "generations.jsonl", problems)
+        done = execute(path, tmp_path / out, cache=cache, limits=options.pop("limits", LIMITS), **options)
+        assert done.not_run == {}
+        return results_of(done)
+
+    return once
+
+
+def problem(*completions: str, **changed: Any) -> dict[str, Any]:
+    return {**PROMPT, "completions": list(completions), **changed}
+
+
+def write(path: Path, rows: Sequence[object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii")
+    return path
+
+
+def results_of(done: Executed) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in done.results.read_text(encoding="ascii").splitlines()]
+    return [result for line in lines for result in line["results"]]
+
+
+def verdicts(results: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [(r["program"], r["exit_code"], r["status"], r["strict"]) for r in results]
+
+
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_every_verdict_of_the_oracle(name: str, tmp_path: Path, cache: Path) -> None:
+    rows = rows_of(name)
+    cases = [json.loads(line) for line in shared(f"oracle/multipl_e/{name}.jsonl").read_text().splitlines()]
+    needed(sandboxes.refusal())
+    by_name = [(row, list(group)) for row, group in itertools.groupby(cases, key=lambda case: case["name"])]
+    problems = [{**rows[row], "completions": [case["completion"] for case in group]} for row, group in by_name]
+    done = execute(write(tmp_path / "g.jsonl", problems), tmp_path / "r.jsonl", cache=cache, limits=LIMITS)
+    needed(done.not_run.get(name))
+    words = {"syntax": "SyntaxError", "typeerr": "SyntaxError", "timeout": "Timeout", "exit0": "OK"}
+    for case, result in zip(cases, results_of(done), strict=True):
+        right = case["expected"] == "pass"
+        word = "OK" if right else words.get(case["kind"], "Exception")
+        assert result["strict"] == right, (case, result)
+        assert result["status"] == word, (case, result)
+        assert (result["exit_code"] == 0) == (word == "OK"), (case, result)
+        assert result["program"].startswith(rows[case["name"]]["prompt"])
+        assert result["program"].endswith(rows[case["name"]]["tests"])
+
+
+@pytest.mark.parametrize(
+    ("name", "completion"),
+    [
+        ("python", "    import os; print('OK'); os._exit(0)"),
+        ("js", "  console.log('ok'); process.exit(0);\n}"),
+        ("rb", "  puts '1 tests, 3 assertions, 0 failures, 0 errors, 0 pendings'\n  exit!(0)\nend"),
+    ],
+)
+def test_a_forged_success_does_not_pass_strictly(name: str, completion: str, tmp_path: Path, cache: Path) -> None:
+    needed(sandboxes.refusal())
+    row = rows_of(name)["HumanEval_53_add"]
+    path = write(tmp_path / "g.jsonl", [{**row, "completions": [completion]}])
+    done = execute(path, tmp_path / "r.jsonl", cache=cache, limits=LIMITS)
+    needed(done.not_run.get(name))
+    (result,) = results_of(done)
+    assert (result["exit_code"], result["strict"]) == (0, False)
+
+
+def test_harm_does_not_touch_other_scores(run: Run) -> None:
+    file = Path(tempfile.gettempdir(), f"hostile-{uuid.uuid4().hex}")
+    harm = [
+        "    import os\n    while True:\n        try: os.fork()\n        except OSError: pass\n",
+        "    hoard = []\n    while True: hoard.append(bytearray(1 << 24))\n",
+        "    import os, time\n    for _ in range(20):\n        os.fork() or time.sleep(len(b'x' * (1 << 26)))\n",
+        "    while True: print('x' * 4096)\n",
+        "    import os\n    os.system('rm -rf /tmp/* /usr /home; kill -9 -1')\n    return x + y\n",
+        f"    open('{file}', 'wb').write(bytes(1 << 30))\n",
+        "    import os\n    if os.fork(): os._exit(0)\n    while True: pass\n",
+    ]
+    good = [f"    return x + y + {n} - {n}\n" for n in range(8)]
+    mixed = [one for pair in itertools.zip_longest(harm, good) for one in pair if one]
+    limits = Limits(cpu=2, wall=8.0, memory=256 << 20, processes=40, disk=8 << 20)
+    results = run(problem(*mixed), limits=limits, workers=2)
+    for completion, result in zip(mixed, results, strict=True):
+        assert result["strict"] == (completion in good), (completion, result)
+    assert not file.exists()
+
+
+def test_identical_programs_run_once(tmp_path: Path, cache: Path) -> None:
+    needed(sandboxes.refusal())
+    path = write(tmp_path / "g.jsonl", [problem(*[RIGHT] * 20, WRONG, f"{RIGHT}\n# what follows is cut")])
+    done = execute(path, tmp_path / "r.jsonl", cache=cache, limits=LIMITS)
+    assert done.ran == 2
+    assert [result["strict"] for result in results_of(done)] == [True] * 20 + [False, True]
+    assert execute(path, tmp_path / "r.jsonl", cache=cache, limits=LIMITS).ran == 0
+
+
+def test_subset_and_order_do_not_matter(run: Run) -> None:
+    problems = [problem(RIGHT, WRONG, "    return 5\n", name=f"HumanEval_{n}_add") for n in range(3)]
+    whole = verdicts(run(*problems, out="whole"))
+    assert verdicts(run(*reversed(problems), out="reversed")) == whole[6:] + whole[3:6] + whole[:3]
+    assert verdicts(run(problems[1], out="one", workers=1)) == whole[3:6]
+
+
+def test_results_carry_the_row_along(run: Run, tmp_path: Path) -> None:
+    run(problem(RIGHT, temperature=0.2, top_p=0.95))
+    line = json.loads((tmp_path / "results.jsonl").read_text())
+    assert {**PROMPT, "temperature": 0.2, "top_p": 0.95}.items() <= line.items()
+    assert set(line["results"][0]) >= {"program", "stdout", "stderr", "exit_code", "status", "timestamp"}
+    assert line["results"][0]["stdout"] == ""  # without the nonce
+
+
+def test_a_killed_execution_goes_on(tmp_path: Path, cache: Path) -> None:
+    needed(sandboxes.refusal())
+    slow = [f"    import time; time.sleep(0.3)\n    return x + y + {n} - {n}\n" for n in range(16)]
+    path = write(tmp_path / "g.jsonl", [problem(*slow)])
+    journal = tmp_path / "g.results.jsonl.journal"
+    command = [sys.executable, "-c", "from harness.cli import main; main()", "multipl-e", "execute", str(path)]
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "toolchains").symlink_to(cache)
+    command += ["--root", str(tmp_path / "root"), "--workers", "2"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 120
+        while not journal.exists() or journal.read_text().count("\n") < 3:
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "g.results.jsonl").exists()
+    kept = journal.read_text()
+    with journal.open("a") as file:
+        file.write('{"program": "torn')
+    subprocess.run(command, check=True, capture_output=True)
+    results = json.loads((tmp_path / "g.results.jsonl").read_text())["results"]
+    assert [result["strict"] for result in results] == [True] * 16
+    for line in kept.splitlines():
+        assert json.loads(line) in results  # with their time stamps: they did not run again
+    assert not journal.exists()
+
+
+@pytest.fixture
+def fragile(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The interpreter, behind a script of ours that a test may harm."""
+    needed(sandboxes.refusal())
+    real = toolchains.find("python", cache)
+    with tempfile.TemporaryDirectory() as folder:  # unlike pytest's folders it can be opened to everybody
+        script = Path(folder, "bin", "python")
+        script.parent.mkdir()
+        script.write_text(f'#!/bin/sh\nexec {real.run[0]} "$@"\n')
+        for path in (script.parents[1], script.parent, script):
+            path.chmod(0o755)
+        roots = [*real.roots, Path(folder)]
+        ours = toolchains.Toolchain(real.language, "1", [str(script), *real.run[1:]], roots=roots, needs=[script])
+        monkeypatch.setitem(toolchains._FINDERS, "python", lambda language, cache: ours)
+        yield script
+
+
+@pytest.mark.parametrize("harm", ["gone", "broken"])
+def test_a_toolchain_that_disappears_ends_in_one_sentence(
+    harm: str, fragile: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, run_one, whole = itertools.count(1), executing._run, fragile.read_text()
+
+    def harming(*arguments: Any) -> dict[str, Any]:
+        if next(runs) == 4:
+            fragile.unlink() if harm == "gone" else fragile.write_text("exit 1")
+        return run_one(*arguments)
+
+    monkeypatch.setattr(executing, "_run", harming)
+    path = write(tmp_path / "g.jsonl", [problem(*[f"    return x + y + {n} - {n}\n" for n in range(8)])])
+    says = {
+        "gone": r"Python stopped: .* has disappeared.* 3 of 8 results are kept",
+        "broken": r"Python changed during the run, so its results are dropped",
+    }
+    with pytest.raises(UserError, match=says[harm]):
+        execute(path, tmp_path / "r.jsonl", cache=cache, limits=LIMITS, workers=1)
+    assert not (tmp_path / "r.jsonl").exists()
+    fragile.write_text(whole)
+    fragile.chmod(0o755)
+    done = execute(path, tmp_path / "r.jsonl", cache=cache, limits=LIMITS, workers=1)
+    assert done.ran == {"gone": 5, "broken": 8}[harm]
+    assert all(result["strict"] for result in results_of(done))
+
+
+def test_a_missing_language_is_named_and_never_counted(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed(sandboxes.refusal())
+    which = toolchains._which
+    monkeypatch.setattr(
+        toolchains, "_which", lambda language, command: which(language, command.replace("ruby", "nothing"))
+    )
+    ruby = problem("  x + y\nend", language="rb", prompt="def add(x, y)\n", tests="class A\ndef t\nend\nend\n")
+    path = write(tmp_path / "g.jsonl", [ruby, problem(RIGHT)])
+    done = execute(path, tmp_path / "r.jsonl", cache=cache, limits=LIMITS)
+    assert list(done.not_run) == ["rb"]
+    assert "apt-get install ruby" in done.not_run["rb"]
+    examples = read_results(done.results)
+    assert [example.language for example in examples] == ["python"]
+    assert [row[:4] for row in summary(examples, done.not_run, 1)] == [
+        ["Python", 1, "1", "1.0000"],
+        ["Ruby", "", "", ""],
+    ]
+
+
+def test_without_a_sandbox_nothing_is_executed(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    path = write(tmp_path / "g.jsonl", [problem(RIGHT)])
+    with pytest.raises(UserError, match=r"bubblewrap is not installed.*--unsafe-no-sandbox"):
+        execute(path, tmp_path / "r.jsonl", cache=cache)
+    assert not (tmp_path / "r.jsonl").exists()
+    (result,) = results_of(execute(path, tmp_path / "r.jsonl", cache=cache, unsafe=True))
+    assert result["strict"] and "no sandbox" in result["toolchain"]
+
+
+def test_results_of_other_completions_are_not_overwritten(run: Run) -> None:
+    run(problem(RIGHT))
+    with pytest.raises(UserError, match="other completions"):
+        run(problem(WRONG))
+
+
+def test_two_executions_do_not_write_one_file(run: Run, tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    with FileLock(tmp_path / ".results.jsonl.lock"), pytest.raises(UserError, match="Another process"):
+        run(problem(RIGHT))
+
+
+@pytest.mark.parametrize("name", ["python", "js", "php", "r", "rb"])
+def test_any_text_is_a_program(name: str, tmp_path: Path, cache: Path) -> None:
+    needed(sandboxes.refusal())
+    row = rows_of(name)["HumanEval_53_add"]
+    texts = ["\0", "\ud800", "\udcff\udcfe", "\u2028\x85", "x" * (1 << 20), ""]
+    path = write(tmp_path / "g.jsonl", [{**row, "completions": texts}])
+    done = execute(path, tmp_path / "r.jsonl", cache=cache, limits=LIMITS)
+    needed(done.not_run.get(name))
+    results = results_of(done)
+    assert [result["strict"] for result in results] == [False] * len(texts)
+    assert [result["program"] for result in results] == read_generations(path)[0].programs
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("{", "line 2 is no JSON"),
+        ("3", "line 2 is no JSON object"),
+        (json.dumps(PROMPT), "line 2 cannot be executed: it lacks completions"),
+        (json.dumps({"completions": []}), "lacks name, language, prompt, tests, stop_tokens"),
+        (json.dumps(problem()), "has no completions"),
+        (json.dumps(problem(RIGHT, tests=3)), "its tests is no text"),
+        (json.dumps(problem(RIGHT, stop_tokens="\n")), "its stop_tokens are no list of texts"),
+        (json.dumps(problem(RIGHT, language="pyhton")), "did you mean 'python'?"),
+        (json.dumps(problem(RIGHT, language="java")), "tests do not end as MultiPL-E's for Java do"),
+        (json.dumps(problem(RIGHT)), "line 2 repeats Python's HumanEval_53_add"),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_named(tmp_path: Path, line: str, sentence: str) -> None:
+    path = tmp_path / "g.jsonl"
+    path.write_text(f"{json.dumps(problem(RIGHT))}\n{line}\n")
+    with pytest.raises(UserError, match=r"g\.jsonl") as error:
+        read_generations(path)
+    assert sentence in str(error.value)
+
+
+def test_files_without_problems_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="There is no file"):
+        read_generations(tmp_path / "g.jsonl")
+    (tmp_path / "g.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="holds no problems"):
+        read_generations(tmp_path / "g.jsonl")
+    write(tmp_path / "g.jsonl", [problem(RIGHT)])
+    with pytest.raises(UserError, match="is no result"):
+        read_results(tmp_path / "g.jsonl")
+
+
+@given(st.integers(1, 7), st.data())
+def test_pass_at_k_is_the_mean_over_all_choices(samples: int, data: st.DataObject) -> None:
+    passed, k = data.draw(st.integers(0, samples)), data.draw(st.integers(1, samples))
+    choices = list(itertools.combinations([True] * passed + [False] * (samples - passed), k))
+    assert pass_at_k(samples, passed, k) == pytest.approx(sum(map(any, choices)) / len(choices))
+
+
+def test_pass_at_k_needs_k_samples_before_anything_is_run(tmp_path: Path) -> None:
+    from harness.cli import multipl_e_execute
+
+    with pytest.raises(UserError, match="at least 5 samples"):
+        pass_at_k(4, 4, 5)
+    path = write(tmp_path / "g.jsonl", [problem(RIGHT)])
+    with pytest.raises(UserError, match="at least 2 samples"):
+        multipl_e_execute(path, k=2, root=tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@given(st.text("ab\n}"), st.lists(st.text("ab\n}", max_size=3), max_size=3))
+def test_a_completion_ends_before_its_first_stop_token(completion: str, stops: list[str]) -> None:
+    kept = cut(completion, stops)
+    assert completion.startswith(kept)
+    assert not any(stop in kept for stop in stops if stop)
+    assert kept == completion or any(completion.startswith(stop, len(kept)) for stop in stops if stop)
+
+
+def test_unsolvable_rows_count_and_are_named() -> None:
+    examples = [Example("js", "HumanEval_51_remove_vowels", 2, 0, 0), Example("js", "HumanEval_53_add", 2, 1, 2)]
+    ((title, problems, samples, strict, by_exit, note),) = summary(examples, {}, 1)
+    assert (title, problems, samples, strict, by_exit) == ("JavaScript", 2, "2", "0.2500", "0.5000")
+    assert note == "cannot be solved as published: HumanEval_51_remove_vowels"
+
+
+def test_the_nonce_comes_after_the_last_test() -> None:
+    for name in LANGUAGES:
+        for row in rows_of(name).values():
+            text = language_of(row["language"]).with_nonce(f"prompt\n{row['tests']}", row["tests"], "NONCE")
+            lines = [line for line in text.splitlines() if line.strip(" \t})")]
+            assert "NONCE" in lines[-1] or (name == "rb" and "NONCE" in lines[-3]), (name, text)
+
+
+def test_doctor_names_the_sandbox_and_every_language(cache: Path) -> None:
+    from harness.cli.doctor import _toolchains
+
+    needed(sandboxes.refusal())
+    shown = _toolchains(cache)
+    assert [what for what, _, _ in shown] == [
+        "sandbox for generated programs",
+        *(f"MultiPL-E in {language.title}" for language in LANGUAGES.values()),
+    ]
+    for what, found, fine in shown:
+        needed(None if fine == "yes" else f"{what}: {found}")

@@ -1,0 +1,189 @@
+"""lm-eval's HFLM with common prefixes read once gives HFLM's answers, and answers that depend on nothing else."""
+
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, PreTrainedTokenizerFast
+
+from fusion.errors import UserError
+from harness.evaluation.lm_eval.shared_prefix_lm import SharedPrefixLM
+from tests.harness.tiny_models import save_model, sentences
+
+_KINDS = ["sliding_attention", "full_attention"]
+_GEMMA = {"num_key_value_heads": 1, "head_dim": 8, "sliding_window": 20, "layer_types": _KINDS, "pad_token_id": 0}
+_SHOTS = "".join(sentences(4, 1))
+CONTEXTS = [_SHOTS + line.strip() for line in sentences(4, 2)] + [_SHOTS] * 2 + sentences(3, 5) + [""]
+ENDINGS = [" fox", " the quick dogs", " ale and ale and the lazy"]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        (LlamaConfig, 1, 6, {"num_key_value_heads": 1}),
+        (GPTNeoXConfig, 1, 6, {}),
+        (Gemma3TextConfig, 2, 3, _GEMMA),
+    ],
+    ids=["llama", "neox", "gemma3"],
+)
+def parts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """A model and its tokenizer."""
+    config, seed, spread, settings = request.param
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder, config, 300, seed, spread, max_position_embeddings=512, **settings)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def ours(parts: tuple[Any, Any], **options: Any) -> SharedPrefixLM:
+    return SharedPrefixLM(*parts, label="m", **options)
+
+
+def theirs(parts: tuple[Any, Any], batch_size: int) -> HFLM:
+    return HFLM(parts[0], tokenizer=parts[1], backend="causal", batch_size=batch_size)
+
+
+def asked(contexts: Sequence[str], **kwargs: Any) -> list[Instance]:
+    return [Instance("generate_until", {}, (context, kwargs), 0) for context in contexts]
+
+
+def test_likelihoods_are_hflms(parts: tuple[Any, Any]) -> None:
+    requests = [Instance("loglikelihood", {}, (c, e), i) for c in CONTEXTS for i, e in enumerate(ENDINGS)]
+    random.Random(0).shuffle(requests)
+    expected = theirs(parts, 3).loglikelihood(requests, disable_tqdm=True)
+    for batch_tokens in (1, 200, 4000):
+        found = ours(parts, batch_tokens=batch_tokens).loglikelihood(requests, disable_tqdm=True)
+        assert [f[0] for f in found] == pytest.approx([e[0] for e in expected], abs=1e-4)
+        assert [f[1] for f in found] == [e[1] for e in expected]
+
+
+def test_greedy_continuations_are_greedy(parts: tuple[Any, Any]) -> None:
+    model, tokens = parts
+    prompt = tokens.encode(_SHOTS)
+    following = model.generate(torch.tensor([prompt]), max_new_tokens=3, do_sample=False)[0, len(prompt) :].tolist()
+    found = ours(parts)._loglikelihood_tokens([(None, prompt, following), (None, prompt, [following[0], 5])])
+    assert [greedy for _, greedy in found] == [True, False]
+
+
+def test_rolling_likelihoods_are_hflms(parts: tuple[Any, Any]) -> None:
+    requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in ("".join(sentences(60, 3)), "a fox")]
+    expected = theirs(parts, 1).loglikelihood_rolling(requests, disable_tqdm=True)
+    assert ours(parts).loglikelihood_rolling(requests, disable_tqdm=True) == pytest.approx(expected, abs=1e-2)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_answers_are_hflms(parts: tuple[Any, Any], penalty: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what a checkpoint's generation_config.json asks for, too."""
+    monkeypatch.setattr(parts[0].generation_config, "repetition_penalty", penalty)
+    settings = {"max_gen_toks": 30, "do_sample": False, "temperature": 0.0}
+    (endless,) = theirs(parts, 1).generate_until(asked(CONTEXTS[:1], until=["\0"], **settings), disable_tqdm=True)
+    (stop,) = re.findall(r"[ -~]{3}", endless[8:])[:1]
+    requests = asked(CONTEXTS[:-1], until=[stop, "\n"], **settings)
+    expected = theirs(parts, 1).generate_until(requests, disable_tqdm=True)
+    assert len(set(expected)) > 3 and expected[0] == endless[: endless.index(stop)]
+    for batch_size in (1, 4):
+        assert ours(parts, batch_size=batch_size).generate_until(requests) == expected
+
+
+def test_a_sample_depends_on_itself_alone(parts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(HFLM, "generate_until")  # no answer is left to it
+    settings = {"until": ["fox"], "max_gen_toks": 10, "do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 0}
+    requests = [Instance("generate_until", {}, (c, settings), n) for c in CONTEXTS[3:7] for n in range(3)]
+    expected = ours(parts).generate_until(requests)
+    assert len(set(expected)) > 8
+    order = random.Random(0).sample(range(len(requests)), 7)
+    assert ours(parts, batch_size=2).generate_until([requests[i] for i in order]) == [expected[i] for i in order]
+    assert ours(parts, seed=1).generate_until(requests) != expected
+    # A request that lm-eval repeats is answered anew each time.
+    assert len(set(ours(parts).generate_until([requests[0]] * 4))) > 1
+
+
+def test_sampling_is_transformers_distribution() -> None:
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    from harness.evaluation.lm_eval.shared_prefix_lm import _Sampling
+
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(0)) * 2
+    for temperature, top_k, top_p in [(1.0, 0, 0.9), (0.5, 5, 0.8), (2.0, 0, 1.0), (3.0, 100, 0.99)]:
+        warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+        if top_k:
+            warpers.append(TopKLogitsWarper(top_k))
+        if top_p < 1:
+            warpers.append(TopPLogitsWarper(top_p))
+        expected = warpers(None, logits[None])[0].softmax(-1)  # type: ignore[arg-type]
+        drawing = _Sampling(temperature, top_k, top_p, random.Random(0))
+        n = 2000
+        counts = torch.bincount(torch.tensor([drawing.draw(logits) for _ in range(n)]), minlength=300)
+        assert not counts[expected == 0].any()
+        error = (counts / n - expected).abs() / (expected * (1 - expected) / n).sqrt().clamp(min=1 / n)
+        assert error.max() < 5  # standard deviations
+
+
+def test_what_cannot_share_is_answered_by_hflm(
+    parts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import harness.evaluation.lm_eval.shared_prefix_lm
+    from fusion.inference.prefix_cache import Unsupported
+
+    def refuse(model: Any) -> None:
+        raise Unsupported("it is a test")
+
+    greedy = asked(CONTEXTS[:4], until=["\n"], max_gen_toks=10)
+    sampled = asked(CONTEXTS[:4], until=["\n"], max_gen_toks=10, do_sample=True, temperature=0.7)
+    expected = ours(parts).generate_until(greedy)
+    monkeypatch.setattr(harness.evaluation.lm_eval.shared_prefix_lm, "PrefixReader", refuse)
+    slow = ours(parts)
+    assert "it is a test" in " ".join(capsys.readouterr().err.split())
+    assert slow.generate_until(greedy) == expected
+    first = slow.generate_until(sampled)
+    assert slow.generate_until(sampled[::-1])[::-1] == first  # each on its own, whatever came before
+
+
+def test_beams_are_left_to_transformers(parts: tuple[Any, Any]) -> None:
+    requests = asked(CONTEXTS[:2], until=["\n"], max_gen_toks=6, num_beams=2)
+    assert ours(parts).generate_until(requests) == theirs(parts, 1).generate_until(requests, disable_tqdm=True)
+
+
+def test_nothing_is_cut(parts: tuple[Any, Any]) -> None:
+    long = "".join(sentences(200, 1))
+    with pytest.raises(UserError, match="does not fit the context of m, 512"):
+        ours(parts).generate_until(asked([long], until=["\n"], max_gen_toks=4))
+    with pytest.raises(UserError, match="does not fit the context"):
+        ours(parts).loglikelihood([Instance("loglikelihood", {}, (long, " fox"), 0)], disable_tqdm=True)
+
+
+def test_a_tokenizer_without_an_end_is_refused(parts: tuple[Any, Any]) -> None:
+    endless = PreTrainedTokenizerFast(tokenizer_object=parts[1].backend_tokenizer)
+    with pytest.raises(UserError, match="no end-of-text token"):
+        SharedPrefixLM(parts[0], endless, label="m")
+
+
+def test_logits_that_are_no_numbers_are_refused(parts: tuple[Any, Any]) -> None:
+    lm = ours(parts)
+    head = parts[0].get_output_embeddings().weight
+    kept = head.data.clone()
+    try:
+        head.data[3] = torch.nan
+        for ask in (
+            lambda: lm.generate_until(asked(["a"], until=["\n"], max_gen_toks=4)),
+            lambda: lm.loglikelihood([Instance("loglikelihood", {}, ("a", " fox"), 0)], disable_tqdm=True),
+        ):
+            with pytest.raises(UserError, match="not finite"):
+                ask()
+    finally:
+        head.data.copy_(kept)
+
+
+def test_memory_bounds_the_rows(parts: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    lm = ours(parts)
+    assert lm._room(100) == 64
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
+    assert lm._room(100) == 1

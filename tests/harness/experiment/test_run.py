@@ -1,0 +1,354 @@
+"""The whole line from text to table, on random models."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fusion.errors import UserError
+from harness.config.loading import Config, load
+from harness.experiment import context, run
+from harness.experiment.headroom import audit
+from harness.stages import extraction
+from harness.store.artifacts import Store
+from harness.store.cleanup import unused
+from results.records import read
+
+
+@pytest.fixture(scope="module")
+def finished(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path, Path]:
+    """Configuration, root and folder of a finished run."""
+    config = load(str(experiment_file))
+    root = tmp_path_factory.mktemp("root")
+    return config, root, run.run(config, root)
+
+
+def test_table_has_every_row_and_the_curve(finished: tuple[Config, Path, Path]) -> None:
+    config, _, folder = finished
+    table = json.loads((folder / "table.json").read_text())
+    assert table["rows"] == list(config.methods)
+    records = read([folder / "records"])
+    assert set(records["method"]) == {"llama", "neox", "CLM", "FuseLLM", "FuseLLM published"}
+    along = records[records["tokens"].notna()]
+    # Measured before the first step and at two later ones, on three documents.
+    assert along.groupby("method")["tokens"].nunique().to_dict() == {
+        "CLM": 3,
+        "FuseLLM": 3,
+        "FuseLLM published": 3,
+    }
+    start = along[along["tokens"] == 0].pivot(index="example", columns="method", values="numerator")
+    assert (start["CLM"] == start["FuseLLM"]).all()
+    assert (folder / "learning_curves.png").exists()
+
+
+def test_the_last_curve_point_is_the_saved_model(finished: tuple[Config, Path, Path]) -> None:
+    _, _, folder = finished
+    records = read([folder / "records"])
+    records = records[records["method"] == "FuseLLM"]
+    last = records[records["tokens"] == records["tokens"].max()].set_index("example")["numerator"]
+    final = records[records["tokens"].isna()].set_index("example")["numerator"]
+    np.testing.assert_allclose(last, final.loc[last.index], rtol=1e-5)
+
+
+def test_training_learns(finished: tuple[Config, Path, Path]) -> None:
+    _, _, folder = finished
+    records = read([folder / "records"])
+    nats = records[records["tokens"].isna()].groupby("method")["numerator"].sum()
+    assert nats["CLM"] < nats["llama"] - 1
+    assert nats["FuseLLM"] < nats["llama"] - 1
+
+
+def test_the_checkpoint_is_a_plain_one(finished: tuple[Config, Path, Path]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _, root, _ = finished
+    (trained,) = (root / "artifacts" / "train").glob("FuseLLM-seed0-*/model")
+    _, info = AutoModelForCausalLM.from_pretrained(trained, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert AutoTokenizer.from_pretrained(trained)("a fox")["input_ids"]
+    assert "Resolved configuration" in (trained / "README.md").read_text()
+
+
+def test_a_second_run_makes_nothing_and_gives_the_same_bytes(finished: tuple[Config, Path, Path]) -> None:
+    config, root, folder = finished
+    before = {p: p.stat().st_mtime_ns for p in (root / "artifacts").rglob("*") if p.is_file()}
+    tables = {p.name: p.read_bytes() for p in folder.glob("table.*")}
+    assert run.run(config, root) == folder
+    after = {p: p.stat().st_mtime_ns for p in (root / "artifacts").rglob("*") if p.is_file()}
+    assert {p: t for p, t in after.items() if p.suffix != ".lock"} == {
+        p: t for p, t in before.items() if p.suffix != ".lock"
+    }
+    assert {p.name: p.read_bytes() for p in folder.glob("table.*")} == tables
+
+
+def test_plan_knows_what_is_there(finished: tuple[Config, Path, Path], tmp_path: Path) -> None:
+    config, root, _ = finished
+    assert {p.state for p in run.plan(config, root)} == {"there"}
+    fresh = run.plan(config, tmp_path)
+    assert {p.state for p in fresh} == {"to do"}
+    assert not (tmp_path / "artifacts").exists()
+    assert sum(p.spec.kind == "train" for p in fresh) == 3
+    # Another lambda extracts nothing again.
+    other = config.model_copy(deep=True)
+    other.methods["FuseLLM"]["lambda"] = 0.7
+    todo = [p.spec for p in run.plan(other, root) if p.state == "to do"]
+    assert sorted(s.kind for s in todo) == ["perplexity", "train"]
+
+
+def test_lambda_one_is_clm(finished: tuple[Config, Path, Path], experiment_file: Path) -> None:
+    """The same code at lambda = 1: not a digit differs, whatever the sources say."""
+    _, root, _ = finished
+    config = load(str(experiment_file), overrides=["methods.FuseLLM.lambda=1.0", "experiment=lambda-one"])
+    records = read([run.run(config, root) / "records"])
+    nats = records[records["tokens"].isna()].pivot(index="example", columns="method", values="numerator")
+    assert (nats["FuseLLM"] == nats["CLM"]).all()
+    assert (nats["FuseLLM published"] != nats["CLM"]).any()
+
+
+def test_rows_at_once_do_not_change_the_training(finished: tuple[Config, Path, Path], experiment_file: Path) -> None:
+    """Token-exact accumulation: two rows at once, or one after the other from a loader of its own, are one step."""
+    _, root, _ = finished
+    config = load(str(experiment_file), overrides=["training.micro_rows=2", "seeds=[5]", "experiment=micro-rows"])
+    single = load(str(experiment_file), overrides=["training.workers=1", "seeds=[5]", "experiment=micro-rows"])
+    # The number of rows at once is no part of an artifact's identity, so each gets a store of its own.
+    nats = []
+    for i, c in enumerate((config, single)):
+        c.methods = {k: v for k, v in c.methods.items() if k in ("CLM", "FuseLLM")}
+        own = root / f"micro-rows-{i}"
+        records = read([run.run(c, own) / "records"])
+        nats.append(records[records["tokens"].isna()].pivot(index="example", columns="method", values="numerator"))
+    pd.testing.assert_frame_equal(nats[0], nats[1], rtol=1e-5)
+
+
+def test_a_stored_reading_is_what_the_model_says(finished: tuple[Config, Path, Path]) -> None:
+    import torch
+
+    from harness.data.corpus import Pieces
+    from harness.models.checkpoints import load_model
+
+    config, root, _ = finished
+    small = context.Experiment(config, root)
+    model, reader, pieces = load_model(small.model("neox")), small.reader("neox"), Pieces(small.pieces[1])
+    for piece in range(0, len(pieces), 7):
+        reading = reader.reading(piece)
+        with torch.no_grad():
+            log_q = model(torch.tensor(reading.tokens[None]).long()).logits[0].log_softmax(-1)
+        top = log_q.topk(5, -1)
+        np.testing.assert_allclose(reading.log_p, top.values.numpy(), rtol=1e-3)
+        np.testing.assert_allclose(reading.nats[:-1], -log_q[range(len(log_q) - 1), reading.tokens[1:]], rtol=1e-4)
+        assert reading.ends[0] == 0 and reading.ends[-1] == pieces.n_bytes[piece]
+        text = pieces.text(piece).encode()
+        for token, start, end in zip(reading.tokens[1:], reading.ends[:-1], reading.ends[1:], strict=True):
+            assert reader.vocabulary.token_bytes[token] == text[start:end]
+
+
+class _Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def _interrupt(monkeypatch: pytest.MonkeyPatch, place: object, name: str, calls: int) -> None:
+    original, seen = getattr(place, name), 0
+
+    def dying(*args: object, **kwargs: object) -> object:
+        nonlocal seen
+        seen += 1
+        if seen > calls:
+            raise _Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(place, name, dying)
+
+
+def _interrupted_extraction(config: Config, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What an extraction leaves behind that is killed when two shards are finished."""
+    with monkeypatch.context() as patch:
+        _interrupt(patch, extraction, "write_shard", 2)
+        with pytest.raises(_Killed):
+            context.Experiment(config, root).extract("neox")
+    (begun,) = Store(root / "artifacts").leftovers()
+    return begun
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.safetensors"))}
+
+
+def test_a_resumed_extraction_has_the_same_bytes(
+    finished: tuple[Config, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, root, _ = finished
+    begun = _interrupted_extraction(config, tmp_path, monkeypatch)
+    assert len(list(begun.glob("shard-*"))) == 2
+    spec, resumed = context.Experiment(config, tmp_path).extract("neox")
+    assert _bytes(resumed) == _bytes(Store(root / "artifacts").path(spec))
+    assert len(_bytes(resumed)) > 3
+
+
+def test_a_damaged_shard_of_an_interrupted_extraction_is_refused(
+    finished: tuple[Config, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _, _ = finished
+    begun = _interrupted_extraction(config, tmp_path, monkeypatch)
+    (shard, _) = sorted(begun.glob("shard-*"))
+    raw = bytearray(shard.read_bytes())
+    raw[-3] ^= 1
+    shard.write_bytes(raw)
+    with pytest.raises(UserError, match="does not match its checksum"):
+        context.Experiment(config, tmp_path).extract("neox")
+
+
+def test_a_resumed_training_is_bit_identical(
+    finished: tuple[Config, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from harness.stages.trainer import FusionTrainer
+
+    config, root, _ = finished
+    for kind in ("pieces", "extraction", "map", "perplexity"):
+        shutil.copytree(root / "artifacts" / kind, tmp_path / "artifacts" / kind)
+    only = config.model_copy(deep=True)
+    only.methods = {k: v for k, v in only.methods.items() if k in ("FuseLLM", "CLM")}
+    with monkeypatch.context() as patch:
+        _interrupt(patch, FusionTrainer, "compute_loss", 7)  # in the middle of the fourth step of the CLM row
+        with pytest.raises(_Killed):
+            run.run(only, tmp_path)
+    (begun,) = Store(tmp_path / "artifacts").leftovers()
+    assert (begun / "checkpoints" / "checkpoint-2" / "complete").exists()
+    run.run(only, tmp_path)
+    for trained in (tmp_path / "artifacts" / "train").glob("*-seed0-*"):
+        twin = root / "artifacts" / "train" / trained.name
+        assert _bytes(trained) == _bytes(twin), trained.name
+        assert (trained / "curve.jsonl").read_bytes() == (twin / "curve.jsonl").read_bytes()
+
+
+def test_changed_bytes_are_refused_by_name(finished: tuple[Config, Path, Path], tmp_path: Path) -> None:
+    config, root, _ = finished
+    shutil.copytree(root / "artifacts", tmp_path / "artifacts")
+    (shard, *_) = sorted((tmp_path / "artifacts" / "extraction").glob("*/shard-000001.safetensors"))
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    shard.write_bytes(raw)
+    with pytest.raises(UserError, match=r"shard-000001\.safetensors does not match its SHA-256"):
+        run.run(config, tmp_path)
+
+
+def test_text_in_both_corpora_is_refused(experiment_file: Path, made: Path, tmp_path: Path) -> None:
+    config = load(str(experiment_file), overrides=[f"suites.perplexity.documents.path={made / 'train'}"])
+    with pytest.raises(UserError, match="held-out documents are in the training corpus"):
+        run.run(config, tmp_path)
+
+
+def test_audit(finished: tuple[Config, Path, Path]) -> None:
+    config, root, _ = finished
+    found = audit(config, root)
+    m = found.measures.set_index(["source", "domain"])
+    target, neox = m.loc[("llama (target)", "all domains")], m.loc[("neox", "all domains")]
+    assert target["paired"] == 1 and 0.2 < neox["paired"] <= 1
+    # The target carried over onto itself loses only what lies outside its top k.
+    assert target["bucket_ll_native"] == pytest.approx(target["bucket_ll_mapped"], abs=1e-3)
+    assert target["p_next_mapped"] <= target["p_next_native"] + 1e-6
+    assert target["chosen"] + neox["chosen"] == pytest.approx(1)
+    assert (found.folder / "audit.png").exists() and "neox" in found.sentence
+
+
+def test_unused_lists_what_no_run_names(finished: tuple[Config, Path, Path]) -> None:
+    _, root, _ = finished
+    used = set(json.loads((finished[2] / "run.json").read_text())["artifacts"])
+    assert not used & {str(p.relative_to(root)) for p, _ in unused(root)}
+
+
+def test_records_of_other_text_are_never_pooled(experiment_file: Path, made: Path, tmp_path: Path) -> None:
+    """The same configuration on another text is another run, though every path is the same."""
+    shutil.copytree(made / "test", tmp_path / "text")
+    settings = [f"suites.perplexity.documents.path={tmp_path / 'text'}", "methods.CLM.method=as_is"]
+    settings += ["methods.FuseLLM=null", "methods.FuseLLM published=null"]
+    config = load(str(experiment_file), overrides=settings)
+    first = run.run(config, tmp_path / "root")
+    (tmp_path / "text" / "000.txt").write_text("quite another text", encoding="utf-8")
+    second = run.run(config, tmp_path / "root")
+    assert first != second
+    assert len(read([second / "records"]).query("method == 'neox'")) == 24
+
+
+def test_seeds_of_finished_runs_are_pooled(experiment_file: Path, tmp_path: Path) -> None:
+    settings = ["methods.FuseLLM=null", "methods.FuseLLM published=null", "curve.per_domain=0"]
+    for seed in (0, 1):
+        folder = run.run(load(str(experiment_file), overrides=settings, seeds=[seed]), tmp_path)
+    assert set(read([folder / "records"]).query("method == 'CLM'")["seed"]) == {0, 1}
+    assert "| CLM | 2 |" in (folder / "table.md").read_text()
+
+
+def test_a_head_that_cannot_be_fused_is_trained_all_the_same(
+    finished: tuple[Config, Path, Path], experiment_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loud fallback: the model's own logits, in training and at the points of the curve."""
+    import fusion.modeling.heads
+
+    _, root, _ = finished
+    monkeypatch.setattr(
+        fusion.modeling.heads, "_find", lambda model: fusion.modeling.heads.Split(False, "it is a test")
+    )
+    config = load(str(experiment_file), overrides=["experiment=dense", "seeds=[7]"])
+    config.methods = {k: v for k, v in config.methods.items() if k in ("CLM", "FuseLLM")}
+    with pytest.warns(UserWarning, match="it is a test"):
+        dense = read([run.run(config, root / "dense") / "records"])
+    monkeypatch.undo()
+    fused = read([run.run(config, root / "fused") / "records"])
+    keys = ["method", "example", "tokens"]
+    merged = dense.merge(fused, on=keys, suffixes=("_dense", "_fused"))
+    assert len(merged) == len(dense) > 0
+    np.testing.assert_allclose(merged["numerator_dense"], merged["numerator_fused"], rtol=1e-4)
+
+
+def test_every_manifest_tells_how_it_was_made(finished: tuple[Config, Path, Path]) -> None:
+    config, root, _ = finished
+    manifests = [json.loads(p.read_text()) for p in (root / "artifacts").glob("*/*/manifest.json")]
+    assert {m["kind"] for m in manifests} == {"pieces", "extraction", "map", "train", "perplexity"}
+    for manifest in manifests:
+        assert manifest["info"]["configuration"]["training"] == config.model_dump(mode="json")["training"]
+        assert manifest["command"] and manifest["libraries"]["torch"] and manifest["files"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [["training.dtype=bfloat16"], ["training.gradient_checkpointing=true"], ["training.epochs=1.5"]]
+)
+def test_other_ways_of_training_come_near(
+    finished: tuple[Config, Path, Path], experiment_file: Path, tmp_path: Path, settings: list[str]
+) -> None:
+    _, root, folder = finished
+    shutil.copytree(root / "artifacts" / "extraction", tmp_path / "artifacts" / "extraction")
+    config = load(str(experiment_file), overrides=settings)
+    config.methods = {k: v for k, v in config.methods.items() if k in ("CLM", "FuseLLM")}
+    other, records = (read([f / "records"]) for f in (run.run(config, tmp_path), folder))
+    final, expected = (
+        r[r["tokens"].isna() & r["method"].isin(config.methods)].groupby("method")["numerator"].sum()
+        for r in (other, records)
+    )
+    start = records.query("method == 'llama'")["numerator"].sum()
+    if "epochs" in settings[0]:
+        assert (final < expected).all()
+    else:
+        np.testing.assert_allclose((start - final).to_numpy(), (start - expected).to_numpy(), rtol=1e-2)
+
+
+def test_strided_perplexity_is_another_metric(
+    finished: tuple[Config, Path, Path], experiment_file: Path, tmp_path: Path
+) -> None:
+    _, _, folder = finished
+    settings = [
+        "suites.perplexity.mode=strided",
+        "suites.perplexity.window=32",
+        "methods.FuseLLM=null",
+        "methods.FuseLLM published=null",
+    ]
+    config = load(str(experiment_file), overrides=[*settings, "curve.per_domain=0"])
+    config.methods["CLM"] = {"method": "as_is", "role": "target"}
+    strided = read([run.run(config, tmp_path) / "records"])
+    assert set(strided["metric"]) == {"bits_per_byte_strided"}
+    rolling = read([folder / "records"])
+    rolling = rolling[rolling["tokens"].isna()]
+    both = strided.merge(rolling, on=["method", "example"], suffixes=("", "_rolling")).query("method == 'neox'")
+    assert len(both) == 24 and (both["numerator"] != both["numerator_rolling"]).any()

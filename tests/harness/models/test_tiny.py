@@ -1,0 +1,221 @@
+"""The text that every Python carries, the tokenizers and the models made of it."""
+
+import ast
+import importlib
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fusion.errors import UserError
+from fusion.vocabulary.token_bytes import Vocabulary, byte_ends, encode, prefix_id
+from harness.models.tiny import (
+    DOMAINS,
+    TinyDocument,
+    TinyModel,
+    build_model,
+    build_tokenizer,
+    make_tokenizer,
+    stdlib_corpus,
+    tiny_recipe,
+    training_documents,
+)
+
+MICRO = tiny_recipe("micro")
+NAMES = [model.name for model in MICRO.models]
+TEXTS = [
+    "def f(x):\n    return {'a': 12345, \"b\": [x] * 7}\n\n\nclass C: pass\n",
+    "  spaces at both ends  ",
+    "\tтекст, 漢字 and \U0001f600\U0001f469\u200d\U0001f4bb\r\n\x00\x1f",
+    "<|endoftext|> <bos> <0x41> <|bos|>",
+    "",
+]
+DECOMPOSED = "cafe\u0301"
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[TinyDocument]:
+    return MICRO.documents()
+
+
+def test_corpus_has_three_domains_with_three_splits(documents: list[TinyDocument]) -> None:
+    assert Counter((d.domain, d.split) for d in documents).keys() == {
+        (domain, split) for domain in DOMAINS for split in ("train", "validation", "test")
+    }
+    assert [d.name for d in documents] == sorted(d.name for d in documents)
+    assert len({d.text for d in documents}) == len({d.name for d in documents}) == len(documents)
+    for document in documents:
+        assert 300 <= len(document.text.encode()) <= MICRO.max_document_bytes + 1 or document.domain == "manual"
+        assert document.name.startswith(document.domain + "/")
+    assert MICRO.documents("test") == [d for d in documents if d.split == "test"]
+
+
+def test_domains_hold_what_they_say(documents: list[TinyDocument]) -> None:
+    code = "".join(d.text for d in documents if d.domain == "code")
+    assert "import " in code
+    assert not any(line.lstrip().startswith("# ") for line in code.splitlines())
+    for document in documents:
+        if document.domain == "code":
+            tree = ast.parse(document.text)
+            owners = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+            assert not any(map(ast.get_docstring, owners))
+
+
+def test_corpus_is_the_same_twice(documents: list[TinyDocument]) -> None:
+    stdlib_corpus.cache_clear()
+    assert MICRO.documents() == documents
+
+
+def test_a_larger_corpus_contains_the_smaller(documents: list[TinyDocument]) -> None:
+    larger = stdlib_corpus(20_000, max_document_bytes=MICRO.max_document_bytes, min_test=1)
+    assert set(documents) < set(larger)
+
+
+@pytest.mark.slow
+def test_the_whole_corpus_suffices_for_intervals() -> None:
+    documents = tiny_recipe().documents()
+    count = Counter((d.domain, d.split) for d in documents)
+    for domain in DOMAINS:
+        assert count[domain, "test"] >= 25
+        total = sum(count[domain, split] for split in ("train", "validation", "test"))
+        assert 0.7 < count[domain, "train"] / total < 0.9
+    # Topics of the manual overlap: no paragraph of some length may stand on both sides.
+    sides: dict[bool, set[str]] = {True: set(), False: set()}
+    for document in documents:
+        if document.domain == "manual":
+            sides[document.split == "test"].update(p for p in document.text.split("\n\n") if len(p) > 200)
+    assert not sides[True] & sides[False]
+    for model in tiny_recipe().models:
+        size = sum(len(d.text.encode()) for d in training_documents(model, documents))
+        assert model.train_bytes <= size < model.train_bytes * 1.1
+
+
+def test_a_python_without_the_manual_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    stdlib_corpus.cache_clear()
+    with pytest.raises(UserError, match=r"too little text of the domain 'manual' .*0 test documents"):
+        stdlib_corpus(2_000, max_document_bytes=1_000, min_test=1)
+
+
+def test_training_text_has_the_mix(documents: list[TinyDocument]) -> None:
+    for model in MICRO.models:
+        chosen = training_documents(model, documents)
+        assert {d.split for d in chosen} == {"train"}
+        assert {d.domain for d in chosen} == set(model.mix)
+        assert chosen == training_documents(model, list(reversed(documents)))
+        assert sum(model.mix.values()) == pytest.approx(1)
+    orders = [[d.name for d in training_documents(model, documents)] for model in MICRO.models]
+    assert all(order != sorted(order) for order in orders)  # domains are mixed, not one after another
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokenizers_are_deterministic_and_spell_any_text(name: str, documents: list[TinyDocument]) -> None:
+    model = MICRO.model(name)
+    tokenizer = make_tokenizer(model, documents)
+    assert len(tokenizer) == model.vocabulary
+    assert tokenizer.backend_tokenizer.to_str() == make_tokenizer(model, documents).backend_tokenizer.to_str()
+    vocabulary = Vocabulary.from_tokenizer(tokenizer)
+    for text in [*TEXTS, *(d.text for d in documents[::5])]:
+        ids = encode(tokenizer, text)
+        assert not set(ids) & vocabulary.control
+        ends = byte_ends(ids, vocabulary, text.encode())
+        assert (len(ids) == 0 and not text) or ends[-1] == len(text.encode())
+        assert tokenizer.decode(ids) == text
+
+
+def test_tokenizers_are_of_different_families(documents: list[TinyDocument]) -> None:
+    target, coder, reader, teacher = (make_tokenizer(model, documents) for model in MICRO.models)
+    assert teacher.backend_tokenizer.to_str() == target.backend_tokenizer.to_str()
+    assert target.bos_token_id is not None
+    assert coder.bos_token is None
+    assert prefix_id(coder) == coder.eos_token_id
+    assert all(len(coder.tokenize(number)) == len(number) for number in ("2024", "100"))
+    spaces = [Vocabulary.from_tokenizer(tokenizer).space for tokenizer in (target, coder, reader)]
+    assert spaces == ["Ġ", "Ġ", "▁"]
+    assert len(Vocabulary.from_tokenizer(reader).byte_fallback) == 256
+    assert reader.tokenize("漢") == ["<0xE6>", "<0xBC>", "<0xA2>"]
+    # Like the real one it composes characters, which its bytes then do not spell.
+    assert coder.decode(encode(coder, DECOMPOSED)) == "café"
+    assert target.decode(encode(target, DECOMPOSED)) == reader.decode(encode(reader, DECOMPOSED)) == DECOMPOSED
+    assert reader("word")["input_ids"][0] == reader.bos_token_id  # unless told otherwise, as Gemma's does
+
+
+def test_a_vocabulary_too_large_for_the_text() -> None:
+    with pytest.raises(UserError, match="a vocabulary of 5000 tokens cannot be made from so little text"):
+        build_tokenizer("gpt2", ["a few words"], 5_000)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_folders_load_plainly(name: str, documents: list[TinyDocument], tmp_path: Path) -> None:
+    tiny = MICRO.model(name)
+    tokenizer = make_tokenizer(tiny, documents)
+    model = build_model(tiny, tokenizer).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    # With a configuration beside it, another tokenizer class could be chosen by the model's type.
+    reloaded_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert reloaded_tokenizer.is_fast
+    for text in [*TEXTS, DECOMPOSED]:
+        assert encode(reloaded_tokenizer, text) == encode(tokenizer, text)
+    fingerprints = [Vocabulary.from_tokenizer(t).fingerprint() for t in (tokenizer, reloaded_tokenizer)]
+    assert fingerprints[0] == fingerprints[1]
+    for role in ("bos", "eos", "pad"):
+        assert getattr(reloaded_tokenizer, f"{role}_token_id") == getattr(tokenizer, f"{role}_token_id")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.tensor([encode(tokenizer, TEXTS[0])])
+    torch.testing.assert_close(reloaded(ids).logits, model(ids).logits)
+    assert reloaded.config.model_type == tiny.architecture
+
+
+def test_models_follow_their_seed_and_leave_the_random_state(documents: list[TinyDocument]) -> None:
+    tiny = MICRO.model("target")
+    tokenizer = make_tokenizer(tiny, documents)
+    torch.manual_seed(5)
+    first = build_model(tiny, tokenizer)
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.rand(1) == drawn
+    again, other = build_model(tiny, tokenizer), build_model(replace(tiny, seed=99), tokenizer)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_micro_models_learn(name: str, documents: list[TinyDocument]) -> None:
+    tiny = MICRO.model(name)
+    tokenizer = make_tokenizer(tiny, documents)
+    model = build_model(tiny, tokenizer).train()
+    text = " ".join(d.text for d in training_documents(tiny, documents))
+    ids = encode(tokenizer, text)[: 8 * 64]
+    rows = torch.tensor(ids).view(-1, 64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=tiny.learning_rate)
+    losses = []
+    for _ in range(8):
+        loss = model(input_ids=rows, labels=rows).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_recipes() -> None:
+    for recipe in (tiny_recipe(), MICRO):
+        assert [model.name for model in recipe.models] == ["target", "coder", "reader", "teacher"]
+        target, *sources, teacher = recipe.models
+        for kind in ("architecture", "tokenizer", "vocabulary", "seed"):
+            assert len({getattr(model, kind) for model in (target, *sources)}) == 3
+        assert teacher.family == target and teacher.hidden > target.hidden
+        for model in recipe.models:
+            assert isinstance(model, TinyModel)
+            assert model.row_length <= model.context
+    with pytest.raises(UserError, match="no tiny model 'poet': choose one of target, coder, reader, teacher"):
+        MICRO.model("poet")
+    with pytest.raises(UserError, match="profile 'large': choose one of tiny, micro"):
+        tiny_recipe("large")

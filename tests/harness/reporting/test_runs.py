@@ -1,0 +1,174 @@
+"""The tables of finished runs, from run folders as a run leaves them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fusion.errors import UserError
+from harness.reporting import runs
+from harness.store.artifacts import file_sha256, write_json
+from results.errors import UserError as RecordsError
+from results.formats import FORMATS, render
+from results.records import Record, write
+from tests.harness.command import answer
+from tests.results.sample import final, scores
+
+METHODS = {
+    "SmolLM2": {"method": "as_is", "role": "target"},
+    "Gemma": {"method": "as_is", "role": "Gemma"},
+    "CLM": {"method": "clm"},
+    "FuseLLM": {"method": "fusellm"},
+}
+
+
+def finished(root: Path, experiment: str, records: list[Record], profile: str = "small", finished: float = 1.0) -> Path:
+    """The folder of a run that left these records."""
+    folder = root / "runs" / experiment / profile / f"{finished:.0f}"
+    path = folder / "records" / "all.parquet"
+    write(path, records, {"evaluation": "abc"})
+    config = {
+        "experiment": experiment, "profile": profile, "title": f"about {experiment}", "baseline": "CLM", "banner": None,
+        "methods": METHODS,
+    }  # fmt: skip
+    description = {"configuration": config, "records": {path.name: file_sha256(path)}, "finished": finished}
+    write_json(folder / runs.RUN_FILE, description)
+    return folder
+
+
+def commonsense() -> list[Record]:
+    rates = {"SmolLM2": 0.4, "Gemma": 0.3, "CLM": 0.5, "FuseLLM": 0.8}
+    return [
+        one
+        for i, (method, rate) in enumerate(rates.items())
+        for task, metric in (("arc_easy", "acc_norm"), ("boolq", "acc"))
+        for one in scores(
+            method,
+            task,
+            [float(j < 30 * rate) for j in range(30)],
+            -1 if i < 2 else 0,
+            metric=metric,
+            experiment="table2",
+        )
+    ]
+
+
+def main() -> list[Record]:
+    return [one for i, method in enumerate(METHODS) for one in final(method, (-1,) if i < 2 else (0,), 0.01 * i)]
+
+
+def test_a_table_of_the_paper_has_its_layout_and_another_the_main_one(tmp_path: Path) -> None:
+    folder = finished(tmp_path, "table2", commonsense())
+    noted = {"commonsense": {"shown": {}, "missing": {"Gemma": {"hellaswag": "its rows cannot be had"}}}}
+    write_json(folder / runs.SUITES_FILE, noted)
+    table = runs.table(runs.find_run(tmp_path, "table2", None), with_paper=True)
+    assert [one.label for one in table.columns] == ["Gemma", "SmolLM2", "CLM", "FuseLLM"]
+    assert table.cells[0][3].published == 75.04 and table.cells[0][3].evaluations == ("abc",)
+    by_row = dict(zip(table.rows, table.cells, strict=True))
+    assert by_row["hellaswag"][0].note == "Gemma was not run on hellaswag: its rows cannot be had"
+    assert any("`fusellm experiment run table2 --profile small`" in note for note in table.notes)
+
+    finished(tmp_path, "main", main())
+    table = runs.table(runs.find_run(tmp_path, "main", "small"), baseline="SmolLM2")
+    assert (table.title, table.baseline, table.rows) == ("about main (main, small)", "SmolLM2", tuple(METHODS))
+    with pytest.raises(UserError, match="The paper has no table 'main'"):
+        runs.table(runs.find_run(tmp_path, "main", None), with_paper=True)
+
+    # Nothing of what the paper measured, but bits per byte.
+    folder = finished(tmp_path, "table6", main())
+    assert runs.table(folder).title == "about table6 (table6, small)"
+    assert runs.table(folder, with_paper=True).title.startswith("table6, profile small")
+
+
+def test_the_newest_run_counts(tmp_path: Path) -> None:
+    new = finished(tmp_path, "main", main(), finished=7)
+    finished(tmp_path, "main", main(), profile="tiny", finished=3)
+    assert runs.find_run(tmp_path, "main", None) == new
+    assert runs.find_run(tmp_path, "main", "tiny").parent.name == "tiny"
+
+
+def test_all_names_what_was_not_run(tmp_path: Path) -> None:
+    finished(tmp_path, "table2", commonsense())
+    finished(tmp_path, "mine", main())
+    found = runs.tables(tmp_path, [], None)
+    assert list(found.made) == ["table2", "mine"]
+    assert any("`fusellm experiment run quickstart`" in one for one in found.absent)
+    assert any("table1" in one for one in found.absent)
+    beside = runs.tables(tmp_path, ["all"], None, with_paper=True)
+    assert list(beside.made)[:3] == ["paper/table1", "table2", "paper/table3"] and "mine" in beside.made
+    with pytest.raises(UserError, match="no finished runs below"):
+        runs.tables(tmp_path / "nowhere", [], None)
+
+
+def test_out_gets_every_format_and_the_figure_the_same_each_time(tmp_path: Path) -> None:
+    finished(tmp_path, "table2", commonsense())
+    found = runs.tables(tmp_path, ["table2", "paper/table7"], None)
+    for out in ("one", "two"):
+        runs.write(found, tmp_path / out, list(FORMATS))
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert names == {
+        *(f"{name}.{ending}" for name in ("table2", "paper-table7") for ending in ("md", "csv", "json", "tex", "html")),
+        "table2-differences.png", "table2-differences.svg",
+    }  # fmt: skip
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert (tmp_path / "one" / "table2.md").read_text() == render(found.made["table2"], "md")
+
+
+def test_the_command_prints_and_writes(tmp_path: Path) -> None:
+    finished(tmp_path, "table2", commonsense())
+    root = ["--root", str(tmp_path)]
+    status, printed, _ = answer("tables", "table2", "paper/table5", "--format", "json", *root)
+    assert status == 0
+    ours, theirs = json.loads(printed)
+    assert ours["title"].startswith("table2, profile small") and theirs["title"].startswith("table5 as published")
+    status, printed, _ = answer("tables", "table2", "--format", "latex", "--baseline", "Gemma", *root)
+    assert status == 0 and r"\toprule" in printed and "worse than Gemma" in printed
+    status, printed, _ = answer("tables", "--format", "csv", "--out", str(tmp_path / "out"), *root)
+    assert status == 0 and str(tmp_path / "out" / "table2.csv") in printed
+    assert (tmp_path / "out" / "table2.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["tabel2"], "unknown table 'tabel2'; did you mean 'table2'"),
+        (["table2", "--profile", "paper"], "run `fusellm experiment run table2 --profile paper`"),
+        (["quickstart"], "run `fusellm experiment run quickstart`"),
+        (["table10"], "`fusellm tables paper/table10` prints the published table"),
+        (["paper/table11"], "unknown published table 'table11'"),
+        (["table2", "--baseline", "CML"], "unknown baseline 'CML'; did you mean 'CLM'"),
+        (["main", "--with-paper"], "The paper has no table 'main'"),
+        (["damaged"], "was made by another version"),
+    ],
+)
+def test_mistakes_are_one_sentence(tmp_path: Path, arguments: list[str], sentence: str) -> None:
+    finished(tmp_path, "table2", commonsense())
+    finished(tmp_path, "main", main())
+    folder = finished(tmp_path, "damaged", main())
+    write_json(folder / runs.RUN_FILE, {"configuration": {}, "finished": 1, "records": {}})
+    status, _, said = answer("tables", *arguments, "--root", str(tmp_path))
+    assert (status, len(said.strip().splitlines())) == (2, 1), said
+    assert sentence in said
+
+
+def test_records_that_disagree_about_the_data_are_refused_naming_both(tmp_path: Path) -> None:
+    folder = finished(tmp_path, "table2", commonsense())
+    write(folder / "records" / "more.parquet", scores("CLM", "boolq", [0.0], metric="acc", experiment="table2"))
+    description = runs.described(folder / runs.RUN_FILE)
+    records = {path.name: file_sha256(path) for path in (folder / "records").glob("*.parquet")}
+    write_json(folder / runs.RUN_FILE, {**description, "records": records})
+    with pytest.raises(RecordsError, match=r"disagree about .*all\.parquet and .*more\.parquet"):
+        runs.table(folder)
+
+
+def test_nothing_heavy_is_imported() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, harness.reporting.runs, results.paper_layouts; "
+        "print({'torch', 'transformers', 'pydantic'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parents[3])
+    assert done.stdout.strip() == b"set()"

@@ -1,0 +1,243 @@
+"""The extraction stage: several processes on one folder, pieces left out, other numbers on resume, both packings."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import harness.models.checkpoints
+from baselines.fusellm import FuseLLMParameters
+from fusion.alignment.fuse import fuse_row
+from fusion.errors import UserError
+from harness.config.loading import load
+from harness.data.corpus import Pieces
+from harness.data.sequences import Rows
+from harness.experiment import context
+from harness.experiment.headroom import audit
+from harness.stages import extraction, loss_resources
+from harness.store.artifacts import Spec, Store
+from harness.store.leases import Claims
+from tests.harness.experiment.test_run import _bytes, _interrupted_extraction
+
+# `fusellm extract`, which says when it has read a shard and stops there for a while before it writes it.
+SLOW_WORKER = """
+import sys, time
+from harness import extraction
+from harness.cli import app
+write = extraction.write_shard
+def slowly(path, *args, **options):
+    print(path.name, flush=True)
+    time.sleep(float(sys.argv[1]))
+    write(path, *args, **options)
+extraction.write_shard = slowly
+app(["extract", *sys.argv[2:]])
+"""
+
+
+@pytest.fixture(scope="module")
+def alone(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The extraction of one process."""
+    return context.Experiment(load(str(experiment_file)), tmp_path_factory.mktemp("alone")).extract("neox")[1]
+
+
+def _start(experiment_file: Path, root: Path, pause: float) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", SLOW_WORKER, str(pause), str(experiment_file), "--role", "neox"]
+    return subprocess.Popen([*command, "--root", str(root)], stdout=subprocess.PIPE, text=True)
+
+
+def test_two_processes_share_an_extraction_and_one_is_killed(
+    alone: Path, experiment_file: Path, tmp_path: Path
+) -> None:
+    count = len(_bytes(alone))
+    with _start(experiment_file, tmp_path, pause=600) as stuck:
+        try:
+            assert stuck.stdout is not None
+            held = stuck.stdout.readline().strip()
+            with _start(experiment_file, tmp_path, pause=0) as other:
+                assert other.stdout is not None
+                made = {other.stdout.readline().strip() for _ in range(count - 1)}
+                (begun,) = (tmp_path / "artifacts" / "extraction").glob(".*.partial")
+                assert held not in made and not (begun / held).exists()
+                assert not list(Store(tmp_path / "artifacts").leftovers())
+                stuck.kill()
+                assert other.stdout.readline().strip() == held
+                said = other.stdout.readline().strip()
+        finally:
+            stuck.kill()
+    whole, *others = (p for p in (tmp_path / "artifacts" / "extraction").iterdir() if p.suffix != ".lock")
+    assert not others and said == f"neox: {whole}"
+    assert _bytes(whole) == _bytes(alone)
+    assert sorted(p.name for p in whole.iterdir()) == sorted(p.name for p in alone.iterdir())
+
+
+def test_who_comes_late_uses_what_another_has_completed(tmp_path: Path) -> None:
+    store, spec = Store(tmp_path), Spec("thing", "late", 1, {}, {})
+
+    def build(folder: Path) -> None:
+        (folder / "part").write_text("made", encoding="utf-8")
+
+    def share(folder: Path, claims: Claims) -> None:
+        Store(tmp_path).ensure(spec, build, share=lambda folder, claims: None)
+        claims.take("part")
+        raise AssertionError("the claims' folder is gone")
+
+    path = store.ensure(spec, build, share=share)
+    assert (path / "part").read_text() == "made"
+    assert [p.suffix for p in path.parent.iterdir() if p != path] == [".lock"]
+
+
+@pytest.mark.parametrize(("change", "fits"), [(1e-7, True), (0.1, False)])
+def test_a_model_that_reads_otherwise_on_resume_is_refused(
+    experiment_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: float, fits: bool
+) -> None:
+    """The same files, but another machine or library: here, another rounding and a wrong scale."""
+    config = load(str(experiment_file))
+    begun = _interrupted_extraction(config, tmp_path, monkeypatch)
+    loading = harness.models.checkpoints.load_model
+
+    def otherwise(*args: Any, **options: Any) -> Any:
+        model = loading(*args, **options)
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(1 + change).add_(change)
+            model.get_input_embeddings().weight.mul_(1 + change)
+            for norm in model.modules():
+                if isinstance(norm, torch.nn.LayerNorm):
+                    norm.weight.mul_(1 + 10 * change)
+        return model
+
+    monkeypatch.setattr(harness.models.checkpoints, "load_model", otherwise)
+    if fits:
+        assert context.Experiment(config, tmp_path).extract("neox")[1].exists()
+        return
+    with pytest.raises(UserError, match=r"neox reads .* otherwise than when .*shard-000000.* where 0\.001 are allowed"):
+        context.Experiment(config, tmp_path).extract("neox")
+    assert len(_bytes(begun)) == 2
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_damage_to_any_finished_shard_is_refused_by_name(
+    alone: Path, experiment_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    config = load(str(experiment_file))
+    begun = _interrupted_extraction(config, tmp_path, monkeypatch)
+    shard = begun / "shard-000001.safetensors"  # not the one that is compared
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2] ^= 16
+    shard.write_bytes(raw[:-9] if damage == "truncated" else raw)
+    with pytest.raises(UserError, match=r"shard-000001\.safetensors does not match its checksum"):
+        context.Experiment(config, tmp_path).extract("neox")
+    shard.unlink()
+    assert _bytes(context.Experiment(config, tmp_path).extract("neox")[1]) == _bytes(alone)
+
+
+def test_both_packings_are_one_artifact_with_the_same_numbers(
+    alone: Path, experiment_file: Path, tmp_path: Path
+) -> None:
+    config = load(str(experiment_file), overrides=["extraction.compression=none"])
+    plain = context.Experiment(config, tmp_path)
+    packed = context.Experiment(load(str(experiment_file)), alone.parents[2])
+    assert plain.extract("neox")[1].name == alone.name
+    assert plain.run_fingerprint() == packed.run_fingerprint()
+    readers = plain.reader("neox"), packed.reader("neox")
+    for piece in range(len(Pieces(plain.pieces[1]))):
+        one, other = (vars(reader.reading(piece)) for reader in readers)
+        for name in ("tokens", "ends", "ids", "log_p", "tail", "nats"):
+            assert one[name].dtype == other[name].dtype
+            np.testing.assert_array_equal(one[name], other[name])
+    np.testing.assert_array_equal(*(reader.occurring_ids() for reader in readers))
+    assert sum(map(len, _bytes(alone).values())) < sum(map(len, _bytes(plain.extract("neox")[1]).values()))
+
+
+@pytest.fixture(scope="module")
+def spoilt(experiment_file: Path, made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An experiment whose source has no finite logits about two of its pieces, and whose target about one of them."""
+    folder = tmp_path_factory.mktemp("spoilt")
+    shutil.copytree(made / "train", folder / "train")
+    (folder / "train" / "100.txt").write_text("the quick brown § fox", encoding="utf-8")
+    (folder / "train" / "101.txt").write_text("seven wizards £ brew", encoding="utf-8")
+    for name, characters in (("neox", "§£"), ("llama", "£")):
+        tokenizer = AutoTokenizer.from_pretrained(made / name)
+        model = AutoModelForCausalLM.from_pretrained(made / name)
+        with torch.no_grad():
+            for character in characters:
+                model.get_input_embeddings().weight[tokenizer(character)["input_ids"][-1]] = float("nan")
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    raw = yaml.safe_load(experiment_file.read_text(encoding="utf-8"))
+    raw["roles"]["target"]["model"] = str(folder / "llama")
+    raw["roles"]["sources"]["neox"]["model"] = str(folder / "neox")
+    raw["corpus"]["path"] = str(folder / "train")
+    (folder / "spoilt.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    return folder / "spoilt.yaml"
+
+
+def test_too_many_pieces_without_finite_logits_end_the_run(spoilt: Path, tmp_path: Path) -> None:
+    small = context.Experiment(load(str(spoilt)), tmp_path)
+    small.extract("target")  # one piece may always be left out
+    with pytest.raises(UserError, match=r"neox about 2 of \d+ pieces are not finite \(first 100.txt .*max_left_out"):
+        small.extract("neox")
+    strict = context.Experiment(load(str(spoilt), overrides=["extraction.max_left_out=0"]), tmp_path / "strict")
+    with pytest.raises(UserError, match=r"llama about 1 of \d+ pieces .*max_left_out = 0 allows"):
+        strict.extract("target")
+
+
+def test_what_was_left_out_before_an_interruption_counts(
+    spoilt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a piece a shard no process sees two; the threshold holds for all of them."""
+    settings = ["extraction.pieces_per_shard=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(extraction, "_check_left_out", lambda *_: None)
+        patch.setattr(context.Store, "_complete", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            context.Experiment(load(str(spoilt), overrides=settings), tmp_path).extract("neox")
+    with pytest.raises(UserError, match="neox about 2 of"):
+        context.Experiment(load(str(spoilt), overrides=settings), tmp_path).extract("neox")
+    more = load(str(spoilt), overrides=[*settings, "extraction.max_left_out=0.1"])
+    assert context.Experiment(more, tmp_path).extract("neox")[1].exists()
+
+
+def _killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_pieces_without_finite_logits_are_named_counted_and_fused_without(
+    spoilt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load(str(spoilt), overrides=["extraction.max_left_out=0.1"])
+    small = context.Experiment(config, tmp_path)
+    manifest = json.loads((small.extract("neox")[1] / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["info"]["left_out"] == ["100.txt (bytes from 0)", "101.txt (bytes from 0)"]
+    told = " ".join(capsys.readouterr().err.split())
+    assert "neox: its logits about 100.txt (bytes from 0) are not finite; the piece is left out." in told
+    assert "neox: 2 of" in told
+    fusion = FuseLLMParameters().fused(["neox"])
+    needs = fusion.needs("target")
+    lesson, readers = fusion.lesson(loss_resources.material(small, needs)), loss_resources.readers(small, needs)
+    pieces, (tokenizer, vocabulary) = Pieces(small.pieces[1]), small.tokenizer("target")
+    chosen = {}
+    for piece in range(len(pieces)):
+        row = fuse_row(
+            [{name: reader.reading(piece) for name, reader in readers.items()}],
+            [int(pieces.n_bytes[piece])],
+            target="target",
+            sources=lesson.sources,
+            target_vocabulary=vocabulary,
+            switches=lesson.switches,
+        )
+        chosen[pieces.name(piece)[:3]] = {row.names[c] if c >= 0 else int(c) for c in row.chosen}
+        taught = row.targets.p[row.fusion_weight > 0]
+        assert np.isfinite(taught).all()
+    assert chosen["100"] == {"target"}
+    assert chosen["101"] == {-1}
+    for row in Rows(pieces, tokenizer, vocabulary, 200, lesson, readers):
+        assert all(np.isfinite(row[name]).all() for name in ("fused_p", "fused_tail", "fusion_weight"))
+    assert "2 pieces are not counted" in audit(config, tmp_path).sentence

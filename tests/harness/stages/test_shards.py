@@ -1,0 +1,115 @@
+"""Shards: the same numbers packed or not, small, and refused when their bytes have changed."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fusion.errors import UserError
+from fusion.inference.top_k import Externalised
+from harness.stages.shards import Compression, Shard, checked, position_bytes, write_shard
+from tests.shared import shared
+
+LOSSY = np.array([2, 2, 700, -1, -1], np.int32)  # byte ends, the last two unknown
+
+
+def _said(rng: np.random.Generator, m: int, k: int, vocabulary: int) -> Externalised:
+    p = np.sort(rng.dirichlet(np.full(k + 1, 0.3), m).astype(np.float32), axis=1)[:, ::-1]
+    return Externalised(
+        ids=rng.integers(vocabulary, size=(m, k)).astype(np.int32),
+        log_p=np.log(p[:, :k] + np.float32(1e-9)),
+        tail=p[:, k],
+        nats=rng.exponential(3, m).astype(np.float32),
+    )
+
+
+def _written(path: Path, results: list[Externalised], *, wide: bool, compression: Compression) -> Shard:
+    ends = [LOSSY[: max(len(r.nats) - 1, 0)] for r in results]
+    write_shard(path, path.with_suffix(".beside"), results, ends, wide=wide, compression=compression)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    return checked(path)
+
+
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("lengths", [[6, 1, 0, 4], [0, 5], [3, 0], [0, 0]])
+def test_what_is_written_is_read(tmp_path: Path, compression: Compression, wide: bool, lengths: list[int]) -> None:
+    rng = np.random.default_rng(0)
+    results = [_said(rng, m, 5, 2**17 if wide else 2**16) for m in lengths]
+    shard = _written(tmp_path / "shard", results, wide=wide, compression=compression)
+    steps = np.uint16([0, 2, 0, 698, 65535, 65535])
+    for piece, said in enumerate(results):
+        found, m = shard.columns(piece), len(said.nats)
+        expected = {
+            "ids": said.ids.astype(np.uint32 if wide else np.uint16),
+            "log_p": said.log_p.astype(np.float16),
+            "tail": said.tail.astype(np.float16),
+            "nats": said.nats,
+            "steps": steps[:m],
+        }
+        assert found.keys() == expected.keys()
+        for name, column in expected.items():
+            assert found[name].dtype == column.dtype
+            np.testing.assert_array_equal(found[name], column)
+        stored = sum(column.nbytes for column in found.values())
+        assert stored == m * position_bytes(5, 2**17 if wide else 2**16)
+
+
+def _real(name: str, rng: np.random.Generator) -> Externalised:
+    """A real model's top 10 on 1,000 tokens of text; the tail, which the oracle lacks, is drawn."""
+    with gzip.open(shared(f"oracle/alignment/{name}.json.gz")) as file:
+        oracle = json.load(file)
+    ids, logits = np.array(oracle["top_k_ids"], np.int32), np.array(oracle["top_k_logits"])
+    tail = rng.beta(1, 4, len(ids))
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True)) + np.log1p(-tail[:, None])
+    gold = np.append(oracle["source_ids"][1:], -1)[:, None] == ids
+    nats = np.where(gold.any(1), -np.where(gold, log_p, 0).sum(1), 3 - np.log(tail))
+    return Externalised(ids, log_p.astype(np.float32), tail.astype(np.float32), nats.astype(np.float32))
+
+
+@pytest.mark.parametrize(("source", "wide", "plain", "packed"), [("smol", False, 48, 36), ("gemma", True, 68, 50)])
+def test_a_real_position_takes_little(tmp_path: Path, source: str, wide: bool, plain: int, packed: int) -> None:
+    rng = np.random.default_rng(0)
+    oracles = {"smol": "smol_to_gemma", "gemma": "gemma_to_smol"}
+    said = [_real(f"{oracles[source]}_{number}", rng) for number in (0, 10)]
+    pieces = [  # as long as pieces of 2,000 bytes are
+        Externalised(*(column[start : start + 500] for column in (whole.ids, whole.log_p, whole.tail, whole.nats)))
+        for whole in said
+        for start in (0, 500)
+    ]
+    n, sizes = sum(len(piece.nats) for piece in pieces), {}
+    for compression in ("zstd", "none"):
+        path = tmp_path / compression / "shard"
+        path.parent.mkdir()
+        ends = [np.cumsum(rng.integers(1, 8, len(p.nats) - 1)).astype(np.int32) for p in pieces]
+        write_shard(path, path.with_suffix(".beside"), pieces, ends, wide=wide, compression=compression)
+        sizes[compression] = (path.stat().st_size - 1000) / n  # less the file's header, which a whole shard shares
+    assert position_bytes(10, 2**18 if wide else 2**15) == plain
+    assert sizes["none"] <= plain and sizes["zstd"] <= packed
+
+
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+def test_changed_bytes_are_refused_by_name(tmp_path: Path, compression: Compression) -> None:
+    rng = np.random.default_rng(1)
+    path = tmp_path / "shard-000003.safetensors"
+    _written(path, [_said(rng, 6, 5, 300), _said(rng, 3, 5, 300)], wide=False, compression=compression)
+    whole = path.read_bytes()
+    damaged = [whole[:size] for size in (0, 7, 100, len(whole) // 2, len(whole) - 1)]
+    for place in rng.integers(len(whole), size=200):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << rng.integers(8)
+        damaged.append(bytes(flipped))
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"shard-000003\.safetensors does not match its checksum: remove that file"):
+            checked(path)
+
+
+def test_token_ids_that_the_store_would_cut_are_refused(tmp_path: Path) -> None:
+    one = np.ones(1, np.float32)
+    said = Externalised(np.array([[70_000]], np.int32), -one[:, None], 0 * one, 0 * one)
+    with pytest.raises(UserError, match="name token 70000, beyond the vocabulary"):
+        _written(tmp_path / "shard", [said], wide=False, compression="none")
+    assert not list(tmp_path.iterdir())
