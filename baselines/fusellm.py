@@ -13,7 +13,7 @@ from fusion.vocabulary.maps import MAPS
 
 # A preset names switches and nothing else; these are the two that are not fusion's own.
 MAP_PRESETS: Mapping[str, Mapping[str, str]] = {
-    "mended": {"map": "mined", "map_on": "bytes"},
+    "corrected": {"map": "mined", "map_on": "bytes"},
     "published": {"map": "mined", "map_on": "strings"},
 }
 
@@ -21,23 +21,23 @@ MAP_PRESETS: Mapping[str, Mapping[str, str]] = {
 class FuseLLMParameters(Parameters):
     """A preset, and any switch set alone over it (see `fusion.types.Switches` for what each one does)."""
 
-    preset: str = Field("mended", description="mended, or published: what the published code computes")
+    preset: str = Field("corrected", description="corrected, or published: what the published code computes")
     lam: float = Field(0.9, ge=0, le=1, alias="lambda", description="weight of the CLM term (paper: 0.9)")
     sources: list[Role] | None = Field(None, min_length=1, description="the sources that take part; all without")
     k: int | None = Field(None, gt=0, description="use only so many of the entries stored a position; all without")
     map: str | None = Field(None, description="vocabulary map: mined, em or first_piece")
     map_on: Literal["bytes", "strings"] | None = Field(None, description="what the map compares")
     alignment: str | None = None
-    unpaired: str | None = None
-    empty: str | None = None
+    unaligned: str | None = None
+    unmapped: str | None = None
     duplicates: str | None = None
     tail: str | None = None
     fusion: str | None = None
-    level: str | None = None
-    choice: str | None = None
+    select_over: str | None = None
+    select_by: str | None = None
     weights: str | None = None
     weight_temperature: float | None = None
-    positions: str | None = None
+    loss_positions: str | None = None
     include_target: bool | None = None
 
     @model_validator(mode="after")

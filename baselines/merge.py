@@ -321,11 +321,11 @@ def check_mergeable(folders: Mapping[str, Path], label: str, *, sliced: bool = F
     from transformers import AutoConfig
 
     (first, *others) = folders or [""]
-    left_out = _NOT_COMPARED | (_PER_LAYER if sliced else set())
+    skipped = _NOT_COMPARED | (_PER_LAYER if sliced else set())
 
     def configured(name: str) -> dict[str, Any]:
         found = AutoConfig.from_pretrained(folders[name], local_files_only=True).get_text_config().to_dict()
-        return {key: value for key, value in found.items() if key not in left_out}
+        return {key: value for key, value in found.items() if key not in skipped}
 
     for name in others:
         one, other = configured(first), configured(name)

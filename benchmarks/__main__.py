@@ -12,8 +12,8 @@ from benchmarks.page import Result, page
 from fusion.errors import UserError
 from harness.config.loading import load
 from harness.experiment.context import TARGET, Experiment
-from harness.runtime.memory import keep_freed
-from harness.runtime.progress import say
+from harness.runtime.memory import retain_heap
+from harness.runtime.progress import notify
 
 WITHOUT_MODELS = {
     "maps": tokens.maps,
@@ -37,14 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--experiment", default="main", help="whose models train and extract (default: main, small)")
     parser.add_argument("--output", type=Path, help="file for the page (default: standard output)")
     options = parser.parse_args(arguments)
-    keep_freed()  # as a run on a CPU does
+    retain_heap()  # as a run on a CPU does
     try:
         facts = machine.facts()
-        results, left_out = measure(options)
+        results, skipped = measure(options)
     except UserError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
-    text = page(results, left_out, facts, quick=options.quick)
+    text = page(results, skipped, facts, quick=options.quick)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(text, encoding="utf-8")
@@ -59,7 +59,7 @@ def measure(options: argparse.Namespace) -> tuple[list[Result], list[str]]:
     results: list[Result] = []
     for name, bench in WITHOUT_MODELS.items():
         if name in options.only:
-            say(f"benchmark: {name}")
+            notify(f"benchmark: {name}")
             results += bench(material, quick=options.quick)
     chosen = [name for name in WITH_MODELS if name in options.only]
     if not chosen:
@@ -76,7 +76,7 @@ def measure(options: argparse.Namespace) -> tuple[list[Result], list[str]]:
             return results, [f"{' and '.join(chosen)}: {error}"]
         prepared = models.prepare(experiment)
         for name in chosen:
-            say(f"benchmark: {name}")
+            notify(f"benchmark: {name}")
             results += WITH_MODELS[name](prepared, quick=options.quick)
     return results, []
 

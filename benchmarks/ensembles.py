@@ -19,7 +19,7 @@ from fusion.errors import UserError
 from fusion.inference.token_healing import MOST
 from harness.data.corpus import CorpusConfig, Document, documents
 from harness.models.checkpoints import ModelSpec, load_model, load_tokenizer, resolve
-from harness.runtime.progress import say
+from harness.runtime.progress import notify
 
 if TYPE_CHECKING:
     from fusion.inference.ensembles import Translator
@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             asked[name] = JointReader([(pivot.reader, 0.5)], [(translator, 0.5)]), pivot
         found, seconds = {}, {}
         for name, (reader, model) in asked.items():
-            say(name)
+            notify(name)
             started = time.perf_counter()
             found[name] = nats(reader, model, given)
             seconds[name] = time.perf_counter() - started

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fusion.errors import UserError
-from harness.evaluation.lm_eval.suites import Bbh, BbhSection, Commonsense, LmSection, LmSuite
+from harness.evaluation.lm_eval.suites import Bbh, BbhConfig, Commonsense, LmEvalConfig, LmSuite
 from harness.evaluation.lm_eval.tasks import _include
-from harness.evaluation.suite import Subject
+from harness.evaluation.suite import EvaluatedModel
 from harness.models.checkpoints import ModelSpec, ResolvedModel, count_parameters, resolve
 from harness.store.artifacts import Store
 from harness.store.costs import Costs
@@ -36,7 +36,7 @@ def theirs(suite: LmSuite, model: Path, limit: int) -> dict[str, dict[str, float
 
 def ours(suite: LmSuite, model: ResolvedModel, root: Path) -> dict[tuple[str, str], float]:
     """The mean of every task's metrics, in the first of lm-eval's ways to clean an answer."""
-    subject = Subject(
+    evaluated = EvaluatedModel(
         label=model.name,
         fingerprint=model.fingerprint,
         spec=ModelSpec(name=str(model.folder), dtype="float32"),
@@ -47,7 +47,7 @@ def ours(suite: LmSuite, model: ResolvedModel, root: Path) -> dict[tuple[str, st
         models_dir=root / "models",
     )
     scores: dict[tuple[str, str], list[float]] = {}
-    for one in suite.measure(subject, Store(root / "artifacts"), Costs("cpu")).examples():
+    for one in suite.measure(evaluated, Store(root / "artifacts"), Costs("cpu")).examples():
         scores.setdefault((one.task, one.metric), []).append(one.numerator / one.denominator)
     return {of: sum(values) / len(values) for of, values in scores.items()}
 
@@ -65,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         model = resolve(ModelSpec(name=options.model), options.root / "models")
         suites = {
-            options.limit: Commonsense(LmSection(limit=options.limit), options.data_root),
-            few: Bbh(BbhSection(limit=few, tasks=BBH_TASKS, max_new_tokens=options.max_new_tokens), options.data_root),
+            options.limit: Commonsense(LmEvalConfig(limit=options.limit), options.data_root),
+            few: Bbh(BbhConfig(limit=few, tasks=BBH_TASKS, max_new_tokens=options.max_new_tokens), options.data_root),
         }
     except UserError as error:
         print(f"benchmarks: {error}", file=sys.stderr)

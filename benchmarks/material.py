@@ -11,20 +11,20 @@ from typing import Any
 import numpy as np
 
 from fusion.errors import UserError
-from fusion.types import Reading
+from fusion.types import Predictions
 from fusion.vocabulary.token_bytes import Vocabulary, byte_ends
 
 TARGET, SOURCE = "smol", "gemma"
-PIECE = 512  # positions of a piece, about
+PASSAGE = 512  # positions of a passage, about
 _CONTROL_TOKENS = 6  # of gemma, whose other added tokens are text
 _TEXTS = (0, 10)
 
 
 @dataclass(frozen=True)
-class RealPiece:
-    """A piece of about 512 positions, read by two models, and its bytes of text."""
+class RealPassage:
+    """A passage of about 512 positions, read by two models, and its bytes of text."""
 
-    readings: dict[str, Reading]
+    readings: dict[str, Predictions]
     n_bytes: int
 
 
@@ -51,7 +51,7 @@ class Material:
         return found
 
     @cached_property
-    def texts(self) -> list[dict[str, Reading]]:
+    def texts(self) -> list[dict[str, Predictions]]:
         """Two texts of 1,024 target tokens, prose and Python, as both models read them; no prefix token."""
         found = []
         for number in _TEXTS:
@@ -63,18 +63,18 @@ class Material:
         return found
 
     @cached_property
-    def pieces(self) -> list[RealPiece]:
-        """The texts cut into pieces of about 512 positions, each with a prefix token."""
-        return [piece for text in self.texts for piece in _cut(text)]
+    def passages(self) -> list[RealPassage]:
+        """The texts cut into passages of about 512 positions, each with a prefix token."""
+        return [passage for text in self.texts for passage in _cut(text)]
 
-    def row(self, positions: int) -> list[RealPiece]:
-        """Pieces of at most so many positions of the target together, the same ones again and again."""
-        row: list[RealPiece] = []
-        for piece in cycle(self.pieces):
-            positions -= len(piece.readings[TARGET].tokens)
+    def row(self, positions: int) -> list[RealPassage]:
+        """Passages of at most so many positions of the target together, the same ones again and again."""
+        row: list[RealPassage] = []
+        for passage in cycle(self.passages):
+            positions -= len(passage.readings[TARGET].tokens)
             if positions < 0:
                 break
-            row.append(piece)
+            row.append(passage)
         return row
 
     def tokens(self, name: str, count: int) -> np.ndarray:
@@ -82,7 +82,7 @@ class Material:
         return np.resize(np.concatenate([text[name].tokens for text in self.texts]), count)
 
 
-def _reading(oracle: dict[str, Any], vocabulary: Vocabulary) -> Reading:
+def _reading(oracle: dict[str, Any], vocabulary: Vocabulary) -> Predictions:
     tokens = np.array(oracle["source_ids"], np.int32)
     ids, logits = np.array(oracle["top_k_ids"], np.int32), np.array(oracle["top_k_logits"])
     # Their normaliser is not recorded. Random numbers in its place are at least not easier to compress.
@@ -93,14 +93,16 @@ def _reading(oracle: dict[str, Any], vocabulary: Vocabulary) -> Reading:
     nats = -np.log(np.where(in_top > 0, in_top, tail * random.uniform(0.001, 0.5, len(tokens))))
     text = b"".join(vocabulary.token_bytes[i] or b"" for i in tokens.tolist())
     ends = byte_ends(tokens, vocabulary, text)
-    return Reading(tokens, ends, ids, np.log(p).astype(np.float32), tail.astype(np.float32), nats.astype(np.float32))
+    return Predictions(
+        tokens, ends, ids, np.log(p).astype(np.float32), tail.astype(np.float32), nats.astype(np.float32)
+    )
 
 
-def _cut(text: dict[str, Reading]) -> list[RealPiece]:
+def _cut(text: dict[str, Predictions]) -> list[RealPassage]:
     common = np.intersect1d(text[TARGET].ends, text[SOURCE].ends)
-    middle = int(text[TARGET].ends[PIECE])
+    middle = int(text[TARGET].ends[PASSAGE])
     cuts = [0, int(common[np.abs(common - middle).argmin()]), int(common[-1])]
-    pieces = []
+    passages = []
     for start, stop in pairwise(cuts):
         readings = {}
         for name, whole in text.items():
@@ -112,7 +114,7 @@ def _cut(text: dict[str, Reading]) -> list[RealPiece]:
             tokens = np.append(0, whole.tokens[first:last])
             nats = whole.nats[at].copy()
             nats[-1] = 0
-            readings[name] = Reading(
+            readings[name] = Predictions(
                 tokens.astype(np.int32),
                 ends.astype(np.int32),
                 whole.ids[at],
@@ -120,5 +122,5 @@ def _cut(text: dict[str, Reading]) -> list[RealPiece]:
                 whole.tail[at],
                 nats,
             )
-        pieces.append(RealPiece(readings, stop - start))
-    return pieces
+        passages.append(RealPassage(readings, stop - start))
+    return passages

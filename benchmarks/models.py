@@ -20,13 +20,13 @@ from fusion.inference.top_k import batches_by_length, externalise, reader
 from fusion.losses.objective import Head, mixed_loss
 from fusion.losses.specs import FusedLesson
 from fusion.modeling.heads import fused_forward
-from fusion.modeling.packing import Packing, attending_by_piece, check_packing, own_forward, packed_inputs
+from fusion.modeling.packing import Packing, attending_by_passage, check_packing, own_forward, packed_inputs
 from fusion.vocabulary.token_bytes import encode, prefix_id
-from harness.data.corpus import Pieces
-from harness.data.sequences import IGNORED, Rows, collate
+from harness.data.corpus import Passages
+from harness.data.sequences import IGNORED, PackedSequences, collate
 from harness.experiment.context import TARGET, Experiment
 from harness.models.checkpoints import ResolvedModel, compute_dtype, load_model
-from harness.runtime.memory import keep_freed
+from harness.runtime.memory import retain_heap
 from harness.stages import loss_resources
 from harness.stages.extraction import Extraction
 from harness.store.artifacts import PeakMemory
@@ -135,10 +135,10 @@ class Prepared:
     """An experiment with everything made that its training needs."""
 
     experiment: Experiment
-    pieces: Pieces
+    passages: Passages
     lesson: FusedLesson
     extractions: dict[str, Extraction]
-    rows: Rows
+    rows: PackedSequences
 
 
 def prepare(experiment: Experiment) -> Prepared:
@@ -149,10 +149,12 @@ def prepare(experiment: Experiment) -> Prepared:
         fusion.lesson(loss_resources.material(experiment, needs)),
         loss_resources.readers(experiment, needs),
     )
-    pieces = Pieces(experiment.pieces[1])
+    passages = Passages(experiment.passages[1])
     tokenizer, vocabulary = experiment.tokenizer(TARGET)
-    rows = Rows(pieces, tokenizer, vocabulary, experiment.config.training.row_length, lesson, extractions)
-    return Prepared(experiment, pieces, lesson, extractions, rows)
+    rows = PackedSequences(
+        passages, tokenizer, vocabulary, experiment.config.training.sequence_length, lesson, extractions
+    )
+    return Prepared(experiment, passages, lesson, extractions, rows)
 
 
 class _Stepper:
@@ -167,7 +169,7 @@ class _Stepper:
     def step(self, kind: str, batch: dict[str, Tensor]) -> float:
         """Seconds of one step on a batch of `collate`: "clm", "fusellm", or "plain" (FuseLLM with dense targets)."""
         started = time.perf_counter()
-        with attending_by_piece(self.model, self.packing):
+        with attending_by_passage(self.model, self.packing):
             with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bfloat16"):
                 loss = self._plain(batch) if kind == "plain" else self._loss(batch, fusion=kind == "fusellm")
             (loss / batch["labels"].ne(IGNORED).sum()).backward()
@@ -179,8 +181,8 @@ class _Stepper:
     def gradient(self, batch: dict[str, Tensor], *, masked: bool) -> float:
         """Seconds of CLM's gradient on a batch: as it is, or `masked`, as it was before it was made faster.
 
-        Before, a row was read at a time, a mask hid the other pieces of it, the logits of 256 positions were worked on
-        at once, wherever they lay, and the C library gave freed memory back at once (see `_gradient`).
+        Before, a row was read at a time, a mask hid the other passages of it, the logits of 256 positions were worked
+        on at once, wherever they lay, and the C library gave freed memory back at once (see `_gradient`).
         """
         if not masked:
             return self._gradient(batch, self.packing)
@@ -190,7 +192,7 @@ class _Stepper:
 
     def _gradient(self, batch: dict[str, Tensor], packing: Packing, **options: Any) -> float:
         started = time.perf_counter()
-        with attending_by_piece(self.model, packing):
+        with attending_by_passage(self.model, packing):
             with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bfloat16"):
                 loss = self._loss(batch, packing=packing, **options)
             loss.backward()
@@ -224,7 +226,7 @@ def training(prepared: Prepared, *, quick: bool) -> list[Result]:
     """A FuseLLM step beside a CLM step on the same rows, and the data loader beside the step."""
     experiment, rows = prepared.experiment, prepared.rows
     target = experiment.model(TARGET)
-    batch = collate([rows[i] for i in range(min(experiment.config.training.micro_rows, len(rows)))])
+    batch = collate([rows[i] for i in range(min(experiment.config.training.micro_batch_size, len(rows)))])
     stepper = _Stepper(target)
     taken: dict[str, list[float]] = {kind: [] for kind in _KINDS}
     for turn in range(2 if quick else 4):  # in turns, so that what else the machine does falls on all
@@ -246,8 +248,8 @@ def training(prepared: Prepared, *, quick: bool) -> list[Result]:
             100 * now / before,
             75.0,
             limit=100 * 6 * parameters * tokens / machine.matmul(dtype) / before,
-            note=f"training, here CLM; {now:.2f} s against {before:.2f} s before: pieces attend by themselves, in "
-            "whole products where they are short, where a mask hid the other pieces; logits are worked on in the "
+            note=f"training, here CLM; {now:.2f} s against {before:.2f} s before: passages attend by themselves, in "
+            "whole products where they are short, where a mask hid the other passages; logits are worked on in the "
             f"cache; freed memory is kept; {len(batch['labels'])} rows are read at once, where it was one. "
             "Limit: the matrix products alone.",
         ),
@@ -279,7 +281,7 @@ def training(prepared: Prepared, *, quick: bool) -> list[Result]:
 
 def _gradient(masked: bool, model: ResolvedModel, batch: dict[str, np.ndarray], repeat: int) -> float:
     if not masked:
-        keep_freed()
+        retain_heap()
     stepper = _Stepper(model)
     tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
     stepper.gradient(tensors, masked=masked)
@@ -296,12 +298,12 @@ def _step_peak(kind: str, model: ResolvedModel, batch: dict[str, np.ndarray]) ->
 
 
 def _loader(prepared: Prepared, step_seconds: float) -> Result:
-    """Reading, encoding, aligning, fusing and collating a row beside the step on it."""
+    """Predictions, encoding, aligning, fusing and collating a row beside the step on it."""
     rows, lesson, extractions = prepared.rows, prepared.lesson, prepared.extractions
     each = [machine.seconds(partial(_load, rows, i), repeat=5) for i in range(min(len(rows), 8))]
     taken = statistics.median(each)
     members = rows.rows[0]
-    readings = [{name: e.reading(p) for name, e in extractions.items()} for p in members]
+    readings = [{name: e.predictions(p) for name, e in extractions.items()} for p in members]
     pairs = {
         s.name: [plain.same_end(r[s.name].ends.tolist(), r[lesson.target].ends.tolist()) for r in readings]
         for s in lesson.sources
@@ -309,24 +311,24 @@ def _loader(prepared: Prepared, step_seconds: float) -> Result:
     images = {source.name: source.map for source in lesson.sources}
     size = len(extractions[lesson.target].vocabulary)
     plainly = machine.seconds(lambda: plain.fuse(readings, pairs, images, lesson.target, size), repeat=1, warm=False)
-    texts = [prepared.pieces.text(p) for p in members]
+    texts = [prepared.passages.text(p) for p in members]
     tokenizers = [prepared.experiment.tokenizer(name)[0] for name in extractions]
     encoding = machine.seconds(lambda: [encode(t, text) for t in tokenizers for text in texts], repeat=5)
     return Result(
-        f"the data loader, a row of {rows.row_length:,} positions",
+        f"the data loader, a row of {rows.sequence_length:,} positions",
         "% of the step on it",
         100 * taken / step_seconds,
         100.0,
         plain=100 * plainly / step_seconds,
         limit=100 * encoding / step_seconds,
         note=f"{1e3 * taken:.0f} ms a row: below 100 % one worker is always ahead of the trainer, until a device takes "
-        f"{rows.row_length / taken:,.0f} positions a second; without a worker its share is added to the step. Plainly: "
-        "carrying over and the dense collator, without reading. Limit: encoding the row's text once with each model's "
-        "tokenizer.",
+        f"{rows.sequence_length / taken:,.0f} positions a second; without a worker its share is added to the step. "
+        "Plainly: carrying over and the dense collator, without reading. Limit: encoding the row's text once with each "
+        "model's tokenizer.",
     )
 
 
-def _load(rows: Rows, index: int) -> dict[str, Tensor]:
+def _load(rows: PackedSequences, index: int) -> dict[str, Tensor]:
     return collate([rows[index]])
 
 
@@ -342,8 +344,8 @@ def _extraction(prepared: Prepared, name: str, quick: bool) -> Result:
     model = load_model(experiment.model(name), compute_dtype(role.dtype, "cpu"))
     backbone, project = reader(model)
     prefix, k = prefix_id(tokenizer), experiment.config.extraction.k
-    count = min(len(prepared.pieces), 3 if quick else 6)
-    sequences = [[prefix, *encode(tokenizer, prepared.pieces.text(p))] for p in range(count)]
+    count = min(len(prepared.passages), 3 if quick else 6)
+    sequences = [[prefix, *encode(tokenizer, prepared.passages.text(p))] for p in range(count)]
     batches = [
         [sequences[i] for i in batch] for batch in batches_by_length(list(map(len, sequences)), role.batch_tokens)
     ]

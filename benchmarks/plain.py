@@ -13,7 +13,7 @@ from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusion.types import Reading
+from fusion.types import Predictions
 from fusion.vocabulary.token_bytes import Vocabulary
 
 Entries = list[tuple[list[int], list[float]]]  # for each position its ids and scores
@@ -69,9 +69,13 @@ def warping_path(source: Sequence[str], target: Sequence[str]) -> list[list[int]
 
 
 def partners(
-    source: Reading, target: Reading, source_vocabulary: Vocabulary, target_vocabulary: Vocabulary, image: np.ndarray
+    source: Predictions,
+    target: Predictions,
+    source_vocabulary: Vocabulary,
+    target_vocabulary: Vocabulary,
+    image: np.ndarray,
 ) -> list[int]:
-    """The source position for each target position of a piece, -1 for none; prefix tokens pair with each other."""
+    """The source position for each target position of a passage, -1 for none; prefix tokens pair with each other."""
     space, other = source_vocabulary.space, target_vocabulary.space
     strings = [source_vocabulary.tokens[i] for i in source.tokens[1:].tolist()]
     targets = [target_vocabulary.tokens[i] for i in target.tokens[1:].tolist()]
@@ -84,7 +88,7 @@ def partners(
     return result
 
 
-def carry(source: Reading, target: Reading, partner: Sequence[int], image: np.ndarray) -> Entries:
+def carry(source: Predictions, target: Predictions, partner: Sequence[int], image: np.ndarray) -> Entries:
     """The partner's entries through the map, the first of duplicates; a one-hot on the current token without one."""
     mapped = {i: int(m) for i, m in enumerate(image.tolist()) if m >= 0}
     entries: Entries = []
@@ -112,33 +116,33 @@ def dense(entries: Entries, own: Entries, vocabulary: int) -> Tensor:
 
 
 def fuse(
-    readings: Sequence[Mapping[str, Reading]],
+    readings: Sequence[Mapping[str, Predictions]],
     aligned: Mapping[str, Sequence[Sequence[int]]],
     images: Mapping[str, np.ndarray],
     target: str,
     vocabulary: int,
 ) -> Tensor:
-    """float32[T, V] of a row of pieces: carry over, make dense, and take the source that is best over the row (MinCE).
+    """float32[T, V] of a row of passages: carry over, make dense, and take the source best over the row (MinCE).
 
-    `aligned[source]` holds `partners` of each piece; the target itself stands first.
+    `aligned[source]` holds `partners` of each passage; the target itself stands first.
     """
     own: Entries = [
         (ids.tolist(), scores.tolist())
-        for piece in readings
-        for ids, scores in zip(piece[target].ids, piece[target].log_p, strict=True)
+        for passage in readings
+        for ids, scores in zip(passage[target].ids, passage[target].log_p, strict=True)
     ]
-    members, rewards = [dense(own, own, vocabulary)], [_reward([piece[target] for piece in readings])]
+    members, rewards = [dense(own, own, vocabulary)], [_reward([passage[target] for passage in readings])]
     for name, pairs in aligned.items():
         entries: Entries = []
-        for piece, partner in zip(readings, pairs, strict=True):
-            entries += carry(piece[name], piece[target], partner, images[name])
+        for passage, partner in zip(readings, pairs, strict=True):
+            entries += carry(passage[name], passage[target], partner, images[name])
         members.append(dense(entries, own, vocabulary))
-        rewards.append(_reward([piece[name] for piece in readings]))
+        rewards.append(_reward([passage[name] for passage in readings]))
     stacked = torch.stack(members)
     return stacked[int(torch.stack(rewards).argmax())]
 
 
-def _reward(readings: Sequence[Reading]) -> Tensor:
+def _reward(readings: Sequence[Predictions]) -> Tensor:
     nats = sum(float(r.nats.sum()) for r in readings)
     return torch.exp(-torch.tensor(nats / sum(len(r.nats) - 1 for r in readings), dtype=torch.bfloat16))
 

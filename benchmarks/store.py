@@ -13,7 +13,7 @@ from benchmarks import machine
 from benchmarks.material import SOURCE, TARGET, Material
 from benchmarks.page import Result
 from fusion.inference.top_k import Externalised
-from fusion.types import Reading
+from fusion.types import Predictions
 from harness.stages.shards import Compression, Shard, write_shard
 
 _CASES: tuple[tuple[str, str, Compression, float], ...] = (
@@ -26,25 +26,25 @@ _CASES: tuple[tuple[str, str, Compression, float], ...] = (
 
 def store(material: Material, *, quick: bool) -> list[Result]:
     """A shard of real top tens, of a small and of a large vocabulary, plain and compressed."""
-    pieces = list(islice(cycle(material.pieces), 4 if quick else 256))
+    passages = list(islice(cycle(material.passages), 4 if quick else 256))
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for vocabulary, name, compression, goal in _CASES:
             what = f"a shard, {vocabulary}, {'plain' if compression == 'none' else 'compressed'}"
-            readings = [piece.readings[name] for piece in pieces]
+            readings = [passage.readings[name] for passage in passages]
             results += _measure(what, Path(folder), readings, compression, goal, wide=name == SOURCE)
     return results
 
 
 def _measure(
-    what: str, folder: Path, readings: Sequence[Reading], compression: Compression, goal: float, *, wide: bool
+    what: str, folder: Path, readings: Sequence[Predictions], compression: Compression, goal: float, *, wide: bool
 ) -> list[Result]:
     path, published = folder / "shard.safetensors", folder / "published.arrow"
     written = [Externalised(r.ids, r.log_p, r.tail, r.nats) for r in readings]
     ends = [r.ends[1:] for r in readings]
     write_shard(path, folder / "beside", written, ends, wide=wide, compression=compression)
-    for columns, reading in zip(_read(path, len(readings)), readings, strict=True):
-        if not (columns["ids"] == reading.ids).all() or not (columns["nats"] == reading.nats).all():
+    for columns, predictions in zip(_read(path, len(readings)), readings, strict=True):
+        if not (columns["ids"] == predictions.ids).all() or not (columns["nats"] == predictions.nats).all():
             raise AssertionError("what is read from a shard is not what was written to it")
     _write_published(published, readings)
     positions = sum(len(r.tokens) for r in readings)
@@ -59,9 +59,9 @@ def _measure(
             round(size, 1),
             goal,
             plain=published.stat().st_size / positions,
-            note=f"{positions:,} positions of {len(readings)} pieces, k = 10, header and offsets included, to a tenth "
-            "of a byte: real top tens of four pieces again and again (each is compressed by itself), with random "
-            "tails, which were not recorded. Plainly: an Arrow file of lists, 64-bit ids and 32-bit logits.",
+            note=f"{positions:,} positions of {len(readings)} passages, k = 10, header and offsets included, to a "
+            "tenth of a byte: real top tens of four passages again and again (each is compressed by itself), with "
+            "random tails, which were not recorded. Plainly: an Arrow file of lists, 64-bit ids and 32-bit logits.",
         ),
         Result(
             f"{what}: reading",
@@ -71,24 +71,24 @@ def _measure(
             "more",
             plain=positions / plainly / 1e6,
             limit=machine.bandwidth() / (size + in_memory) / 1e6,
-            note="piece by piece, from files in the page cache. Plainly: the Arrow file's rows as Python lists, as the "
-            "published collator takes them. Limit: copying the bytes of the file to those of the arrays.",
+            note="passage by passage, from files in the page cache. Plainly: the Arrow file's rows as Python lists, as "
+            "the published collator takes them. Limit: copying the bytes of the file to those of the arrays.",
         ),
     ]
 
 
-def _read(path: Path, pieces: int) -> list[dict[str, np.ndarray]]:
+def _read(path: Path, passages: int) -> list[dict[str, np.ndarray]]:
     shard = Shard(path)
-    return [shard.columns(piece) for piece in range(pieces)]
+    return [shard.columns(passage) for passage in range(passages)]
 
 
-def _write_published(path: Path, readings: Sequence[Reading]) -> None:
+def _write_published(path: Path, readings: Sequence[Predictions]) -> None:
     schema = pa.schema(
         [("per_step_indices", pa.list_(pa.list_(pa.int64()))), ("per_step_logits", pa.list_(pa.list_(pa.float32())))]
     )
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as file:
-        for reading in readings:
-            row = {"per_step_indices": reading.ids.tolist(), "per_step_logits": reading.log_p.tolist()}
+        for predictions in readings:
+            row = {"per_step_indices": predictions.ids.tolist(), "per_step_logits": predictions.log_p.tolist()}
             file.write_batch(pa.RecordBatch.from_pylist([row], schema=schema))
 
 

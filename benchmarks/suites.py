@@ -14,7 +14,7 @@ from typing import Any
 
 from fusion.errors import UserError
 from harness.models.checkpoints import ModelSpec, load_model, load_tokenizer, resolve
-from harness.runtime.progress import say
+from harness.runtime.progress import notify
 
 GOALS = {"bbh": 3.0, "hellaswag": 2.0, "multipl_e": 3.0}
 
@@ -46,12 +46,12 @@ def cases(
     """BBH (all tasks without `bbh_tasks`), every commonsense task and MultiPL-E, `limit` rows a task or language."""
     from lm_eval.api.instance import Instance
 
-    from harness.evaluation.lm_eval.suites import Bbh, BbhSection, Commonsense, LmSection
-    from harness.evaluation.multipl_e.code_suite import MultiplE, MultiplESection
+    from harness.evaluation.lm_eval.suites import Bbh, BbhConfig, Commonsense, LmEvalConfig
+    from harness.evaluation.multipl_e.code_suite import MultiplE, MultiplEConfig
 
     found = []
-    bbh = Bbh(BbhSection(limit=limit, max_new_tokens=new_tokens, tasks=bbh_tasks), data_root)
-    commonsense = Commonsense(LmSection(limit=limit), data_root)
+    bbh = Bbh(BbhConfig(limit=limit, max_new_tokens=new_tokens, tasks=bbh_tasks), data_root)
+    commonsense = Commonsense(LmEvalConfig(limit=limit), data_root)
     for suite in (bbh, commonsense):
         prepared, missing = suite._prepared
         if missing:
@@ -65,7 +65,7 @@ def cases(
     found = [case for case in found if case not in tasks]
     found.insert(0, Case("bbh", "generate_until", asked, "examples", sum(case.examples for case in tasks)))
     multipl_e = MultiplE(
-        MultiplESection(limit=limit, tasks=list(languages), max_new_tokens=new_tokens or 256), data_root
+        MultiplEConfig(limit=limit, tasks=list(languages), max_new_tokens=new_tokens or 256), data_root
     )
     requests = []
     for language in languages:
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in chosen:
         if options.only and case.name not in options.only:
             continue
-        say(f"{case.name}: {case.examples} {case.unit}")
+        notify(f"{case.name}: {case.examples} {case.unit}")
         ours = measure(SharedPrefixLM(model, tokenizer, label=options.model), case, "shared prefixes")
         theirs = [
             measure(HFLM(model, tokenizer=tokenizer, backend="causal", batch_size=size), case, f"HFLM, batch {size}")

@@ -9,7 +9,7 @@ import numpy as np
 from benchmarks import machine, plain
 from benchmarks.material import SOURCE, TARGET, Material
 from benchmarks.page import Result
-from fusion.alignment.fuse import Source, fuse_row
+from fusion.alignment.fuse import Source, fuse_sequence
 from fusion.alignment.pairing import align, same_end
 from fusion.types import PRESETS, Switches
 from fusion.vocabulary.edit_distance import Targets, code_points, to_alphabet
@@ -148,30 +148,32 @@ def alignments(material: Material, *, quick: bool) -> list[Result]:
 
 
 def fusing(material: Material, *, quick: bool) -> list[Result]:
-    """Carrying over and fusing a row of pieces: everything that `fuse_row` does."""
+    """Carrying over and fusing a row of passages: everything that `fuse_sequence` does."""
     source, target = material.vocabularies[SOURCE], material.vocabularies[TARGET]
-    pieces = material.row(520 if quick else 2060)
+    passages = material.row(520 if quick else 2060)
     occurring = np.unique(np.concatenate([np.append(t[SOURCE].ids, t[SOURCE].tokens) for t in material.texts]))
     image = build_map("mined", source, target, on="strings", only=np.append(occurring, 0))
-    readings = [{TARGET: p.readings[TARGET], **dict.fromkeys(_TWO, p.readings[SOURCE])} for p in pieces]
+    readings = [{TARGET: p.readings[TARGET], **dict.fromkeys(_TWO, p.readings[SOURCE])} for p in passages]
     sources = [Source(name, source, image) for name in _TWO]
-    n_bytes = [piece.n_bytes for piece in pieces]
-    positions = sum(len(piece[TARGET].tokens) for piece in readings)
+    n_bytes = [passage.n_bytes for passage in passages]
+    positions = sum(len(passage[TARGET].tokens) for passage in readings)
     members = 1 + len(sources)
 
     def fuse(switches: Switches) -> np.ndarray:
-        row = fuse_row(readings, n_bytes, target=TARGET, sources=sources, target_vocabulary=target, switches=switches)
+        row = fuse_sequence(
+            readings, n_bytes, target=TARGET, sources=sources, target_vocabulary=target, switches=switches
+        )
         dense = np.zeros((positions, len(target) + 1), np.float32)
         np.put_along_axis(dense, row.targets.ids.astype(np.int64), row.targets.p, axis=1)  # pads go to the last column
         return dense[:, :-1]
 
     taken = machine.seconds(
-        lambda: fuse_row(
+        lambda: fuse_sequence(
             readings, n_bytes, target=TARGET, sources=sources, target_vocabulary=target, switches=Switches()
         ),
         repeat=31,
     )
-    pairs = [plain.partners(p.readings[SOURCE], p.readings[TARGET], source, target, image) for p in pieces]
+    pairs = [plain.partners(p.readings[SOURCE], p.readings[TARGET], source, target, image) for p in passages]
     aligned, images = dict.fromkeys(_TWO, pairs), dict.fromkeys(_TWO, image)
     fused = []
     plainly = machine.seconds(
@@ -183,14 +185,14 @@ def fusing(material: Material, *, quick: bool) -> list[Result]:
     k = readings[0][TARGET].ids.shape[1]
     return [
         Result(
-            f"carrying over and fusing, a row of {positions:,} positions in {len(pieces)} pieces, {members} models",
+            f"carrying over and fusing, a row of {positions:,} positions in {len(passages)} passages, {members} models",
             "million positions/s a source",
             positions * members / taken / 1e6,
             1.0,
             "more",
             plain=positions * members / plainly / 1e6,
             limit=machine.bandwidth() / (k * (4 + 4) * 2) / 1e6,
-            note="the target and one other model's reading given twice, as two sources; preset `mended`, same-end "
+            note="the target and one other model's reading given twice, as two sources; preset `corrected`, same-end "
             f"alignment included, {1e3 * taken:.1f} ms a row. Plainly: loops over "
             f"positions, dense distributions over {len(target):,} ids and a choice among them ({plainly:.1f} s a row), "
             "without the alignment; the preset `published` gives the same distributions to 1e-6. Limit: copying the "

@@ -45,8 +45,8 @@ def grid(table: Table) -> Grid:
         header.append(f"{column.label} (n={column.n})" if column.n is not None else column.label)
         if table.published and table.published[j]:
             header.append(table.published[j])
-    compared = [j for j, one in enumerate(table.columns) if one.compared and table.baseline and table.differences]
-    header += [f"{table.columns[j].label} − {table.baseline}" for j in compared]
+    compared = [j for j, one in enumerate(table.columns) if one.compared and table.reference and table.differences]
+    header += [f"{table.columns[j].label} − {table.reference}" for j in compared]
     rows = []
     for i, label in enumerate(table.rows):
         entries = [Entry(_row_label(table, i, label))]
@@ -93,8 +93,8 @@ def _published(table: Table, cell: Cell, best: bool) -> Entry:
 
 
 def _difference(table: Table, label: str, cell: Cell, footnotes: list[str]) -> Entry:
-    if label == table.baseline:
-        return Entry("baseline")
+    if label == table.reference:
+        return Entry("reference")
     form = f"+.{table.digits}f"
     value = MISSING if cell.difference is None else f"{cell.difference:{form}}"
     about = (*_sign(cell), *_marked(cell.difference_note, footnotes))

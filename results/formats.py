@@ -92,7 +92,7 @@ def _as_markdown(table: Table) -> str:
 def _as_csv(table: Table) -> str:
     best = table.best()
     head = [table.corner, "column", "value", "low", "high", "n", "seeds", "spread", "best", "note"]
-    head += ["baseline", "difference", "difference_low", "difference_high", "difference_seeds", "difference_note"]
+    head += ["reference", "difference", "difference_low", "difference_high", "difference_seeds", "difference_note"]
     head += ["p", "p_corrected", "verdict", "change", "published", "published_change", "evaluations"]
     lines: list[list[object]] = [list(head)]
     for i, row in enumerate(table.rows):
@@ -101,7 +101,7 @@ def _as_csv(table: Table) -> str:
             seeds, others = (" ".join(map(str, one)) for one in (cell.seeds, cell.difference_seeds))
             line: list[object] = [row, column.label, cell.value, *(cell.interval or (None, None)), cell.n, seeds]
             line += [cell.spread, int((i, j) in best), cell.note]
-            line += [table.baseline, cell.difference, *(cell.difference_interval or (None, None)), others]
+            line += [table.reference, cell.difference, *(cell.difference_interval or (None, None)), others]
             line += [cell.difference_note, cell.p, cell.p_corrected, cell.verdict]
             line += [cell.change, cell.published, cell.published_change, " ".join(cell.evaluations)]
             lines.append(line)

@@ -24,7 +24,7 @@ class Column:
     label: str
     parts: tuple[Part, ...] = ()
     n: int | None = None
-    compared: bool = False  # its difference to the baseline is tested
+    compared: bool = False  # its difference to the reference is tested
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -35,7 +35,7 @@ class Column:
 class Cell:
     """One number and what is known about it; value None: it is missing, and `note` says why.
 
-    difference is this row minus the table's baseline. seeds are those behind the value, -1 alone for a method without.
+    difference is this row minus the table's reference. seeds are those behind the value, -1 alone for a method without.
     spread is the standard deviation over seeds. An interval is None below 20 examples in any task behind the cell.
     p is a paired test's that the difference is zero, p_corrected that for all comparisons of the table (Holm), and
     verdict is None where the latter is above 5 %; `general` says that the test counted seeds too, so that the verdict
@@ -81,7 +81,7 @@ class Table:
     digits: int
     corner: str = "method"  # heads the row labels
     best_along: Literal["column", "row"] = "column"
-    baseline: str | None = None
+    reference: str | None = None
     differences: bool = True
     published: tuple[str, ...] = ()
     banner: str = ""

@@ -1,7 +1,7 @@
 """Our records in the layout of the paper's tables, with the published numbers beside them.
 
 A layout is data: which methods in which order, and which tasks under which metric. A method that the layout does not
-know follows after those that it does, so that a new baseline needs no change here.
+know follows after those that it does, so that a new reference needs no change here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from results.errors import UserError
 from results.layout import Cell, Column, Part, Table
 from results.metrics import measure, unknown
 from results.paper_numbers import AVERAGE, Published, load
-from results.tables import Measured, Reason, measured, sentences, transposed
+from results.tables import Reason, SuiteResult, measured, sentences, transposed
 
 TARGET, SOURCE, TEACHER = "{target}", "{source}", "{teacher}"
 
@@ -134,18 +134,18 @@ def comparison(
     roles: Mapping[str, str],
     *,
     profile: str,
-    baseline: str = "CLM",
+    reference: str = "CLM",
     with_paper: bool = False,
     banner: str = "",
     command: str = "",
     reasons: Mapping[Reason, str] | None = None,
 ) -> Table:
-    """The table of the paper called `name` from our records; every method is compared with `baseline`, paired.
+    """The table of the paper called `name` from our records; every method is compared with `reference`, paired.
 
     records: of one experiment and profile. methods: the run's row labels in order. roles: the row labels of the models
     as they are, by role: target, teacher, and each source. with_paper: the published values stand beside ours where
     both exist. command: what would run what is missing; reasons: why it is, where that is known. Raises UserError for
-    an unknown table or baseline, and for methods not measured on the same data.
+    an unknown table or reference, and for methods not measured on the same data.
     """
     if name not in LAYOUTS:
         raise UserError(unknown("table", name, LAYOUTS))
@@ -153,7 +153,7 @@ def comparison(
     rows = _rows(layout, published, methods, roles)
     labels = list(dict.fromkeys(row.label for row in rows))
     final = records[records["tokens"].isna() & records["method"].isin(labels)]
-    found = measured(final, labels, _columns(layout, final, with_paper), baseline, reasons=reasons)
+    found = measured(final, labels, _columns(layout, final, with_paper), reference, reasons=reasons)
     own = dict(zip(labels, found.cells, strict=True))
     target = own[roles["target"]] if roles.get("target") in own else (Cell(None),) * len(found.columns)
     comparable = [with_paper and _same_tasks(column, published, layout) for column in found.columns]
@@ -174,10 +174,10 @@ def comparison(
         cells=tuple(tuple(cell(row, j) for j in range(len(found.columns))) for row in rows),
         higher_is_better=published.higher_is_better,
         digits=published.digits,
-        baseline=baseline,
+        reference=reference,
         differences=False,
         banner=banner,
-        notes=tuple(_notes(published, rows, found, baseline, roles, with_paper, command)),
+        notes=tuple(_notes(published, rows, found, reference, roles, with_paper, command)),
     )
     if layout.methods_across:
         return _headed(transposed(table), [row.published or "" for row in rows])
@@ -241,14 +241,14 @@ def _same_tasks(column: Column, published: Published, layout: Layout) -> bool:
 def _notes(
     published: Published,
     rows: Sequence[_Row],
-    found: Measured,
-    baseline: str,
+    found: SuiteResult,
+    reference: str,
     roles: Mapping[str, str],
     with_paper: bool,
     command: str,
 ) -> list[str]:
     metrics = [measure(part.metric) for column in found.columns for part in column.parts]
-    notes = sentences(metrics[0], baseline, found, "task") if metrics else []
+    notes = sentences(metrics[0], reference, found, "task") if metrics else []
     notes.append(f"In brackets: relative to {roles.get('target', 'the target')}.")
     if command and any(cell.note for row in found.cells for cell in row):
         notes.append(f"What is missing is made by `{command}`, as far as this harness can.")

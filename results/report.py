@@ -140,17 +140,17 @@ class Shown:
 def shown(table: Table) -> list[list[Shown]]:
     """The cells of a table for the page."""
     best, ranks = table.best(), _ranks(table)
-    baseline = [table.baseline in (row, column.label) for row in table.rows for column in table.columns]
+    reference = [table.reference in (row, column.label) for row in table.rows for column in table.columns]
     width = len(table.columns)
     return [
-        [_shown(table, cell, (i, j) in best, ranks.get((i, j)), baseline[i * width + j]) for j, cell in enumerate(row)]
+        [_shown(table, cell, (i, j) in best, ranks.get((i, j)), reference[i * width + j]) for j, cell in enumerate(row)]
         for i, row in enumerate(table.cells)
     ]
 
 
-def _shown(table: Table, cell: Cell, best: bool, rank: int | None, is_baseline: bool) -> Shown:
+def _shown(table: Table, cell: Cell, best: bool, rank: int | None, is_reference: bool) -> Shown:
     form = f".{table.digits}f"
-    difference = "baseline" if is_baseline else MISSING
+    difference = "reference" if is_reference else MISSING
     if cell.difference is not None:
         difference = f"{cell.difference:+{form}}"
     intervals = {"value": (cell.interval, form), "difference": (cell.difference_interval, f"+{form}")}
@@ -162,7 +162,7 @@ def _shown(table: Table, cell: Cell, best: bool, rank: int | None, is_baseline: 
         },
         keys={
             "value": cell.value,
-            "difference": 0.0 if is_baseline else cell.difference,
+            "difference": 0.0 if is_reference else cell.difference,
             "rank": None if rank is None else float(rank),
         },
         intervals={mode: f"[{both[0]:{f}}, {both[1]:{f}}]" for mode, (both, f) in intervals.items() if both},
@@ -173,7 +173,7 @@ def _shown(table: Table, cell: Cell, best: bool, rank: int | None, is_baseline: 
 
 
 def findings(table: Table) -> list[str]:
-    """What the table says of each method against its baseline, a sentence each, over the averages that it compares."""
+    """What the table says of each method against its reference, a sentence each, over the averages that it compares."""
     cells = [
         (label, column.label, cell)
         for label, row in zip(table.rows, table.cells, strict=True)
@@ -194,10 +194,10 @@ def findings(table: Table) -> list[str]:
         if cell.difference_interval:
             interval = "95% interval {:+{f}} to {:+{f}}".format(*cell.difference_interval, f=form)
         untested = "no difference shown" if cell.difference_interval else "too little to say more"
-        verdict = f"{cell.verdict} than {table.baseline}" if cell.verdict else untested
+        verdict = f"{cell.verdict} than {table.reference}" if cell.verdict else untested
         about = "" if cell.general or not cell.verdict else ", about these checkpoints only"
         found.append(
-            f"{method}, {name}: {cell.value:{form}}, which is {cell.difference:+{form}} against {table.baseline} "
+            f"{method}, {name}: {cell.value:{form}}, which is {cell.difference:+{form}} against {table.reference} "
             f"({interval}): {verdict}{about}."
         )
     return found
@@ -214,7 +214,7 @@ def _about(table: Table, cell: Cell) -> list[tuple[str, str]]:
         ("spread over seeds", cell.spread),
         ("relative to the target", cell.change if cell.change is None else f"{cell.change:+.2%}"),
         ("published", cell.published),
-        (f"minus {table.baseline}", cell.difference),
+        (f"minus {table.reference}", cell.difference),
         ("its 95% interval", cell.difference_interval and "{} to {}".format(*cell.difference_interval)),
         ("p of the paired test", cell.p),
         ("p, corrected over the table", cell.p_corrected),

@@ -32,7 +32,7 @@ Reason = tuple[str, str, str]  # method, suite, task
 def main_table(
     records: pd.DataFrame,
     order: Sequence[str],
-    baseline: str = "CLM",
+    reference: str = "CLM",
     *,
     suite: str = "perplexity",
     metric: str = "bits_per_byte",
@@ -40,14 +40,14 @@ def main_table(
     title: str | None = None,
     banner: str | None = None,
 ) -> Table:
-    """The final evaluation of the methods in `order` (the row labels), each compared with `baseline`, paired.
+    """The final evaluation of the methods in `order` (the row labels), each compared with `reference`, paired.
 
     records: of one experiment and profile. tasks: the columns, by default every domain that any row has, by name.
     banner: by default what the profile calls for. Otherwise as `suite_table`.
     """
     final = records[records["tokens"].isna() & records["method"].isin(list(order))]
     shown = final[(final["suite"] == suite) & (final["metric"] == metric)]
-    if shown.empty and baseline in order:
+    if shown.empty and reference in order:
         raise UserError(
             f"there are no final {metric} records of the suite {suite} for any of {', '.join(order)}; run the "
             "experiment with `fusellm experiment run`"
@@ -59,7 +59,7 @@ def main_table(
         shown,
         order,
         dict.fromkeys(tasks or sorted(shown["task"].unique()), metric),
-        baseline,
+        reference,
         suite=suite,
         task="domain",
         title=title or f"{experiment}, profile {profile}: {kind.label}, {better} is better",
@@ -71,7 +71,7 @@ def suite_table(
     records: pd.DataFrame,
     order: Sequence[str],
     metrics: Mapping[str, str],
-    baseline: str | None,
+    reference: str | None,
     *,
     suite: str,
     title: str,
@@ -83,8 +83,8 @@ def suite_table(
 
     records: of one experiment and profile. The average is the unweighted mean, with an interval only where each task
     has 20 examples; where some have not, a second average over those that have is given beside it. Averages are
-    compared with `baseline`, paired; nothing is where that is None. task: what one is called. reasons: why something is
-    missing, where that is known. Raises UserError for wrong names and for rows not measured on the same data.
+    compared with `reference`, paired; nothing is where that is None. task: what one is called. reasons: why something
+    is missing, where that is known. Raises UserError for wrong names and for rows not measured on the same data.
     """
     if len(set(order)) < len(order):
         raise UserError(f"a row is asked for twice in {', '.join(order)}; name each method once")
@@ -93,11 +93,11 @@ def suite_table(
     wanted = [Column(f"{part.task} ({part.metric})" if several else part.task, (part,)) for part in parts]
     wanted.append(Column(AVERAGE, tuple(parts), compared=True))
     final = records[records["tokens"].isna() & records["method"].isin(list(order))]
-    found = measured(final, order, wanted, baseline, unit=f"{task}s", reasons=reasons)
+    found = measured(final, order, wanted, reference, unit=f"{task}s", reasons=reasons)
     kind = measure(parts[0].metric)
     difference = (
-        f"− {baseline}: the method minus {baseline}, paired over the same {kind.unit}s; "
-        f"{'positive' if kind.higher_is_better else 'negative'} is better than {baseline}."
+        f"− {reference}: the method minus {reference}, paired over the same {kind.unit}s; "
+        f"{'positive' if kind.higher_is_better else 'negative'} is better than {reference}."
     )
     return Table(
         title=title,
@@ -106,14 +106,14 @@ def suite_table(
         cells=found.cells,
         higher_is_better=kind.higher_is_better,
         digits=kind.digits,
-        baseline=baseline,
+        reference=reference,
         banner=banner,
-        notes=tuple(sentences(kind, baseline, found, task, *([difference] if baseline else []))),
+        notes=tuple(sentences(kind, reference, found, task, *([difference] if reference else []))),
     )
 
 
 @dataclass(frozen=True)
-class Measured:
+class SuiteResult:
     """The columns with their numbers of examples, the cells of all methods in them, and how many were to be tested."""
 
     columns: tuple[Column, ...]
@@ -125,30 +125,30 @@ def measured(
     records: pd.DataFrame,
     methods: Sequence[str],
     wanted: Sequence[Column],
-    baseline: str | None,
+    reference: str | None,
     *,
     unit: str = "tasks",
     reasons: Mapping[Reason, str] | None = None,
-) -> Measured:
-    """What `methods` reach in the `wanted` columns, compared with `baseline` and tested (see `suite_table`).
+) -> SuiteResult:
+    """What `methods` reach in the `wanted` columns, compared with `reference` and tested (see `suite_table`).
 
     records: final ones of one experiment and profile. A column of several parts of which some have fewer than 20
     examples, or none, is followed by one over those that have ("... of `unit` with an interval"). Raises UserError
-    for an unknown baseline and for methods not measured on the same data.
+    for an unknown reference and for methods not measured on the same data.
     """
-    if baseline is not None and baseline not in methods:
-        raise UserError(unknown("baseline", baseline, methods))
+    if reference is not None and reference not in methods:
+        raise UserError(unknown("reference row", reference, methods))
     parts = list(dict.fromkeys(part for column in wanted for part in column.parts))
-    measures = _Measures.of(records, methods, parts, baseline, reasons or {})
+    measures = _Measures.of(records, methods, parts, reference, reasons or {})
     columns = [column for one in wanted for column in measures.columns(one, unit)]
     cells = {(method, j): measures.cell(method, column) for method in methods for j, column in enumerate(columns)}
     # What is missing counts as a comparison that shows nothing, lest a lost file make another method better.
-    family = [at for at in cells if baseline not in (None, at[0]) and measures.testable(columns[at[1]])]
+    family = [at for at in cells if reference not in (None, at[0]) and measures.testable(columns[at[1]])]
     values = [cells[at].p for at in family]
     for at, p in zip(family, statistics.holm([1.0 if p is None else p for p in values]), strict=True):
         cells[at] = _judged(cells[at], p, columns[at[1]])
     rows = tuple(tuple(cells[method, j] for j in range(len(columns))) for method in methods)
-    return Measured(tuple(columns), rows, len(family))
+    return SuiteResult(tuple(columns), rows, len(family))
 
 
 def _judged(cell: Cell, p: float, column: Column) -> Cell:
@@ -161,9 +161,9 @@ def _judged(cell: Cell, p: float, column: Column) -> Cell:
 
 @dataclass
 class _Measures:
-    """What the records say of every method and part, and of every method against the baseline."""
+    """What the records say of every method and part, and of every method against the reference."""
 
-    baseline: str | None
+    reference: str | None
     reasons: Mapping[Reason, str]
     units: dict[tuple[str, Part], Units] = field(default_factory=dict)
     contrasts: dict[tuple[str, Part], Units] = field(default_factory=dict)
@@ -176,7 +176,7 @@ class _Measures:
         records: pd.DataFrame,
         methods: Sequence[str],
         parts: Sequence[Part],
-        baseline: str | None,
+        reference: str | None,
         reasons: Mapping[Reason, str],
     ) -> "_Measures":
         of_suites = pd.Series(False, index=records.index)
@@ -185,16 +185,16 @@ class _Measures:
         records = records[of_suites]
         grouped = statistics.group(records)
         both: dict[tuple[bool, str, Part], Units] = {}
-        self = cls(baseline, reasons, evaluations=_evaluations(records))
+        self = cls(reference, reasons, evaluations=_evaluations(records))
         for part in parts:
             present = {method: grouped[method, part] for method in methods if (method, part) in grouped}
             for other in list(present.values())[1:]:
                 statistics.check_same_examples(next(iter(present.values())), other)
             for method, one in present.items():
                 both[False, method, part] = one
-                if method != baseline and baseline in present:
+                if method != reference and reference in present:
                     try:
-                        both[True, method, part] = statistics.contrast(one, present[baseline])
+                        both[True, method, part] = statistics.contrast(one, present[reference])
                     except UserError as error:  # no seed in common
                         self.refusals[method, part] = str(error)
         for (contrast, method, part), one in statistics.resample(both).items():
@@ -218,8 +218,8 @@ class _Measures:
         return column.compared and bool(column.parts) and all(n >= MIN_UNITS for n in counts.values())
 
     def cell(self, method: str, column: Column) -> Cell:
-        """The method's value, and its difference to the baseline's; p is not yet corrected."""
-        parts, against = column.parts, self.baseline not in (None, method)
+        """The method's value, and its difference to the reference's; p is not yet corrected."""
+        parts, against = column.parts, self.reference not in (None, method)
         missing = self.missing(method, parts)
         if missing:
             return Cell(None, note=missing, difference_note=missing if against else "")
@@ -232,7 +232,7 @@ class _Measures:
         if not against:
             return cell
         refused = [self.refusals[method, part] for part in parts if (method, part) in self.refusals]
-        gap = self.missing(str(self.baseline), parts) or (refused[0] if refused else "")
+        gap = self.missing(str(self.reference), parts) or (refused[0] if refused else "")
         if gap:
             return replace(cell, difference_note=gap)
         try:
@@ -241,7 +241,7 @@ class _Measures:
             return replace(cell, difference_note=str(error))
         note = ""
         if NO_SEED not in cell.seeds and difference.seeds != cell.seeds:
-            note = f"compared over the seeds in common with {self.baseline}: {', '.join(map(str, difference.seeds))}"
+            note = f"compared over the seeds in common with {self.reference}: {', '.join(map(str, difference.seeds))}"
         return replace(
             cell,
             difference=difference.value,
@@ -300,7 +300,7 @@ def transposed(table: Table) -> Table:
     )
 
 
-def sentences(metric: Metric, baseline: str | None, found: Measured, task: str, *more: str) -> list[str]:
+def sentences(metric: Metric, reference: str | None, found: SuiteResult, task: str, *more: str) -> list[str]:
     """What a reader must know to read the numbers; `task` is what one is called, `more` comes after the intervals."""
     everything = [cell for row in found.cells for cell in row]
     alike = f", or fewer than {MIN_UNLIKE} in all score unlike the rest" if metric.bounds else ""
@@ -315,8 +315,8 @@ def sentences(metric: Metric, baseline: str | None, found: Measured, task: str, 
         if any(cell.general for cell in everything):
             about += f"; doubled where {MIN_SEEDS} seeds or more let it be said of the method"
         notes.append(
-            f"▲ better, ▼ worse than {baseline}: {_test(metric)}, corrected for the {found.comparisons} comparisons of "
-            f"this table (Holm, {1 - CONFIDENCE:.0%}), {about}."
+            f"▲ better, ▼ worse than {reference}: {_test(metric)}, corrected for the {found.comparisons} comparisons "
+            f"of this table (Holm, {1 - CONFIDENCE:.0%}), {about}."
         )
     notes.append("Bold: the best value, whether or not chance would do as well.")
     if any(cell.spread is not None for cell in everything):

@@ -1,4 +1,4 @@
-"""From several models' readings of a row of pieces to one target distribution per position: align, carry over, fuse.
+"""From several models' readings of a row of passages to one target distribution per position: align, carry over, fuse.
 
 A pure function of what the models said: no model, no file and no randomness, so that the alignment, the map, the tail
 rule, the fusion function and the level can be changed without reading the corpus again.
@@ -18,10 +18,10 @@ from fusion.alignment.pairing import align
 from fusion.alignment.projection import carry, complete
 from fusion.alignment.selection import FUSIONS, gather_evidence
 from fusion.errors import UserError
-from fusion.types import PRESETS, Reading, Sparse, Switches
+from fusion.types import PRESETS, Predictions, Sparse, Switches
 from fusion.vocabulary.token_bytes import Vocabulary
 
-__all__ = ["PRESETS", "FusedRow", "Reading", "Source", "Sparse", "Switches", "fuse_row"]
+__all__ = ["PRESETS", "FusedSequence", "Predictions", "Source", "Sparse", "Switches", "fuse_sequence"]
 
 UNPAIRED = -1
 """In `FusedRow.chosen`: the distribution is a one-hot, for want of a partner."""
@@ -38,14 +38,14 @@ class Source:
 
 
 @dataclass(frozen=True)
-class FusedRow:
-    """What the target is to learn at the N positions of a row, its pieces one after the other."""
+class FusedSequence:
+    """What the target is to learn at the N positions of a row, its passages one after the other."""
 
     targets: Sparse
     fusion_weight: np.ndarray
     """float32[N], 1 where the fusion loss is taken, else 0; always 0 where there is no distribution to learn."""
     gold: np.ndarray
-    """int32[N], the next token of the piece, -1 at a piece's last position."""
+    """int32[N], the next token of the passage, -1 at a passage's last position."""
     chosen: np.ndarray
     """int16[N], index into `names` of the source chosen, -1 for a one-hot for want of a partner, -2 for a mixture."""
     paired: np.ndarray
@@ -56,8 +56,8 @@ class FusedRow:
     """The S sources that take part: the target first where it does and is not listed, then the others as given."""
 
 
-def fuse_row(
-    readings: Sequence[Mapping[str, Reading]],
+def fuse_sequence(
+    readings: Sequence[Mapping[str, Predictions]],
     n_bytes: Sequence[int],
     *,
     target: str,
@@ -65,20 +65,20 @@ def fuse_row(
     target_vocabulary: Vocabulary,
     switches: Switches,
     max_entries: int | None = None,
-) -> FusedRow:
-    """Fuse the sources' readings of the pieces of one row.
+) -> FusedSequence:
+    """Fuse the sources' readings of the passages of one row.
 
     Every source is first made a complete distribution at every position (its partner's entries carried over, or what
     the switches put in the place of nothing); the fusion function then chooses among these or averages them.
 
     Args:
-        readings: for each piece, the reading of every model by name. The target's own must be there for its tokens and
-            ends; without entries (k = 0) it serves only where `include_target` and `empty` do not call for them. A
-            model takes no part in a piece that is left out of its readings; without any, all positions are unpaired.
-        n_bytes: UTF-8 bytes of each piece.
+        readings: for each passage, the reading of every model by name. The target's own must be there for its tokens
+            and ends; without entries (k = 0) it serves only where `include_target` and `empty` do not call for them. A
+            model takes no part in a passage that is left out of its readings; without any, all positions are unaligned.
+        n_bytes: UTF-8 bytes of each passage.
         target: the target's name; if it is listed in `sources`, its place there is its place in `names`.
-        switches: see `Switches`. At a piece's last position, where `unpaired: next` or `tail: gold` find no next token,
-            an unpaired position has no distribution (weight 0) and the tail is scaled away.
+        switches: see `Switches`. At a passage's last position, where `unaligned: next` or `tail: gold` find no next
+            token, an unaligned position has no distribution (weight 0) and the tail is scaled away.
         max_entries: keep at most this many entries a position, the most probable; the rest joins the tail.
 
     Raises:
@@ -92,9 +92,9 @@ def fuse_row(
     taking_part = _taking_part(itself, sources, switches)
     names = tuple(taking_part)
     _check(readings, n_bytes, names, target)
-    own = [piece[target] for piece in readings]
-    current = np.concatenate([reading.tokens for reading in own]).astype(np.int32)
-    gold = np.concatenate([np.append(reading.tokens[1:], -1) for reading in own]).astype(np.int32)
+    own = [passage[target] for passage in readings]
+    current = np.concatenate([predictions.tokens for predictions in own]).astype(np.int32)
+    gold = np.concatenate([np.append(predictions.tokens[1:], -1) for predictions in own]).astype(np.int32)
 
     @cache
     def partners(name: str) -> np.ndarray:
@@ -124,7 +124,11 @@ def fuse_row(
 
     members, paired = zip(*(distributions(name) for name in names), strict=True)
     evidence = gather_evidence(
-        [[piece[name] for name in names] for piece in readings], own, n_bytes, names=names, level=switches.level
+        [[passage[name] for name in names] for passage in readings],
+        own,
+        n_bytes,
+        names=names,
+        level=switches.select_over,
     )
     fused, which = fuse(members, evidence, switches)
     paired_by_source = np.stack(paired)
@@ -132,8 +136,8 @@ def fuse_row(
         which >= 0, paired_by_source[np.maximum(which, 0), np.arange(len(which))], paired_by_source.any(axis=0)
     )
     fused, exists = _finish(fused, max_entries)
-    wanted = gold >= 0 if switches.positions == "with_next" else np.ones(len(gold), bool)
-    return FusedRow(
+    wanted = gold >= 0 if switches.loss_positions == "with_next" else np.ones(len(gold), bool)
+    return FusedSequence(
         targets=fused,
         fusion_weight=(wanted & exists).astype(np.float32),
         gold=gold,
@@ -164,53 +168,53 @@ def _taking_part(itself: Source, sources: Sequence[Source], switches: Switches) 
 
 
 def _check(
-    readings: Sequence[Mapping[str, Reading]], n_bytes: Sequence[int], names: Sequence[str], target: str
+    readings: Sequence[Mapping[str, Predictions]], n_bytes: Sequence[int], names: Sequence[str], target: str
 ) -> None:
     """Refuse what would give wrong numbers silently: missing models, arrays of different lengths, not-a-numbers."""
     if not readings or len(readings) != len(n_bytes):
         raise UserError(
-            f"a row needs pieces and the bytes of each: got {len(readings)} pieces, {len(n_bytes)} byte counts."
+            f"a row needs passages and the bytes of each: got {len(readings)} passages, {len(n_bytes)} byte counts."
         )
-    for number, piece in enumerate(readings):
+    for number, passage in enumerate(readings):
         for name in {*names, target}:
-            if name not in piece:
+            if name not in passage:
                 raise UserError(
-                    f"piece {number} of the row has no reading by {name!r}: extract its distributions first."
+                    f"passage {number} of the row has no reading by {name!r}: extract its distributions first."
                 )
-            reading, m = piece[name], len(piece[name].tokens)
-            aligned = (reading.ends, reading.ids, reading.log_p, reading.tail, reading.nats)
-            if m == 0 or any(len(a) != m for a in aligned) or reading.ids.shape != reading.log_p.shape:
+            predictions, m = passage[name], len(passage[name].tokens)
+            aligned = (predictions.ends, predictions.ids, predictions.log_p, predictions.tail, predictions.nats)
+            if m == 0 or any(len(a) != m for a in aligned) or predictions.ids.shape != predictions.log_p.shape:
                 raise UserError(
-                    f"the reading of piece {number} by {name!r} has arrays of different lengths: extract again."
+                    f"the reading of passage {number} by {name!r} has arrays of different lengths: extract again."
                 )
-            if reading.ends[0] != 0:
-                raise UserError(f"the reading of piece {number} by {name!r} does not begin at byte 0: extract again.")
-            if name in names and not np.isfinite(reading.nats).all():
+            if predictions.ends[0] != 0:
+                raise UserError(f"the reading of passage {number} by {name!r} does not begin at byte 0: extract again.")
+            if name in names and not np.isfinite(predictions.nats).all():
                 raise UserError(
-                    f"the reading of piece {number} by {name!r} has nats that are no numbers: extract again."
+                    f"the reading of passage {number} by {name!r} has nats that are no numbers: extract again."
                 )
 
 
 def _partners(
     source: Source,
     target: str,
-    readings: Sequence[Mapping[str, Reading]],
+    readings: Sequence[Mapping[str, Predictions]],
     target_vocabulary: Vocabulary,
     alignment: str,
 ) -> np.ndarray:
     """int32[N], the position among all of the source's in the row that serves each target position, -1 for none."""
     partners, first = [], 0
-    for piece in readings:
-        reading, own = piece[source.name], piece[target]
-        if reading.left_out:
+    for passage in readings:
+        predictions, own = passage[source.name], passage[target]
+        if predictions.skipped:
             partner = np.full(len(own.tokens), -1, dtype=np.int32)
         elif source.name == target:
             partner = np.arange(len(own.tokens), dtype=np.int32)
         else:
             partner = align(
                 alignment,
-                reading.tokens,
-                reading.ends,
+                predictions.tokens,
+                predictions.ends,
                 own.tokens,
                 own.ends,
                 source.vocabulary,
@@ -218,13 +222,13 @@ def _partners(
                 source.map,
             )
         partners.append(np.where(partner >= 0, partner + first, -1))
-        first += len(reading.tokens)
+        first += len(predictions.tokens)
     return np.concatenate(partners).astype(np.int32)
 
 
-def _entries(name: str, readings: Sequence[Mapping[str, Reading]]) -> tuple[np.ndarray, np.ndarray]:
+def _entries(name: str, readings: Sequence[Mapping[str, Predictions]]) -> tuple[np.ndarray, np.ndarray]:
     """ids[M, k] and log_p[M, k] of all of a model's positions in the row."""
-    widths = {piece[name].ids.shape[1] for piece in readings}
+    widths = {passage[name].ids.shape[1] for passage in readings}
     if widths == {0}:
         raise UserError(
             f"the distributions of {name!r} are needed, but its readings hold no entries: extract them first."
@@ -233,8 +237,8 @@ def _entries(name: str, readings: Sequence[Mapping[str, Reading]]) -> tuple[np.n
         raise UserError(
             f"the readings by {name!r} keep different numbers of entries ({sorted(widths)}): extract again."
         )
-    return np.concatenate([piece[name].ids for piece in readings]), np.concatenate(
-        [piece[name].log_p for piece in readings]
+    return np.concatenate([passage[name].ids for passage in readings]), np.concatenate(
+        [passage[name].log_p for passage in readings]
     )
 
 

@@ -1,4 +1,4 @@
-"""Which position of a source's reading serves each position of the target's reading of the same piece.
+"""Which position of a source's reading serves each position of the target's reading of the same passage.
 
 A position stands for the distribution of what follows the tokens up to it. Position 0 is the prefix token.
 """
@@ -19,7 +19,7 @@ _LANES = 32  # columns of the warping's dynamic program that are computed at onc
 
 
 class Alignment(Protocol):
-    """From two readings of a piece to int32[Mt]: the source position for each target position, or -1.
+    """From two readings of a passage to int32[Mt]: the source position for each target position, or -1.
 
     `source_tokens[Ms]`, `target_tokens[Mt]` are ids, prefix first; `source_ends`, `target_ends` the byte ends of the
     same positions (-1 where unknown); `vocabulary_map[Vs]` the target id of every source id (-1 nothing,

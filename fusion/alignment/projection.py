@@ -115,13 +115,13 @@ def complete(
 ) -> tuple[Sparse, np.ndarray]:
     """A distribution for every target position out of what was carried over, by `switches`.
 
-    Where mass is to go to a next token that does not exist (`gold` -1: a piece's last position), `tail: gold` scales
-    what is kept to 1, and an unpaired position has no distribution: no entries, no tail.
+    Where mass is to go to a next token that does not exist (`gold` -1: a passage's last position), `tail: gold` scales
+    what is kept to 1, and an unaligned position has no distribution: no entries, no tail.
 
     Args:
         ids: int32[N, k] of `carry`.
         p: float64[N, k] of `carry`.
-        partner: int32[N], -1 where unpaired.
+        partner: int32[N], -1 where unaligned.
         gold: int32[N] the next token, -1 for none.
         current: int32[N] the token read at the position.
         own: gives the N distributions of the target itself, for positions where nothing is left (`empty: target`); None
@@ -151,11 +151,11 @@ def complete(
         tail = np.zeros(len(p))
     paired = partner >= 0
     nothing = paired & (kept <= 0)
-    if switches.empty == "target" and own is not None and nothing.any():
+    if switches.unmapped == "target" and own is not None and nothing.any():
         ids, p, tail = _replace(ids, p, tail, nothing, own())
     elif switches.tail == "renormalise":  # there is no tail that could take the mass
         paired &= ~nothing
-    one_hot = np.where(paired, -1, gold if switches.unpaired == "next" else current)
+    one_hot = np.where(paired, -1, gold if switches.unaligned == "next" else current)
     ids, p = _widen(ids, 1, -1), _widen(p, 1, 0.0)
     ids[~paired], p[~paired], tail[~paired] = -1, 0.0, 0.0
     rows = np.flatnonzero(one_hot >= 0)

@@ -20,7 +20,7 @@ import numba
 import numpy as np
 
 from fusion.registry import Registry
-from fusion.types import Reading, Sparse, Switches
+from fusion.types import Predictions, Sparse, Switches
 
 MIXTURE = -2
 """In place of a chosen source: several have a part."""
@@ -30,8 +30,8 @@ MIXTURE = -2
 class Evidence:
     """How well S sources predicted the U stretches of text (units) of a row, each by its own tokens.
 
-    A unit is a piece, a segment of a piece, or the row, by the switch `level`; of a row of which a source has not read
-    all, the pieces that the same sources have read.
+    A unit is a passage, a segment of a passage, or the row, by the switch `level`; of a row of which a source has not
+    read all, the passages that the same sources have read.
     """
 
     names: tuple[str, ...]
@@ -70,7 +70,7 @@ def mince(members: Sequence[Sparse], evidence: Evidence, switches: Switches) -> 
     ties by the order of the sources. At `level: token` the choice sees the very gold token it is to predict, so that
     the targets drift towards the gold text and the loss towards that of plain language modelling.
     """
-    if switches.choice == "nats_per_byte":
+    if switches.select_by == "nats_per_byte":
         by_name = np.argsort(evidence.names)
         best = by_name[evidence.nats_per_byte().astype(np.float32)[by_name].argmin(axis=0)]
     else:
@@ -151,8 +151,8 @@ def _stack(members: Sequence[Sparse]) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def gather_evidence(
-    pieces: Sequence[Sequence[Reading]],
-    targets: Sequence[Reading],
+    passages: Sequence[Sequence[Predictions]],
+    targets: Sequence[Predictions],
     n_bytes: Sequence[int],
     *,
     names: tuple[str, ...],
@@ -161,33 +161,33 @@ def gather_evidence(
     """Sum the sources' nats over the units of a row.
 
     A source's nats are those of all its own tokens, whether or not their positions are paired with the target's, and
-    infinite for a piece that is left out, so that it takes no part there and the others' choice is among themselves. At
-    `level: token` the segments lie between consecutive byte ends that all sources and the target have in common. A
+    infinite for a passage that is left out, so that it takes no part there and the others' choice is among themselves.
+    At `level: token` the segments lie between consecutive byte ends that all sources and the target have in common. A
     position belongs to the segment that its byte end begins, for its distribution and its nats are about the text
-    that follows, and no source's token reaches over a common end. A piece's last position goes with the last
+    that follows, and no source's token reaches over a common end. A passage's last position goes with the last
     segment; so do all positions from where some model's ends are -1, which nothing tells apart any more.
 
     Args:
-        pieces: for each piece the readings of the S sources, in the order of `names`.
-        targets: for each piece the target's own reading, of which the byte ends serve.
-        n_bytes: bytes of each piece.
+        passages: for each passage the readings of the S sources, in the order of `names`.
+        targets: for each passage the target's own reading, of which the byte ends serve.
+        n_bytes: bytes of each passage.
     """
     n_sources, first = len(names), 0
     nats: list[np.ndarray] = []
     tokens: list[np.ndarray] = []
     sizes: list[np.ndarray] = []
     units: list[np.ndarray] = []
-    for readings, target, size in zip(pieces, targets, n_bytes, strict=True):
-        heard = [reading for reading in readings if not reading.left_out]
+    for readings, target, size in zip(passages, targets, n_bytes, strict=True):
+        heard = [predictions for predictions in readings if not predictions.skipped]
         starts = segment_starts([*heard, target], size) if level == "token" else np.zeros(1, np.int64)
         count = len(starts)
         sums, counts = np.zeros((n_sources, count)), np.zeros((n_sources, count), np.int64)
-        for s, reading in enumerate(readings):
-            if reading.left_out:
+        for s, predictions in enumerate(readings):
+            if predictions.skipped:
                 sums[s] = np.inf
                 continue
-            unit = segment_of(reading, starts)[:-1]  # the last position has no next token
-            sums[s] = np.bincount(unit, reading.nats[:-1], count)
+            unit = segment_of(predictions, starts)[:-1]  # the last position has no next token
+            sums[s] = np.bincount(unit, predictions.nats[:-1], count)
             counts[s] = np.bincount(unit, minlength=count)
         nats.append(sums)
         tokens.append(counts)
@@ -197,7 +197,7 @@ def gather_evidence(
     evidence = Evidence(
         names, np.concatenate(nats, 1), np.concatenate(tokens, 1), np.concatenate(sizes), np.concatenate(units)
     )
-    if level != "row":
+    if level != "sequence":
         return evidence
     groups, group = np.unique(np.isinf(evidence.nats), axis=1, return_inverse=True)
     members = group == np.arange(groups.shape[1])[:, None]
@@ -211,15 +211,15 @@ def gather_evidence(
     )
 
 
-def segment_starts(readings: Sequence[Reading], n_bytes: int) -> np.ndarray:
-    """Bytes where the segments of a piece begin: the ends that all readings have, without the end of the text."""
-    common = reduce(np.intersect1d, [reading.ends[reading.ends >= 0] for reading in readings])
+def segment_starts(readings: Sequence[Predictions], n_bytes: int) -> np.ndarray:
+    """Bytes where the segments of a passage begin: the ends that all readings have, without the end of the text."""
+    common = reduce(np.intersect1d, [predictions.ends[predictions.ends >= 0] for predictions in readings])
     return common[common < n_bytes] if n_bytes else common[:1]
 
 
-def segment_of(reading: Reading, starts: np.ndarray) -> np.ndarray:
+def segment_of(predictions: Predictions, starts: np.ndarray) -> np.ndarray:
     """int64[M], the segment of each position."""
-    return np.where(reading.ends < 0, len(starts), np.searchsorted(starts, reading.ends, side="right")) - 1
+    return np.where(predictions.ends < 0, len(starts), np.searchsorted(starts, predictions.ends, side="right")) - 1
 
 
 def to_bfloat16(x: np.ndarray) -> np.ndarray:

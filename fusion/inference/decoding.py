@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fusion.inference.prefix_cache import PrefixReader, Rows
+from fusion.inference.prefix_cache import DecodingBatch, PrefixReader
 from fusion.inference.prefix_tree import Run, alike
 
 LEAST_SHARED = 16  # tokens in common that are worth a stem
@@ -53,16 +53,16 @@ class _Family:
 
     common: int
     size: int
-    rows: Rows | None = None
+    rows: DecodingBatch | None = None
     members: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     """The last token of each, which is still to be read."""
 
-    def begin(self, reader: PrefixReader, prompt: Sequence[int], room: int) -> Rows:
+    def begin(self, reader: PrefixReader, prompt: Sequence[int], room: int) -> DecodingBatch:
         """The rows; what is in common is read when the first of them comes."""
         if self.rows is None:
             stem = reader.begin([Run(prompt[: self.common])])[1][0] if self.common else None
-            self.rows = Rows(stem, min(room, self.size))
+            self.rows = DecodingBatch(stem, min(room, self.size))
         return self.rows
 
     def settle(self, chosen: Sequence[int | None]) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fusion.errors import UserError
-from fusion.inference.prefix_cache import Later, PrefixReader, Rows
+from fusion.inference.prefix_cache import DecodingBatch, Later, PrefixReader
 from fusion.inference.prefix_tree import Run, Stem, Tree, alike
 from fusion.inference.token_healing import MOST, Cover, Overlaps
 from fusion.vocabulary.maps import control_ids
@@ -91,7 +91,9 @@ class Translator:
         self._always = tokenizer("")["input_ids"][:1] == [prefix]  # some tokenizers put a bos before any text
         self._mapped = torch.nonzero(vocabulary_map >= 0)[:, 0].to(reader.device)
         self._onto = vocabulary_map.to(reader.device)[self._mapped]
-        self._of_byte = {piece[0]: i for i, piece in enumerate(vocabulary.token_bytes) if piece and len(piece) == 1}
+        self._of_byte = {
+            passage[0]: i for i, passage in enumerate(vocabulary.token_bytes) if passage and len(passage) == 1
+        }
         own = control_ids(pivot, vocabulary)
         self._of_control = {i: own.get(i, vocabulary.ids.get(pivot.tokens[i])) for i in pivot.control}
         self._overlaps = Overlaps(vocabulary, pivot, encode_pivot, most=overlaps, device=reader.device)
@@ -141,14 +143,14 @@ class Translator:
 
     def _parts(self, text: Sequence[int]) -> list[str | int]:
         """Strings that are still to be encoded, and tokens of the model between them."""
-        pieces = self._pivot.token_bytes
-        start = next((n for n, i in enumerate(text) if pieces[i] is not None), len(text))
+        passages = self._pivot.token_bytes
+        start = next((n for n, i in enumerate(text) if passages[i] is not None), len(text))
         found: list[str | int] = [self._prefix] if start or self._always else []
         spelled: list[bytes] = []
         for i in [*text[start:], None]:
-            piece = pieces[i] if i is not None else None
-            if piece is not None:
-                spelled.append(piece)
+            passage = passages[i] if i is not None else None
+            if passage is not None:
+                spelled.append(passage)
                 continue
             found += self._spelled(b"".join(spelled))
             spelled = []
@@ -286,7 +288,7 @@ class JointReader(PrefixReader):
         logits, read = self._with_others(logits, runs, wanted)
         return logits, [Stem(s.length, s.keys, s.values, s.tokens, tuple(r)) for s, r in zip(stems, read, strict=True)]
 
-    def step(self, groups: Sequence[Rows], tokens: Sequence[int]) -> Tensor:
+    def step(self, groups: Sequence[DecodingBatch], tokens: Sequence[int]) -> Tensor:
         logits = super().step(groups, tokens)
         texts = [[text] for rows in groups for text in rows.tokens]
         read = [stems for rows in groups for stems in rows.translations]

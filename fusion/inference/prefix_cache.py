@@ -27,7 +27,7 @@ class Unsupported(Exception):
     """The model at hand cannot be read this way; the message says why."""
 
 
-class Rows:
+class DecodingBatch:
     """At most `room` sequences that continue one stem, to which every step adds one token each."""
 
     def __init__(self, stem: Stem | None, room: int) -> None:
@@ -132,7 +132,7 @@ class _Reading:
 class _Step:
     """The attention of one more token of every row."""
 
-    def __init__(self, groups: Sequence[Rows], device: torch.device) -> None:
+    def __init__(self, groups: Sequence[DecodingBatch], device: torch.device) -> None:
         self._groups = groups
         self._lengths = [torch.tensor(rows.lengths, device=device) for rows in groups]
         self._hidden: dict[tuple[int, int | None], Tensor] = {}
@@ -289,7 +289,7 @@ class PrefixReader:
             for run, kept, so_far in zip(runs, reading.kept, before, strict=True)
         ]
 
-    def step(self, groups: Sequence[Rows], tokens: Sequence[int]) -> Tensor:
+    def step(self, groups: Sequence[DecodingBatch], tokens: Sequence[int]) -> Tensor:
         """logits[N, V] after one more token of each of the N rows of all groups, in their order."""
         for rows in groups:
             rows.reserve(max(rows.lengths) + 1)
@@ -344,7 +344,7 @@ class PrefixReader:
                 runs = [Run(trunk, kept, [one, other]), Run(third, kept)]
                 watched = _Watched(_Reading(runs, self.device, keep=False), self._windows)
                 tree = self._read(watched, runs, [range(12), range(4)])
-                rows = Rows(kept, 2)
+                rows = DecodingBatch(kept, 2)
                 _, begun = self.begin([Run(trunk, kept), Run(third[:1], kept)])
                 for row in begun:
                     rows.add(row)

@@ -46,10 +46,10 @@ class Overlaps:
         self._pivot = pivot
         self._encode = encode_pivot
         self._device = device
-        spelled = sorted((piece, i) for i, piece in enumerate(self._own) if piece)
-        self._pieces, self._ids = [piece for piece, _ in spelled], [i for _, i in spelled]
-        self._spelling = {i: piece for i, piece in enumerate(pivot.token_bytes) if piece}
-        self._by_bytes = {piece: i for i, piece in reversed(self._spelling.items())}
+        spelled = sorted((passage, i) for i, passage in enumerate(self._own) if passage)
+        self._passages, self._ids = [passage for passage, _ in spelled], [i for _, i in spelled]
+        self._spelling = {i: passage for i, passage in enumerate(pivot.token_bytes) if passage}
+        self._by_bytes = {passage: i for i, passage in reversed(self._spelling.items())}
         self._longest = max(map(len, self._by_bytes))
         self._none = (torch.zeros(0, dtype=torch.long, device=device),) * 2
         self._cover = lru_cache(_KEPT)(self._find)
@@ -64,10 +64,10 @@ class Overlaps:
         found: list[Cover] = []
         end, known, tail = b"", b"", 0
         for back in range(1, min(self.most, len(own) - 1) + 1):
-            piece = self._own[own[-back]]
-            if piece is None:
+            passage = self._own[own[-back]]
+            if passage is None:
                 break
-            end = piece + end
+            end = passage + end
             while len(known) < len(end) and tail < len(text):
                 before = self._pivot.token_bytes[text[-1 - tail]]
                 if before is None:
@@ -85,16 +85,18 @@ class Overlaps:
         """The tokens that begin with `end` and go on, where the pivot's last tokens are `tail` and spell it."""
         covering = self._range(end)
         known = b"".join(self._pivot.token_bytes[i] or b"" for i in tail)
-        rests = list(dict.fromkeys(self._pieces[n][len(end) :] for n in covering))
+        rests = list(dict.fromkeys(self._passages[n][len(end) :] for n in covering))
         following = dict(zip(rests, self._following(tail, known, rests), strict=True))
-        pairs = [(self._ids[n], onto) for n in covering if (onto := following[self._pieces[n][len(end) :]]) is not None]
+        pairs = [
+            (self._ids[n], onto) for n in covering if (onto := following[self._passages[n][len(end) :]]) is not None
+        ]
         ids, onto = torch.tensor(pairs, dtype=torch.long, device=self._device).reshape(-1, 2).T.contiguous()
         return ids, onto
 
     def _range(self, end: bytes) -> range:
         """Where, in the order of bytes, the tokens are that begin with `end` and go on."""
-        first = bisect_right(self._pieces, end)
-        return range(first, bisect_right(self._pieces, end, lo=first, key=lambda piece: piece[: len(end)]))
+        first = bisect_right(self._passages, end)
+        return range(first, bisect_right(self._passages, end, lo=first, key=lambda passage: passage[: len(end)]))
 
     def _following(self, tail: tuple[int, ...], known: bytes, rests: Sequence[bytes]) -> list[int | None]:
         """The token that comes after `tail`, which spells `known`, when the pivot writes that and each of the rests."""

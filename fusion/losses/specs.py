@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, get_args
 
 import numpy as np
 
-from fusion.alignment.fuse import FusedRow, Source, fuse_row
+from fusion.alignment.fuse import FusedSequence, Source, fuse_sequence
 from fusion.alignment.pairing import ALIGNMENTS, same_end
 from fusion.alignment.selection import segment_of, segment_starts
 from fusion.errors import UserError, did_you_mean
 from fusion.losses.divergences import ANY_TAIL, DIVERGENCES
-from fusion.types import Reading, Switches
+from fusion.types import Predictions, Switches
 from fusion.vocabulary.maps import MAPS, Unit
 from fusion.vocabulary.token_bytes import Vocabulary, same_ids
 
@@ -86,10 +86,10 @@ class Lesson(Protocol):
     def target(self) -> str:
         """The role that learns."""
 
-    def arrays(self, readings: Sequence[Mapping[str, Reading]], n_bytes: Sequence[int]) -> Arrays:
-        """[N, ...] for the N positions of a row's pieces as the target reads them.
+    def arrays(self, readings: Sequence[Mapping[str, Predictions]], n_bytes: Sequence[int]) -> Arrays:
+        """[N, ...] for the N positions of a row's passages as the target reads them.
 
-        In a batch, integers are padded with -1 and others with 0. `readings` holds for each piece those that were
+        In a batch, integers are padded with -1 and others with 0. `readings` holds for each passage those that were
         needed and the target's own, which has no entries where they were not.
         """
 
@@ -143,8 +143,8 @@ class FusedLesson:
     sources: list[Source]
     switches: Switches
 
-    def arrays(self, readings: Sequence[Mapping[str, Reading]], n_bytes: Sequence[int]) -> Arrays:
-        fused = fuse_row(
+    def arrays(self, readings: Sequence[Mapping[str, Predictions]], n_bytes: Sequence[int]) -> Arrays:
+        fused = fuse_sequence(
             readings,
             n_bytes,
             target=self.target,
@@ -224,7 +224,7 @@ class DistilledLesson:
     def target(self) -> str:
         return self.material.target
 
-    def arrays(self, readings: Sequence[Mapping[str, Reading]], n_bytes: Sequence[int]) -> Arrays:
+    def arrays(self, readings: Sequence[Mapping[str, Predictions]], n_bytes: Sequence[int]) -> Arrays:
         rows = [self._carried(name, readings, n_bytes) for name in self.asked.teachers]
         width = max(row.targets.ids.shape[1] for row in rows)
         shape = (len(rows[0].gold), len(rows), width)
@@ -240,11 +240,13 @@ class DistilledLesson:
             "taught_weight": _shares([row.paired[0] & (row.fusion_weight > 0) for row in rows]),
         }
 
-    def _carried(self, name: str, readings: Sequence[Mapping[str, Reading]], n_bytes: Sequence[int]) -> FusedRow:
+    def _carried(
+        self, name: str, readings: Sequence[Mapping[str, Predictions]], n_bytes: Sequence[int]
+    ) -> FusedSequence:
         """The teacher's distributions at the target's positions, as the fusion of this one source."""
         itself = name == self.target
         switches = Switches(alignment=self.asked.alignment, tail=self.asked.tail, include_target=itself)
-        return fuse_row(
+        return fuse_sequence(
             readings,
             n_bytes,
             target=self.target,
@@ -264,7 +266,7 @@ class DistilledLesson:
 class OnlineDistillation:
     """Divergence from teachers that read every batch with the target, over the whole vocabulary; one tokenizer.
 
-    The mean over the teachers, at every position with a next token in its piece. Temperatures as in `Distillation`.
+    The mean over the teachers, at every position with a next token in its passage. Temperatures as in `Distillation`.
     """
 
     teachers: Sequence[str]
@@ -289,8 +291,8 @@ class WatchedLesson:
     asked: OnlineDistillation
     target: str
 
-    def arrays(self, readings: Sequence[Mapping[str, Reading]], n_bytes: Sequence[int]) -> Arrays:
-        return {"watched": _with_next([piece[self.target] for piece in readings]).astype(np.float32)}
+    def arrays(self, readings: Sequence[Mapping[str, Predictions]], n_bytes: Sequence[int]) -> Arrays:
+        return {"watched": _with_next([passage[self.target] for passage in readings]).astype(np.float32)}
 
     def taught(self, batch: Mapping[str, Tensor], teachers: Mapping[str, Teacher]) -> Taught:
         from fusion.losses.terms import Watched
@@ -331,23 +333,23 @@ class SortedLesson:
     asked: SortedDistillation
     target: str
 
-    def arrays(self, readings: Sequence[Mapping[str, Reading]], n_bytes: Sequence[int]) -> Arrays:
+    def arrays(self, readings: Sequence[Mapping[str, Predictions]], n_bytes: Sequence[int]) -> Arrays:
         p, tail, paired = zip(*(self._partners(name, readings) for name in self.asked.teachers), strict=True)
         width = max(x.shape[1] for x in p)
         p = [np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in p]
         return {"sorted_p": np.stack(p, 1), "sorted_tail": np.stack(tail, 1), "sorted_weight": _shares(paired)}
 
     def _partners(
-        self, name: str, readings: Sequence[Mapping[str, Reading]]
+        self, name: str, readings: Sequence[Mapping[str, Predictions]]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """float32[N, k] what the teacher says at each of the target's positions, float32[N] its tail, and bool[N]."""
         p, tail, paired = [], [], []
-        for piece in readings:
-            reading, own = piece[name], piece[self.target]
-            at = same_end(reading.ends, own.ends)
-            paired.append((at >= 0) & _with_next([own]) & (not reading.left_out))
-            p.append(np.exp(reading.log_p)[at])
-            tail.append(reading.tail[at])
+        for passage in readings:
+            predictions, own = passage[name], passage[self.target]
+            at = same_end(predictions.ends, own.ends)
+            paired.append((at >= 0) & _with_next([own]) & (not predictions.skipped))
+            p.append(np.exp(predictions.log_p)[at])
+            tail.append(predictions.tail[at])
         return np.concatenate(p), np.concatenate(tail), np.concatenate(paired)
 
     def taught(self, batch: Mapping[str, Tensor], teachers: Mapping[str, Teacher]) -> Taught:
@@ -389,26 +391,26 @@ class ChunkLesson:
     asked: ChunkDistillation
     target: str
 
-    def arrays(self, readings: Sequence[Mapping[str, Reading]], n_bytes: Sequence[int]) -> Arrays:
+    def arrays(self, readings: Sequence[Mapping[str, Predictions]], n_bytes: Sequence[int]) -> Arrays:
         chunks, nats = zip(*(self._chunks(name, readings, n_bytes) for name in self.asked.teachers), strict=True)
         return {"chunk": np.stack(chunks, 1), "chunk_nats": np.stack(nats, 1)}
 
     def _chunks(
-        self, name: str, readings: Sequence[Mapping[str, Reading]], n_bytes: Sequence[int]
+        self, name: str, readings: Sequence[Mapping[str, Predictions]], n_bytes: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray]:
         """int32[N] the chunk, counted over the row, that each position's next token is in, -1 for none; float32[N] that
         chunk's nats under the teacher.
         """
         numbers, sums, first = [], [], 0
-        for piece, size in zip(readings, n_bytes, strict=True):
-            reading, own = piece[name], piece[self.target]
-            starts = segment_starts([reading, own], size)
-            theirs, ours = (segment_of(r, starts)[:-1] for r in (reading, own))
-            nats = np.bincount(theirs, reading.nats[:-1], len(starts))
+        for passage, size in zip(readings, n_bytes, strict=True):
+            predictions, own = passage[name], passage[self.target]
+            starts = segment_starts([predictions, own], size)
+            theirs, ours = (segment_of(r, starts)[:-1] for r in (predictions, own))
+            nats = np.bincount(theirs, predictions.nats[:-1], len(starts))
             # The last one is a chunk if both models' tokens spell the text to its end.
             known = np.ones(len(starts), bool)
-            known[-1] = size > 0 and reading.ends[-1] == own.ends[-1] == size
-            used = known[ours] & (not reading.left_out)
+            known[-1] = size > 0 and predictions.ends[-1] == own.ends[-1] == size
+            used = known[ours] & (not predictions.skipped)
             numbers.append(np.append(np.where(used, ours + first, -1), -1))
             sums.append(np.append(np.where(used, nats[ours], 0), 0))
             first += len(starts)
@@ -433,9 +435,11 @@ def _check(teachers: Sequence[str], divergence: str = "forward_kl", temperature:
         raise UserError(f"temperature is {temperature}; it must be greater than 0.")
 
 
-def _with_next(readings: Sequence[Reading]) -> np.ndarray:
-    """bool[N], whether the piece goes on after the position."""
-    return np.concatenate([np.arange(len(reading.tokens)) < len(reading.tokens) - 1 for reading in readings])
+def _with_next(readings: Sequence[Predictions]) -> np.ndarray:
+    """bool[N], whether the passage goes on after the position."""
+    return np.concatenate(
+        [np.arange(len(predictions.tokens)) < len(predictions.tokens) - 1 for predictions in readings]
+    )
 
 
 def _shares(paired: Sequence[np.ndarray]) -> np.ndarray:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from fusion.losses.divergences import DIVERGENCES
 from fusion.losses.objective import TAIL_FLOOR
 from fusion.modeling.heads import find_head, project
-from fusion.modeling.packing import attending_by_piece, check_packing, device_of, dtype_of, own_forward, packed_inputs
+from fusion.modeling.packing import attending_by_passage, check_packing, device_of, dtype_of, own_forward, packed_inputs
 
 
 class Teacher:
@@ -35,7 +35,7 @@ class Teacher:
         inputs = packed_inputs(self._packing, input_ids, position_ids, dtype_of(self.model))
         backbone: Any = self.model.base_model
         # In its own precision, as when it is extracted, whatever the target is trained in.
-        with attending_by_piece(self.model, self._packing), torch.autocast(input_ids.device.type, enabled=False):
+        with attending_by_passage(self.model, self._packing), torch.autocast(input_ids.device.type, enabled=False):
             if self._whole:
                 found = own_forward(self.model, **inputs).logits
             else:

@@ -1,4 +1,4 @@
-"""Causal attention within the pieces of a packed row, for models whose attention transformers dispatches."""
+"""Causal attention within the passages of a packed row, for models whose attention transformers dispatches."""
 
 from typing import Any
 
@@ -9,28 +9,28 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 _SHORT = 640  # positions; below, on a CPU, whole products in bfloat16 beat the blocks of its flash attention
 
 
-def attend_by_piece(
+def attend_by_passage(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    piece_lengths: list[list[int]] | None = None,
+    passage_lengths: list[list[int]] | None = None,
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention [B, T, H, D] of query[B, H, T, D], key and value[B, Hkv, T, D] within each piece.
+    """Causal attention [B, T, H, D] of query[B, H, T, D], key and value[B, Hkv, T, D] within each passage.
 
-    Without `piece_lengths` every row is one piece. A model is given no mask under an attention that it does not know,
-    so that what its masks would have said, causality and the window, is done here.
+    Without `passage_lengths` every row is one passage. A model is given no mask under an attention that it does not
+    know, so that what its masks would have said, causality and the window, is done here.
     """
     if attention_mask is not None or query.shape[2] != key.shape[2]:
-        raise ValueError("attention by piece serves whole rows without a mask or a cache")
+        raise ValueError("attention by passage serves whole rows without a mask or a cache")
     rows = []
     for row, parts in enumerate(zip(*(x.split(1) for x in (query, key, value)), strict=True)):
-        lengths = [query.shape[2]] if piece_lengths is None else piece_lengths[row]
-        pieces = []
+        lengths = [query.shape[2]] if passage_lengths is None else passage_lengths[row]
+        passages = []
         for q, k, v in zip(*(part.split(lengths, dim=2) for part in parts), strict=True):
             n, mask = q.shape[2], None
             if sliding_window is not None and n > sliding_window:
@@ -38,10 +38,10 @@ def attend_by_piece(
             if mask is None and _is_plain(v, n, options):
                 scale = options.get("scaling") or q.shape[-1] ** -0.5
                 # Rotated positions may have widened the two; sdpa under autocast would narrow them, too.
-                pieces.append(_Short.apply(q.to(v.dtype), k.to(v.dtype), v, scale).transpose(1, 2))
+                passages.append(_Short.apply(q.to(v.dtype), k.to(v.dtype), v, scale).transpose(1, 2))
             else:
-                pieces.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0])
-        rows.append(torch.cat(pieces, dim=1))
+                passages.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0])
+        rows.append(torch.cat(passages, dim=1))
     return torch.cat(rows), None
 
 
@@ -57,7 +57,7 @@ def _given(option: Any) -> bool:
 
 
 class _Short(torch.autograd.Function):
-    """Causal attention of one short piece with all its probabilities kept, which a backward pass then need not redo.
+    """Causal attention of one short passage with all its probabilities kept, which a backward pass then need not redo.
 
     As in flash attention the scores are float32 whatever the type of query and key, and only then rounded.
     """

@@ -84,7 +84,7 @@ def fused_forward(
     packing: Packing = "positions",
     chunk: int = CHUNK,
 ) -> MixedLoss:
-    """The mixed loss of input_ids[B, T], in which pieces are packed and position_ids[B, T] restart with each.
+    """The mixed loss of input_ids[B, T], in which passages are packed and position_ids[B, T] restart with each.
 
     gold, clm_weight, tail and fusion_weight are [B, T], ids and p [B, T, K]; a term in their place is of B * T
     positions. See `objective.mixed_loss` for their meaning and for what is raised. gold is given as the token that

@@ -1,15 +1,15 @@
-"""Pieces packed in one row: none may see another, and positions restart with each.
+"""Passages packed in one row: none may see another, and positions restart with each.
 
-In transformers 5.23 `create_causal_mask` finds the pieces by itself wherever positions do not grow by one, for eager,
+In transformers 5.23 `create_causal_mask` finds the passages by itself wherever positions do not grow by one, for eager,
 sdpa and flex attention, any batch size, sliding windows included, but only if it is given `position_ids`, no
-`attention_mask` and no cache. A model makes a cache unless told `use_cache=False`, in training too, and then the pieces
-silently see each other. Flash attention looks for pieces in batches of one row only. So the rule that holds for the
-model at hand is not assumed but found by trying, at start-up.
+`attention_mask` and no cache. A model makes a cache unless told `use_cache=False`, in training too, and then the
+passages silently see each other. Flash attention looks for passages in batches of one row only. So the rule that holds
+for the model at hand is not assumed but found by trying, at start-up.
 
-A mask hides what has been computed for nothing: with four pieces in a row seven eighths of the attention's products are
-masked. `pieces` therefore comes first: an attention of our own over `sdpa`, which looks at one piece at a time.
+A mask hides what has been computed for nothing: with four passages in a row seven eighths of the attention's products
+are masked. `passages` therefore comes first: an attention of our own over `sdpa`, which looks at one passage at a time.
 
-The padding at the end of a row is one more piece: its positions restart at 0.
+The padding at the end of a row is one more passage: its positions restart at 0.
 """
 
 import warnings
@@ -22,72 +22,72 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from fusion.errors import UserError
-from fusion.modeling.attention import attend_by_piece
+from fusion.modeling.attention import attend_by_passage
 
-Packing = Literal["pieces", "positions", "flat", "mask"]
-PACKINGS: tuple[Packing, ...] = ("pieces", "positions", "flat", "mask")
-_BY_PIECE = "fusellm_by_piece"  # the name of `attend_by_piece` among the attentions of transformers
+Packing = Literal["passages", "positions", "flat", "mask"]
+PACKINGS: tuple[Packing, ...] = ("passages", "positions", "flat", "mask")
+_BY_PASSAGE = "fusellm_by_passage"  # the name of `attend_by_passage` among the attentions of transformers
 
 
 def packed_inputs(packing: Packing, input_ids: Tensor, position_ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """What to call a model with, so that the pieces of input_ids[B, T] do not see each other.
+    """What to call a model with, so that the passages of input_ids[B, T] do not see each other.
 
-    position_ids[B, T] restart at 0 with each piece. `pieces` names their lengths, for a model with our own attention
-    (`attending_by_piece`); `positions` leaves them to the model's own detection; `flat` joins the rows to one of B * T,
-    for flash attention; `mask` adds an explicit mask of [B, 1, T, T] in `dtype` (the model's). The hidden states come
-    out in the same order in all four.
+    position_ids[B, T] restart at 0 with each passage. `passages` names their lengths, for a model with our own
+    attention (`attending_by_passage`); `positions` leaves them to the model's own detection; `flat` joins the rows to
+    one of B * T, for flash attention; `mask` adds an explicit mask of [B, 1, T, T] in `dtype` (the model's). The
+    hidden states come out in the same order in all four.
     """
     if packing == "flat":
         input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
     inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
     if packing == "mask":
-        inputs["attention_mask"] = piece_mask(position_ids, dtype)
-    if packing == "pieces":
-        inputs["piece_lengths"] = [
-            torch.unique_consecutive(p, return_counts=True)[1].tolist() for p in _piece_numbers(position_ids)
+        inputs["attention_mask"] = passage_mask(position_ids, dtype)
+    if packing == "passages":
+        inputs["passage_lengths"] = [
+            torch.unique_consecutive(p, return_counts=True)[1].tolist() for p in _passage_numbers(position_ids)
         ]
     return inputs
 
 
-def _piece_numbers(position_ids: Tensor) -> Tensor:
-    """int64[B, T], which piece of its row a position belongs to, from position_ids[B, T] that restart with each."""
+def _passage_numbers(position_ids: Tensor) -> Tensor:
+    """int64[B, T], which passage of its row a position belongs to, from position_ids[B, T] that restart with each."""
     return (position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1).cumsum(1)
 
 
 @contextmanager
-def attending_by_piece(model: nn.Module, packing: Packing) -> Iterator[None]:
-    """For `pieces`, gives the model the attention that needs `piece_lengths`, and its own back at the end.
+def attending_by_passage(model: nn.Module, packing: Packing) -> Iterator[None]:
+    """For `passages`, gives the model the attention that needs `passage_lengths`, and its own back at the end.
 
     Backward must stay inside too: activation checkpointing runs the attention again there.
     """
-    if packing != "pieces":
+    if packing != "passages":
         yield
         return
     before = model.config._attn_implementation  # type: ignore[union-attr]
     if before != "sdpa" or not _layer_kinds(model) <= {"full_attention", "sliding_attention"}:
         raise ValueError(f"its layers are {', '.join(sorted(_layer_kinds(model)))} under {before}")
-    AttentionInterface.register(_BY_PIECE, attend_by_piece)
-    model.set_attn_implementation(_BY_PIECE)  # type: ignore[operator]
+    AttentionInterface.register(_BY_PASSAGE, attend_by_passage)
+    model.set_attn_implementation(_BY_PASSAGE)  # type: ignore[operator]
     try:
         yield
     finally:
         model.set_attn_implementation(before)  # type: ignore[operator]
 
 
-def piece_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
+def passage_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
     """The additive causal mask [B, 1, T, T], 0 or the least number, of rows with position_ids[B, T] as above."""
-    piece = _piece_numbers(position_ids)
-    at = torch.arange(piece.shape[1], device=piece.device)
-    seen = (piece[:, :, None] == piece[:, None, :]) & (at[:, None] >= at)
+    passage = _passage_numbers(position_ids)
+    at = torch.arange(passage.shape[1], device=passage.device)
+    seen = (passage[:, :, None] == passage[:, None, :]) & (at[:, None] >= at)
     return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
 def check_packing(model: nn.Module) -> Packing:
-    """The first of `PACKINGS` under which pieces packed in rows of this causal LM do not see each other.
+    """The first of `PACKINGS` under which passages packed in rows of this causal LM do not see each other.
 
-    Tried with a few random tokens on the model itself, in evaluation mode, with no gradient: what a piece gives must be
-    what it gives alone, and must not change with its neighbours' tokens. Warns where it has come down to the last two.
-    Raises `UserError` when none holds.
+    Tried with a few random tokens on the model itself, in evaluation mode, with no gradient: what a passage gives must
+    be what it gives alone, and must not change with its neighbours' tokens. Warns where it has come down to the last
+    two. Raises `UserError` when none holds.
     """
     failures = []
     for packing in PACKINGS:
@@ -99,9 +99,9 @@ def check_packing(model: nn.Module) -> Packing:
         except Exception as error:  # whatever a model raises on inputs that it does not take
             failure = f"{type(error).__name__}: {error}".splitlines()[0]
         if failure is None:
-            if packing not in ("pieces", "positions"):
+            if packing not in ("passages", "positions"):
                 warnings.warn(
-                    f"{type(model).__name__} does not find packed pieces by their positions ({'; '.join(failures)}): "
+                    f"{type(model).__name__} does not find packed passages by their positions ({'; '.join(failures)}): "
                     f"packing is done with '{packing}'",
                     stacklevel=2,
                 )
@@ -109,8 +109,8 @@ def check_packing(model: nn.Module) -> Packing:
         failures.append(f"{packing}: {failure}")
     raise UserError(
         f"{type(model).__name__} with attention {getattr(model.config, '_attn_implementation', None)!r} lets packed "
-        f"pieces see each other ({'; '.join(failures)}): load it with attn_implementation='sdpa' or 'eager', or put "
-        "one piece in a row."
+        f"passages see each other ({'; '.join(failures)}): load it with attn_implementation='sdpa' or 'eager', or put "
+        "one passage in a row."
     )
 
 
@@ -143,8 +143,8 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def _leak(model: nn.Module, packing: Packing) -> str | None:
-    """What goes wrong with two rows of two pieces and padding, or None."""
-    rows = ((3, 5, 2), (4, 6))  # lengths of the pieces; the 2 stand for padding
+    """What goes wrong with two rows of two passages and padding, or None."""
+    rows = ((3, 5, 2), (4, 6))  # lengths of the passages; the 2 stand for padding
     width = sum(rows[0])
     dtype, device = dtype_of(model), device_of(model)
     eps = torch.finfo(dtype).eps
@@ -152,7 +152,7 @@ def _leak(model: nn.Module, packing: Packing) -> str | None:
     def logits(tokens: Tensor, lengths: tuple[tuple[int, ...], ...], how: Packing) -> Tensor:
         positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
         inputs = packed_inputs(how, tokens.to(device), positions.to(device), dtype)
-        with attending_by_piece(model, how):
+        with attending_by_passage(model, how):
             out = own_forward(model, **inputs).logits
         return out.reshape(*tokens.shape, -1).float()
 
@@ -168,12 +168,12 @@ def _leak(model: nn.Module, packing: Packing) -> str | None:
                 alone = logits(tokens[r : r + 1, part], ((n,),), "positions")
                 # The same tokens, in a product of another shape: rounding differs, positions must not.
                 if not (packed[r, part] - alone[0]).abs().max() <= max(1e-4, 8 * eps) * size:
-                    return "a packed piece does not give what it gives alone"
+                    return "a packed passage does not give what it gives alone"
                 mixed = others.clone()
                 mixed[r, part] = tokens[r, part]
                 # The same shapes: what is masked is exactly 0, so that any difference beyond the last digits is a leak.
                 if not (packed[r, part] - logits(mixed, rows, packing)[r, part]).abs().max() <= 8 * eps * size:
-                    return "a packed piece changes with its neighbours"
+                    return "a packed passage changes with its neighbours"
                 start += n
     return None
 

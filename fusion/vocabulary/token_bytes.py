@@ -198,7 +198,7 @@ def _utf8(text: str) -> bytes:
 def _byte_level(token: str) -> bytes:
     try:
         return token.translate(_TO_LATIN1).encode("latin-1")
-    except UnicodeEncodeError:  # not written in the byte alphabet (an unk token, say): it stands for its own string
+    except UnicodeEncodeError:  # not written in the byte alphabet (an unk token, notify): it stands for its own string
         return _utf8(token)
 
 
@@ -265,11 +265,11 @@ def byte_ends(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary, text: byt
     spells more tokens, and if they tie, or spell no text at all, nothing is claimed.
     """
     size = len(vocabulary)
-    pieces = [vocabulary.token_bytes[i] if 0 <= i < size else None for i in np.asarray(ids, dtype=np.int64).tolist()]
-    direct = _ends(pieces, text)
-    if not vocabulary.dummy_prefix or not pieces or not (pieces[0] or b"").startswith(b" "):
+    passages = [vocabulary.token_bytes[i] if 0 <= i < size else None for i in np.asarray(ids, dtype=np.int64).tolist()]
+    direct = _ends(passages, text)
+    if not vocabulary.dummy_prefix or not passages or not (passages[0] or b"").startswith(b" "):
         return direct
-    shifted = _ends(pieces, b" " + text)
+    shifted = _ends(passages, b" " + text)
     shifted[shifted >= 0] -= 1
     by_shift = {False: direct, True: shifted}
     for ends in by_shift.values():
@@ -279,15 +279,15 @@ def byte_ends(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary, text: byt
     better = by_shift[matched[True] > matched[False]]
     # A space that nothing follows may be the tokenizer's own or what it made of the text: no way to tell.
     if matched[True] == matched[False] or better.max() <= 0:
-        return np.full(len(pieces), -1, dtype=np.int32)
+        return np.full(len(passages), -1, dtype=np.int32)
     return better
 
 
-def _ends(pieces: Sequence[bytes | None], text: bytes) -> np.ndarray:
-    known = len(pieces) if None not in pieces else pieces.index(None)
-    spelled = b"".join(piece for piece in pieces[:known] if piece is not None)
-    ends = np.full(len(pieces), -1, dtype=np.int32)
-    ends[:known] = np.cumsum([len(piece) for piece in pieces[:known] if piece is not None], dtype=np.int64)
+def _ends(passages: Sequence[bytes | None], text: bytes) -> np.ndarray:
+    known = len(passages) if None not in passages else passages.index(None)
+    spelled = b"".join(passage for passage in passages[:known] if passage is not None)
+    ends = np.full(len(passages), -1, dtype=np.int32)
+    ends[:known] = np.cumsum([len(passage) for passage in passages[:known] if passage is not None], dtype=np.int64)
     if not text.startswith(spelled):
         common = min(len(spelled), len(text))
         left, right = np.frombuffer(spelled, np.uint8, common), np.frombuffer(text, np.uint8, common)
@@ -300,13 +300,13 @@ def _ends(pieces: Sequence[bytes | None], text: bytes) -> np.ndarray:
 
 
 def prefix_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The token every piece is preceded by: bos, else eos. Raises UserError where the tokenizer has neither."""
+    """The token every passage is preceded by: bos, else eos. Raises UserError where the tokenizer has neither."""
     for role in ("bos", "eos"):
         token_id = getattr(tokenizer, f"{role}_token_id")
         if token_id is not None:
             return int(token_id)
     raise UserError(
-        f"The tokenizer of {tokenizer.name_or_path!r} has neither a bos nor an eos token: set one, every piece is "
+        f"The tokenizer of {tokenizer.name_or_path!r} has neither a bos nor an eos token: set one, every passage is "
         "preceded by it."
     )
 
@@ -314,7 +314,7 @@ def prefix_id(tokenizer: PreTrainedTokenizerFast) -> int:
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     """The ids of `text`: no special token is added, nothing is cut, and what looks like a control token stays text.
 
-    The one exception: a Unigram model that counts control tokens among its pieces writes them where the text does;
+    The one exception: a Unigram model that counts control tokens among its passages writes them where the text does;
     `byte_ends` stops there.
     """
     return encode_all(tokenizer, [text])[0]

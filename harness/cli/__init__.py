@@ -57,7 +57,7 @@ def _global(
     # The deepspeed launcher adds --local_rank to every command; the environment says it, too.
     if debug:
         os.environ["FUSELLM_DEBUG"] = "1"
-    if distributed.world() > 1 and context.invoked_subcommand not in (
+    if distributed.world_size() > 1 and context.invoked_subcommand not in (
         "experiment",
         "baseline",
         "quickstart",
@@ -124,7 +124,7 @@ def experiment_run(
 
     if dry_run:
         planned = {p.spec.fingerprint: p for config in configs for p in run.plan(config, root, flops=flops)}
-        if distributed.first():
+        if distributed.is_main_process():
             print_plan(list(planned.values()), root)
         return
     for config in configs:
@@ -136,7 +136,7 @@ def _run(config: Any, root: Path) -> None:
     from harness.reporting import runs
 
     folder = run.run(config, root)
-    if not distributed.first():
+    if not distributed.is_main_process():
         return
     print_table(runs.table(folder), None)
     from results.paper_layouts import LAYOUTS
@@ -283,9 +283,9 @@ def models_convert(
     """Convert a GGUF file or a pickle checkpoint (read weights-only) to safetensors with a fast tokenizer."""
     quiet_libraries()
     from harness.models.convert import convert
-    from harness.runtime.progress import say
+    from harness.runtime.progress import notify
 
-    typer.echo(str(convert(path, out or root / "models" / path.stem, say=say)))
+    typer.echo(str(convert(path, out or root / "models" / path.stem, notify=notify)))
 
 
 @artifacts.command("list")
@@ -416,7 +416,7 @@ def main() -> None:
         if stopped_by:
             word = "interrupted" if stopped_by == signal.SIGINT else "terminated"
             # A launcher terminates the ranks that are left when one has failed, which has said why.
-            if distributed.world() == 1 or (distributed.first() and stopped_by == signal.SIGINT):
+            if distributed.world_size() == 1 or (distributed.is_main_process() and stopped_by == signal.SIGINT):
                 typer.echo(f"fusellm: {word}; the same command goes on from here.", err=True)
             status = 128 + stopped_by
         sys.exit(status)
@@ -438,7 +438,7 @@ def _explain(error: Exception) -> int:
             typer.echo(f"fusellm: {message.rstrip('.')}{hint}.", err=True)
         return 2
     sentence = str(error) if isinstance(error, UserError | RecordsError) else _of_the_system(error)
-    distributed.let_the_cause_speak(sentence is not None)
+    distributed.report_root_cause(sentence is not None)
     if os.environ.get("FUSELLM_DEBUG") or sentence is None:
         raise error
     typer.echo(f"fusellm: {sentence}", err=True)

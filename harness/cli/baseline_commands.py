@@ -75,6 +75,6 @@ def baseline_build(
     from harness.experiment import run
 
     for row in run.build(config, labels, root):
-        if distributed.first():
+        if distributed.is_main_process():
             folders = ", ".join(str(one.folder) for one in row.candidate.checkpoints)
             typer.echo(f"{row.label}{'' if row.seed is None else f' (seed {row.seed})'}: {folders}")

@@ -56,7 +56,7 @@ def print_plan(planned: list[Any], root: Path) -> None:
         groups.setdefault((p.spec.kind, str(p.spec.info.get("candidate", p.spec.label))), []).append(p)
     for (kind, label), parts in groups.items():
         states = {p.state: sum(q.state == p.state for q in parts) for p in parts}
-        todo = [p.estimate for p in parts if p.state != "there"]
+        todo = [p.estimate for p in parts if p.state != "ready"]
         costs = [p.estimate for p in parts]
         rows.append(
             [
@@ -77,7 +77,7 @@ def print_plan(planned: list[Any], root: Path) -> None:
 
 def quiet_libraries() -> None:
     """Progress bars and advice of libraries would tear our own bars apart, and one rank's warnings are enough."""
-    if not distributed.first():
+    if not distributed.is_main_process():
         warnings.simplefilter("ignore")
         os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # what DeepSpeed calls is being renamed

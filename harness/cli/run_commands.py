@@ -20,7 +20,7 @@ def tables(
         typer.Option("--format", help="For the terminal without; with --out every one of them."),
     ] = None,
     with_paper: Annotated[bool, typer.Option("--with-paper", help="The published values beside ours.")] = False,
-    baseline: Annotated[
+    reference: Annotated[
         str | None, typer.Option(help="The row that the others are tested against; the experiment's without.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write the tables and their figures to.")] = None,
@@ -30,7 +30,7 @@ def tables(
     from harness.reporting import runs
     from results.formats import FORMATS, render_all
 
-    found = runs.tables(root, names or [], profile, baseline=baseline, with_paper=with_paper)
+    found = runs.tables(root, names or [], profile, reference=reference, with_paper=with_paper)
     if out is not None:
         for path in runs.write(found, out, [form] if form else list(FORMATS)):
             typer.echo(path)

@@ -51,24 +51,24 @@ class Roles(Strict):
         return {"target": self.target, **self.sources, **teacher}
 
 
-class PiecesConfig(Strict):
-    max_bytes: int = Field(4096, ge=4, description="longest piece (bytes)")
+class PassagesConfig(Strict):
+    max_bytes: int = Field(4096, ge=4, description="longest passage (bytes)")
 
 
 class ExtractionConfig(Strict):
     k: int = Field(10, gt=0, description="entries kept a position (paper: 10)")
-    pieces_per_shard: int = Field(256, gt=0)
+    passages_per_shard: int = Field(256, gt=0)
     store_dtype: Literal["float16", "float32"] = Field("float16", description="of stored log-probabilities and tails")
     temperatures: list[Annotated[float, Field(gt=0)]] = Field(
         [], description="beside 1: those at which distillation may take stored distributions"
     )
     compression: Literal["zstd", "none"] = Field("zstd", description="of what is stored; the numbers are the same")
-    max_left_out: float = Field(
+    max_skipped_fraction: float = Field(
         0.001,
         ge=0,
         le=1,
-        description="share of the pieces that may be left out, as a model's logits are not finite; 1 piece at least "
-        "may, unless it is 0",
+        description="share of the passages that may be left out, as a model's logits are not finite; 1 passage at "
+        "least may, unless it is 0",
     )
 
 
@@ -85,12 +85,12 @@ class DataConfig(Strict):
         return Path(self.root) if self.root else None
 
 
-class TrainingSection(Strict):
+class TrainingConfig(Strict):
     """How a target is trained; the same for every trained method of an experiment."""
 
-    row_length: int = Field(2048, gt=1, description="positions a row (tokens)")
-    rows_per_step: int = Field(128, gt=0, description="rows an optimiser step, over all ranks")
-    micro_rows: int = Field(1, gt=0, description="rows at once on a rank; does not change the result")
+    sequence_length: int = Field(2048, gt=1, description="positions a row (tokens)")
+    global_batch_size: int = Field(128, gt=0, description="rows an optimiser step, over all ranks")
+    micro_batch_size: int = Field(1, gt=0, description="rows at once on a rank; does not change the result")
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     weight_decay: float = Field(0.1, ge=0)
@@ -105,7 +105,7 @@ class TrainingSection(Strict):
     deepspeed: str | None = Field(None, description="zero1, zero2, zero3 or a DeepSpeed JSON file; DDP without")
 
 
-class PerplexitySection(Strict):
+class PerplexityConfig(Strict):
     """Bits per byte of whole documents."""
 
     documents: CorpusConfig
@@ -114,7 +114,7 @@ class PerplexitySection(Strict):
     stride: int | None = Field(None, gt=0, description="strided: tokens the window moves; half the window without")
 
 
-class CurveSection(Strict):
+class CurveConfig(Strict):
     """Held-out text measured during training, on a part of the perplexity suite's documents."""
 
     per_domain: int = Field(5, ge=0, description="documents a domain; 0 for no curve")
@@ -126,7 +126,7 @@ class Suites(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    perplexity: PerplexitySection
+    perplexity: PerplexityConfig
 
     @model_validator(mode="after")
     def _others_hold(self) -> "Suites":
@@ -156,13 +156,13 @@ class Config(Strict):
     validation: CorpusConfig | None = Field(
         None, description="text that methods choose by: neither trained nor tested on"
     )
-    pieces: PiecesConfig = PiecesConfig()
+    passages: PassagesConfig = PassagesConfig()
     extraction: ExtractionConfig = ExtractionConfig()
-    training: TrainingSection = TrainingSection()
+    training: TrainingConfig = TrainingConfig()
     suites: Suites
-    curve: CurveSection = CurveSection()
+    curve: CurveConfig = CurveConfig()
     methods: dict[str, dict[str, Any]] = Field(min_length=1, description="a row of the table each")
-    baseline: str = Field(description="the row that the others are compared with")
+    reference: str = Field(description="the row that the others are compared with")
 
     @model_validator(mode="after")
     def _methods_hold(self) -> "Config":
@@ -184,14 +184,14 @@ class Config(Strict):
                 **parameters.model_dump(mode="json", by_alias=True, exclude_unset=True),
             }
             self._check_roles(label, kind, parameters)
-        if self.training.rows_per_step % self.training.micro_rows:
+        if self.training.global_batch_size % self.training.micro_batch_size:
             raise UserError(
-                f"training.rows_per_step = {self.training.rows_per_step} is no multiple of training.micro_rows = "
-                f"{self.training.micro_rows}: change one of them."
+                f"training.global_batch_size = {self.training.global_batch_size} is no multiple of "
+                f"training.micro_batch_size = {self.training.micro_batch_size}: change one of them."
             )
-        if self.baseline not in self.methods:
-            hint = did_you_mean(self.baseline, self.methods)
-            raise UserError(f"baseline {self.baseline!r} is no row{hint}: rows are {', '.join(self.methods)}.")
+        if self.reference not in self.methods:
+            hint = did_you_mean(self.reference, self.methods)
+            raise UserError(f"reference {self.reference!r} is no row{hint}: rows are {', '.join(self.methods)}.")
         return self
 
     def _check_roles(self, label: str, kind: Any, parameters: BaseModel) -> None:

@@ -1,7 +1,8 @@
-"""Documents and pieces: where text comes from, which of it is taken, and how it is cut.
+"""Documents and passages: where text comes from, which of it is taken, and how it is cut.
 
-A document is what the corpus holds, known by the SHA-256 of its whole text. A piece is a document or a part of it, cut
-at a character boundary, at most so many bytes, whatever the tokenizers; pieces join to the document byte for byte.
+A document is what the corpus holds, known by the SHA-256 of its whole text. A passage is a document or a part of it,
+cut at a character boundary, at most so many bytes, whatever the tokenizers; passages join to the document byte for
+byte.
 """
 
 import hashlib
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     pass
 
 VERSION = 1
-PIECES_FILE = "pieces.arrow"
-_BATCH = 1024  # pieces written at once, so that memory stays bounded
+PASSAGES_FILE = "passages.arrow"
+_BATCH = 1024  # passages written at once, so that memory stays bounded
 
 
 class CorpusConfig(BaseModel):
@@ -292,13 +293,13 @@ def first_bytes(text: str, limit: int) -> str:
 
 
 def cut(text: str, max_bytes: int) -> list[str]:
-    """Pieces of at most `max_bytes` bytes of UTF-8 that join to `text`.
+    """Passages of at most `max_bytes` bytes of UTF-8 that join to `text`.
 
-    A cut falls after a line or before a space where one lies in the second half of the piece, since a word torn in two
-    is read as two rare tokens; else between any two characters.
+    A cut falls after a line or before a space where one lies in the second half of the passage, since a word torn in
+    two is read as two rare tokens; else between any two characters.
     """
     raw = text.encode("utf-8")
-    pieces = []
+    passages = []
     start = 0
     while len(raw) - start > max_bytes:
         head = raw[start : start + max_bytes].decode("utf-8", errors="ignore").encode("utf-8")
@@ -307,42 +308,42 @@ def cut(text: str, max_bytes: int) -> list[str]:
             at = head.rfind(b" ", 1)
         if at <= len(head) // 2:
             at = len(head)
-        pieces.append(head[:at].decode("utf-8"))
+        passages.append(head[:at].decode("utf-8"))
         start += at
     if start < len(raw):
-        pieces.append(raw[start:].decode("utf-8"))
-    return pieces
+        passages.append(raw[start:].decode("utf-8"))
+    return passages
 
 
-class Pieces:
-    """A stored list of pieces, read through a memory map."""
+class Passages:
+    """A stored list of passages, read through a memory map."""
 
     def __init__(self, folder: Path) -> None:
         import pyarrow as pa
 
-        self._table: pa.Table = pa.ipc.open_file(pa.memory_map(str(folder / PIECES_FILE))).read_all()
+        self._table: pa.Table = pa.ipc.open_file(pa.memory_map(str(folder / PASSAGES_FILE))).read_all()
         self.n_bytes = self._table["n_bytes"].to_numpy()
         self.last = self._table["last"].to_numpy()
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
-    def text(self, piece: int) -> str:
-        return str(self._table["text"][piece].as_py())
+    def text(self, passage: int) -> str:
+        return str(self._table["text"][passage].as_py())
 
-    def domain(self, piece: int) -> str:
-        return str(self._table["domain"][piece].as_py())
+    def domain(self, passage: int) -> str:
+        return str(self._table["domain"][passage].as_py())
 
-    def name(self, piece: int) -> str:
-        """The piece's document and its place there, for messages."""
-        return f"{self._table['name'][piece].as_py()} (bytes from {self._table['start'][piece].as_py()})"
+    def name(self, passage: int) -> str:
+        """The passage's document and its place there, for messages."""
+        return f"{self._table['name'][passage].as_py()} (bytes from {self._table['start'][passage].as_py()})"
 
     def document_hashes(self) -> set[str]:
         return set(self._table["sha256"].to_pylist())
 
 
-def write_pieces(folder: Path, texts: Iterable[Document], max_bytes: int) -> None:
-    """Cuts documents into pieces and stores them in `folder`, however many there are."""
+def write_passages(folder: Path, texts: Iterable[Document], max_bytes: int) -> None:
+    """Cuts documents into passages and stores them in `folder`, however many there are."""
     import pyarrow as pa
 
     schema = pa.schema(
@@ -357,7 +358,7 @@ def write_pieces(folder: Path, texts: Iterable[Document], max_bytes: int) -> Non
             ("last", pa.bool_()),
         ]
     )
-    with pa.OSFile(str(folder / PIECES_FILE), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+    with pa.OSFile(str(folder / PASSAGES_FILE), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         rows: list[dict[str, Any]] = []
         for number, document in enumerate(texts):
             start = 0
@@ -384,20 +385,20 @@ def write_pieces(folder: Path, texts: Iterable[Document], max_bytes: int) -> Non
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
 
 
-def pieces_spec(config: CorpusConfig, max_bytes: int, data_root: Path | None) -> Spec:
+def passages_spec(config: CorpusConfig, max_bytes: int, data_root: Path | None) -> Spec:
     # What came later is a part of it where it is set, so that what was made before is still known.
     later = {name for name in ("domains", "domain_bytes") if getattr(config, name) is None}
-    params = config.model_dump(exclude={"path", "expected_bytes", *later}) | {"max_piece_bytes": max_bytes}
+    params = config.model_dump(exclude={"path", "expected_bytes", *later}) | {"max_passage_bytes": max_bytes}
     content = content_fingerprint(config, data_root)
-    return Spec("pieces", Path(config.path).name, VERSION, {"text": content}, params, {"path": config.path})
+    return Spec("passages", Path(config.path).name, VERSION, {"text": content}, params, {"path": config.path})
 
 
-def make_pieces(store: Store, config: CorpusConfig, max_bytes: int, data_root: Path | None) -> tuple[Spec, Path]:
-    """The corpus cut into pieces, as an artifact."""
+def make_passages(store: Store, config: CorpusConfig, max_bytes: int, data_root: Path | None) -> tuple[Spec, Path]:
+    """The corpus cut into passages, as an artifact."""
 
     def build(folder: Path) -> None:
-        write_pieces(folder, documents(config, data_root), max_bytes)
+        write_passages(folder, documents(config, data_root), max_bytes)
 
-    spec = pieces_spec(config, max_bytes, data_root)
+    spec = passages_spec(config, max_bytes, data_root)
     size = expected_bytes(config, data_root)
     return spec, store.ensure(spec, build, Estimate(disk=1.2 * size, seconds=size / 5e6))

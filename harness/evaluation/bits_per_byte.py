@@ -11,7 +11,7 @@ from fusion.errors import UserError
 from fusion.inference.ensembles import JointReader
 from fusion.inference.likelihood import document_nats, window_stride
 from fusion.vocabulary.token_bytes import encode, prefix_id
-from harness.config.loading import PerplexitySection
+from harness.config.loading import PerplexityConfig
 from harness.data.corpus import Document
 from harness.runtime.progress import track
 from harness.store.artifacts import Spec, fingerprint, read_json, write_json
@@ -31,7 +31,7 @@ def measure(
     model: nn.Module | JointReader,
     tokenizer: Any,
     documents: Sequence[Document],
-    section: PerplexitySection,
+    section: PerplexityConfig,
     *,
     batch_tokens: int,
     progress: Callable[[float], object] | None = None,
@@ -58,7 +58,7 @@ def measure(
 
 
 def evaluation_spec(
-    label: str, model: str, documents: Sequence[Document], section: PerplexitySection, *, dtype: str, batch_tokens: int
+    label: str, model: str, documents: Sequence[Document], section: PerplexityConfig, *, dtype: str, batch_tokens: int
 ) -> Spec:
     stride = window_stride(section.mode, section.window, section.stride)
     return Spec(
@@ -75,7 +75,7 @@ def evaluate(
     folder: Path,
     load: Callable[[], tuple[nn.Module | JointReader, Any]],
     documents: Sequence[Document],
-    section: PerplexitySection,
+    section: PerplexityConfig,
     *,
     label: str,
     batch_tokens: int,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from baselines.method import Ensemble
 from fusion.errors import UserError
-from harness.evaluation.suite import Subject
+from harness.evaluation.suite import EvaluatedModel
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class JointSubject(Subject):
+class JointModel(EvaluatedModel):
     """Members that are read as one, in the tokens of the first; or, where they vote, each by itself."""
 
     ensemble: Ensemble = field(kw_only=True)
-    parts: Sequence[tuple[Subject, float]] = field(kw_only=True)
+    parts: Sequence[tuple[EvaluatedModel, float]] = field(kw_only=True)
 
     @property
-    def members(self) -> Sequence[tuple[Subject, float]]:
+    def members(self) -> Sequence[tuple[EvaluatedModel, float]]:
         return self.parts
 
     @property
@@ -86,7 +86,7 @@ class JointSubject(Subject):
             self.ensemble.combine,
         )
 
-    def _map(self, member: Subject, vocabulary: "Vocabulary", pivot: "Vocabulary") -> "Tensor":
+    def _map(self, member: EvaluatedModel, vocabulary: "Vocabulary", pivot: "Vocabulary") -> "Tensor":
         import torch
 
         from fusion.vocabulary.maps import build_map
@@ -131,11 +131,11 @@ def _steps(advance: Callable[[float], None], size: int) -> Callable[[int, int], 
     return progress
 
 
-def joint_subject(label: str, ensemble: Ensemble, parts: Sequence[tuple[Subject, float]]) -> JointSubject:
+def joint_subject(label: str, ensemble: Ensemble, parts: Sequence[tuple[EvaluatedModel, float]]) -> JointModel:
     """The ensemble of subjects; the first is the pivot."""
     pivot = parts[0][0]
     dtypes = [member.dtype for member, _ in parts]
-    return JointSubject(
+    return JointModel(
         label=label,
         fingerprint=ensemble.fingerprint,
         spec=pivot.spec,

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
-from harness.config.loading import PerplexitySection
+from harness.config.loading import PerplexityConfig
 from harness.data import corpus
 from harness.data.corpus import Document
-from harness.evaluation.suite import SUITES, Example, Measured, Subject
+from harness.evaluation.suite import SUITES, EvaluatedModel, Example, SuiteResult
 from harness.store.artifacts import Spec, Store
 from harness.store.costs import Costs
 
@@ -20,9 +20,9 @@ class Perplexity:
     """Nats and bytes of every held-out document; its tasks are the documents' domains."""
 
     name = "perplexity"
-    schema: ClassVar[type[BaseModel]] = PerplexitySection
+    schema: ClassVar[type[BaseModel]] = PerplexityConfig
 
-    def __init__(self, section: PerplexitySection, data_root: Path | None) -> None:
+    def __init__(self, section: PerplexityConfig, data_root: Path | None) -> None:
         self.section = section
         self._data_root = data_root
 
@@ -44,22 +44,22 @@ class Perplexity:
 
         return {"version": bits_per_byte.VERSION, "documents": bits_per_byte.documents_fingerprint(self.documents)}
 
-    def measure(self, subject: Subject, store: Store, costs: Costs) -> Measured:
+    def measure(self, evaluated: EvaluatedModel, store: Store, costs: Costs) -> SuiteResult:
         from harness.evaluation.bits_per_byte import read_evaluation
 
-        spec, path = evaluate(self.section, self.documents, subject, store, costs)
+        spec, path = evaluate(self.section, self.documents, evaluated, store, costs)
 
         def examples() -> Iterator[Example]:
             for row in read_evaluation(path):
                 yield Example(row["domain"], row["example"], self._metric, row["nats"], row["bytes"])
 
-        return Measured(examples, {self.name: path}, {self.name: spec.fingerprint})
+        return SuiteResult(examples, {self.name: path}, {self.name: spec.fingerprint})
 
 
 def evaluate(
-    section: PerplexitySection,
+    section: PerplexityConfig,
     documents: Sequence[Document],
-    subject: Subject,
+    evaluated: EvaluatedModel,
     store: Store,
     costs: Costs,
     n_bytes: float | None = None,
@@ -68,19 +68,24 @@ def evaluate(
     from harness.evaluation import bits_per_byte
 
     spec = bits_per_byte.evaluation_spec(
-        subject.label, subject.fingerprint, documents, section, dtype=subject.dtype, batch_tokens=subject.batch_tokens
+        evaluated.label,
+        evaluated.fingerprint,
+        documents,
+        section,
+        dtype=evaluated.dtype,
+        batch_tokens=evaluated.batch_tokens,
     )
 
     def build(folder: Path) -> None:
         bits_per_byte.evaluate(
             folder,
-            lambda: (subject.predictor, subject.tokenizer),
+            lambda: (evaluated.predictor, evaluated.tokenizer),
             documents,
             section,
-            label=subject.label,
-            batch_tokens=subject.batch_tokens,
+            label=evaluated.label,
+            batch_tokens=evaluated.batch_tokens,
         )
 
     if n_bytes is None:
         n_bytes = sum(len(d.text.encode()) for d in documents)
-    return spec, store.ensure(spec, build, costs.forward(subject.parameters, n_bytes))
+    return spec, store.ensure(spec, build, costs.forward(evaluated.parameters, n_bytes))

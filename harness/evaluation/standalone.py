@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
 from harness.config.loading import load, suite_section
-from harness.evaluation.suite import Measured, Subject, Suite, suite
+from harness.evaluation.suite import EvaluatedModel, Suite, SuiteResult, suite
 from harness.models.checkpoints import ModelSpec, compute_dtype, count_parameters, resolve
 from harness.reporting.runs import RUN_FILE, SUITES_FILE, described, hashes, open_run
-from harness.runtime.progress import say
+from harness.runtime.progress import notify
 from harness.store.artifacts import Store, fingerprint, write_atomically, write_json
 from harness.store.costs import Costs
 from harness.store.provenance import made_by
@@ -26,7 +26,7 @@ _MANY = 12  # tasks that do not fit side by side
 
 
 def write_measured(
-    folder: Path, name: str, measured: Measured, *, experiment: str, profile: str, method: str, seed: int | None
+    folder: Path, name: str, measured: SuiteResult, *, experiment: str, profile: str, method: str, seed: int | None
 ) -> str | None:
     """One record file of a candidate's examples in a suite; its name, or None where there are none."""
     from results.records import NO_SEED, Record, write
@@ -55,7 +55,7 @@ def places(artifacts: Mapping[str, Path]) -> dict[str, str]:
     return {name: path.relative_to(path.parents[2]).as_posix() for name, path in artifacts.items()}
 
 
-def note_suites(folder: Path, suites: Mapping[str, Suite], found: Mapping[str, Mapping[str, Measured]]) -> None:
+def note_suites(folder: Path, suites: Mapping[str, Suite], found: Mapping[str, Mapping[str, SuiteResult]]) -> None:
     """Writes down what tables need beside the records: tasks and their metrics, what was left out by row, and notes.
 
     `found` is what every suite measured, by row.
@@ -78,15 +78,15 @@ def suite_tables(
     order: Sequence[str],
     title: str,
     banner: str = "",
-    baseline: str | None = None,
+    reference: str | None = None,
 ) -> "dict[str, Table]":
     """The table of every suite that `note_suites` noted: a row a candidate, a column a task, and their average.
 
-    Where there are many tasks they are the rows. Averages are compared with `baseline`'s.
+    Where there are many tasks they are the rows. Averages are compared with `reference`'s.
     """
     final = records[records["tokens"].isna() & records["method"].isin(list(order))]
     return {
-        name: _table(final[final["suite"] == name], name, order, noted, f"{title}: {name}", banner, baseline)
+        name: _table(final[final["suite"] == name], name, order, noted, f"{title}: {name}", banner, reference)
         for name, noted in described(folder / SUITES_FILE).items()
     }
 
@@ -98,7 +98,7 @@ def _table(
     noted: Mapping[str, Any],
     title: str,
     banner: str,
-    baseline: str | None,
+    reference: str | None,
 ) -> "Table":
     from results.layout import Table
     from results.metrics import measure
@@ -120,7 +120,7 @@ def _table(
     if not shown:
         return Table(title, tuple(order), (), ((),) * len(order), True, 2, banner=banner, notes=tuple(notes))
     reasons = {(row, suite, task): why for row, tasks in missing.items() for task, why in tasks.items()}
-    made = suite_table(records, order, shown, baseline, suite=suite, title=title, banner=banner, reasons=reasons)
+    made = suite_table(records, order, shown, reference, suite=suite, title=title, banner=banner, reasons=reasons)
     made = replace(made, notes=(*made.notes, *notes))
     return transposed(made) if len(shown) > _MANY else made
 
@@ -139,7 +139,7 @@ def sections(
     from omegaconf import OmegaConf
 
     made: dict[str, Suite] = {}
-    left_out: list[str] = []
+    skipped: list[str] = []
     unknown = {task: UserError("") for task in tasks}
     for item in settings:
         if "=" not in item or item.split(".")[0] not in names:
@@ -165,14 +165,14 @@ def sections(
                     if task in unknown and "did you mean" not in str(unknown[task]):
                         unknown[task] = error
             if not known:
-                left_out.append(name)
+                skipped.append(name)
                 continue
             merged["tasks"] = known
         made[name] = kind(suite_section(name, merged), data_root)
     if unknown:
         raise next(iter(unknown.values()))
-    for name in left_out:
-        say(f"{name} is left out: it has none of the tasks that were asked for.")
+    for name in skipped:
+        notify(f"{name} is left out: it has none of the tasks that were asked for.")
     return made
 
 
@@ -182,7 +182,7 @@ def evaluate(
     """Measures one model on the suites; the folder with records and tables. What is there is not computed again."""
     resolved = resolve(spec, root / "models")
     dtype = compute_dtype(spec.dtype, device)
-    subject = Subject(
+    evaluated = EvaluatedModel(
         label=resolved.name,
         fingerprint=resolved.fingerprint,
         spec=spec,
@@ -199,16 +199,18 @@ def evaluate(
     costs = Costs(device)
     plan = Store(root / "artifacts", dry=True)
     for one in suites.values():
-        one.measure(subject, plan, costs)
+        one.measure(evaluated, plan, costs)
     # Known from the beginning, so that cleaning up spares what is under way.
     _describe(folder, identity, plan, root, [])
     store = Store(root / "artifacts", info={"configuration": identity})
     files: list[str] = []
-    found: dict[str, dict[str, Measured]] = {}
+    found: dict[str, dict[str, SuiteResult]] = {}
     for name, one in suites.items():
-        measured = one.measure(subject, store, costs)
-        found[name] = {subject.label: measured}
-        file = write_measured(folder, name, measured, experiment="eval", profile=dtype, method=subject.label, seed=None)
+        measured = one.measure(evaluated, store, costs)
+        found[name] = {evaluated.label: measured}
+        file = write_measured(
+            folder, name, measured, experiment="eval", profile=dtype, method=evaluated.label, seed=None
+        )
         files += [file] if file else []
     note_suites(folder, suites, found)
     _describe(folder, identity, store, root, files)

@@ -37,7 +37,7 @@ class Section(BaseModel):
 
 
 @dataclass
-class Subject:
+class EvaluatedModel:
     """A candidate as a suite sees it: what it is called and what it is; it is loaded when it is first needed."""
 
     label: str
@@ -69,7 +69,7 @@ class Subject:
         return self.model
 
     @property
-    def members(self) -> "Sequence[tuple[Subject, float]]":
+    def members(self) -> "Sequence[tuple[EvaluatedModel, float]]":
         """The models that it is made of, and their weights."""
         return [(self, 1.0)]
 
@@ -125,7 +125,7 @@ class Example:
 
 
 @dataclass
-class Measured:
+class SuiteResult:
     """What a suite found out about one candidate."""
 
     examples: Callable[[], Iterator[Example]]
@@ -153,7 +153,7 @@ class Suite(Protocol):
     def identity(self) -> dict[str, Any]:
         """What the numbers come from beside the section and the candidate: versions, hashes of the data."""
 
-    def measure(self, subject: Subject, store: Store, costs: Costs) -> Measured:
+    def measure(self, evaluated: EvaluatedModel, store: Store, costs: Costs) -> SuiteResult:
         """Evaluates what is missing. Under a dry store only notes it, and must not open the candidate."""
 
 
@@ -169,7 +169,7 @@ def suite(name: str) -> type[Suite]:
     return SUITES.get(name)
 
 
-def together(
+def ensure_jointly(
     store: Store, wanted: Sequence[tuple[str, Spec, Estimate]], run: Callable[[dict[str, Path]], None]
 ) -> dict[str, Path]:
     """The artifacts by name; those that are not there are made by one call, `run(their folders by name)`.

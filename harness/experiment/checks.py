@@ -8,7 +8,7 @@ import numpy as np
 
 from fusion.errors import UserError
 from fusion.vocabulary.token_bytes import encode, prefix_id
-from harness.data.corpus import Pieces
+from harness.data.corpus import Passages
 from harness.experiment.context import TARGET, Experiment
 from harness.models.checkpoints import count_parameters, load_config, load_tokenizer
 from harness.runtime import distributed
@@ -16,7 +16,7 @@ from harness.stages.sharding import check_usable
 from harness.store.artifacts import Planned
 
 _TINY = "tiny:"
-_LOOKED_AT = 256  # pieces
+_LOOKED_AT = 256  # passages
 
 
 def check_inputs(experiment: Experiment) -> None:
@@ -26,7 +26,7 @@ def check_inputs(experiment: Experiment) -> None:
     training = experiment.config.training
     if training.deepspeed:
         check_usable(training.deepspeed)
-    distributed.micro_batches(training.rows_per_step, training.micro_rows)
+    distributed.micro_batches(training.global_batch_size, training.micro_batch_size)
     for name in _roles(experiment):
         if not experiment.role(name).model.startswith(_TINY):
             experiment.origin(name)
@@ -48,29 +48,29 @@ def check_sizes(experiment: Experiment) -> None:
 
 
 def check_lengths(experiment: Experiment) -> None:
-    """Refuses pieces that exceed a context or a row; looks at the longest ones only, for reading all takes hours."""
-    pieces = Pieces(experiment.pieces[1])
-    longest = np.argsort(-pieces.n_bytes, kind="stable")[:_LOOKED_AT].tolist()
+    """Refuses passages that exceed a context or a row; looks at the longest ones only, for reading all takes hours."""
+    passages = Passages(experiment.passages[1])
+    longest = np.argsort(-passages.n_bytes, kind="stable")[:_LOOKED_AT].tolist()
     for name in _roles(experiment):
         if experiment.role(name).model.startswith(_TINY):  # not made yet, but to measure
             continue
         tokenizer = load_tokenizer(experiment.origin(name))
         prefix_id(tokenizer)
-        lengths = [1 + len(encode(tokenizer, pieces.text(piece))) for piece in longest]
+        lengths = [1 + len(encode(tokenizer, passages.text(passage))) for passage in longest]
         limits = {f"the context of {name}": _sizes(experiment, name)[1]}
         if name == TARGET:
-            limits["training.row_length"] = experiment.config.training.row_length
+            limits["training.sequence_length"] = experiment.config.training.sequence_length
         for what, limit in limits.items():
             if limit and max(lengths) > limit:
                 raise UserError(
-                    f"{pieces.name(longest[int(np.argmax(lengths))])} is {max(lengths)} tokens for {name} and exceeds "
-                    f"{what}, {limit}: lower pieces.max_bytes."
+                    f"{passages.name(longest[int(np.argmax(lengths))])} is {max(lengths)} tokens for {name} and "
+                    f"exceeds {what}, {limit}: lower passages.max_bytes."
                 )
 
 
 def check_space(planned: Sequence[Planned], root: Path) -> None:
     """Refuses what does not fit on the disk."""
-    needed = sum(p.estimate.disk for p in planned if p.state != "there")
+    needed = sum(p.estimate.disk for p in planned if p.state != "ready")
     free = shutil.disk_usage(next(p for p in [root, *root.resolve().parents] if p.exists())).free
     if needed > free:
         raise UserError(

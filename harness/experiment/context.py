@@ -19,7 +19,7 @@ from fusion.losses.specs import Learning, Needs
 from fusion.vocabulary.token_bytes import Vocabulary, encode
 from harness.config.loading import Config, Role
 from harness.data import corpus
-from harness.data.corpus import Document, Pieces
+from harness.data.corpus import Document, Passages
 from harness.evaluation import bits_per_byte
 from harness.models.checkpoints import (
     ModelSpec,
@@ -34,7 +34,7 @@ from harness.models.checkpoints import (
 )
 from harness.runtime import distributed
 from harness.stages import extraction, loss_resources
-from harness.stages.continued_models import make_sibling, sibling_spec
+from harness.stages.continued_models import continued_model_spec, make_continued_model
 from harness.stages.extraction import Extraction, extraction_spec
 from harness.stages.sharding import zero_config
 from harness.stages.shards import position_bytes
@@ -42,15 +42,15 @@ from harness.store.artifacts import Estimate, Spec, Store, canonical, fingerprin
 from harness.store.costs import BYTES_PER_TOKEN, Costs
 
 if TYPE_CHECKING:
-    from harness.evaluation.suite import Subject, Suite
+    from harness.evaluation.suite import EvaluatedModel, Suite
 
 MAP_VERSION = 1
 TRAIN_VERSION = 4
 TARGET = "target"
 MODEL_FOLDER = "model"
 VERSIONS = {
-    "pieces": corpus.VERSION,
-    "extraction": extraction.VERSION,
+    "passages": corpus.VERSION,
+    "predictions": extraction.VERSION,
     "map": MAP_VERSION,
     "train": TRAIN_VERSION,
     "perplexity": bits_per_byte.VERSION,
@@ -58,7 +58,7 @@ VERSIONS = {
 
 
 @dataclass(frozen=True)
-class _Sized:
+class ModelSize:
     """What estimates need to know of a model."""
 
     parameters: float
@@ -75,7 +75,7 @@ class Experiment:
         self.data_root = config.data.folder
         self.device = distributed.usable_device(config.device, dry=dry)
         if not dry:
-            distributed.join(self.device)
+            distributed.initialize(self.device)
         if config.threads is not None:
             import torch
 
@@ -84,7 +84,7 @@ class Experiment:
         self._resolved: dict[str, ResolvedModel] = {}
         self._origins: dict[str, ResolvedModel] = {}
         self._vocabularies: dict[str, tuple[Any, Vocabulary]] = {}
-        self._subject: Subject | None = None
+        self._evaluated: EvaluatedModel | None = None
 
     def role(self, name: str) -> Role:
         """The role's setting. Raises UserError for a role the experiment does not have."""
@@ -96,7 +96,7 @@ class Experiment:
     def model(self, name: str) -> ResolvedModel:
         """The role's model on this machine. In a plan a model that is not here yet is known by its name alone."""
         if name not in self._resolved:
-            self._resolved[name] = self.origin(name) if self.role(name).corpus is None else self._sibling(name)
+            self._resolved[name] = self.origin(name) if self.role(name).corpus is None else self._continued_model(name)
         return self._resolved[name]
 
     def origin(self, name: str) -> ResolvedModel:
@@ -116,32 +116,34 @@ class Experiment:
                 self._origins[name] = self.resolve(spec)
         return self._origins[name]
 
-    def _sibling_spec(self, name: str) -> Spec:
-        pieces, _ = self._own_pieces(name)
+    def _continued_model_spec(self, name: str) -> Spec:
+        passages, _ = self._own_passages(name)
         training = self.config.training
-        return sibling_spec(name, self.origin(name), pieces, training, device=self.device, version=TRAIN_VERSION)
+        return continued_model_spec(
+            name, self.origin(name), passages, training, device=self.device, version=TRAIN_VERSION
+        )
 
-    def _sibling(self, name: str) -> ResolvedModel:
-        spec, role = self._sibling_spec(name), self.role(name)
+    def _continued_model(self, name: str) -> ResolvedModel:
+        spec, role = self._continued_model_spec(name), self.role(name)
         assert role.corpus is not None
         tokens = corpus.expected_bytes(role.corpus, self.data_root) / BYTES_PER_TOKEN * self.config.training.epochs
-        path = make_sibling(
+        path = make_continued_model(
             self.store,
             spec,
             self.origin(name),
-            self._own_pieces(name)[1],
+            self._own_passages(name)[1],
             self.config.training,
             device=self.device,
-            estimate=self.costs.training(self.sized(name).parameters, tokens),
+            estimate=self.costs.training(self.model_size(name).parameters, tokens),
         )
         own = ModelSpec(name=str(path / MODEL_FOLDER), dtype=role.dtype, attn_implementation=role.attn_implementation)
         return ResolvedModel(path / MODEL_FOLDER, name, spec.fingerprint, own)
 
-    def _own_pieces(self, name: str) -> tuple[Spec, Path]:
+    def _own_passages(self, name: str) -> tuple[Spec, Path]:
         """The text that a role was continued on."""
         text = self.role(name).corpus
         assert text is not None
-        return corpus.make_pieces(self.store, text, self.config.pieces.max_bytes, self.data_root)
+        return corpus.make_passages(self.store, text, self.config.passages.max_bytes, self.data_root)
 
     def resolve(self, spec: ModelSpec) -> ResolvedModel:
         try:
@@ -166,7 +168,12 @@ class Experiment:
         """
         config = self.config.model_dump(
             mode="json",
-            exclude={"seeds": True, "device": True, "threads": True, "extraction": {"compression", "max_left_out"}},
+            exclude={
+                "seeds": True,
+                "device": True,
+                "threads": True,
+                "extraction": {"compression", "max_skipped_fraction"},
+            },
         )
         return fingerprint({"config": config, **self.named()})
 
@@ -175,10 +182,10 @@ class Experiment:
         roles = self.config.roles.named()
         identity: dict[str, Any] = {
             "versions": VERSIONS,
-            "pieces": self.pieces[0].fingerprint,
+            "passages": self.passages[0].fingerprint,
             "documents": bits_per_byte.documents_fingerprint(self._held_out()[0]),
             "models": {
-                name: (self.model(name) if role.corpus is None else self._sibling_spec(name)).fingerprint
+                name: (self.model(name) if role.corpus is None else self._continued_model_spec(name)).fingerprint
                 for name, role in roles.items()
             },
             "dtypes": {name: compute_dtype(role.dtype, self.device) for name, role in roles.items()},
@@ -189,14 +196,14 @@ class Experiment:
             identity["suites"] = {name: suite.identity() for name, suite in self.suites.items()}
         return identity
 
-    def sized(self, name: str) -> _Sized:
+    def model_size(self, name: str) -> ModelSize:
         """Parameters and vocabulary of a role's model, from the catalogue or the files."""
         model = self.role(name).model
         if model.startswith("tiny:"):
-            return _Sized(1e6, 0)
+            return ModelSize(1e6, 0)
         if found := find_entry(model):
-            return _Sized(found[1].parameters, found[1].vocabulary)
-        return _Sized(count_parameters(self.origin(name).folder), 0)
+            return ModelSize(found[1].parameters, found[1].vocabulary)
+        return ModelSize(count_parameters(self.origin(name).folder), 0)
 
     @cached_property
     def documents(self) -> list[Document]:
@@ -232,8 +239,8 @@ class Experiment:
     def _check_not_trained(self, found: Sequence[Document], section: str) -> None:
         if self.store.dry:
             return
-        continued = [self._own_pieces(name) for name, role in self.config.roles.named().items() if role.corpus]
-        trained = set[str]().union(*(Pieces(folder).document_hashes() for _, folder in [self.pieces, *continued]))
+        continued = [self._own_passages(name) for name, role in self.config.roles.named().items() if role.corpus]
+        trained = set[str]().union(*(Passages(folder).document_hashes() for _, folder in [self.passages, *continued]))
         if shared := [d for d in found if d.sha256 in trained]:
             raise UserError(
                 f"{len(shared)} held-out documents are in the training corpus (first {shared[0].name}): "
@@ -257,33 +264,33 @@ class Experiment:
         return self.documents, sum(len(d.text.encode()) for d in self.documents)
 
     @cached_property
-    def pieces(self) -> tuple[Spec, Path]:
-        return corpus.make_pieces(self.store, self.config.corpus, self.config.pieces.max_bytes, self.data_root)
+    def passages(self) -> tuple[Spec, Path]:
+        return corpus.make_passages(self.store, self.config.corpus, self.config.passages.max_bytes, self.data_root)
 
     @property
     def corpus_bytes(self) -> float:
         """Bytes of training text: counted where it is there, else as configured."""
-        path = self.pieces[1]
+        path = self.passages[1]
         if path.exists():
-            return float(Pieces(path).n_bytes.sum())
+            return float(Passages(path).n_bytes.sum())
         return corpus.expected_bytes(self.config.corpus, self.data_root)
 
     def extract(self, name: str) -> tuple[Spec, Path]:
         """The stored extraction of a role's model."""
         role, model, settings = self.role(name), self.model(name), self.config.extraction
-        pieces_spec, pieces_folder = self.pieces
+        passages_spec, passages_folder = self.passages
         spec = extraction_spec(
             model,
-            pieces_spec,
+            passages_spec,
             settings,
             dtype=compute_dtype(role.dtype, self.device),
             batch_tokens=role.batch_tokens,
         )
-        sized = self.sized(name)
-        stored = position_bytes(settings.k, sized.vocabulary, settings.store_dtype, len(settings.temperatures))
-        estimate = self.costs.forward(sized.parameters, self.corpus_bytes, disk_per_token=stored)
+        model_size = self.model_size(name)
+        stored = position_bytes(settings.k, model_size.vocabulary, settings.store_dtype, len(settings.temperatures))
+        estimate = self.costs.forward(model_size.parameters, self.corpus_bytes, disk_per_token=stored)
         path = extraction.make_extraction(
-            self.store, spec, model, pieces_folder, settings, device=self.device, estimate=estimate
+            self.store, spec, model, passages_folder, settings, device=self.device, estimate=estimate
         )
         return spec, path
 
@@ -296,9 +303,9 @@ class Experiment:
         return self._vocabularies[name]
 
     def reader(self, name: str, temperature: float = 1.0, k: int | None = None) -> Extraction:
-        """The role's extraction, piece by piece."""
+        """The role's extraction, passage by passage."""
         tokenizer, vocabulary = self.tokenizer(name)
-        return Extraction(self.extract(name)[1], Pieces(self.pieces[1]), tokenizer, vocabulary, temperature, k)
+        return Extraction(self.extract(name)[1], Passages(self.passages[1]), tokenizer, vocabulary, temperature, k)
 
     def map(self, source: str, kind: str, on: Literal["bytes", "strings"]) -> tuple[Spec, Path]:
         """The vocabulary map of a source onto the target, for the tokens that its extraction holds."""
@@ -337,8 +344,8 @@ class Experiment:
                 np.save(file, found, allow_pickle=False)
             beside.replace(folder / "map.npy")
 
-        sized = self.sized(source)
-        return spec, self.store.ensure(spec, build, Estimate(disk=4 * sized.vocabulary, memory=1e9, seconds=10))
+        model_size = self.model_size(source)
+        return spec, self.store.ensure(spec, build, Estimate(disk=4 * model_size.vocabulary, memory=1e9, seconds=10))
 
     def train(self, label: str, seed: int, *, lam: float, learn: Learning | None = None) -> Candidate:
         """The target trained on the corpus' rows (see `harness.stages.trainer.train`)."""
@@ -355,28 +362,28 @@ class Experiment:
             "dtype": dtype,
             "curve": {"points": self.config.curve.points, "documents": bits_per_byte.documents_fingerprint(documents)},
             "perplexity": self.config.suites.perplexity.model_dump(exclude={"documents"}),
-            **settings.model_dump(exclude={"workers", "micro_rows", "save_every", "dtype"}),
+            **settings.model_dump(exclude={"workers", "micro_batch_size", "save_every", "dtype"}),
             "deepspeed": zero,
         }
-        inputs: dict[str, Any] = {"model": target.fingerprint, "pieces": self.pieces[0].fingerprint}
+        inputs: dict[str, Any] = {"model": target.fingerprint, "passages": self.passages[0].fingerprint}
         if learn is not None:
             params |= learn.identity()
             inputs |= loss_resources.made_of(self, label, needs)
         # The number of ranks is no part of it: as with rows at once, sums are rounded otherwise and that is all.
-        info = {"ranks": distributed.world()}
+        info = {"ranks": distributed.world_size()}
         spec = Spec("train", f"{label}-seed{seed}", TRAIN_VERSION, plain_json(inputs), plain_json(params), info)
         card = self._card(label, spec)
 
         def build(folder: Path) -> None:
             from transformers import set_seed
 
-            from harness.data.sequences import Rows
+            from harness.data.sequences import PackedSequences
             from harness.stages.trainer import Curve, train
 
             tokenizer, vocabulary = self.tokenizer(TARGET)
             lesson = None if learn is None else learn.lesson(loss_resources.material(self, needs))
-            pieces, readers = Pieces(self.pieces[1]), loss_resources.readers(self, needs)
-            rows = Rows(pieces, tokenizer, vocabulary, settings.row_length, lesson, readers)
+            passages, readers = Passages(self.passages[1]), loss_resources.readers(self, needs)
+            rows = PackedSequences(passages, tokenizer, vocabulary, settings.sequence_length, lesson, readers)
             set_seed(seed)
             role, section = self.role(TARGET), self.config.suites.perplexity
             curve = None
@@ -406,12 +413,12 @@ class Experiment:
                     curve=curve,
                 )
 
-        sized = self.sized(TARGET)
+        model_size = self.model_size(TARGET)
         tokens = self.corpus_bytes / BYTES_PER_TOKEN * settings.epochs
-        estimate = self.costs.training(sized.parameters, tokens)
-        measured = self.costs.forward(sized.parameters, n_bytes * (self.config.curve.points + 1))
+        estimate = self.costs.training(model_size.parameters, tokens)
+        measured = self.costs.forward(model_size.parameters, n_bytes * (self.config.curve.points + 1))
         along = [
-            self.costs.forward(self.sized(name).parameters, self.corpus_bytes * settings.epochs)
+            self.costs.forward(self.model_size(name).parameters, self.corpus_bytes * settings.epochs)
             for name in needs.models
         ]
         estimate = Estimate(
@@ -419,7 +426,7 @@ class Experiment:
             estimate.memory + sum(e.memory for e in along),
             estimate.seconds + measured.seconds + sum(e.seconds for e in along),
         )
-        path = self.store.ensure(spec, build, estimate, together=True)
+        path = self.store.ensure(spec, build, estimate, on_all_ranks=True)
         return Candidate(path / MODEL_FOLDER, spec.fingerprint, True, path)
 
     def _curve(self) -> tuple[Sequence[Document], float]:
@@ -448,21 +455,24 @@ class Experiment:
         from harness.evaluation.perplexity import evaluate
 
         documents, n_bytes = self._held_out()
-        subject = self.subject(label, candidate, role)
-        if subject.votes:
+        evaluated = self.evaluated(label, candidate, role)
+        if evaluated.votes:
             return None
-        return evaluate(self.config.suites.perplexity, documents, subject, self.store, self.costs, n_bytes)
+        return evaluate(self.config.suites.perplexity, documents, evaluated, self.store, self.costs, n_bytes)
 
-    def subject(self, label: str, candidate: Candidate | Ensemble, role: Role) -> "Subject":
+    def evaluated(self, label: str, candidate: Candidate | Ensemble, role: Role) -> "EvaluatedModel":
         """The candidate as suites see it; the same for all suites, so that it is loaded once, and only the last."""
-        if not self._subject or (self._subject.label, self._subject.fingerprint) != (label, candidate.fingerprint):
+        if not self._evaluated or (self._evaluated.label, self._evaluated.fingerprint) != (
+            label,
+            candidate.fingerprint,
+        ):
             if isinstance(candidate, Ensemble):
-                self._subject = self._together(label, candidate)
+                self._evaluated = self._together(label, candidate)
             else:
-                self._subject = self._alone(label, candidate, role)
-        return self._subject
+                self._evaluated = self._alone(label, candidate, role)
+        return self._evaluated
 
-    def _together(self, label: str, ensemble: Ensemble) -> "Subject":
+    def _together(self, label: str, ensemble: Ensemble) -> "EvaluatedModel":
         from harness.evaluation.joint_model import joint_subject
 
         members = [
@@ -471,8 +481,8 @@ class Experiment:
         ]
         return joint_subject(label, ensemble, members)
 
-    def _alone(self, label: str, candidate: Candidate, role: Role) -> "Subject":
-        from harness.evaluation.suite import Subject
+    def _alone(self, label: str, candidate: Candidate, role: Role) -> "EvaluatedModel":
+        from harness.evaluation.suite import EvaluatedModel
 
         role_name = next(n for n, r in self.config.roles.named().items() if r is role)
         spec = ModelSpec(
@@ -481,14 +491,14 @@ class Experiment:
             trust_remote_code=role.trust_remote_code,
             attn_implementation=role.attn_implementation,
         )
-        return Subject(
+        return EvaluatedModel(
             label=label,
             fingerprint=candidate.fingerprint,
             spec=spec,
             dtype=compute_dtype(role.dtype, self.device),
             device=self.device,
             batch_tokens=role.batch_tokens,
-            parameters=self.sized(role_name).parameters,
+            parameters=self.model_size(role_name).parameters,
             models_dir=self.models_dir,
         )
 

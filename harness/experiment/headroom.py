@@ -19,12 +19,12 @@ import numpy as np
 import pandas as pd
 
 from baselines.fusellm import FuseLLMParameters
-from fusion.alignment.fuse import UNPAIRED, fuse_row
+from fusion.alignment.fuse import UNPAIRED, fuse_sequence
 from fusion.errors import UserError
 from fusion.losses.specs import Fusion
-from fusion.types import Reading, Sparse
+from fusion.types import Predictions, Sparse
 from harness.config.loading import Config, method_parameters
-from harness.data.corpus import Pieces
+from harness.data.corpus import Passages
 from harness.experiment.context import TARGET, Experiment
 from harness.experiment.run import run_folder
 from harness.reporting.figures import audited
@@ -50,16 +50,16 @@ class Audit:
 def audit(config: Config, root: Path) -> Audit:
     """Measures the sources on the training corpus; makes extractions and maps where they are missing.
 
-    The sources, the map and the switches are those of the experiment's first FuseLLM row; pieces are looked at one by
+    The sources, the map and the switches are those of the experiment's first FuseLLM row; passages are looked at one by
     one, so that under `level: row` a choice can differ from the training's. Raises UserError when it has none.
     """
     experiment = Experiment(config, root)
     parameters = _fusellm(config)
     fusion = parameters.fused(parameters.sources or list(config.roles.sources))
-    measures, left_out = _measures(experiment, fusion)
+    measures, skipped = _measures(experiment, fusion)
     sentence = _sentence(measures)
-    if left_out:
-        sentence += f" {left_out} pieces are not counted: the logits of a model about them are not finite."
+    if skipped:
+        sentence += f" {skipped} passages are not counted: the logits of a model about them are not finite."
     folder = run_folder(experiment, root) / "audit"
     folder.mkdir(parents=True, exist_ok=True)
     _write(measures, sentence, folder, config)
@@ -76,29 +76,29 @@ def _fusellm(config: Config) -> FuseLLMParameters:
 
 
 def _measures(experiment: Experiment, fusion: Fusion) -> tuple[pd.DataFrame, int]:
-    """The measures over the pieces that all models could read, and how many the others are."""
+    """The measures over the passages that all models could read, and how many the others are."""
     needs = fusion.needs(TARGET)
     sources, readers = (
         fusion.lesson(loss_resources.material(experiment, needs)).sources,
         loss_resources.readers(experiment, needs),
     )
-    pieces = Pieces(experiment.pieces[1])
+    passages = Passages(experiment.passages[1])
     target_vocabulary = experiment.tokenizer(TARGET)[1]
     sizes = {name: len(reader.vocabulary) for name, reader in readers.items()}
-    alone = replace(fusion.switches, include_target=False, tail="bucket", fusion="mince", empty="tail")
+    alone = replace(fusion.switches, include_target=False, tail="bucket", fusion="mince", unmapped="tail")
     rows: list[dict[str, Any]] = []
-    left_out = 0
-    with track("audit", len(pieces), "pieces") as advance:
-        for piece in range(len(pieces)):
-            readings = {name: reader.reading(piece) for name, reader in readers.items()}
+    skipped = 0
+    with track("audit", len(passages), "passages") as advance:
+        for passage in range(len(passages)):
+            readings = {name: reader.predictions(passage) for name, reader in readers.items()}
             advance(1)
-            if any(reading.left_out for reading in readings.values()):
-                left_out += 1
+            if any(predictions.skipped for predictions in readings.values()):
+                skipped += 1
                 continue
-            size, domain = int(pieces.n_bytes[piece]), pieces.domain(piece)
+            size, domain = int(passages.n_bytes[passage]), passages.domain(passage)
 
             def fuse(sources: list[Any], switches: Any, readings: Any = readings, size: int = size) -> Any:
-                return fuse_row(
+                return fuse_sequence(
                     [readings],
                     [size],
                     target=TARGET,
@@ -111,9 +111,9 @@ def _measures(experiment: Experiment, fusion: Fusion) -> tuple[pd.DataFrame, int
             own = readings[TARGET]
             for source in [None, *sources]:
                 name = TARGET if source is None else source.name
-                reading = readings[name]
-                row: dict[str, Any] = {"source": name, "domain": domain, "bytes": size, "pieces": 1}
-                row["nats"] = float(reading.nats.sum(dtype=np.float64))
+                predictions = readings[name]
+                row: dict[str, Any] = {"source": name, "domain": domain, "bytes": size, "passages": 1}
+                row["nats"] = float(predictions.nats.sum(dtype=np.float64))
                 row["positions"] = len(own.nats) - 1
                 row["chosen"] = _share_chosen(together, name)
                 if source is None:
@@ -126,14 +126,14 @@ def _measures(experiment: Experiment, fusion: Fusion) -> tuple[pd.DataFrame, int
                     at = np.flatnonzero(single.paired[0][:-1])
                     partner = single.partner[0][at]
                 row["paired"] = len(at)
-                row |= _sums(reading, own, carried, at, partner, (sizes[name], sizes[TARGET]))
+                row |= _sums(predictions, own, carried, at, partner, (sizes[name], sizes[TARGET]))
                 rows.append(row)
-            rows.append(_chosen(together, own, {"domain": domain, "bytes": size, "pieces": 1}, sizes[TARGET]))
+            rows.append(_chosen(together, own, {"domain": domain, "bytes": size, "passages": 1}, sizes[TARGET]))
     names = [TARGET, *(s.name for s in sources), CHOSEN]
-    return _by_domain(pd.DataFrame(rows), names, experiment.model(TARGET).name), left_out
+    return _by_domain(pd.DataFrame(rows), names, experiment.model(TARGET).name), skipped
 
 
-def _chosen(fused: Any, own: Reading, row: dict[str, Any], vocabulary: int) -> dict[str, Any]:
+def _chosen(fused: Any, own: Predictions, row: dict[str, Any], vocabulary: int) -> dict[str, Any]:
     """The row of what the target is really taught: the fused distribution, wherever it is one of the sources'."""
     at = np.flatnonzero(fused.chosen[:-1] != UNPAIRED)
     # Nobody's own reading is behind it, so nothing is native.
@@ -154,24 +154,24 @@ def _bucket(p: np.ndarray, tail: np.ndarray, rest: np.ndarray | int) -> np.ndarr
     return np.log(np.where(p > 0, p, np.maximum(tail, LEAST_TAIL) / rest).astype(np.float64))
 
 
-def _native(reading: Reading, at: np.ndarray, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+def _native(predictions: Predictions, at: np.ndarray, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
     """p(next token) and bucket log-likelihood of a reading at positions that have a next token."""
-    p = np.exp(-reading.nats[at].astype(np.float64))
-    listed = (reading.ids[at] == reading.tokens[at + 1][:, None]).any(1)
-    return p, _bucket(np.where(listed, p, 0), reading.tail[at], vocabulary - reading.ids.shape[1])
+    p = np.exp(-predictions.nats[at].astype(np.float64))
+    listed = (predictions.ids[at] == predictions.tokens[at + 1][:, None]).any(1)
+    return p, _bucket(np.where(listed, p, 0), predictions.tail[at], vocabulary - predictions.ids.shape[1])
 
 
 def _sums(
-    reading: Reading,
-    own: Reading,
+    predictions: Predictions,
+    own: Predictions,
     carried: Sparse,
     at: np.ndarray,
     partner: np.ndarray,
     vocabularies: tuple[int, int],
 ) -> dict[str, float]:
     # A source position at its own end of text has no next token to compare with.
-    has_next = partner < len(reading.nats) - 1
-    p_native, ll_native = _native(reading, partner[has_next], vocabularies[0])
+    has_next = partner < len(predictions.nats) - 1
+    p_native, ll_native = _native(predictions, partner[has_next], vocabularies[0])
     p_target, ll_target = _native(own, at, vocabularies[1])
     gold = own.tokens[at + 1]
     hit = carried.ids[at] == gold[:, None]
@@ -198,10 +198,10 @@ def _by_domain(rows: pd.DataFrame, order: list[str], target: str) -> pd.DataFram
                 row: dict[str, Any] = {
                     "source": f"{target} (target)" if name == TARGET else name,
                     "domain": domain,
-                    "pieces": int(total["pieces"]),
+                    "passages": int(total["passages"]),
                     "nats_per_byte": total["nats"] / total["bytes"] if name != CHOSEN else np.nan,
                     "paired": total["paired"] / total["positions"] if total["positions"] else np.nan,
-                    "chosen": total["chosen"] / total["pieces"],
+                    "chosen": total["chosen"] / total["passages"],
                 }
                 for measure in _MEANS:
                     n = total["native_positions"] if measure.endswith("native") else total["paired"]
@@ -226,7 +226,7 @@ def _sentence(measures: pd.DataFrame) -> str:
             f"{row['source']} gives the true next token {row['p_next_native']:.3f} natively and "
             f"{row['p_next_mapped']:.3f} after the map (the target itself {row['p_next_target']:.3f}), by bucket "
             f"log-likelihood it is ahead of the target in {', '.join(ahead) or 'no domain'}, and it is chosen for "
-            f"{row['chosen']:.0%} of the pieces"
+            f"{row['chosen']:.0%} of the passages"
         )
     gain = _gain(fused)
     verdict = (

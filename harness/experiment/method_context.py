@@ -9,7 +9,7 @@ from typing import Any
 from baselines.method import Artifact, Candidate
 from fusion.errors import UserError
 from fusion.losses.specs import Learning
-from harness.config.loading import PerplexitySection
+from harness.config.loading import PerplexityConfig
 from harness.evaluation import bits_per_byte
 from harness.experiment.context import TARGET, Experiment, plain_json
 from harness.models.checkpoints import ModelSpec, compute_dtype, find_entry, is_hub_id
@@ -44,7 +44,7 @@ class MethodContext:
         return self._experiment.train(self.label, self.seed, lam=lam, learn=learn)
 
     @property
-    def _section(self) -> PerplexitySection:
+    def _section(self) -> PerplexityConfig:
         config = self._experiment.config
         assert config.validation is not None
         return config.suites.perplexity.model_copy(update={"documents": config.validation})
@@ -67,9 +67,9 @@ class MethodContext:
 
         experiment = self._experiment
         documents, n_bytes = experiment.validation
-        subject = experiment.subject(label or self.label, candidate, experiment.role(TARGET))
-        _, path = evaluate(self._section, documents, subject, experiment.store, experiment.costs, n_bytes)
-        subject.release()
+        evaluated = experiment.evaluated(label or self.label, candidate, experiment.role(TARGET))
+        _, path = evaluate(self._section, documents, evaluated, experiment.store, experiment.costs, n_bytes)
+        evaluated.release()
         if not path.exists():  # in a plan
             return math.nan
         rows = bits_per_byte.read_evaluation(path)
@@ -91,7 +91,7 @@ class MethodContext:
         experiment = self._experiment
         known = _nameable(params) if experiment.store.dry else params
         spec = Spec(kind, self.label, version, dict(inputs), plain_json(known))
-        parameters = experiment.sized(TARGET).parameters
+        parameters = experiment.model_size(TARGET).parameters
         seconds = experiment.costs.forward(parameters, scores * experiment.validation[1]).seconds if scores else 0.0
         # About a checkpoint of the target is what most methods make.
         estimate = Estimate(disk=4 * parameters, memory=8 * parameters, seconds=seconds)

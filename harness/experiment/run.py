@@ -13,7 +13,7 @@ from fusion.errors import UserError
 from harness.config.loading import Config, Role, method_parameters
 from harness.evaluation import bits_per_byte, standalone
 from harness.evaluation.standalone import places
-from harness.evaluation.suite import Measured
+from harness.evaluation.suite import SuiteResult
 from harness.experiment.checks import check_inputs, check_lengths, check_sizes, check_space
 from harness.experiment.context import TARGET, Experiment
 from harness.experiment.method_context import MethodContext
@@ -21,7 +21,7 @@ from harness.reporting.figures import learning_curves
 from harness.reporting.runs import RUN_FILE, described, hashes, open_run, table
 from harness.runtime import distributed
 from harness.stages.training_log import tokens_seen
-from harness.store.artifacts import Planned, alone, read_manifest, write_atomically, write_json
+from harness.store.artifacts import Planned, exclusive_lock, read_manifest, write_atomically, write_json
 from harness.store.provenance import made_by
 
 if TYPE_CHECKING:
@@ -73,13 +73,13 @@ def _plan(experiment: Experiment) -> list[Planned]:
     for row in candidates(experiment):
         experiment.evaluate(row.label, row.candidate, row.role)
         for suite in experiment.suites.values():
-            suite.measure(experiment.subject(row.label, row.candidate, row.role), experiment.store, experiment.costs)
+            suite.measure(experiment.evaluated(row.label, row.candidate, row.role), experiment.store, experiment.costs)
     return list(experiment.store.planned.values())
 
 
-def _check_validation(rehearsed: Experiment, experiment: Experiment) -> None:
+def _check_validation(dry: Experiment, experiment: Experiment) -> None:
     """Refuses validation text that is trained or tested on, where a method has asked for it in the plan."""
-    if "validation" in vars(rehearsed):
+    if "validation" in vars(dry):
         _ = experiment.validation
 
 
@@ -88,11 +88,11 @@ def build(config: Config, labels: Sequence[str], root: Path) -> Iterator[Row]:
     experiment = Experiment(config, root)
     check_inputs(experiment)
     check_lengths(experiment)
-    rehearsed = Experiment(config, root, dry=True)
-    for _ in candidates(rehearsed, labels):
+    dry = Experiment(config, root, dry=True)
+    for _ in candidates(dry, labels):
         pass
-    _check_validation(rehearsed, experiment)
-    check_space(list(rehearsed.store.planned.values()), root)
+    _check_validation(dry, experiment)
+    check_space(list(dry.store.planned.values()), root)
     yield from candidates(experiment, labels)
 
 
@@ -108,27 +108,27 @@ def run(config: Config, root: Path) -> Path:
     """
     experiment = Experiment(config, root)
     check_inputs(experiment)
-    rehearsed = Experiment(config, root, dry=True)
-    planned = _plan(rehearsed)
-    _check_validation(rehearsed, experiment)
-    if any(p.state != "there" for p in planned):
+    dry = Experiment(config, root, dry=True)
+    planned = _plan(dry)
+    _check_validation(dry, experiment)
+    if any(p.state != "ready" for p in planned):
         check_space(planned, root)
         check_lengths(experiment)
     folder = run_folder(experiment, root)
-    if not distributed.first():
+    if not distributed.is_main_process():
         for row in candidates(experiment):
             experiment.evaluate(row.label, row.candidate, row.role)
         return folder
     (folder / "records").mkdir(parents=True, exist_ok=True)
-    # What the plan has not asked for, naming the run has (the pieces, where nothing is trained).
+    # What the plan has not asked for, naming the run has (the passages, where nothing is trained).
     artifacts = {str(p.path.relative_to(root)) for p in [*planned, *experiment.store.planned.values()]}
-    with alone(folder / ".lock", f"run {folder.name}"):
+    with exclusive_lock(folder / ".lock", f"run {folder.name}"):
         # Known from the beginning, so that cleaning up spares what a run under way has made.
         before = described(folder / PLAN_FILE).get("artifacts", [])
         write_json(folder / PLAN_FILE, {"artifacts": sorted(artifacts.union(before))})
         described(folder / RUN_FILE)  # refused now if it is damaged, not when all is done
     files: set[str] = set()
-    measured: dict[str, dict[str, Measured]] = {name: {} for name in experiment.suites}
+    measured: dict[str, dict[str, SuiteResult]] = {name: {} for name in experiment.suites}
     notes: dict[str, None] = {}  # each sentence once, in order
     for row in candidates(experiment):
         notes |= dict.fromkeys(_notes(experiment, row))
@@ -136,7 +136,7 @@ def run(config: Config, root: Path) -> Path:
             spec, path = found
             files.add(_record(config, row, spec.fingerprint, path, folder))
         files |= _record_suites(experiment, row, folder, measured)
-    with alone(folder / ".lock", f"run {folder.name}"):
+    with exclusive_lock(folder / ".lock", f"run {folder.name}"):
         # Other seeds that were finished before, or meanwhile by another process, belong to the same table.
         before = described(folder / RUN_FILE)
         # What was made to find out what to make is known by now.
@@ -210,13 +210,13 @@ def _record(config: Config, row: Row, evaluation: str, measured: Path, folder: P
 
 
 def _record_suites(
-    experiment: Experiment, row: Row, folder: Path, measured: dict[str, dict[str, Measured]]
+    experiment: Experiment, row: Row, folder: Path, measured: dict[str, dict[str, SuiteResult]]
 ) -> set[str]:
     """Measures a row on the suites beside perplexity, adds that to `measured`, and gives its record files."""
     config, files = experiment.config, set()
-    subject = experiment.subject(row.label, row.candidate, row.role)
+    evaluated = experiment.evaluated(row.label, row.candidate, row.role)
     for name, suite in experiment.suites.items():
-        found = measured[name][row.label] = suite.measure(subject, experiment.store, experiment.costs)
+        found = measured[name][row.label] = suite.measure(evaluated, experiment.store, experiment.costs)
         file = standalone.write_measured(
             folder,
             name,
@@ -227,7 +227,7 @@ def _record_suites(
             seed=row.seed,
         )
         files |= {file} if file else set()
-    subject.release()  # before the next row is trained
+    evaluated.release()  # before the next row is trained
     return files
 
 
@@ -243,7 +243,7 @@ def suite_tables(folder: Path) -> "dict[str, Table]":
     """The tables of the suites beside perplexity."""
     config, records = _open_run(folder)
     title = f"{config.title} ({config.experiment}, {config.profile})"
-    return standalone.suite_tables(folder, records, list(config.methods), title, config.banner or "", config.baseline)
+    return standalone.suite_tables(folder, records, list(config.methods), title, config.banner or "", config.reference)
 
 
 def write_tables(folder: Path) -> None:

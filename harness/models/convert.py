@@ -62,7 +62,7 @@ _DIGITS_THEN_GPT2_SPLIT = {"smollm", "starcoder", "refact", "command-r", "codesh
 
 
 def convert(
-    path: Path, out: Path, *, source: Mapping[str, Any] | None = None, licence: str = "", say: Say | None = None
+    path: Path, out: Path, *, source: Mapping[str, Any] | None = None, licence: str = "", notify: Say | None = None
 ) -> Path:
     """Converts a .gguf file or a checkpoint folder to the model folder `out`, and returns `out`.
 
@@ -76,7 +76,7 @@ def convert(
     is_gguf = path.is_file() and path.suffix == ".gguf"
     if not is_gguf and not path.is_dir():
         raise UserError(f"{path} is neither a .gguf file nor a model's folder: give one of these to convert.")
-    tell = say or (lambda message: None)
+    tell = notify or (lambda message: None)
     out.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(out.parent / f".{out.name}.convert.lock"):
         if source is None:
@@ -264,8 +264,8 @@ def _folder_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     """The folder's fast tokenizer, or one made of its slow one that splits every sample as the slow one does."""
     if (folder / "tokenizer.json").is_file():
         return load_tokenizer(_as_resolved(folder))
-    pieces = sorted(folder.glob("*.model"))
-    if not pieces:
+    passages = sorted(folder.glob("*.model"))
+    if not passages:
         slow = [file.name for pattern in SLOW_TOKENIZER_FILES for file in folder.glob(pattern)]
         has = f"only {slow[0]}, from which no exact fast tokenizer can be made here" if slow else "no tokenizer"
         raise UserError(f"{folder} has {has}: put the model's tokenizer.json into it.")
@@ -273,15 +273,15 @@ def _folder_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer
 
     try:
-        slow_tokenizer = SentencePieceProcessor(model_file=str(pieces[0]))
+        slow_tokenizer = SentencePieceProcessor(model_file=str(passages[0]))
     except (RuntimeError, OSError) as error:
-        raise UserError(f"{pieces[0]} cannot be read as a SentencePiece model: copy it again.") from error
+        raise UserError(f"{passages[0]} cannot be read as a SentencePiece model: copy it again.") from error
     differing = ""
     for exact in (False, True):
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if not tokenizer.is_fast:
             raise UserError(
-                f"{folder}: no fast tokenizer can be made of {pieces[0].name}: put a tokenizer.json into it."
+                f"{folder}: no fast tokenizer can be made of {passages[0].name}: put a tokenizer.json into it."
             )
         if exact:
             _spell_spaces_exactly(tokenizer, prefix=slow_tokenizer.encode("a", out_type=str)[0].startswith("▁"))
@@ -291,7 +291,7 @@ def _folder_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
             return fast
         differing = wrong[0]
     raise UserError(
-        f"The fast tokenizer made of {pieces[0]} splits {differing!r} otherwise than the slow one: "
+        f"The fast tokenizer made of {passages[0]} splits {differing!r} otherwise than the slow one: "
         "put the model's own tokenizer.json into the folder."
     )
 

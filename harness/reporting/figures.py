@@ -38,7 +38,7 @@ def drawings(folder: Path, made: "Table") -> Iterator[Drawing]:
         "learning-curves", "Held-out text against training tokens", partial(_curve_files, configuration, records)
     )
     yield Drawing(
-        "differences", f"Differences to {made.baseline} in every task", lambda place: differences_figure(made, place)
+        "differences", f"Differences to {made.reference} in every task", lambda place: differences_figure(made, place)
     )
     for along, rows in _series(configuration).items():
         for column in _columns(made):
@@ -73,18 +73,18 @@ def read_audit(folder: Path) -> "pd.DataFrame":
 
 
 def learning_curves(configuration: Mapping[str, Any], records: "pd.DataFrame", place: Path) -> "LearningCurves | None":
-    """Draws the held-out text against training tokens; None where the baseline was not measured along its training."""
+    """Draws the held-out text against training tokens; None where the reference was not measured along its training."""
     from results.figures import charts
 
     along = records[records["tokens"].notna()]
     trained = [label for label in configuration["methods"] if label in set(along["method"])]
-    if configuration["baseline"] not in trained:
+    if configuration["reference"] not in trained:
         return None
     return charts.learning_curves(
         records,
         trained,
         place,
-        baseline=configuration["baseline"],
+        reference=configuration["reference"],
         metric=str(along["metric"].iloc[0]),
         title=configuration["title"],
         banner=configuration["banner"] or "",
@@ -122,7 +122,7 @@ def _series(configuration: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     for setting, value in values.items():
         alike: dict[str, dict[str, Mapping[str, Any]]] = {}
         for label, entry in rows.items():
-            rest = {"preset": "mended", **{key: one for key, one in entry.items() if key != setting}}
+            rest = {"preset": "corrected", **{key: one for key, one in entry.items() if key != setting}}
             alike.setdefault(canonical(rest), {})[label] = entry
         largest = max(alike.values(), key=len, default={})
         if len({canonical(entry.get(setting)) for entry in largest.values()}) > 1:

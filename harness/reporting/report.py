@@ -144,14 +144,14 @@ def _other_tables(folder: Path, configuration: Mapping[str, Any], records: "pd.D
     from harness.evaluation.standalone import suite_tables
     from results.paper_layouts import LAYOUTS
 
-    rows, banner, baseline = (configuration[key] for key in ("methods", "banner", "baseline"))
+    rows, banner, reference = (configuration[key] for key in ("methods", "banner", "reference"))
     layout, found = LAYOUTS.get(configuration["experiment"]), []
     if layout and layout.columns and "perplexity" in set(records["suite"]):  # the paper's table has no held-out text
-        found.append(text_table(configuration, records, baseline))
+        found.append(text_table(configuration, records, reference))
     if layout and (layout.methods_across or not layout.columns):  # it shows every task already
         return found
     title = f"{configuration['title']} ({configuration['experiment']}, {configuration['profile']})"
-    return [*found, *suite_tables(folder, records, list(rows), title, banner or "", baseline).values()]
+    return [*found, *suite_tables(folder, records, list(rows), title, banner or "", reference).values()]
 
 
 def _equal_quality(folder: Path) -> list[str]:
@@ -253,7 +253,7 @@ def _costs(made: Any) -> Iterator[Cost]:
         label = str(manifest["info"].get("candidate", manifest["label"]))  # the tasks of a suite are one line
         groups.setdefault((manifest["kind"], label), []).append((path, manifest))
     for (kind, label), parts in sorted(groups.items()):
-        trained = kind in ("train", "sibling")
+        trained = kind in ("train", "continued_model")
         tokens = [tokens_seen(path) if trained else manifest["info"].get("tokens") for path, manifest in parts]
         yield Cost(
             kind,

@@ -132,18 +132,18 @@ def _profiles(name: str) -> list[str]:
     return list(yaml.safe_load(path.read_text(encoding="utf-8"))["profiles"])
 
 
-def table(folder: Path, *, baseline: str | None = None, with_paper: bool = False) -> "Table":
+def table(folder: Path, *, reference: str | None = None, with_paper: bool = False) -> "Table":
     """The table of a run, from its records alone; in the paper's layout where it measured what the paper did.
 
-    baseline: the row that the others are compared with, by default the configuration's. with_paper: the published
-    values beside ours. Raises UserError for an unknown baseline, and where the paper has no such table.
+    reference: the row that the others are compared with, by default the configuration's. with_paper: the published
+    values beside ours. Raises UserError for an unknown reference, and where the paper has no such table.
     """
     from results.paper_layouts import LAYOUTS, comparison, measured_for
 
     config, records = open_run(folder)
     try:
         name, profile, methods, _ = (config[key] for key in ("experiment", "profile", "methods", "title"))
-        baseline, banner = baseline or config["baseline"], config["banner"] or ""
+        reference, banner = reference or config["reference"], config["banner"] or ""
         roles = {entry.get("role", "target"): label for label, entry in methods.items() if entry["method"] == "as_is"}
     except (KeyError, TypeError):
         raise UserError(f"{folder} was made by another version of fusellm-harness: run the experiment again.") from None
@@ -155,7 +155,7 @@ def table(folder: Path, *, baseline: str | None = None, with_paper: bool = False
             list(methods),
             roles,
             profile=profile,
-            baseline=baseline,
+            reference=reference,
             with_paper=with_paper,
             banner=banner,
             command=f"fusellm experiment run {name} --profile {profile}",
@@ -164,11 +164,11 @@ def table(folder: Path, *, baseline: str | None = None, with_paper: bool = False
         return replace(made, notes=(*made.notes, *noted))
     if with_paper:
         raise UserError(f"The paper has no table {name!r}: those it has are {', '.join(LAYOUTS)}.")
-    made = text_table(config, records, baseline)
+    made = text_table(config, records, reference)
     return replace(made, notes=(*made.notes, *noted))
 
 
-def text_table(config: Mapping[str, Any], records: "pd.DataFrame", baseline: str) -> "Table":
+def text_table(config: Mapping[str, Any], records: "pd.DataFrame", reference: str) -> "Table":
     """Held-out text by domain, from a run's configuration and records."""
     from results.tables import main_table
 
@@ -176,7 +176,7 @@ def text_table(config: Mapping[str, Any], records: "pd.DataFrame", baseline: str
     return main_table(
         records,
         list(config["methods"]),
-        baseline,
+        reference,
         metric=str(text["metric"].iloc[0]) if len(text) else "bits_per_byte",
         title=f"{config['title']} ({config['experiment']}, {config['profile']})",
         banner=config["banner"] or "",
@@ -195,7 +195,7 @@ def _reasons(folder: Path) -> dict[tuple[str, str, str], str]:
 
 
 def tables(
-    root: Path, names: Sequence[str], profile: str | None, *, baseline: str | None = None, with_paper: bool = False
+    root: Path, names: Sequence[str], profile: str | None, *, reference: str | None = None, with_paper: bool = False
 ) -> Tables:
     """The tables of the newest runs of `names`: experiments, `paper/NAME` for a published table, or `all` there are.
 
@@ -224,7 +224,7 @@ def tables(
             if with_paper and name in NAMES:
                 made[PUBLISHED + name] = paper_table(name)
             continue
-        made[name] = table(folder, baseline=baseline, with_paper=with_paper and (name in NAMES or not everything))
+        made[name] = table(folder, reference=reference, with_paper=with_paper and (name in NAMES or not everything))
         folders[name] = folder
     if not made:
         raise UserError(

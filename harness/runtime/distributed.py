@@ -1,6 +1,6 @@
 """Several processes as one run: torchrun or deepspeed starts one for each GPU and numbers them in the environment.
 
-All ranks walk through the same stages. What is made by one process alone (pieces, maps, evaluations, records, tables)
+All ranks walk through the same stages. What is made by one process alone (passages, maps, evaluations, records, tables)
 the first rank makes, and the others sleep until it is there: they watch the file system, since no collective call is
 meant to be waited in for hours. What is made together (a training) they enter together. Only the first rank speaks.
 """
@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 from fusion.errors import UserError
-from harness.runtime.memory import keep_freed
+from harness.runtime.memory import retain_heap
 
 COMMAND = "torchrun --nproc_per_node N -m harness.cli experiment run ..."
 _PATIENCE = timedelta(days=7)  # a rank that is gone is noticed by the launcher; one that is busy is waited for
@@ -26,7 +26,7 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def world() -> int:
+def world_size() -> int:
     """How many ranks there are."""
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
@@ -36,12 +36,12 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0")) if launched() else 0
 
 
-def first() -> bool:
+def is_main_process() -> bool:
     """Whether this is rank 0 of all: the one that makes what is not distributed, and that speaks."""
     return not launched() or int(os.environ["RANK"]) == 0
 
 
-def join(device: str) -> None:
+def initialize(device: str) -> None:
     """Connects the ranks; does nothing where there is no launcher. Raises UserError for a launcher that only began."""
     if not launched():
         # What `accelerate launch --cpu --num_processes 2` does: one process, as if it were all.
@@ -62,23 +62,23 @@ def join(device: str) -> None:
 
 def check_world(size: int, seen_by: str) -> None:
     """Raises UserError when a library works with another number of ranks than the launcher started."""
-    if size != world():
-        raise UserError(f"The launcher started {world()} ranks, but {seen_by} works with {size}: use {COMMAND}.")
+    if size != world_size():
+        raise UserError(f"The launcher started {world_size()} ranks, but {seen_by} works with {size}: use {COMMAND}.")
 
 
-def micro_batches(rows_per_step: int, micro_rows: int) -> int:
-    """How often a rank reads `micro_rows` rows in one optimiser step. Raises UserError where some are left over."""
-    if rows_per_step % (world() * micro_rows):
+def micro_batches(global_batch_size: int, micro_batch_size: int) -> int:
+    """How often a rank reads `micro_batch_size` rows in one optimiser step. Raises UserError for a remainder."""
+    if global_batch_size % (world_size() * micro_batch_size):
         raise UserError(
-            f"training.rows_per_step = {rows_per_step} is no multiple of {world()} ranks with training.micro_rows = "
-            f"{micro_rows} rows each: change one of the three."
+            f"training.global_batch_size = {global_batch_size} is no multiple of {world_size()} ranks with "
+            f"training.micro_batch_size = {micro_batch_size} rows each: change one of the three."
         )
-    return rows_per_step // (world() * micro_rows)
+    return global_batch_size // (world_size() * micro_batch_size)
 
 
-def agree(number: int) -> int:
+def broadcast(number: int) -> int:
     """The first rank's number, on all ranks: to be called by all of them."""
-    if world() == 1:
+    if world_size() == 1:
         return number
     import torch
 
@@ -93,13 +93,13 @@ def wait_until(there: Callable[[], bool]) -> None:
         time.sleep(_POLL)
 
 
-def let_the_cause_speak(understood: bool) -> None:
+def report_root_cause(understood: bool) -> None:
     """To be called by a rank that has failed, before it says so.
 
     Often it has failed because another has, or as all do. The rank with the better explanation says it and goes, and
     the launcher ends the rest in their sleep: the first rank that knows what is wrong, then any other that knows.
     """
-    if world() > 1 and not (understood and first()):
+    if world_size() > 1 and not (understood and is_main_process()):
         time.sleep(_GRACE if understood else 2 * _GRACE)
 
 
@@ -121,5 +121,5 @@ def usable_device(device: str, *, dry: bool) -> str:
         raise UserError("device is cuda, but this machine has no CUDA device that torch can use: set device=cpu.")
     # DeepSpeed would look for an accelerator by itself and warn on standard output, where tables go.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    keep_freed()
+    retain_heap()
     return "cpu"

@@ -12,7 +12,7 @@ from typing import Any
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # of mallopt(3)
 
 
-def keep_freed() -> None:
+def retain_heap() -> None:
     """Has freed memory stay in this process. Does nothing where the C library is not glibc."""
     libc = _glibc()
     if libc is not None:
@@ -21,7 +21,7 @@ def keep_freed() -> None:
         libc.mallopt(_TOP_PAD, 2**28)
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Returns what is free to the kernel, models that only cycles hold among it."""
     gc.collect()
     libc = _glibc()

@@ -13,18 +13,18 @@ from harness.runtime import distributed
 Advance = Callable[[float], None]
 
 
-def say(message: str) -> None:
+def notify(message: str) -> None:
     """One line for the user, beside any bar; standard error, so that tables on standard output stay clean."""
     from rich.console import Console
 
-    if distributed.first():
+    if distributed.is_main_process():
         Console(stderr=True, highlight=False).print(message, markup=False)
 
 
 @contextmanager
 def track(description: str, total: float, unit: str, *, done: float = 0) -> Iterator[Advance]:
     """Yields `advance(amount)`; `done` of `total` (in `unit`s) were finished by an earlier run."""
-    if sys.stderr.isatty() and distributed.first():
+    if sys.stderr.isatty() and distributed.is_main_process():
         yield from _bar(description, total, unit, done)
     else:
         yield from _lines(description, total, unit, done)
@@ -66,9 +66,9 @@ def _lines(description: str, total: float, unit: str, done: float, every: float 
             said = now
             rate = fresh / (now - started)
             left = max(total - done - fresh, 0) / rate
-            say(f"{description}: {done + fresh:,.0f}/{total:,.0f} {unit}, {rate:,.0f} {unit}/s, {left:,.0f} s left")
+            notify(f"{description}: {done + fresh:,.0f}/{total:,.0f} {unit}, {rate:,.0f} {unit}/s, {left:,.0f} s left")
 
     yield advance
     seconds = time.monotonic() - started
     if fresh and seconds > 1:
-        say(f"{description}: {done + fresh:,.0f} {unit} in {seconds:,.0f} s, {fresh / seconds:,.0f} {unit}/s")
+        notify(f"{description}: {done + fresh:,.0f} {unit} in {seconds:,.0f} s, {fresh / seconds:,.0f} {unit}/s")

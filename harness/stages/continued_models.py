@@ -3,22 +3,22 @@
 from pathlib import Path
 from typing import Any
 
-from harness.config.loading import TrainingSection
-from harness.data.corpus import Pieces
+from harness.config.loading import TrainingConfig
+from harness.data.corpus import Passages
 from harness.models.checkpoints import ResolvedModel, compute_dtype, load_config, load_model, load_tokenizer
 from harness.stages.sharding import zero_config
 from harness.store.artifacts import Estimate, Spec, Store
 
 VERSION = 1
 SEED = 0  # whatever the seeds of the experiment: its models are the same for all of them
-NO_EFFECT = {"workers", "micro_rows", "save_every", "dtype"}
+NO_EFFECT = {"workers", "micro_batch_size", "save_every", "dtype"}
 """Settings of a training that do not change its result, and the precision, which is made definite."""
 
 
-def sibling_spec(
-    name: str, base: ResolvedModel, pieces: Spec, settings: TrainingSection, *, device: str, version: int
+def continued_model_spec(
+    name: str, base: ResolvedModel, passages: Spec, settings: TrainingConfig, *, device: str, version: int
 ) -> Spec:
-    """What makes the sibling; `version` is the trainer's."""
+    """What makes the continued model; `version` is the trainer's."""
     zero = zero_config(settings.deepspeed) if settings.deepspeed else None
     params: dict[str, Any] = {
         "seed": SEED,
@@ -27,20 +27,20 @@ def sibling_spec(
         "deepspeed": zero,
         "trainer": version,
     }
-    return Spec("sibling", name, VERSION, {"model": base.fingerprint, "pieces": pieces.fingerprint}, params)
+    return Spec("continued_model", name, VERSION, {"model": base.fingerprint, "passages": passages.fingerprint}, params)
 
 
-def make_sibling(
+def make_continued_model(
     store: Store,
     spec: Spec,
     base: ResolvedModel,
-    pieces_folder: Path,
-    settings: TrainingSection,
+    passages_folder: Path,
+    settings: TrainingConfig,
     *,
     device: str,
     estimate: Estimate,
 ) -> Path:
-    """`base` continued on the pieces by plain language modelling, as an artifact that holds `model`.
+    """`base` continued on the passages by plain language modelling, as an artifact that holds `model`.
 
     Called by all ranks.
     """
@@ -50,7 +50,7 @@ def make_sibling(
         from transformers import set_seed
 
         from fusion.vocabulary.token_bytes import Vocabulary
-        from harness.data.sequences import Rows
+        from harness.data.sequences import PackedSequences
         from harness.stages.trainer import train
 
         tokenizer = load_tokenizer(base)
@@ -59,7 +59,7 @@ def make_sibling(
         train(
             load_model(base, "float32", "cpu" if zero and zero["zero_optimization"]["stage"] == 3 else device),
             tokenizer,
-            Rows(Pieces(pieces_folder), tokenizer, vocabulary, settings.row_length),
+            PackedSequences(Passages(passages_folder), tokenizer, vocabulary, settings.sequence_length),
             settings,
             lam=1.0,
             seed=SEED,
@@ -69,4 +69,4 @@ def make_sibling(
             card=f"# {spec.label}\n\n`{base.name}` continued by `fusellm-harness`; artifact `{spec.fingerprint}`.\n",
         )
 
-    return store.ensure(spec, build, estimate, together=True)
+    return store.ensure(spec, build, estimate, on_all_ranks=True)

@@ -1,4 +1,4 @@
-"""The extraction stage: one source model reads every piece once, and what it says is stored for any target."""
+"""The extraction stage: one source model reads every passage once, and what it says is stored for any target."""
 
 import json
 import time
@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusion.errors import UserError
-from fusion.types import Reading
+from fusion.types import Predictions
 from fusion.vocabulary.token_bytes import Vocabulary, byte_ends, encode, prefix_id
 from harness.config.loading import ExtractionConfig
-from harness.data.corpus import Pieces
-from harness.runtime.progress import Advance, say, track
+from harness.data.corpus import Passages
+from harness.runtime.progress import Advance, notify, track
 from harness.stages.shards import LOST, Shard, checked, write_shard
 from harness.store.artifacts import Estimate, Spec, Store
-from harness.store.leases import Claims
+from harness.store.leases import Leases
 
 if TYPE_CHECKING:
     from fusion.inference.top_k import Externalised
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 VERSION = 1
 TOLERANCE: Mapping[str, float] = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
-"""By how many nats a position, on average over a piece, a model may differ from what is stored of it.
+"""By how many nats a position, on average over a passage, a model may differ from what is stored of it.
 
 The same text in another batch changes SmolLM2-135M by 1e-6 in float32 and 0.02 in bfloat16, another implementation of
 attention by 3e-6 and 0.04; a model that masks, scales or positions otherwise is off by tenths.
 """
-_OPEN_SHARDS = 128  # file handles kept, not memory: a piece is read from the map
+_OPEN_SHARDS = 128  # file handles kept, not memory: a passage is read from the map
 _POLL_S = 1.0
 
 
 def extraction_spec(
-    model: "ResolvedModel", pieces: Spec, settings: ExtractionConfig, *, dtype: str, batch_tokens: int
+    model: "ResolvedModel", passages: Spec, settings: ExtractionConfig, *, dtype: str, batch_tokens: int
 ) -> Spec:
     # What came later is a part of it where it is set, so that what was made before is still known.
     later: dict[str, Any] = {}
@@ -45,11 +45,11 @@ def extraction_spec(
     if settings.temperatures:
         later["temperatures"] = sorted(set(settings.temperatures))
     return Spec(
-        "extraction",
+        "predictions",
         model.name,
         VERSION,
-        {"model": model.fingerprint, "pieces": pieces.fingerprint},
-        {"k": settings.k, "dtype": dtype, "pieces_per_shard": settings.pieces_per_shard, **later},
+        {"model": model.fingerprint, "passages": passages.fingerprint},
+        {"k": settings.k, "dtype": dtype, "passages_per_shard": settings.passages_per_shard, **later},
         {"batch_tokens": batch_tokens},
     )
 
@@ -58,53 +58,53 @@ def make_extraction(
     store: Store,
     spec: Spec,
     model: "ResolvedModel",
-    pieces_folder: Path,
+    passages_folder: Path,
     settings: ExtractionConfig,
     *,
     device: str,
     estimate: Estimate,
 ) -> Path:
-    """Lets the model read all pieces; a shard holds `pieces_per_shard` pieces and is written whole or not at all.
+    """Lets the model read all passages; a shard holds `passages_per_shard` passages and is written whole or not at all.
 
     Any number of processes that share a file system may be at it: each makes the shards that it can claim, and the
-    bytes do not depend on how many they were. A piece about which the model's logits are not finite is left out.
+    bytes do not depend on how many they were. A passage about which the model's logits are not finite is left out.
 
     Raises:
-        UserError: more pieces would be left out than `settings.max_left_out` allows, or the model reads here what was
-            read before (by other processes, or before an interruption) otherwise than `TOLERANCE` allows.
+        UserError: more passages would be left out than `settings.max_skipped_fraction` allows, or the model reads here
+            what was read before (by other processes, or before an interruption) otherwise than `TOLERANCE` allows.
     """
 
-    def share(folder: Path, claims: Claims) -> None:
-        _extract(folder, claims, spec, model, Pieces(pieces_folder), settings, device)
+    def share(folder: Path, leases: Leases) -> None:
+        _extract(folder, leases, spec, model, Passages(passages_folder), settings, device)
 
     def build(folder: Path) -> dict[str, Any]:
-        return _look_over(folder, spec, model, Pieces(pieces_folder), settings)
+        return _look_over(folder, spec, model, Passages(passages_folder), settings)
 
-    return store.ensure(spec, build, estimate, share=share)
+    return store.ensure(spec, build, estimate, make_parts=share)
 
 
 def _shard(folder: Path, index: int) -> Path:
     return folder / f"shard-{index:06d}.safetensors"
 
 
-def _members(pieces: Pieces, spec: Spec) -> list[range]:
-    """The pieces of each shard."""
-    size = int(spec.params["pieces_per_shard"])
-    return [range(start, min(start + size, len(pieces))) for start in range(0, len(pieces), size)]
+def _members(passages: Passages, spec: Spec) -> list[range]:
+    """The passages of each shard."""
+    size = int(spec.params["passages_per_shard"])
+    return [range(start, min(start + size, len(passages))) for start in range(0, len(passages), size)]
 
 
 def _extract(
     folder: Path,
-    claims: Claims,
+    leases: Leases,
     spec: Spec,
     model: "ResolvedModel",
-    pieces: Pieces,
+    passages: Passages,
     settings: ExtractionConfig,
     device: str,
 ) -> None:
     """Makes all shards that no other process makes, and waits for those."""
-    shards = _members(pieces, spec)
-    n_bytes = [int(pieces.n_bytes[s.start : s.stop].sum()) for s in shards]
+    shards = _members(passages, spec)
+    n_bytes = [int(passages.n_bytes[s.start : s.stop].sum()) for s in shards]
 
     def there() -> set[int]:
         return {i for i in range(len(shards)) if _shard(folder, i).exists()}
@@ -112,7 +112,7 @@ def _extract(
     finished = there()
     if len(finished) == len(shards):
         return
-    reader = _Reader(spec, model, pieces, settings, device)
+    reader = _Reader(spec, model, passages, settings, device)
     own: set[int] = set()
     compared = waiting = False
     with track(f"extract {model.name}", sum(n_bytes), "bytes", done=sum(n_bytes[i] for i in finished)) as advance:
@@ -121,17 +121,17 @@ def _extract(
                 first = min(finished - own)
                 reader.compare(_shard(folder, first), shards[first])
                 compared = True
-            index = next((i for i in range(len(shards)) if i not in finished and claims.take(f"shard-{i:06d}")), None)
+            index = next((i for i in range(len(shards)) if i not in finished and leases.take(f"shard-{i:06d}")), None)
             if index is None:
                 if not waiting:
-                    say(f"{model.name}: other processes are reading what is left; waiting for them.")
+                    notify(f"{model.name}: other processes are reading what is left; waiting for them.")
                     waiting = True
                 time.sleep(_POLL_S)
             elif not (path := _shard(folder, index)).exists():
                 read = reader.read(shards[index], advance)
                 own.add(index)
                 if not path.exists():  # else we were silent for so long that another took it over
-                    beside = claims.folder / uuid.uuid4().hex
+                    beside = leases.folder / uuid.uuid4().hex
                     write_shard(
                         path,
                         beside,
@@ -144,45 +144,48 @@ def _extract(
             advance(sum(n_bytes[i] for i in now - finished - own))
             finished = now
     if reader.lost:
-        say(f"{model.name}: the tokens of {reader.lost} pieces do not spell their text; from there it is unpaired.")
+        notify(f"{model.name}: the tokens of {reader.lost} passages do not spell their text and are unaligned there.")
 
 
 def _look_over(
-    folder: Path, spec: Spec, model: "ResolvedModel", pieces: Pieces, settings: ExtractionConfig
+    folder: Path, spec: Spec, model: "ResolvedModel", passages: Passages, settings: ExtractionConfig
 ) -> dict[str, Any]:
     """Checks the finished shards; returns what the manifest is to say of them."""
-    left_out = []
+    skipped = []
     tokens = 0
-    for index, members in enumerate(_members(pieces, spec)):
+    for index, members in enumerate(_members(passages, spec)):
         positions = np.diff(checked(_shard(folder, index)).offsets)
         tokens += int(positions.sum())
-        left_out += [pieces.name(p) for p, n in zip(members, positions, strict=True) if not n]
-    _check_left_out(left_out, model, pieces, settings)
-    if not left_out:
+        skipped += [passages.name(p) for p, n in zip(members, positions, strict=True) if not n]
+    _check_left_out(skipped, model, passages, settings)
+    if not skipped:
         return {"tokens": tokens}
-    say(f"{model.name}: {len(left_out)} of {len(pieces)} pieces are left out; the manifest names them.")
-    return {"tokens": tokens, "left_out": left_out}
+    notify(f"{model.name}: {len(skipped)} of {len(passages)} passages are left out; the manifest names them.")
+    return {"tokens": tokens, "skipped": skipped}
 
 
-def _check_left_out(names: Sequence[str], model: "ResolvedModel", pieces: Pieces, settings: ExtractionConfig) -> None:
-    share = settings.max_left_out
-    if len(names) > (max(1, int(share * len(pieces))) if share else 0):
+def _check_left_out(
+    names: Sequence[str], model: "ResolvedModel", passages: Passages, settings: ExtractionConfig
+) -> None:
+    share = settings.max_skipped_fraction
+    if len(names) > (max(1, int(share * len(passages))) if share else 0):
         raise UserError(
-            f"The logits of {model.name} about {len(names)} of {len(pieces)} pieces are not finite (first {names[0]}), "
-            f"more than extraction.max_left_out = {share:g} allows: set the role's dtype, or allow more."
+            f"The logits of {model.name} about {len(names)} of {len(passages)} passages are not finite (first "
+            f"{names[0]}), more than extraction.max_skipped_fraction = {share:g} allows: set the role's "
+            "dtype, or allow more."
         )
 
 
 class _Reader:
-    """A loaded source model, which reads pieces."""
+    """A loaded source model, which reads passages."""
 
     def __init__(
-        self, spec: Spec, model: "ResolvedModel", pieces: Pieces, settings: ExtractionConfig, device: str
+        self, spec: Spec, model: "ResolvedModel", passages: Passages, settings: ExtractionConfig, device: str
     ) -> None:
         from fusion.inference.top_k import reader
         from harness.models.checkpoints import load_model, load_tokenizer
 
-        self._spec, self._model, self._pieces, self._settings, self._device = spec, model, pieces, settings, device
+        self._spec, self._model, self._passages, self._settings, self._device = spec, model, passages, settings, device
         self._tokenizer = load_tokenizer(model)
         loaded = load_model(model, dtype=spec.params["dtype"], device=device)
         self._vocabulary = Vocabulary.from_tokenizer(self._tokenizer, loaded.config.get_text_config().vocab_size)
@@ -206,8 +209,8 @@ class _Reader:
             temperatures=self._spec.params.get("temperatures", ()),
         )
 
-    def _tokens(self, piece: int) -> list[int]:
-        tokens = [prefix_id(self._tokenizer), *encode(self._tokenizer, self._pieces.text(piece))]
+    def _tokens(self, passage: int) -> list[int]:
+        tokens = [prefix_id(self._tokenizer), *encode(self._tokenizer, self._passages.text(passage))]
         if max(tokens) >= len(self._vocabulary):
             raise UserError(
                 f"The tokenizer of {self._model.name} gives token {max(tokens)}, but its config.json has a vocabulary "
@@ -215,36 +218,36 @@ class _Reader:
             )
         if self._window and len(tokens) > self._window:
             raise UserError(
-                f"{self._pieces.name(piece)} is {len(tokens)} tokens for {self._model.name}, whose context is "
-                f"{self._window}: lower pieces.max_bytes."
+                f"{self._passages.name(passage)} is {len(tokens)} tokens for {self._model.name}, whose context is "
+                f"{self._window}: lower passages.max_bytes."
             )
         return tokens
 
     def read(self, members: Sequence[int], advance: Advance) -> "tuple[list[Externalised], list[np.ndarray]]":
-        """What the model says about the pieces, and the byte ends of their tokens."""
+        """What the model says about the passages, and the byte ends of their tokens."""
         from fusion.inference.top_k import batches_by_length
 
-        sequences = [self._tokens(piece) for piece in members]
+        sequences = [self._tokens(passage) for passage in members]
         results: list[Any] = [None] * len(sequences)
         for batch in batches_by_length([len(s) for s in sequences], int(self._spec.info["batch_tokens"])):
             for i, result in zip(batch, self._externalise([sequences[i] for i in batch]), strict=True):
                 results[i] = result
                 if not len(result.nats):
                     self._leave_out(members[i])
-            advance(sum(int(self._pieces.n_bytes[members[i]]) for i in batch))
+            advance(sum(int(self._passages.n_bytes[members[i]]) for i in batch))
         ends = []
-        for piece, tokens in zip(members, sequences, strict=True):
-            ends.append(byte_ends(tokens[1:], self._vocabulary, self._pieces.text(piece).encode("utf-8")))
+        for passage, tokens in zip(members, sequences, strict=True):
+            ends.append(byte_ends(tokens[1:], self._vocabulary, self._passages.text(passage).encode("utf-8")))
             self.lost += bool(len(ends[-1]) and ends[-1][-1] < 0)
         return results, ends
 
-    def _leave_out(self, piece: int) -> None:
-        self._left_out.append(self._pieces.name(piece))
-        _check_left_out(self._left_out, self._model, self._pieces, self._settings)
-        say(f"{self._model.name}: its logits about {self._left_out[-1]} are not finite; the piece is left out.")
+    def _leave_out(self, passage: int) -> None:
+        self._left_out.append(self._passages.name(passage))
+        _check_left_out(self._left_out, self._model, self._passages, self._settings)
+        notify(f"{self._model.name}: its logits about {self._left_out[-1]} are not finite; the passage is left out.")
 
     def compare(self, path: Path, members: Sequence[int]) -> None:
-        """Reads one piece of a finished shard again. Raises UserError when other numbers come out."""
+        """Reads one passage of a finished shard again. Raises UserError when other numbers come out."""
         shard, dtype = checked(path), self._spec.params["dtype"]
         longest = int(np.diff(shard.offsets).argmax())
         before = shard.columns(longest)["nats"]
@@ -254,14 +257,14 @@ class _Reader:
         apart = float(np.abs(before - again.nats).mean()) if len(before) == len(again.nats) else np.inf
         if not apart <= TOLERANCE[dtype]:
             raise UserError(
-                f"{self._model.name} reads {self._pieces.name(members[longest])} otherwise than when {path} was made, "
-                f"by {apart:.2g} nats a position where {TOLERANCE[dtype]:g} are allowed in {dtype}: go on with the "
-                f"machine and libraries of then, or remove {path.parent}."
+                f"{self._model.name} reads {self._passages.name(members[longest])} otherwise than when {path} was "
+                f"made, by {apart:.2g} nats a position where {TOLERANCE[dtype]:g} are allowed in {dtype}: go on with "
+                f"the machine and libraries of then, or remove {path.parent}."
             )
 
 
 class Extraction:
-    """A stored extraction, read piece by piece from memory-mapped shards.
+    """A stored extraction, read passage by passage from memory-mapped shards.
 
     Token ids are not stored: they are the tokenizer's, and `reading` refuses when their number is not the stored one.
     At a temperature T other than 1, one of the extraction's own, distributions are those to the power 1/T. With
@@ -271,19 +274,19 @@ class Extraction:
     def __init__(
         self,
         folder: Path,
-        pieces: Pieces,
+        passages: Passages,
         tokenizer: Any,
         vocabulary: Vocabulary,
         temperature: float = 1.0,
         k: int | None = None,
     ) -> None:
         self._folder = folder
-        self._pieces = pieces
+        self._passages = passages
         self._tokenizer = tokenizer
         self._prefix = prefix_id(tokenizer)
         self.vocabulary = vocabulary
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        self._size = int(manifest["params"]["pieces_per_shard"])
+        self._size = int(manifest["params"]["passages_per_shard"])
         self._temperature = temperature
         self._k = k
         self._column = None if temperature == 1 else manifest["params"]["temperatures"].index(temperature)
@@ -297,18 +300,18 @@ class Extraction:
         self._open.move_to_end(index)
         return self._open[index]
 
-    def reading(self, piece: int) -> Reading:
-        """What the model says about a piece (see `Reading`)."""
-        columns = self._shard(piece // self._size).columns(piece % self._size)
-        text = self._pieces.text(piece)
+    def predictions(self, passage: int) -> Predictions:
+        """What the model says about a passage (see `Predictions`)."""
+        columns = self._shard(passage // self._size).columns(passage % self._size)
+        text = self._passages.text(passage)
         tokens = np.array([self._prefix, *encode(self._tokenizer, text)], np.int32)
         m, k = columns["ids"].shape
         if not m:
             ends = np.append(0, byte_ends(tokens[1:], self.vocabulary, text.encode("utf-8"))).astype(np.int32)
-            return Reading.without(tokens, ends, self._k or k)
+            return Predictions.without(tokens, ends, self._k or k)
         if len(tokens) != m:
             raise UserError(
-                f"{self._folder} holds {m} positions of {self._pieces.name(piece)}, but the tokenizer now gives "
+                f"{self._folder} holds {m} positions of {self._passages.name(passage)}, but the tokenizer now gives "
                 f"{len(tokens)}: the tokenizer's library has changed; remove that folder to have it made again."
             )
         steps = columns["steps"].astype(np.int64)
@@ -318,7 +321,7 @@ class Extraction:
         if self._column is not None:
             log_p = log_p / np.float32(self._temperature) - columns["log_z"][:, self._column, None]
             tail = np.maximum(1 - np.exp(log_p, dtype=np.float64).sum(axis=1), 0).astype(np.float32)
-        found = Reading(
+        found = Predictions(
             tokens=tokens,
             ends=ends,
             ids=columns["ids"].astype(np.int32),
@@ -331,7 +334,7 @@ class Extraction:
     def occurring_ids(self) -> np.ndarray:
         """int64[n], every token id that is among the top k or in the text: what a lazy vocabulary map must cover."""
         found: set[int] = {self._prefix}
-        for piece in range(len(self._pieces)):
-            found.update(encode(self._tokenizer, self._pieces.text(piece)))
-            found.update(np.unique(self._shard(piece // self._size).columns(piece % self._size)["ids"]).tolist())
+        for passage in range(len(self._passages)):
+            found.update(encode(self._tokenizer, self._passages.text(passage)))
+            found.update(np.unique(self._shard(passage // self._size).columns(passage % self._size)["ids"]).tolist())
         return np.array(sorted(found), np.int64)

@@ -1,8 +1,8 @@
-"""The files of an extraction: each holds what a model said about some pieces, and is there whole or not at all.
+"""The files of an extraction: each holds what a model said about some passages, and is there whole or not at all.
 
 A shard is a safetensors file of the columns `ids`, `log_p`, `tail`, `nats` and `steps` (and `log_z` where temperatures
-were asked for), all pieces' positions one after the other, and of the pieces' `offsets` in them. Compressed, the
-columns are empty and say only what they are made of; `zstd` holds a frame for each piece, so that a piece is read
+were asked for), all passages' positions one after the other, and of the passages' `offsets` in them. Compressed, the
+columns are empty and say only what they are made of; `zstd` holds a frame for each passage, so that a passage is read
 without its neighbours, and `frames` their offsets.
 """
 
@@ -48,10 +48,10 @@ def write_shard(
     compression: Compression,
     dtype: StoreDType = "float16",
 ) -> None:
-    """Writes to `beside` and renames. `ends` are the pieces' `byte_ends`; a result of no positions is left out."""
+    """Writes to `beside` and renames. `ends` are the passages' `byte_ends`; a result of no positions is left out."""
     from safetensors.numpy import save
 
-    steps = [_steps(piece_ends) for result, piece_ends in zip(results, ends, strict=True) if len(result.nats)]
+    steps = [_steps(passage_ends) for result, passage_ends in zip(results, ends, strict=True) if len(result.nats)]
     ids = np.concatenate([r.ids for r in results])
     width = np.uint32 if wide else np.uint16
     if ids.max(initial=0) > np.iinfo(width).max:  # a cast would wrap around and name other tokens
@@ -79,7 +79,7 @@ def write_shard(
 
 
 def _steps(ends: np.ndarray) -> np.ndarray:
-    """uint16[M], the bytes from each position to the next, of a piece's `byte_ends`[M - 1]."""
+    """uint16[M], the bytes from each position to the next, of a passage's `byte_ends`[M - 1]."""
     steps = np.diff(ends, prepend=0).astype(np.int64)
     if steps[ends >= 0].max(initial=0) >= int(LOST):
         raise UserError("a token stands for more than 65,534 bytes of text: the store cannot hold it.")
@@ -160,16 +160,16 @@ class Shard:
             self._frames = self._file.get_tensor("frames")
             self._empty = {name: self._file.get_tensor(name) for name in self._names}
 
-    def columns(self, piece: int) -> Columns:
-        """The piece's columns as they are stored: ids[M, k], log_p[M, k], tail[M], nats[M], steps[M], log_z[M, n]."""
-        start, end = self.offsets[piece : piece + 2].tolist()
+    def columns(self, passage: int) -> Columns:
+        """The passage's columns as they are stored: ids[M, k], log_p[M, k], tail[M], nats[M], steps[M], log_z[M, n]."""
+        start, end = self.offsets[passage : passage + 2].tolist()
         if start == end:
             return {name: self._file.get_tensor(name)[:0] for name in self._names}
         if self._frames is None or self._empty is None:
             return {name: self._file.get_slice(name)[start:end] for name in self._names}
         import pyarrow as pa
 
-        first, last = self._frames[piece : piece + 2].tolist()
+        first, last = self._frames[passage : passage + 2].tolist()
         size = (end - start) * sum(int(np.prod(e.shape[1:])) * e.itemsize for e in self._empty.values())
         raw = pa.decompress(self._file.get_slice("zstd")[first:last], size, codec="zstd")
         return _parted(raw, end - start, self._empty)

@@ -5,8 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fusion.errors import UserError
-from harness.config.loading import TrainingSection
-from harness.data.corpus import Document, Pieces, write_pieces
+from harness.config.loading import TrainingConfig
+from harness.data.corpus import Document, Passages, write_passages
 from harness.models.tiny.recipe import build_model, make_tokenizer, tiny_recipe, training_documents
 from harness.runtime import distributed
 from harness.store.artifacts import Estimate, Spec, Store
@@ -25,28 +25,30 @@ def make_tiny(store: Store, name: str, profile: str, device: str) -> tuple[Spec,
     spec = Spec("tiny", name, VERSION, {"python": python}, {**made, "corpus": corpus})
 
     def build(folder: Path) -> None:
-        if distributed.world() > 1:
+        if distributed.world_size() > 1:
             raise UserError(
                 "Tiny models are made by one process: run the experiment once without torchrun or deepspeed."
             )
         from transformers import set_seed
 
         from fusion.vocabulary.token_bytes import Vocabulary
-        from harness.data.sequences import Rows
+        from harness.data.sequences import PackedSequences
         from harness.stages.trainer import train
 
         documents = recipe.documents()
         tokenizer = make_tokenizer(model, documents)
         texts = [Document(d.name, d.domain, d.text, "") for d in training_documents(model, documents)]
-        pieces = folder / "text"
-        pieces.mkdir(exist_ok=True)
-        # A byte is a token at most, and each piece has a prefix.
-        write_pieces(pieces, texts, model.row_length - 1)
-        rows = Rows(Pieces(pieces), tokenizer, Vocabulary.from_tokenizer(tokenizer, model.vocabulary), model.row_length)
-        settings = TrainingSection(
-            row_length=model.row_length,
-            rows_per_step=model.rows_per_step,
-            micro_rows=model.rows_per_step,
+        passages = folder / "text"
+        passages.mkdir(exist_ok=True)
+        # A byte is a token at most, and each passage has a prefix.
+        write_passages(passages, texts, model.sequence_length - 1)
+        rows = PackedSequences(
+            Passages(passages), tokenizer, Vocabulary.from_tokenizer(tokenizer, model.vocabulary), model.sequence_length
+        )
+        settings = TrainingConfig(
+            sequence_length=model.sequence_length,
+            global_batch_size=model.global_batch_size,
+            micro_batch_size=model.global_batch_size,
             learning_rate=model.learning_rate,
             warmup_ratio=model.warmup_ratio,
             epochs=model.epochs,

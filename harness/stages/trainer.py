@@ -25,12 +25,12 @@ from fusion.errors import UserError
 from fusion.losses.specs import Lesson
 from fusion.losses.terms import Teacher
 from fusion.modeling.heads import fused_forward, split
-from fusion.modeling.packing import Packing, attending_by_piece, check_packing
-from harness.config.loading import TrainingSection
-from harness.data.sequences import Rows, collate
+from fusion.modeling.packing import Packing, attending_by_passage, check_packing
+from harness.config.loading import TrainingConfig
+from harness.data.sequences import PackedSequences, collate
 from harness.models.checkpoints import compute_dtype
 from harness.runtime import distributed
-from harness.runtime.progress import say, track
+from harness.runtime.progress import notify, track
 from harness.stages.sharding import release, whole_weights, without_own_ops, zero_config
 from harness.stages.training_log import CURVE_FILE, LOG_FILE
 from harness.store.artifacts import file_sha256, read_json, write_atomically, write_json
@@ -47,9 +47,9 @@ class Curve:
     measure: Callable[[PreTrainedModel], list[dict[str, Any]]]
 
 
-def steps_of(config: TrainingSection, rows: int) -> int:
+def steps_of(config: TrainingConfig, rows: int) -> int:
     """Optimiser steps of a whole training on so many rows."""
-    return max(1, math.ceil(math.ceil(rows / config.rows_per_step) * config.epochs))
+    return max(1, math.ceil(math.ceil(rows / config.global_batch_size) * config.epochs))
 
 
 class Order(Sampler[int]):
@@ -143,7 +143,7 @@ class _Follow(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._tokens = next((e["tokens"] for e in reversed(state.log_history) if "tokens" in e), 0.0)
-        if distributed.first():
+        if distributed.is_main_process():
             # What was measured after the checkpoint is measured again; without one the curve starts again, too.
             kept = self._folder / "checkpoints" / f"checkpoint-{state.global_step}" / CURVE_FILE
             write_atomically(self._folder / CURVE_FILE, kept.read_text(encoding="utf-8") if state.global_step else "")
@@ -178,7 +178,7 @@ class _Follow(TrainerCallback):
         with torch.no_grad(), torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
             records = model(measure=self._curve.measure)
         model.train(training)
-        if not distributed.first():
+        if not distributed.is_main_process():
             return
         with (self._folder / CURVE_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, "tokens": self._tokens, "records": records}) + "\n")
@@ -213,7 +213,7 @@ def _replace_forward(
 def _seal(folder: Path) -> None:
     """Marks a folder as complete, its files as they are now, and by how many ranks it was made."""
     files = {str(f.relative_to(folder)): file_sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}
-    write_json(folder / _COMPLETE, {"files": files, "ranks": distributed.world()})
+    write_json(folder / _COMPLETE, {"files": files, "ranks": distributed.world_size()})
 
 
 def _check_seal(folder: Path, remedy: str) -> None:
@@ -230,7 +230,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     the bits would not be the same.
     """
     step = 0
-    if distributed.first():
+    if distributed.is_main_process():
         for path in folder.glob("checkpoint-*"):
             if (path / _COMPLETE).exists():
                 step = max(step, int(path.name.split("-")[1]))
@@ -239,15 +239,15 @@ def last_checkpoint(folder: Path) -> Path | None:
         if step:
             last = folder / f"checkpoint-{step}"
             _check_seal(last, f"remove {last} to go on from the checkpoint before it")
-    step = distributed.agree(step)
+    step = distributed.broadcast(step)
     if not step:
         return None
     found = folder / f"checkpoint-{step}"
     remedy = f"remove {folder} to begin the training again"
-    if (wrote := read_json(found / _COMPLETE, remedy)["ranks"]) != distributed.world():
+    if (wrote := read_json(found / _COMPLETE, remedy)["ranks"]) != distributed.world_size():
         raise UserError(
-            f"{found} is the checkpoint of {wrote} ranks and cannot be continued by {distributed.world()}: start as "
-            f"many as before, or {remedy}."
+            f"{found} is the checkpoint of {wrote} ranks and cannot be continued by {distributed.world_size()}: start "
+            f"as many as before, or {remedy}."
         )
     return found
 
@@ -255,8 +255,8 @@ def last_checkpoint(folder: Path) -> Path | None:
 def train(
     model: PreTrainedModel,
     tokenizer: Any,
-    rows: Rows,
-    config: TrainingSection,
+    rows: PackedSequences,
+    config: TrainingConfig,
     *,
     lam: float,
     lesson: Lesson | None = None,
@@ -272,16 +272,16 @@ def train(
 
     Goes on from the last complete checkpoint in `folder`, bit for bit. `lam` is the weight of the CLM term
     (paper section 3.3, equation 5), `lesson` the other one, of which `rows` hold the arrays, and `teachers` the models
-    that it needs, on `device`. Called by all ranks. Raises UserError when packed pieces would see each other, the
+    that it needs, on `device`. Called by all ranks. Raises UserError when packed passages would see each other, the
     loss diverges, or the ranks do not fit the configuration or the checkpoint.
     """
     final = folder / MODEL_FOLDER
-    if distributed.agree((final / _COMPLETE).exists()):  # killed between the end of training and the artifact's rename
-        if distributed.first():
+    if distributed.broadcast((final / _COMPLETE).exists()):  # killed before the artifact's rename
+        if distributed.is_main_process():
             _check_seal(final, f"remove {final} to train again")
         _finish(folder)
         return
-    accumulation = distributed.micro_batches(config.rows_per_step, config.micro_rows)
+    accumulation = distributed.micro_batches(config.global_batch_size, config.micro_batch_size)
     if config.deepspeed and device == "cpu":
         without_own_ops()
     packing = check_packing(model)
@@ -291,7 +291,7 @@ def train(
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
-        per_device_train_batch_size=config.micro_rows,
+        per_device_train_batch_size=config.micro_batch_size,
         gradient_accumulation_steps=accumulation,
         learning_rate=config.learning_rate,
         adam_beta1=config.betas[0],
@@ -327,24 +327,24 @@ def train(
     if checkpoint is not None:
         history = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
         done = next((e["tokens"] for e in reversed(history) if "tokens" in e), 0.0)
-        say(f"{label}: going on from {checkpoint.name}")
+        notify(f"{label}: going on from {checkpoint.name}")
     with track(f"train {label}", rows.n_tokens * config.epochs, "tokens", done=done) as advance:
         follow = _Follow(folder, curve, at, advance)
         trainer = FusionTrainer(
             model=model,
             args=arguments,
             train_dataset=rows,
-            order=Order(len(rows), seed, config.micro_rows * distributed.world()),
+            order=Order(len(rows), seed, config.micro_batch_size * distributed.world_size()),
             data_collator=collate,
             callbacks=[follow],
         )
         follow.trainer = trainer
         trainer.remove_callback(PrinterCallback)
-        with attending_by_piece(model, packing):
+        with attending_by_passage(model, packing):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    weights = whole_weights(model, keep=distributed.first()) if config.deepspeed else None
+    weights = whole_weights(model, keep=distributed.is_main_process()) if config.deepspeed else None
     del model.forward  # the class's own again
-    if distributed.first():
+    if distributed.is_main_process():
         model.save_pretrained(final, state_dict=weights)
         tokenizer.save_pretrained(final)
         (final / "README.md").write_text(card, encoding="utf-8")
@@ -356,5 +356,5 @@ def train(
 
 
 def _finish(folder: Path) -> None:
-    if distributed.first():
+    if distributed.is_main_process():
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)

@@ -20,8 +20,8 @@ from typing import Any, ClassVar
 
 from fusion.errors import UserError
 from harness.runtime import distributed
-from harness.runtime.memory import give_back
-from harness.store.leases import Claims, in_use
+from harness.runtime.memory import trim_heap
+from harness.store.leases import Leases, in_use
 from harness.store.provenance import made_by
 
 MANIFEST = "manifest.json"
@@ -72,7 +72,7 @@ class Planned:
 
     spec: Spec
     path: Path
-    state: str  # "there", "begun" or "to do"
+    state: str  # "ready", "partial" or "missing"
     estimate: Estimate
 
 
@@ -199,7 +199,7 @@ class Store:
         made = sorted(folder.glob(f"*-{spec.fingerprint[:16]}"))
         return made[0] if made else folder / spec.folder_name
 
-    def _begun(self, spec: Spec) -> Path:
+    def _partial_folder(self, spec: Spec) -> Path:
         return self.root / spec.kind / f".{spec.fingerprint[:16]}.partial"
 
     def ensure(
@@ -208,34 +208,34 @@ class Store:
         build: Callable[[Path], Mapping[str, Any] | None],
         estimate: Estimate | None = None,
         *,
-        share: Callable[[Path, Claims], None] | None = None,
-        together: bool = False,
+        make_parts: Callable[[Path, Leases], None] | None = None,
+        on_all_ranks: bool = False,
     ) -> Path:
         """The artifact's folder, made by `build(folder)` when it is not there.
 
         `build` may find what an interrupted run left in the folder and must go on from there; what it returns is
         written to the manifest's `info`. It runs in one process (of several ranks the first), for which others wait;
-        `together` has all ranks call it, on one folder. `share(folder, claims)` goes before it and runs in all
+        `on_all_ranks` has all ranks call it, on one folder. `make_parts(folder, leases)` goes before it and runs in all
         processes that ask, at the same time: it makes the parts that it can claim and returns when there is no other to
         wait for. Raises UserError when the artifact's bytes do not match its manifest or the folder cannot be written.
         """
         path = self.path(spec)
-        state = "there" if path.exists() else "begun" if self._begun(spec).exists() else "to do"
+        state = "ready" if path.exists() else "partial" if self._partial_folder(spec).exists() else "missing"
         self.planned.setdefault(spec.fingerprint, Planned(spec, path, state, estimate or Estimate()))
         if self.dry:
             return path
-        if not distributed.first():
-            if share is not None and not path.exists():
-                self._share(spec, share)
-            if together and distributed.agree(False):
-                build(self._begun(spec))
+        if not distributed.is_main_process():
+            if make_parts is not None and not path.exists():
+                self._make_parts(spec, make_parts)
+            if on_all_ranks and distributed.broadcast(False):
+                build(self._partial_folder(spec))
             distributed.wait_until(lambda: self.path(spec).exists())
             return self.path(spec)  # the first rank has verified it, or is about to and would end the run
         if not path.exists():
-            self._make(spec, path, build, share, together)
+            self._make(spec, path, build, make_parts, on_all_ranks)
             path = self.path(spec)
-        elif together:
-            distributed.agree(False)
+        elif on_all_ranks:
+            distributed.broadcast(False)
         self.verify(path, spec)
         return path
 
@@ -244,46 +244,46 @@ class Store:
         spec: Spec,
         path: Path,
         build: Callable[[Path], Mapping[str, Any] | None],
-        share: Callable[[Path, Claims], None] | None,
-        together: bool,
+        make_parts: Callable[[Path, Leases], None] | None,
+        on_all_ranks: bool,
     ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = self._begun(spec)
+        folder = self._partial_folder(spec)
         started, resumed = time.time(), folder.exists()
-        give_back()  # this stage's memory is not to be that of the one before
+        trim_heap()  # this stage's memory is not to be that of the one before
         with contextlib.ExitStack() as held:
             with PeakMemory() as peak, disk_errors(folder):
-                if share is not None:
-                    self._share(spec, share)
+                if make_parts is not None:
+                    self._make_parts(spec, make_parts)
                 # The first rank holds it for all.
-                held.enter_context(alone(folder.with_suffix(".lock"), f"{spec.kind} {spec.label}"))
+                held.enter_context(exclusive_lock(folder.with_suffix(".lock"), f"{spec.kind} {spec.label}"))
                 missing = not self.path(spec).exists()  # another process may have finished it while we waited
-                if share is None:
+                if make_parts is None:
                     started, resumed = time.time(), folder.exists()
                 if missing:
                     folder.mkdir(exist_ok=True)
                     for unfinished in folder.rglob(".*"):  # what a kill left of `write_atomically`
                         if unfinished.is_file():
                             unfinished.unlink()
-                if together:
-                    distributed.agree(missing)
+                if on_all_ranks:
+                    distributed.broadcast(missing)
                 found = build(folder) if missing else None
             if missing:
                 self._complete(spec, folder, path, started, resumed, peak.bytes, found or {})
-            shutil.rmtree(_claims(folder), ignore_errors=True)
+            shutil.rmtree(_leases(folder), ignore_errors=True)
 
-    def _share(self, spec: Spec, share: Callable[[Path, Claims], None]) -> None:
-        folder = self._begun(spec)
-        claims = _claims(folder)
+    def _make_parts(self, spec: Spec, make_parts: Callable[[Path, Leases], None]) -> None:
+        folder = self._partial_folder(spec)
+        leases = _leases(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        claims.mkdir(exist_ok=True)
+        leases.mkdir(exist_ok=True)
         if self.path(spec).exists():  # completed before we had made a folder, which nobody wants now
             with contextlib.suppress(OSError):
                 folder.rmdir()
             return
         try:
-            with Claims(claims) as ours:
-                share(folder, ours)
+            with Leases(leases) as ours:
+                make_parts(folder, ours)
         except FileNotFoundError:
             if not self.path(spec).exists():
                 raise
@@ -350,21 +350,21 @@ class Store:
         """What interrupted stages and clean-ups left behind; not what a stage is working on now."""
         from filelock import FileLock, Timeout
 
-        for folder in sorted(p for end in ("partial", "claims", "removed") for p in self.root.glob(f"*/.*.{end}")):
-            if folder.suffix == ".claims" and folder.with_suffix(".partial").exists():
+        for folder in sorted(p for end in ("partial", "leases", "removed") for p in self.root.glob(f"*/.*.{end}")):
+            if folder.suffix == ".leases" and folder.with_suffix(".partial").exists():
                 continue  # they belong to it
             try:
                 with FileLock(folder.with_suffix(".lock"), timeout=0):
                     pass
             except Timeout:
                 continue
-            if not in_use(_claims(folder)):
+            if not in_use(_leases(folder)):
                 yield folder
 
 
-def _claims(begun: Path) -> Path:
+def _leases(partial: Path) -> Path:
     """Where the processes that share an unfinished artifact lay their claims."""
-    return begun.with_suffix(".claims")
+    return partial.with_suffix(".leases")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -384,17 +384,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def alone(lock: Path, what: str) -> Iterator[None]:
+def exclusive_lock(lock: Path, what: str) -> Iterator[None]:
     """Waits until no other process holds `lock`, and says so when that takes a while."""
     from filelock import FileLock, Timeout
 
-    from harness.runtime.progress import say
+    from harness.runtime.progress import notify
 
     held = FileLock(lock)
     try:
         held.acquire(timeout=1)
     except Timeout:
-        say(f"{what}: another process is at work on it, waiting for that ...")
+        notify(f"{what}: another process is at work on it, waiting for that ...")
         held.acquire()
     try:
         yield

@@ -15,8 +15,8 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-BEAT_S = 10.0
-SILENCE_S = 180.0  # a file server's clients may believe for a minute that nothing has changed
+HEARTBEAT_S = 10.0
+LEASE_TIMEOUT_S = 180.0  # a file server's clients may believe for a minute that nothing has changed
 
 
 @cache
@@ -40,16 +40,16 @@ def _started(pid: int) -> float | None:
     return None
 
 
-def _is_dead(claim: Path) -> bool:
+def _is_dead(lease: Path) -> bool:
     """Whether the claim's owner has ended or been silent for too long. A claim that is gone is not dead."""
-    now = claim.parent / "now"
+    now = lease.parent / "now"
     now.touch()  # the file server's clock is the one that counts
     try:
-        with claim.open(encoding="utf-8") as file:  # opening asks a file server for its present state
+        with lease.open(encoding="utf-8") as file:  # opening asks a file server for its present state
             owner, beat = file.read(), os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
         return False
-    if now.stat().st_mtime - beat > SILENCE_S:
+    if now.stat().st_mtime - beat > LEASE_TIMEOUT_S:
         return True
     try:
         place, pid, started = json.loads(owner)
@@ -63,10 +63,10 @@ def _is_dead(claim: Path) -> bool:
 
 def in_use(folder: Path) -> bool:
     """Whether a process is at work with the claims in `folder`."""
-    return any(not _is_dead(claim) for claim in folder.glob("*.claim"))
+    return any(not _is_dead(lease) for lease in folder.glob("*.lease"))
 
 
-class Claims:
+class Leases:
     """One process' claims in a folder, to be used in a `with` block, whose end gives them all back.
 
     A process makes one part at a time: to take the next is to have finished the one before, whose claim stays, so that
@@ -78,30 +78,30 @@ class Claims:
         self._taken: list[Path] = []
         self._ended = threading.Event()
 
-    def __enter__(self) -> "Claims":
+    def __enter__(self) -> "Leases":
         self.take(uuid.uuid4().hex)  # a part of its own that says: somebody is here, between two parts too
         threading.Thread(target=self._beat, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        for claim in self._taken:
-            claim.unlink(missing_ok=True)
+        for lease in self._taken:
+            lease.unlink(missing_ok=True)
 
     def _beat(self) -> None:
-        while not self._ended.wait(BEAT_S):
-            for claim in {self._taken[0], self._taken[-1]}:
+        while not self._ended.wait(HEARTBEAT_S):
+            for lease in {self._taken[0], self._taken[-1]}:
                 with suppress(OSError):
-                    os.utime(claim)
+                    os.utime(lease)
 
     def take(self, part: str) -> bool:
         """Whether the part is ours to make. Raises FileNotFoundError when the folder is gone."""
-        claim = self.folder / f"{part}.claim"
-        if claim.exists() and _is_dead(claim):
-            claim.unlink(missing_ok=True)
+        lease = self.folder / f"{part}.lease"
+        if lease.exists() and _is_dead(lease):
+            lease.unlink(missing_ok=True)
         try:
-            with claim.open("x", encoding="utf-8") as file:
-                self._taken.append(claim)
+            with lease.open("x", encoding="utf-8") as file:
+                self._taken.append(lease)
                 json.dump([_place(), os.getpid(), _started(os.getpid())], file)
         except FileExistsError:
             return False

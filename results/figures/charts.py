@@ -71,7 +71,7 @@ def learning_curves(
     methods: Sequence[str],
     path: Path | str,
     *,
-    baseline: str = "CLM",
+    reference: str = "CLM",
     suite: str = "perplexity",
     metric: str = "bits_per_byte",
     title: str = "",
@@ -80,12 +80,12 @@ def learning_curves(
     """Draw `path`.png and `path`.svg: the held-out metric of `methods` against training tokens (the paper's figure 3).
 
     records: of one experiment and profile; only those with training tokens count. Each other method is set against
-    `baseline`: the tokens it needs for the baseline's final quality, and the other way round. Raises UserError where a
-    method has no curve and where steps were not measured on the same documents. Of more methods than can be told apart
-    the baseline and the first ones are drawn; what is returned is about all of them.
+    `reference`: the tokens it needs for the reference's final quality, and the other way round. Raises UserError where
+    a method has no curve and where steps were not measured on the same documents. Of more methods than can be told
+    apart the reference and the first ones are drawn; what is returned is about all of them.
     """
-    if baseline not in methods:
-        raise UserError(unknown("baseline", baseline, methods))
+    if reference not in methods:
+        raise UserError(unknown("reference row", reference, methods))
     measured = metric_of(metric)
     along = records[
         (records["suite"] == suite)
@@ -97,16 +97,16 @@ def learning_curves(
     by_method = {curve.method: curve for curve in curves}
     equal = []
     for method in methods:
-        if method != baseline:
-            equal.append(equal_quality(by_method[method], by_method[baseline], measured.higher_is_better))
-            equal.append(equal_quality(by_method[baseline], by_method[method], measured.higher_is_better))
-    drawn = {baseline, *[method for method in methods if method != baseline][: len(style.COLOURS) - 1]}
+        if method != reference:
+            equal.append(equal_quality(by_method[method], by_method[reference], measured.higher_is_better))
+            equal.append(equal_quality(by_method[reference], by_method[method], measured.higher_is_better))
+    drawn = {reference, *[method for method in methods if method != reference][: len(style.COLOURS) - 1]}
     if len(drawn) < len(methods):
         title += f" ({len(drawn)} of {len(methods)} rows)"
     shown = [curve for curve in curves if curve.method in drawn]
     compared = [one for one in equal if {one.method, one.other} <= drawn]
     with style.style():
-        figure = _draw_curves(measured, shown, compared, baseline, title, banner)
+        figure = _draw_curves(measured, shown, compared, reference, title, banner)
         files = style.save(figure, Path(path))
     return LearningCurves(measured, curves, tuple(equal), files)
 
@@ -168,7 +168,7 @@ def _draw_curves(
     metric: Metric,
     curves: Sequence[Curve],
     equal: Sequence[EqualQuality],
-    baseline: str,
+    reference: str,
     title: str,
     banner: str,
 ) -> "Figure":
@@ -179,10 +179,10 @@ def _draw_curves(
         if curve.intervals is not None:
             low, high = curve.intervals.T
             axes.fill_between(curve.tokens, low, high, color=style.COLOURS[i % 7], alpha=0.1, linewidth=0)
-        if curve.method == baseline:
+        if curve.method == reference:
             axes.axhline(curve.values[-1], color="0.6", linewidth=0.8, zorder=0)
     for one in equal:
-        if one.other == baseline and one.tokens is not None:
+        if one.other == reference and one.tokens is not None:
             axes.plot([one.tokens], [one.quality], marker="|", markersize=16, color="0.3", zorder=5)
     axes.set_xlabel("training tokens")
     axes.set_ylabel(f"held-out {metric.label} ({'higher' if metric.higher_is_better else 'lower'} is better)")
@@ -198,7 +198,7 @@ def _draw_curves(
 _BY_SOURCE = {
     "nats_per_byte": "nats per byte, as it is",
     "paired": "share of positions paired",
-    "chosen": "share of pieces it is chosen for",
+    "chosen": "share of passages it is chosen for",
 }
 _BY_STAGE = {
     "probability of the true next token": ("p_next_native", "p_next_mapped", "p_next_target"),
@@ -241,7 +241,7 @@ FUSED = "fused"  # the audit's row of what the target is taught, whoever it is f
 
 
 def choice_figure(measures: pd.DataFrame, path: Path | str, *, title: str = "", banner: str = "") -> tuple[Path, ...]:
-    """Draw which source was chosen where: by domain, the share of pieces each is chosen for, adding up to one.
+    """Draw which source was chosen where: by domain, the share of passages each is chosen for, adding up to one.
 
     measures: the columns source, domain and chosen of the audit's (see `audit_figure`, also for what is raised).
     """
@@ -295,7 +295,7 @@ def _by_source(measures: pd.DataFrame, names: Sequence[str]) -> tuple[list[str],
 def differences_figure(
     table: Table, path: Path | str, methods: Sequence[str] | None = None, *, title: str = ""
 ) -> tuple[Path, ...]:
-    """Draw by how much methods differ from the table's baseline in every task: sorted bars, one panel a method.
+    """Draw by how much methods differ from the table's reference in every task: sorted bars, one panel a method.
 
     methods: by default all with a difference in at least two tasks; without any nothing is drawn. Averages are left
     out. Intervals are not corrected for the number of tasks. Raises UserError for a method that is not in the table.
@@ -322,7 +322,7 @@ def differences_figure(
                 axes.plot([low, high], [at, at], color="black", linewidth=1)
             axes.set_yticks(range(len(panel)), [task for task, _ in panel], fontsize=8)
             axes.axvline(0, color="black", linewidth=0.8)
-            axes.set_xlabel(f"{method} − {table.baseline}", fontsize=8)
+            axes.set_xlabel(f"{method} − {table.reference}", fontsize=8)
             axes.grid(axis="x", alpha=0.3)
             axes.set_axisbelow(True)
         side = "right is better" if table.higher_is_better else "left is better"
@@ -363,7 +363,7 @@ def quality_figure(
     """Draw quality against a setting, such as lambda, k or the number of sources.
 
     series: of each line the table's rows with their value of the setting, which is called `along`. What is drawn is
-    the difference to the table's baseline in `column`, with its paired interval. Raises UserError for a row or column
+    the difference to the table's reference in `column`, with its paired interval. Raises UserError for a row or column
     that is not in the table, and for a line without any difference.
     """
     labels = [one.label for one in table.columns]
@@ -383,7 +383,7 @@ def quality_figure(
                 if cell.difference is not None:
                     points.append((x, cell.difference, cell.difference_interval))
             if not points:
-                raise UserError(f"no row of {name} has a difference to {table.baseline} in {column}; evaluate both")
+                raise UserError(f"no row of {name} has a difference to {table.reference} in {column}; evaluate both")
             at = sorted({x for x, _, _ in points})
             ticks |= set(at)
             # Several rows may have one value; the line goes through their mean, and each has its own place beside it.
@@ -401,7 +401,7 @@ def quality_figure(
         axes.axhline(0, color="0.4", linewidth=0.8)
         axes.set_xticks(sorted(ticks))
         axes.set_xlabel(along)
-        axes.set_ylabel(f"{column} − {table.baseline} ({better} is better)")
+        axes.set_ylabel(f"{column} − {table.reference} ({better} is better)")
         axes.grid(alpha=0.3)
         if len(series) > 1:
             axes.legend()

@@ -72,7 +72,7 @@ def test_presets_set_switches_and_nothing_else() -> None:
     assert published.switches == Switches(**PRESETS["published"])
 
 
-@given(st.sampled_from(["mended", "published"]), st.sampled_from(["bucket", "renormalise", "gold"]))
+@given(st.sampled_from(["corrected", "published"]), st.sampled_from(["bucket", "renormalise", "gold"]))
 def test_a_switch_set_alone_goes_before_the_preset(preset: str, tail: str) -> None:
     _, fusion = _asked(preset=preset, tail=tail, **{"lambda": 0.5}, map="first_piece", map_on="bytes", sources=["b"])
     assert fusion.switches == Switches(**{**PRESETS[preset], "tail": tail})

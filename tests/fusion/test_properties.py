@@ -1,4 +1,4 @@
-"""What holds for the preset `mended` on any text: tokenizers of four families, their real maps, models at random."""
+"""What holds for the preset `corrected` on any text: tokenizers of four families, their real maps, models at random."""
 
 from functools import cache
 from typing import Any
@@ -8,22 +8,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusion.alignment.fuse import FusedRow, Reading, Source, Switches, fuse_row
+from fusion.alignment.fuse import FusedSequence, Predictions, Source, Switches, fuse_sequence
 from fusion.vocabulary.maps import build_map
 from fusion.vocabulary.token_bytes import Vocabulary, byte_ends, encode, prefix_id
-from tests.fusion.alignment.test_pairing import PIECES
+from tests.fusion.alignment.test_pairing import PASSAGES
 from tests.fusion.tokenizers_for_tests import FAMILIES
 from tests.fusion.vocabulary.test_token_bytes import TEXT
 
 # Emoji, CJK, combining marks, control characters and spaces, alone and beside words that the tokenizers know.
 TEXTS = st.lists(
-    (TEXT | st.lists(st.sampled_from(PIECES), max_size=12).map("".join)).filter(len), min_size=1, max_size=3
+    (TEXT | st.lists(st.sampled_from(PASSAGES), max_size=12).map("".join)).filter(len), min_size=1, max_size=3
 )
 SEEDS = st.integers(0, 2**32 - 1)
 SWITCHES = st.builds(
     Switches,
     fusion=st.sampled_from(["mince", "avgce"]),
-    level=st.sampled_from(["document", "token", "row"]),
+    select_over=st.sampled_from(["passage", "token", "sequence"]),
     include_target=st.booleans(),
 )
 
@@ -39,14 +39,14 @@ def mapped(source: str, target: str, kind: str) -> np.ndarray:
     return build_map(kind, vocabulary(source), vocabulary(target), encode_target=lambda text: encode(tokenizer, text))
 
 
-def reading(family: str, text: str, rng: np.random.Generator, k: int) -> Reading:
+def predictions(family: str, text: str, rng: np.random.Generator, k: int) -> Predictions:
     """The tokens and ends of a family's tokenizer; the rest at random and rounded, so that sources tie."""
     tokenizer = FAMILIES[family]()
     tokens = encode(tokenizer, text)
     ends = byte_ends(tokens, vocabulary(family), text.encode())
     m = len(tokens) + 1
     p = rng.dirichlet(np.full(k + 1, 0.3), m)[:, :k]
-    return Reading(
+    return Predictions(
         tokens=np.array([prefix_id(tokenizer), *tokens], np.int32),
         ends=np.concatenate([[0], ends]).astype(np.int32),
         ids=np.array([rng.permutation(len(vocabulary(family)))[:k] for _ in range(m)], np.int32),
@@ -58,12 +58,12 @@ def reading(family: str, text: str, rng: np.random.Generator, k: int) -> Reading
 
 def fuse(
     target: str, texts: list[str], seed: int, switches: Switches, kind: str = "mined", order: Any = None
-) -> tuple[FusedRow, list[dict[str, Reading]]]:
+) -> tuple[FusedSequence, list[dict[str, Predictions]]]:
     rng = np.random.default_rng(seed)
     k = int(rng.integers(1, 5))  # of few entries the map often leaves none
-    readings = [{name: reading(name, text, rng, k) for name in FAMILIES} for text in texts]
+    readings = [{name: predictions(name, text, rng, k) for name in FAMILIES} for text in texts]
     sources = [Source(name, vocabulary(name), mapped(name, target, kind)) for name in FAMILIES if name != target]
-    row = fuse_row(
+    row = fuse_sequence(
         readings,
         [len(text.encode()) for text in texts],
         target=target,
@@ -107,11 +107,11 @@ def test_no_pair_in_a_row_has_different_text_before(target: str, texts: list[str
     row, readings = fuse(target, texts, seed, Switches(include_target=False))
 
     def before(family: str) -> list[tuple[int, bytes]]:
-        """Of every position of the row its piece and what its tokens spell up to it."""
+        """Of every position of the row its passage and what its tokens spell up to it."""
         found = []
-        for number, piece in enumerate(readings):
+        for number, passage in enumerate(readings):
             spelled = b""
-            for token in piece[family].tokens[1:].tolist():
+            for token in passage[family].tokens[1:].tolist():
                 found.append((number, spelled))
                 spelled += vocabulary(family).token_bytes[token] or b""
             found.append((number, spelled))

@@ -71,16 +71,16 @@ def sentencepiece_bpe(dummy_prefix: bool) -> PreTrainedTokenizerFast:
 
 @cache
 def metaspace_unigram() -> PreTrainedTokenizerFast:
-    """T5's way: Unigram pieces after a Metaspace that prepends, with byte fallback."""
+    """T5's way: Unigram passages after a Metaspace that prepends, with byte fallback."""
     fallback = [f"<0x{byte:02X}>" for byte in range(256)]
     backend = Tokenizer(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     backend.train_from_iterator(
         TEXTS, trainers.UnigramTrainer(vocab_size=200, special_tokens=SPECIALS, unk_token="<unk>", show_progress=False)
     )
-    pieces = [tuple(piece) for piece in json.loads(backend.to_str())["model"]["vocab"]]
+    passages = [tuple(passage) for passage in json.loads(backend.to_str())["model"]["vocab"]]
     backend.model = models.Unigram(
-        [*pieces, *((piece, -20.0) for piece in fallback)], unk_id=SPECIALS.index("<unk>"), byte_fallback=True
+        [*passages, *((passage, -20.0) for passage in fallback)], unk_id=SPECIALS.index("<unk>"), byte_fallback=True
     )
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="always")])
     return _wrap(backend, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")

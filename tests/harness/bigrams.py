@@ -90,14 +90,14 @@ def experiment(
 
     raw = {
         "title": "bigrams",
-        "baseline": "X",
+        "reference": "X",
         "roles": {
             "target": role(target, "target"),
             "sources": {name: role(model, f"source-{name}") for name, model in sources.items()},
         },
         "methods": {"X": {"method": "fusellm"}},
         "corpus": {"path": str(folder / "text")},
-        "training": {"row_length": 64, "rows_per_step": 1, "dtype": "float32"},
+        "training": {"sequence_length": 64, "global_batch_size": 1, "dtype": "float32"},
         "extraction": {"k": 2},
         "suites": {"perplexity": {"documents": {"path": str(folder / "held-out.txt"), "split": "test"}, "window": 64}},
         "curve": {"per_domain": 0},

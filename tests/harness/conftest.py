@@ -28,7 +28,7 @@ def experiment_file(made: Path) -> Path:
     """An experiment of a user's own: every row of `main`, seconds long."""
     raw = {
         "title": "a small experiment",
-        "baseline": "CLM",
+        "reference": "CLM",
         # float32, so that machines with and without bfloat16 test the same thing.
         "roles": {
             "target": {"model": str(made / "llama"), "dtype": "float32"},
@@ -42,9 +42,15 @@ def experiment_file(made: Path) -> Path:
             "FuseLLM published": {"method": "fusellm", "preset": "published"},
         },
         "corpus": {"path": str(made / "train"), "first_bytes": 500},
-        "pieces": {"max_bytes": 120},
-        "extraction": {"k": 5, "pieces_per_shard": 4},
-        "training": {"row_length": 200, "rows_per_step": 2, "learning_rate": 0.01, "save_every": 2, "dtype": "float32"},
+        "passages": {"max_bytes": 120},
+        "extraction": {"k": 5, "passages_per_shard": 4},
+        "training": {
+            "sequence_length": 200,
+            "global_batch_size": 2,
+            "learning_rate": 0.01,
+            "save_every": 2,
+            "dtype": "float32",
+        },
         "suites": {
             "perplexity": {
                 "documents": {"path": str(made / "test"), "first_bytes": 300, "split": "test"},

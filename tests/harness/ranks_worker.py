@@ -87,7 +87,7 @@ def _interrupt() -> None:
 
 
 def _kill_the_last() -> None:
-    if distributed.local_rank() == distributed.world() - 1:
+    if distributed.local_rank() == distributed.world_size() - 1:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -100,7 +100,7 @@ def main(experiment: str, root: Path, *jobs: str) -> None:
         config = load(experiment, overrides=[] if zero == "-" else [f"training.deepspeed={zero}"])
         if not fault:
             _, gradients = train(config, root, label)
-            if distributed.first():
+            if distributed.is_main_process():
                 save_file(gradients, root / f"{zero}-{label}.safetensors")
             continue
         act = {"interrupt": _interrupt, "kill": _kill_the_last}[fault[0]]

@@ -1,4 +1,4 @@
-"""FuseLLM once more, in the order and the words of the method: dense, float64, a piece at a time, slow.
+"""FuseLLM once more, in the order and the words of the method: dense, float64, a passage at a time, slow.
 
 Nothing here comes from the packages under test; transformers alone, which gives tokens and logits, is shared. It is
 there to be compared with, and prefers the plainest statement of each rule to the fastest.
@@ -96,7 +96,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Read:
-    """A piece as one model reads it: M tokens, the top k at each, and the summed nats of all but the prefix."""
+    """A passage as one model reads it: M tokens, the top k at each, and the summed nats of all but the prefix."""
 
     tokens: list[int]
     top_ids: np.ndarray
@@ -258,7 +258,7 @@ def published_row(
     vocabulary_map: Mapping[int, int],
     fusion: str,
 ) -> list[Taught]:
-    """What a row of pieces teaches under `published`."""
+    """What a row of passages teaches under `published`."""
     itself = {i: i for i in range(target.size)}
     rewards = []
     for reads in (ours, theirs):
@@ -295,7 +295,7 @@ def mended_row(
     vocabulary_map: Mapping[int, int],
     fusion: str,
 ) -> list[Taught]:
-    """What a row of pieces teaches under `mended`."""
+    """What a row of passages teaches under `corrected`."""
     itself = {i: i for i in range(target.size)}
     taught = []
     for text, own, read in zip(texts, ours, theirs, strict=True):
@@ -322,7 +322,7 @@ def mended_row(
 def loss(
     target: Reader, tokens: Sequence[int], after: int | None, taught: Taught
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Summed CLM and fusion nats of a piece and its number of next tokens; `after` is what follows its last token."""
+    """Summed CLM and fusion nats of a passage and its number of next tokens; `after` is what follows its last token."""
     log_q = target.log_q(tokens)
     golds = [*tokens[1:], *([] if after is None else [after])]
     clm = -sum((log_q[i, gold] for i, gold in enumerate(golds)), torch.zeros((), dtype=torch.float64))

@@ -185,7 +185,7 @@ METHODS, TASKS = 2, ("a", "b")
 
 
 def false_alarms(draw: Callable[[], Drawn], metric: str) -> float:
-    """The share of tables with any corrected p of 5 % or less: METHODS against a baseline in TASKS and on average."""
+    """The share of tables with any corrected p of 5 % or less: METHODS against a reference in TASKS and on average."""
     alarms = 0
     for batch in range(TRIALS // BATCH):
         keyed = {

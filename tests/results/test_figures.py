@@ -101,7 +101,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         learning_curves(both, ["CLM", "FuseLLM"], tmp_path / "f")
     with pytest.raises(UserError, match="no records of KD along its training"):
         learning_curves(both, ["CLM", "KD"], tmp_path / "f")
-    with pytest.raises(UserError, match="unknown baseline"):
+    with pytest.raises(UserError, match="unknown reference"):
         learning_curves(both, ["FuseLLM"], tmp_path / "f")
     moved = both.copy()
     moved.loc[moved["method"] == "FuseLLM", "denominator"] = 99.0
@@ -225,14 +225,14 @@ def test_differences_are_sorted(tmp_path: Path, drawn: list[Any]) -> None:
 def test_quality_against_a_setting(tmp_path: Path, drawn: list[Any]) -> None:
     table = lambdas(records(tmp_path, *at_lambdas()))
     at = {"at 0.9": 0.9, "at 0.7": 0.7, "at 0.5": 0.5}
-    quality_figure(table, {"mended": at}, tmp_path / "f", along="lambda")
+    quality_figure(table, {"corrected": at}, tmp_path / "f", along="lambda")
     line = drawn[0].axes[0].lines[0]
     assert list(line.get_xdata()) == [0.5, 0.7, 0.9]
     assert list(line.get_ydata()) == [table.cells[row][3].difference for row in (3, 2, 1)]
     assert drawn[0].axes[0].get_ylabel() == "average − CLM (lower is better)"
     with pytest.raises(UserError, match=r"unknown row .at 0\.6."):
-        quality_figure(table, {"mended": {"at 0.6": 0.6}}, tmp_path / "f", along="lambda")
+        quality_figure(table, {"corrected": {"at 0.6": 0.6}}, tmp_path / "f", along="lambda")
     with pytest.raises(UserError, match="unknown column 'averag'"):
-        quality_figure(table, {"mended": at}, tmp_path / "f", along="lambda", column="averag")
+        quality_figure(table, {"corrected": at}, tmp_path / "f", along="lambda", column="averag")
     with pytest.raises(UserError, match="no row of CLM has a difference to CLM"):
         quality_figure(table, {"CLM": {"CLM": 1.0}}, tmp_path / "f", along="lambda")

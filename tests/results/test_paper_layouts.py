@@ -96,13 +96,13 @@ def test_five_seeds_let_it_be_said_of_the_method(tmp_path: Path) -> None:
 
 
 def test_another_baseline(frames: dict[str, pd.DataFrame]) -> None:
-    table = made("table2", frames["table2"], baseline="SmolLM2")
+    table = made("table2", frames["table2"], reference="SmolLM2")
     assert table.cells[-1][2].difference is None
     assert table.cells[-1][3].difference == pytest.approx(
         (table.cells[-1][3].value or 0) - (table.cells[-1][2].value or 0)
     )
-    with pytest.raises(UserError, match="unknown baseline 'Smol'; did you mean 'SmolLM2'"):
-        made("table2", frames["table2"], baseline="Smol")
+    with pytest.raises(UserError, match="unknown reference row 'Smol'; did you mean 'SmolLM2'"):
+        made("table2", frames["table2"], reference="Smol")
 
 
 def test_published_values_stand_beside_ours_where_both_exist(frames: dict[str, pd.DataFrame]) -> None:

@@ -17,7 +17,7 @@ from results.tables import AVERAGE, Table, main_table, plain_rich, plain_table, 
 from tests.results.sample import final
 
 AVERAGE_WITH_INTERVAL = "average of domains with an interval"
-ORDER = ["Target as it is", "Gemma", "CLM", "FuseLLM mended"]
+ORDER = ["Target as it is", "Gemma", "CLM", "FuseLLM corrected"]
 SMALL = {"code": 24, "news": 30, "wiki": 7}
 
 
@@ -26,7 +26,7 @@ def run(documents: dict[str, int] = SMALL, profile: str = "small") -> dict[str, 
         "Target as it is": final("Target as it is", (-1,), 0.03, documents, profile),
         "Gemma": final("Gemma", (-1,), -0.05, documents, profile),
         "CLM": final("CLM", (0, 1), 0.0, documents, profile),
-        "FuseLLM mended": final("FuseLLM mended", (0, 1), -0.02, documents, profile),
+        "FuseLLM corrected": final("FuseLLM corrected", (0, 1), -0.02, documents, profile),
     }
 
 
@@ -87,7 +87,7 @@ def test_markdown_reads_as_the_numbers_say(tmp_path: Path) -> None:
     assert f"**{made.cells[1][0].value:.4f}** [{low:.4f}, {high:.4f}]" in gemma
     assert gemma.startswith("| Gemma | none |")
     clm = next(line for line in lines if line.startswith("| CLM"))
-    assert clm.startswith("| CLM | 2 |") and clm.endswith("| baseline | baseline |")
+    assert clm.startswith("| CLM | 2 |") and clm.endswith("| reference | reference |")
 
 
 def test_csv_and_json_carry_everything_at_full_precision(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_without_the_baseline_the_values_stand_and_the_differences_say_why(tmp_p
 
 def test_a_seed_missing_in_one_domain_costs_the_average_only(tmp_path: Path) -> None:
     records = run()
-    records["FuseLLM mended"] = [one for one in records["FuseLLM mended"] if one.task != "news" or one.seed == 0]
+    records["FuseLLM corrected"] = [one for one in records["FuseLLM corrected"] if one.task != "news" or one.seed == 0]
     made = table(tmp_path, records)
     code, news, _, average, _ = made.cells[3]
     assert (code.seeds, news.seeds) == ((0, 1), (0,))
@@ -161,14 +161,14 @@ def test_a_seed_missing_in_one_domain_costs_the_average_only(tmp_path: Path) -> 
 
 
 def test_no_seed_in_common_says_so_in_the_difference(tmp_path: Path) -> None:
-    records = run() | {"FuseLLM mended": final("FuseLLM mended", (7,), -0.02, SMALL)}
+    records = run() | {"FuseLLM corrected": final("FuseLLM corrected", (7,), -0.02, SMALL)}
     cell = table(tmp_path, records).cells[3][0]
     assert cell.value is not None and cell.difference is None
     assert "no seed in common" in cell.difference_note
 
 
 def test_seeds_in_common_are_named_where_they_are_not_all(tmp_path: Path) -> None:
-    records = run() | {"FuseLLM mended": final("FuseLLM mended", (1, 2), -0.02, SMALL)}
+    records = run() | {"FuseLLM corrected": final("FuseLLM corrected", (1, 2), -0.02, SMALL)}
     cell = table(tmp_path, records).cells[3][0]
     assert cell.difference_note == "compared over the seeds in common with CLM: 1"
 
@@ -218,7 +218,7 @@ def test_wrong_names_and_no_records_are_one_sentence(tmp_path: Path) -> None:
     for i, part in enumerate(run().values()):
         write(tmp_path / f"{i}.parquet", part)
     records = read(tmp_path)
-    with pytest.raises(UserError, match="unknown baseline 'CLMM'; did you mean 'CLM'"):
+    with pytest.raises(UserError, match="unknown reference row 'CLMM'; did you mean 'CLM'"):
         main_table(records, ORDER, "CLMM")
     with pytest.raises(UserError, match="asked for twice"):
         main_table(records, ["CLM", "CLM"])

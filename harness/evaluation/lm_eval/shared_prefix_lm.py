@@ -26,7 +26,7 @@ from fusion.inference.ensembles import JointReader
 from fusion.inference.prefix_cache import PrefixReader, Unsupported
 from fusion.inference.prefix_tree import Run
 from harness.evaluation.lm_eval.tasks import quietly
-from harness.runtime.progress import say
+from harness.runtime.progress import notify
 
 ROWS = 64  # sequences decoded at one time, if memory allows
 _HFLM_BATCH = 4  # prompts that HFLM reads at one time, where it must: it holds the logits of every position
@@ -154,7 +154,7 @@ class SharedPrefixLM(HFLM):
             self.reader: PrefixReader | None = joint or PrefixReader(model)
         except Unsupported as reason:
             self.reader = None
-            say(f"{label}: common prefixes are read again for every prompt, by lm-eval's own HFLM ({reason}).")
+            notify(f"{label}: common prefixes are read again for every prompt, by lm-eval's own HFLM ({reason}).")
 
     def _loglikelihood_tokens(
         self,

@@ -24,18 +24,18 @@ from harness.evaluation.lm_eval.tasks import (
 from harness.evaluation.suite import (
     NO_VOTE,
     SUITES,
+    EvaluatedModel,
     Example,
-    Measured,
     Section,
-    Subject,
+    SuiteResult,
     append_line,
     chosen,
+    ensure_jointly,
     kept_lines,
     read_lines,
-    together,
 )
 from harness.evaluation.vote import Answers, choices, voted
-from harness.runtime.progress import say, track
+from harness.runtime.progress import notify, track
 from harness.store.artifacts import Spec, Store, fingerprint
 from harness.store.costs import Costs
 
@@ -48,7 +48,7 @@ _DEFAULT_METRICS = {"multiple_choice": "acc", "loglikelihood": "acc", "generate_
 _UNKNOWN_ROWS = 1000  # of a task whose rows are not here, for estimates
 
 
-class LmSection(Section):
+class LmEvalConfig(Section):
     """What can be set of a suite of lm-eval tasks; without anything the tasks are as lm-eval has them."""
 
     tasks: list[str] | None = Field(None, min_length=1, description="only these tasks; all of the suite's without")
@@ -63,11 +63,11 @@ class LmSuite:
     """A suite of lm-eval tasks: one artifact a candidate and task, one line an example."""
 
     name: ClassVar[str]
-    schema: ClassVar[type[BaseModel]] = LmSection
+    schema: ClassVar[type[BaseModel]] = LmEvalConfig
     example_bytes: ClassVar[float] = 4000.0
     """Of text that is read and written for one example, about, for estimates."""
 
-    def __init__(self, section: LmSection, data_root: Path | None) -> None:
+    def __init__(self, section: LmEvalConfig, data_root: Path | None) -> None:
         self.section = section
         self._data_root = data_root
         self._tasks = self._chosen()
@@ -104,30 +104,30 @@ class LmSuite:
     def _prepared(self) -> tuple[dict[str, Prepared], dict[str, str]]:
         return prepare(list(self._sources.values()), self.section.limit)
 
-    def measure(self, subject: Subject, store: Store, costs: Costs) -> Measured:
-        if subject.votes:
-            return self._counted(subject, store, costs)
-        specs = {task: self._spec(subject, task) for task in self._sources}
-        missing = {} if store.dry else self._missing(subject, [t for t in specs if not store.path(specs[t]).exists()])
+    def measure(self, evaluated: EvaluatedModel, store: Store, costs: Costs) -> SuiteResult:
+        if evaluated.votes:
+            return self._counted(evaluated, store, costs)
+        specs = {task: self._spec(evaluated, task) for task in self._sources}
+        missing = {} if store.dry else self._missing(evaluated, [t for t in specs if not store.path(specs[t]).exists()])
         for task, reason in missing.items():
-            say(f"{self.name} {subject.label}: {task} is left out, {reason}.")
+            notify(f"{self.name} {evaluated.label}: {task} is left out, {reason}.")
         wanted = [
-            (task, spec, costs.forward(subject.parameters, self._rows(task) * self.example_bytes))
+            (task, spec, costs.forward(evaluated.parameters, self._rows(task) * self.example_bytes))
             for task, spec in specs.items()
             if task not in missing
         ]
-        paths = together(store, wanted, partial(self._run, subject))
-        return Measured(
+        paths = ensure_jointly(store, wanted, partial(self._run, evaluated))
+        return SuiteResult(
             examples=lambda: (e for task, path in paths.items() for e in _examples(task, path)),
             artifacts=paths,
             fingerprints={task: specs[task].fingerprint for task in paths},
             missing=missing,
         )
 
-    def _counted(self, subject: Subject, store: Store, costs: Costs) -> Measured:
+    def _counted(self, evaluated: EvaluatedModel, store: Store, costs: Costs) -> SuiteResult:
         """The vote of members that are measured one by one, as they would be alone."""
-        found: list[tuple[Measured, float]] = []
-        for member, weight in subject.members:
+        found: list[tuple[SuiteResult, float]] = []
+        for member, weight in evaluated.members:
             found.append((self.measure(member, store, costs), weight))
             member.release()
         missing = {task: why for measured, _ in found for task, why in measured.missing.items()}
@@ -141,13 +141,13 @@ class LmSuite:
                 given = [(read_lines(measured.artifacts[task] / EXAMPLES), weight) for measured, weight in found]
                 yield from voted(task, given, answers)
 
-        labels = [member.label for member, _ in subject.members]
+        labels = [member.label for member, _ in evaluated.members]
         measured_by = [(label, measured) for label, (measured, _) in zip(labels, found, strict=True)]
-        return Measured(
+        return SuiteResult(
             examples,
             artifacts={f"{label} {task}": one.artifacts[task] for label, one in measured_by for task in tasks},
             fingerprints={
-                task: fingerprint([subject.fingerprint, *(one.fingerprints[task] for _, one in measured_by)])
+                task: fingerprint([evaluated.fingerprint, *(one.fingerprints[task] for _, one in measured_by)])
                 for task in tasks
             },
             missing=missing,
@@ -163,14 +163,18 @@ class LmSuite:
         by_metric = {metric: metric.partition(",")[2] or self.main_filter(filters) for metric in line["scores"]}
         return {metric: line["filtered"][name] for metric, name in by_metric.items()}
 
-    def _spec(self, subject: Subject, task: str) -> Spec:
+    def _spec(self, evaluated: EvaluatedModel, task: str) -> Spec:
         return Spec(
             self.name,
-            f"{subject.label}-{task}",
+            f"{evaluated.label}-{task}",
             VERSION,
-            {"model": subject.fingerprint, "task": self._sources[task].identity()},
-            {"limit": self.section.limit, "seed": self.section.seed, "dtype": subject.dtype},
-            {"candidate": subject.label, "batch_size": self.section.batch_size, "batch_tokens": subject.batch_tokens},
+            {"model": evaluated.fingerprint, "task": self._sources[task].identity()},
+            {"limit": self.section.limit, "seed": self.section.seed, "dtype": evaluated.dtype},
+            {
+                "candidate": evaluated.label,
+                "batch_size": self.section.batch_size,
+                "batch_tokens": evaluated.batch_tokens,
+            },
         )
 
     def _rows(self, task: str) -> int:
@@ -181,7 +185,7 @@ class LmSuite:
         rows = pq.read_metadata(files[0]).num_rows if files else _UNKNOWN_ROWS
         return min(rows, self.section.limit or rows)
 
-    def _missing(self, subject: Subject, tasks: Sequence[str]) -> dict[str, str]:
+    def _missing(self, evaluated: EvaluatedModel, tasks: Sequence[str]) -> dict[str, str]:
         """Of the tasks that cannot be run: why not. Known before the model is loaded."""
         if not tasks:
             return {}
@@ -189,12 +193,12 @@ class LmSuite:
         found = {}
         for task in tasks:
             name = self._sources[task].name
-            long = (too_long(prepared[name], member) for member, _ in subject.members)
+            long = (too_long(prepared[name], member) for member, _ in evaluated.members)
             if reason := unavailable.get(name) or _unfit(prepared[name]) or next(filter(None, long), None):
                 found[task] = reason
         return found
 
-    def _run(self, subject: Subject, folders: Mapping[str, Path]) -> None:
+    def _run(self, evaluated: EvaluatedModel, folders: Mapping[str, Path]) -> None:
         """Writes the examples of several tasks that an earlier start has not, each into its task's folder."""
         prepared = {task: self._prepared[0][self._sources[task].name] for task in folders}
         pending: dict[tuple[str, str], list[Instance]] = {}
@@ -202,7 +206,7 @@ class LmSuite:
             done = {line["example"] for line in kept_lines(folder / EXAMPLES)}
             pending |= {(task, e): requests for e, requests in prepared[task].examples.items() if e not in done}
         total = sum(len(one.examples) for one in prepared.values())
-        with track(f"{self.name} {subject.label}", total, "examples", done=total - len(pending)) as advance:
+        with track(f"{self.name} {evaluated.label}", total, "examples", done=total - len(pending)) as advance:
             if not pending:
                 return
 
@@ -211,7 +215,7 @@ class LmSuite:
                 append_line(folders[task] / EXAMPLES, self._line(prepared[task], example))
                 advance(1)
 
-            answer(subject.lm(batch_size=self.section.batch_size, seed=self.section.seed), pending, finished)
+            answer(evaluated.lm(batch_size=self.section.batch_size, seed=self.section.seed), pending, finished)
 
     def _line(self, prepared: Prepared, example: str) -> dict[str, Any]:
         """What is kept of an example whose requests are answered."""
@@ -256,7 +260,7 @@ def _unfit(prepared: Prepared) -> str | None:
 
 
 def _means(prepared: Prepared) -> set[str]:
-    """The task's metrics that are means over examples; a perplexity, say, is not."""
+    """The task's metrics that are means over examples; a perplexity, notify, is not."""
     from lm_eval.api.metrics import mean
 
     return {metric for metric, aggregation in prepared.task.aggregation().items() if aggregation is mean}
@@ -279,12 +283,12 @@ def _examples(task: str, folder: Path) -> Iterator[Example]:
             yield Example(task, line["example"], metric, score)
 
 
-def too_long(prepared: Prepared, subject: Subject) -> str | None:
+def too_long(prepared: Prepared, evaluated: EvaluatedModel) -> str | None:
     """Why the task's longest prompt does not fit the model's context; None when all fit."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
     default = 256  # HFLM's own
-    context = subject.context
+    context = evaluated.context
     doubtful: list[tuple[str, int]] = []  # text, and tokens that must fit beside it
     for request in (r for requests in prepared.examples.values() for r in requests):
         if request.request_type == "generate_until":
@@ -298,7 +302,7 @@ def too_long(prepared: Prepared, subject: Subject) -> str | None:
             doubtful.append((text, extra))
     if not doubtful:
         return None
-    lengths = [len(ids) for ids in subject.tokenizer([text for text, _ in doubtful])["input_ids"]]
+    lengths = [len(ids) for ids in evaluated.tokenizer([text for text, _ in doubtful])["input_ids"]]
     length, extra = max(
         ((n, extra) for n, (_, extra) in zip(lengths, doubtful, strict=True)), key=lambda pair: sum(pair)
     )
@@ -368,7 +372,7 @@ def _key(arguments: Sequence[Any]) -> tuple[Any, str]:
     return arguments[0], repr(tuple(arguments[1:]))
 
 
-class BbhSection(LmSection):
+class BbhConfig(LmEvalConfig):
     variant: Literal["cot_fewshot", "fewshot", "zeroshot", "cot_zeroshot"] = Field(
         "cot_fewshot", description="three examples with a chain of thought (the paper's), without, or no examples"
     )
@@ -379,8 +383,8 @@ class Bbh(LmSuite):
     """BIG-bench Hard, 27 tasks, greedy."""
 
     name = "bbh"
-    schema: ClassVar[type[BaseModel]] = BbhSection
-    section: BbhSection
+    schema: ClassVar[type[BaseModel]] = BbhConfig
+    section: BbhConfig
 
     def _chosen(self) -> dict[str, tuple[str, Path]]:
         folder, prefix = task_folder() / "bbh" / self.section.variant, f"bbh_{self.section.variant}_"

@@ -19,16 +19,16 @@ from harness.evaluation.multipl_e.languages import LANGUAGES
 from harness.evaluation.suite import (
     NO_VOTE,
     SUITES,
+    EvaluatedModel,
     Example,
-    Measured,
     Section,
-    Subject,
+    SuiteResult,
     append_line,
     chosen,
+    ensure_jointly,
     kept_lines,
-    together,
 )
-from harness.runtime.progress import say, track
+from harness.runtime.progress import notify, track
 from harness.store.artifacts import Estimate, Spec, Store, file_sha256, write_atomically
 from harness.store.costs import BYTES_PER_TOKEN, Costs
 
@@ -50,7 +50,7 @@ Sample = tuple[str, str, int]
 """A language, a problem's name, and the sample's number."""
 
 
-class MultiplESection(Section):
+class MultiplEConfig(Section):
     tasks: list[str] | None = Field(None, min_length=1, description="only these languages; all ten without")
     limit: int | None = Field(None, gt=0, description="only the first so many problems of each language")
     samples: int = Field(20, gt=0, description="completions a problem")
@@ -67,7 +67,7 @@ class MultiplESection(Section):
         return 1 if self.greedy else self.samples
 
     @model_validator(mode="after")
-    def _enough_samples(self) -> "MultiplESection":
+    def _enough_samples(self) -> "MultiplEConfig":
         if self.n < self.k:
             raise UserError(f"pass@{self.k} needs {self.k} samples a problem, but there are {self.n}: raise samples.")
         return self
@@ -78,9 +78,9 @@ class MultiplE:
     """HumanEval in ten languages."""
 
     name = "multipl_e"
-    schema: ClassVar[type[BaseModel]] = MultiplESection
+    schema: ClassVar[type[BaseModel]] = MultiplEConfig
 
-    def __init__(self, section: MultiplESection, data_root: Path | None) -> None:
+    def __init__(self, section: MultiplEConfig, data_root: Path | None) -> None:
         self.section = section
         self._data_root = data_root
         self._languages = chosen(section.tasks, list(LANGUAGES), self.name)
@@ -93,45 +93,45 @@ class MultiplE:
     def identity(self) -> dict[str, Any]:
         return {"version": VERSION, "data": {language: self._data(language) for language in self._languages}}
 
-    def measure(self, subject: Subject, store: Store, costs: Costs) -> Measured:
-        if subject.votes:
-            return Measured(lambda: iter(()), missing=dict.fromkeys(self._languages, NO_VOTE))
-        todo = [] if store.dry else [n for n in self._languages if not store.path(self._results(subject, n)).exists()]
+    def measure(self, evaluated: EvaluatedModel, store: Store, costs: Costs) -> SuiteResult:
+        if evaluated.votes:
+            return SuiteResult(lambda: iter(()), missing=dict.fromkeys(self._languages, NO_VOTE))
+        todo = [] if store.dry else [n for n in self._languages if not store.path(self._results(evaluated, n)).exists()]
         if todo and self.section.execute and self.section.sandbox:
             from harness.evaluation.sandbox import refusal
 
             if why := refusal():  # before hours are spent on samples
                 raise UserError(f"{why} Without it write samples only (--generate-only) and run them elsewhere.")
-        samples, missing = self._generate(subject, store, costs)
+        samples, missing = self._generate(evaluated, store, costs)
         artifacts = {f"{language} samples": path for language, path in samples.items()}
         if not self.section.execute:
-            return Measured(lambda: iter(()), artifacts, missing=missing)
+            return SuiteResult(lambda: iter(()), artifacts, missing=missing)
         not_run = self._without_toolchain([name for name in todo if name in samples], store)
         for language, reason in not_run.items():
-            say(f"{self.name} {subject.label}: {language} is not run, {reason}")
+            notify(f"{self.name} {evaluated.label}: {language} is not run, {reason}")
         paths: dict[str, Path] = {}
         for language, written in samples.items():
             if language not in not_run:
                 programs = (self.section.limit or _PROBLEMS) * self.section.n
                 paths[language] = store.ensure(
-                    self._results(subject, language),
+                    self._results(evaluated, language),
                     partial(self._execute, samples=written, store=store),
                     Estimate(seconds=programs * _RUN_SECONDS),
                 )
-        return Measured(
+        return SuiteResult(
             examples=lambda: (e for language, path in paths.items() for e in _examples(language, path)),
             artifacts={**artifacts, **paths},
-            fingerprints={name: self._results(subject, name).fingerprint for name in paths},
+            fingerprints={name: self._results(evaluated, name).fingerprint for name in paths},
             missing={**missing, **not_run},
             notes=[] if store.dry else _unsolvable(paths),
         )
 
-    def _results(self, subject: Subject, language: str) -> Spec:
+    def _results(self, evaluated: EvaluatedModel, language: str) -> Spec:
         from harness.evaluation.multipl_e.execute import VERSION as executing
 
-        samples = self._spec(subject, language)
+        samples = self._spec(evaluated, language)
         params = {"sandbox": self.section.sandbox}
-        info = {"candidate": subject.label}
+        info = {"candidate": evaluated.label}
         return Spec(self.name, samples.label, executing, {"samples": samples.fingerprint}, params, info)
 
     def _without_toolchain(self, languages: Sequence[str], store: Store) -> dict[str, str]:
@@ -153,37 +153,39 @@ class MultiplE:
         for lock in folder.glob(".*.lock"):
             lock.unlink()
 
-    def _generate(self, subject: Subject, store: Store, costs: Costs) -> tuple[dict[str, Path], dict[str, str]]:
+    def _generate(
+        self, evaluated: EvaluatedModel, store: Store, costs: Costs
+    ) -> tuple[dict[str, Path], dict[str, str]]:
         """The samples by language, and of the languages whose problems cannot be had or do not fit, why not."""
-        specs = {language: self._spec(subject, language) for language in self._languages}
+        specs = {language: self._spec(evaluated, language) for language in self._languages}
         missing: dict[str, str] = {}
         if not store.dry:
             for language, spec in specs.items():
-                if not store.path(spec).exists() and (reason := self._obstacle(language, subject)):
+                if not store.path(spec).exists() and (reason := self._obstacle(language, evaluated)):
                     missing[language] = reason
-                    say(f"{self.name} {subject.label}: {language} is left out, {reason}.")
+                    notify(f"{self.name} {evaluated.label}: {language} is left out, {reason}.")
         tokens = (self.section.limit or _PROBLEMS) * self.section.n * min(self.section.max_new_tokens, 256)
-        estimate = costs.forward(subject.parameters, BYTES_PER_TOKEN * tokens)
+        estimate = costs.forward(evaluated.parameters, BYTES_PER_TOKEN * tokens)
         wanted = [(language, spec, estimate) for language, spec in specs.items() if language not in missing]
-        return together(store, wanted, partial(self._write, subject)), missing
+        return ensure_jointly(store, wanted, partial(self._write, evaluated)), missing
 
-    def _spec(self, subject: Subject, language: str) -> Spec:
+    def _spec(self, evaluated: EvaluatedModel, language: str) -> Spec:
         section = self.section
         sampling = {} if section.greedy else {"temperature": TEMPERATURE, "top_p": TOP_P, "seed": section.seed}
         return Spec(
             "multipl_e_samples",
-            f"{subject.label}-{language}",
+            f"{evaluated.label}-{language}",
             VERSION,
-            {"model": subject.fingerprint, "data": self._data(language)},
+            {"model": evaluated.fingerprint, "data": self._data(language)},
             {
                 "language": language,
                 "limit": section.limit,
                 "samples": section.n,
                 "max_new_tokens": section.max_new_tokens,
-                "dtype": subject.dtype,
+                "dtype": evaluated.dtype,
                 **sampling,
             },
-            {"candidate": subject.label, "batch_size": section.batch_size, "batch_tokens": subject.batch_tokens},
+            {"candidate": evaluated.label, "batch_size": section.batch_size, "batch_tokens": evaluated.batch_tokens},
         )
 
     def _place(self, language: str) -> tuple[str, str, str]:
@@ -206,7 +208,7 @@ class MultiplE:
             self._problems[language] = [_problem(language, row) for row in rows]
         return self._problems[language]
 
-    def _obstacle(self, language: str, subject: Subject) -> str | None:
+    def _obstacle(self, language: str, evaluated: EvaluatedModel) -> str | None:
         try:
             self.problems(language)
         except UserError as error:
@@ -215,7 +217,7 @@ class MultiplE:
             return f"its problems cannot be had ({error})"
         prompts = [problem["prompt"] for problem in self.problems(language)]
         new = self.section.max_new_tokens
-        for member, _ in subject.members:
+        for member, _ in evaluated.members:
             longest = max(len(ids) for ids in member.tokenizer(prompts)["input_ids"])
             if longest + new > member.context:
                 return (
@@ -224,7 +226,7 @@ class MultiplE:
                 )
         return None
 
-    def _write(self, subject: Subject, folders: Mapping[str, Path]) -> None:
+    def _write(self, evaluated: EvaluatedModel, folders: Mapping[str, Path]) -> None:
         """Writes what is missing of several languages' samples, then all of each in MultiPL-E's form."""
         done: dict[Sample, str] = {}
         pending: dict[Sample, list[Instance]] = {}
@@ -233,7 +235,7 @@ class MultiplE:
             for problem in self.problems(language):
                 pending |= self._requests(language, problem, done)
         total = len(done) + len(pending)
-        with track(f"{self.name} {subject.label}", total, "samples", done=len(done)) as advance:
+        with track(f"{self.name} {evaluated.label}", total, "samples", done=len(done)) as advance:
 
             def finished(key: Sample) -> None:
                 language, name, sample = key
@@ -242,7 +244,7 @@ class MultiplE:
                 advance(1)
 
             if pending:
-                answer(subject.lm(batch_size=self.section.batch_size, seed=self.section.seed), pending, finished)
+                answer(evaluated.lm(batch_size=self.section.batch_size, seed=self.section.seed), pending, finished)
         for language, folder in folders.items():
             lines = [
                 {

@@ -21,7 +21,7 @@ from harness.evaluation.multipl_e.generations import Problem, json_lines, read_g
 from harness.evaluation.multipl_e.languages import LANGUAGES, language_of
 from harness.evaluation.multipl_e.toolchains import Toolchain, available
 from harness.evaluation.sandbox import Limits, Sandbox, refusal
-from harness.runtime.progress import say, track
+from harness.runtime.progress import notify, track
 from harness.store.artifacts import whole_lines, write_atomically
 
 VERSION = 1  # of the way in which programs are put together, run and scored
@@ -100,7 +100,7 @@ def _execute(problems: list[Problem], out: Path, cache: Path, workers: int, limi
             raise UserError(f"{error} {kept} of {len(programs)} results are kept; the same command goes on.") from None
     _refuse_broken({p.language.name: kind[p.language.name] for p in todo.values()}, journal, cache, limits, unsafe)
 
-    lines, left_out = [], set()
+    lines, skipped = [], set()
     for problem in problems:
         name = problem.language.name
         if name in found:
@@ -109,13 +109,13 @@ def _execute(problems: list[Problem], out: Path, cache: Path, workers: int, limi
         elif problem.key in old:
             lines.append(old[problem.key])
         else:
-            left_out.add(name)
+            skipped.add(name)
     write_atomically(out, "".join(json.dumps(line) + "\n" for line in lines))
-    if not left_out:
+    if not skipped:
         journal.unlink()
-    for name in sorted(left_out):
-        say(not_run[name])
-    return Executed(out, len(todo), {name: not_run[name] for name in sorted(left_out)})
+    for name in sorted(skipped):
+        notify(not_run[name])
+    return Executed(out, len(todo), {name: not_run[name] for name in sorted(skipped)})
 
 
 def _run_all(
@@ -145,7 +145,7 @@ def _run_all(
 def _refuse_broken(used: Mapping[str, str], journal: Path, cache: Path, limits: Limits, unsafe: bool) -> None:
     """Raises UserError, and drops the results, where a toolchain no longer works as it did when the run began.
 
-    Otherwise what an upgrade, say, has left incomplete would count against the completions.
+    Otherwise what an upgrade, notify, has left incomplete would count against the completions.
     """
     found, not_run = available(sorted(used), cache, unsafe=unsafe)
     changed = [name for name in used if name not in found or _identity(found[name], limits, unsafe) != used[name]]

@@ -25,7 +25,7 @@ class TinyModel:
     """How one model is made; every number a choice for two cores.
 
     `mix` is the share of each domain in its `train_bytes` (UTF-8) of text, which is read `epochs` times in rows of
-    `row_length` tokens, `rows_per_step` to an optimiser step, with a cosine schedule from `learning_rate`.
+    `sequence_length` tokens, `global_batch_size` to an optimiser step, with a cosine schedule from `learning_rate`.
     """
 
     name: str
@@ -39,8 +39,8 @@ class TinyModel:
     train_bytes: int
     context: int = 512
     epochs: int = 1
-    row_length: int = 512
-    rows_per_step: int = 1
+    sequence_length: int = 512
+    global_batch_size: int = 1
     learning_rate: float = 5e-3
     warmup_ratio: float = 0.05
     seed: int = 0
@@ -103,8 +103,8 @@ def _micro(model: TinyModel) -> TinyModel:
         heads=2,
         train_bytes=8_000,
         context=256,
-        row_length=256,
-        rows_per_step=2,
+        sequence_length=256,
+        global_batch_size=2,
         learning_rate=1e-2,
         family=model.family and _micro(model.family),
     )

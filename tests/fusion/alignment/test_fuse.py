@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusion.alignment.fuse import PRESETS, FusedRow, Reading, Source, Sparse, Switches, fuse_row
+from fusion.alignment.fuse import PRESETS, FusedSequence, Predictions, Source, Sparse, Switches, fuse_sequence
 from fusion.alignment.projection import carry
 from fusion.alignment.selection import FUSIONS, avgce, gather_evidence, mince, mix, to_bfloat16
 from fusion.errors import UserError
@@ -21,20 +21,20 @@ OTHER = Vocabulary.from_tokens(["<s>", "cd", "d", "c", "b", "a", "ab", "x", "y"]
 MAP = np.array([0, 6, 4, 3, 2, 1, 5, -1, 3], np.int32)  # x maps to nothing, y to c as well as c itself
 
 
-def reading(
+def predictions(
     vocabulary: Vocabulary,
     tokens: Sequence[str],
     entries: Sequence[Mapping[str, float]],
     nats: Sequence[float] | float = 1.0,
     ends: Sequence[int] | None = None,
-) -> Reading:
+) -> Predictions:
     """A reading of the text that `tokens` spell; `entries[j]` token -> probability at position j (equally many)."""
     ids = np.array([[vocabulary.tokens.index(t) for t in e] for e in entries], np.int32).reshape(len(entries), -1)
     p = np.array([list(e.values()) for e in entries], np.float64).reshape(ids.shape)
     m = len(tokens) + 1
     loss = np.array([*([nats] * (m - 1) if isinstance(nats, float) else nats), 0.0], np.float32)
     with np.errstate(divide="ignore"):
-        return Reading(
+        return Predictions(
             tokens=np.array([0, *(vocabulary.tokens.index(t) for t in tokens)], np.int32),
             ends=np.cumsum([0, *map(len, tokens)], dtype=np.int32) if ends is None else np.array(ends, np.int32),
             ids=ids,
@@ -44,9 +44,9 @@ def reading(
         )
 
 
-OWN = reading(TARGET, ["ab", "cd"], [{"ab": 0.5, "a": 0.25}, {"cd": 0.5, "c": 0.25}, {"a": 0.5, "b": 0.25}])
+OWN = predictions(TARGET, ["ab", "cd"], [{"ab": 0.5, "a": 0.25}, {"cd": 0.5, "c": 0.25}, {"a": 0.5, "b": 0.25}])
 # Position 2 (after "abc") serves none of the target's; position 0 loses .25 to x, position 1 lands twice on c.
-READ = reading(
+READ = predictions(
     OTHER,
     ["ab", "c", "d"],
     [
@@ -59,9 +59,13 @@ READ = reading(
 
 
 def fuse(
-    *others: tuple[str, Reading], own: Reading = OWN, size: int = 4, max_entries: int | None = None, **switches: Any
-) -> FusedRow:
-    return fuse_row(
+    *others: tuple[str, Predictions],
+    own: Predictions = OWN,
+    size: int = 4,
+    max_entries: int | None = None,
+    **switches: Any,
+) -> FusedSequence:
+    return fuse_sequence(
         [{"target": own, **dict(others)}],
         [size],
         target="target",
@@ -72,7 +76,7 @@ def fuse(
     )
 
 
-def at(row: FusedRow, i: int) -> dict[str, float]:
+def at(row: FusedSequence, i: int) -> dict[str, float]:
     """Token -> probability at a position, the tail under "tail" where there is one."""
     entries = zip(row.targets.ids[i].tolist(), row.targets.p[i].tolist(), strict=True)
     found = {TARGET.tokens[t]: round(p, 6) for t, p in entries if t >= 0}
@@ -101,34 +105,34 @@ def test_alignment_dtw_asks_for_equal_tokens_where_same_end_asks_for_equal_ends(
 
 
 def test_unpaired_positions_take_the_next_or_the_current_token() -> None:
-    whole = reading(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"cd": 0.5}, {"a": 0.5}], ends=[0, -1, -1])
+    whole = predictions(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"cd": 0.5}, {"a": 0.5}], ends=[0, -1, -1])
     row = fuse(("other", whole))
     assert at(row, 1) == {"cd": 1.0}
     assert row.chosen.tolist() == [0, -1, -1]
-    assert at(fuse(("other", whole), unpaired="current"), 1) == {"ab": 1.0}
+    assert at(fuse(("other", whole), unaligned="current"), 1) == {"ab": 1.0}
 
 
 def test_an_empty_list_keeps_its_mass_in_the_tail_or_takes_the_targets_distribution() -> None:
-    lost = reading(OTHER, ["ab", "cd"], [{"x": 0.75}, {"cd": 0.5}, {"a": 0.5}])
+    lost = predictions(OTHER, ["ab", "cd"], [{"x": 0.75}, {"cd": 0.5}, {"a": 0.5}])
     assert at(fuse(("other", lost)), 0) == {"tail": 1.0}
-    assert at(fuse(("other", lost), empty="target"), 0) == {"ab": 0.5, "a": 0.25, "tail": 0.25}
-    published = fuse(("other", lost), empty="target", tail="renormalise")
+    assert at(fuse(("other", lost), unmapped="target"), 0) == {"ab": 0.5, "a": 0.25, "tail": 0.25}
+    published = fuse(("other", lost), unmapped="target", tail="renormalise")
     assert at(published, 0) == {"ab": pytest.approx(2 / 3, abs=1e-6), "a": pytest.approx(1 / 3, abs=1e-6)}
     assert published.chosen[0] == 0
     # Without a tail to take the mass there is nothing to learn from the partner.
-    unpaired = fuse(("other", lost), empty="tail", tail="renormalise")
-    assert at(unpaired, 0) == {"ab": 1.0}
-    assert unpaired.chosen[0] == -1
-    assert not unpaired.paired[0, 0]
-    assert at(fuse(("other", lost), empty="tail", tail="gold"), 0) == {"ab": 1.0}
+    unaligned = fuse(("other", lost), unmapped="tail", tail="renormalise")
+    assert at(unaligned, 0) == {"ab": 1.0}
+    assert unaligned.chosen[0] == -1
+    assert not unaligned.paired[0, 0]
+    assert at(fuse(("other", lost), unmapped="tail", tail="gold"), 0) == {"ab": 1.0}
 
 
 def test_an_empty_list_needs_the_targets_own_entries() -> None:
-    lost = reading(OTHER, ["ab", "cd"], [{"x": 0.75}, {"cd": 0.5}, {"a": 0.5}])
-    tokens_only = reading(TARGET, ["ab", "cd"], [{}, {}, {}])
+    lost = predictions(OTHER, ["ab", "cd"], [{"x": 0.75}, {"cd": 0.5}, {"a": 0.5}])
+    tokens_only = predictions(TARGET, ["ab", "cd"], [{}, {}, {}])
     assert at(fuse(("other", lost), own=tokens_only), 0) == {"tail": 1.0}
     with pytest.raises(UserError, match="'target' are needed"):
-        fuse(("other", lost), own=tokens_only, empty="target")
+        fuse(("other", lost), own=tokens_only, unmapped="target")
 
 
 def test_duplicates_are_summed_or_the_first_is_kept() -> None:
@@ -140,21 +144,21 @@ def test_duplicates_are_summed_or_the_first_is_kept() -> None:
 def test_the_tail_rides_along_is_scaled_away_or_goes_to_the_gold_token() -> None:
     assert at(fuse(("other", READ), tail="renormalise"), 0) == {"ab": 0.8, "a": 0.2}
     assert at(fuse(("other", READ), tail="gold"), 0) == {"ab": 0.875, "a": 0.125}
-    without_gold = reading(OTHER, ["ab", "cd"], [{"b": 0.25}, {"cd": 0.5}, {"a": 0.5}])
+    without_gold = predictions(OTHER, ["ab", "cd"], [{"b": 0.25}, {"cd": 0.5}, {"a": 0.5}])
     assert at(fuse(("other", without_gold), tail="gold"), 0) == {"b": 0.25, "ab": 0.75}
 
 
 def test_positions_without_a_next_token() -> None:
-    assert fuse(("other", READ), positions="with_next").fusion_weight.tolist() == [1, 1, 0]
-    every = fuse(("other", READ), positions="all")
+    assert fuse(("other", READ), loss_positions="with_next").fusion_weight.tolist() == [1, 1, 0]
+    every = fuse(("other", READ), loss_positions="all")
     assert every.fusion_weight.tolist() == [1, 1, 1]
     assert at(every, 2) == {"a": 0.25, "b": 0.125, "tail": 0.625}
     # Nothing is taught where a one-hot on the next token is called for and there is none.
-    whole = reading(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"cd": 0.5}, {"a": 0.5}], ends=[0, -1, -1])
-    assert fuse(("other", whole), positions="all").fusion_weight.tolist() == [1, 1, 0]
-    assert fuse(("other", whole), positions="all", unpaired="current").fusion_weight.tolist() == [1, 1, 1]
+    whole = predictions(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"cd": 0.5}, {"a": 0.5}], ends=[0, -1, -1])
+    assert fuse(("other", whole), loss_positions="all").fusion_weight.tolist() == [1, 1, 0]
+    assert fuse(("other", whole), loss_positions="all", unaligned="current").fusion_weight.tolist() == [1, 1, 1]
     # Nor can the tail go to it: it is scaled away.
-    assert at(fuse(("other", READ), positions="all", tail="gold"), 2) == pytest.approx(
+    assert at(fuse(("other", READ), loss_positions="all", tail="gold"), 2) == pytest.approx(
         {"a": 2 / 3, "b": 1 / 3}, abs=1e-5
     )
 
@@ -169,11 +173,11 @@ def test_the_target_takes_part_or_not() -> None:
 
 def test_choice_per_byte_and_per_own_token_disagree() -> None:
     # Two nats in two tokens against two and a half in four: fewer per byte, more per token.
-    few = reading(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"cd": 0.5}, {"a": 0.5}], nats=1.0)
-    many = reading(OTHER, ["a", "b", "c", "d"], [{"a": 0.5}] * 5, nats=0.625)
-    assert fuse(("few", few), ("many", many), choice="nats_per_byte").chosen.tolist() == [0, 0, 0]
-    for level in ("document", "row", "token"):
-        row = fuse(("few", few), ("many", many), choice="mean_ce_bfloat16", level=level)
+    few = predictions(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"cd": 0.5}, {"a": 0.5}], nats=1.0)
+    many = predictions(OTHER, ["a", "b", "c", "d"], [{"a": 0.5}] * 5, nats=0.625)
+    assert fuse(("few", few), ("many", many), select_by="nats_per_byte").chosen.tolist() == [0, 0, 0]
+    for level in ("passage", "sequence", "token"):
+        row = fuse(("few", few), ("many", many), select_by="mean_ce_bfloat16", select_over=level)
         assert row.chosen.tolist() == [1, 1, 1]
 
 
@@ -182,26 +186,27 @@ def test_ties_go_by_name_or_by_order() -> None:
     assert fuse(one, two).chosen.tolist() == [1, 1, 1]
     # 1 and 1.001 nats a token are one reward in bfloat16; per byte the second is the better.
     worse = ("zebra", replace(READ, nats=READ.nats * 1.001))
-    assert fuse(worse, two, choice="mean_ce_bfloat16", level="row").chosen.tolist() == [0, 0, 0]
-    assert fuse(worse, two, choice="nats_per_byte", level="row").chosen.tolist() == [1, 1, 1]
-    tied = fuse(one, own=replace(OWN, nats=np.float32([1, 1, 0])), include_target=True, choice="mean_ce_bfloat16")
+    assert fuse(worse, two, select_by="mean_ce_bfloat16", select_over="sequence").chosen.tolist() == [0, 0, 0]
+    assert fuse(worse, two, select_by="nats_per_byte", select_over="sequence").chosen.tolist() == [1, 1, 1]
+    tied = fuse(one, own=replace(OWN, nats=np.float32([1, 1, 0])), include_target=True, select_by="mean_ce_bfloat16")
     assert tied.chosen.tolist() == [0, 0, 0]
     # exp(-3.006) and exp(-3) are two numbers in bfloat16, but 3.006 is 3 before it is raised.
     near = ("zebra", replace(READ, nats=np.float32([3.006] * 3 + [0]))), ("ant", replace(READ, nats=READ.nats * 3))
     assert (to_bfloat16(np.exp([-3.006, -3.0])) == to_bfloat16(np.exp(np.float32([-3, -3])))).tolist() == [False, True]
-    assert fuse(*near, choice="mean_ce_bfloat16", level="row").chosen.tolist() == [0, 0, 0]
+    assert fuse(*near, select_by="mean_ce_bfloat16", select_over="sequence").chosen.tolist() == [0, 0, 0]
 
 
-def two_pieces(**switches: Any) -> FusedRow:
-    """Pieces of 4 and 2 bytes: `left` is better in the first (2 nats against 3), `right` in the other and over all."""
+def two_passages(**switches: Any) -> FusedSequence:
+    """Passages of 4 and 2 bytes: `left` is better in the first (2 nats against 3), `right` in the rest and over all."""
     long = [
-        reading(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"cd": 0.5}, {"a": 0.5}], nats) for nats in ([1.0, 1.0], [2.5, 0.5])
+        predictions(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"cd": 0.5}, {"a": 0.5}], nats)
+        for nats in ([1.0, 1.0], [2.5, 0.5])
     ]
-    short = [reading(OTHER, ["ab"], [{"ab": 0.5}, {"a": 0.5}], nats) for nats in ([3.0], [0.5])]
-    return fuse_row(
+    short = [predictions(OTHER, ["ab"], [{"ab": 0.5}, {"a": 0.5}], nats) for nats in ([3.0], [0.5])]
+    return fuse_sequence(
         [
             {"target": OWN, "left": long[0], "right": long[1]},
-            {"target": reading(TARGET, ["ab"], [{}, {}]), "left": short[0], "right": short[1]},
+            {"target": predictions(TARGET, ["ab"], [{}, {}]), "left": short[0], "right": short[1]},
         ],
         [4, 2],
         target="target",
@@ -212,48 +217,50 @@ def two_pieces(**switches: Any) -> FusedRow:
 
 
 def test_level_is_the_stretch_that_one_choice_covers() -> None:
-    assert two_pieces(level="document").chosen.tolist() == [0, 0, 0, 1, 1]
-    assert two_pieces(level="row").chosen.tolist() == [1, 1, 1, 1, 1]
-    # In the second half of the first piece `right` needs half a nat against one; its last position goes with it.
-    assert two_pieces(level="token").chosen.tolist() == [0, 1, 1, 1, 1]
-    assert two_pieces().gold.tolist() == [5, 6, -1, 5, -1]
+    assert two_passages(select_over="passage").chosen.tolist() == [0, 0, 0, 1, 1]
+    assert two_passages(select_over="sequence").chosen.tolist() == [1, 1, 1, 1, 1]
+    # In the second half of the first passage `right` needs half a nat against one; its last position goes with it.
+    assert two_passages(select_over="token").chosen.tolist() == [0, 1, 1, 1, 1]
+    assert two_passages().gold.tolist() == [5, 6, -1, 5, -1]
 
 
 def test_token_level_compares_over_common_ends_only() -> None:
     # Common ends are 0, 2, 4: "a", "b" of `fine` count together, and position 1 (byte 1) of it begins no segment.
-    fine = reading(OTHER, ["a", "b", "c", "d"], [{"a": 0.5}] * 5, nats=[0.25, 1.0, 0.25, 0.5])
-    coarse = reading(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"cd": 0.5}, {"a": 0.5}], nats=[1.0, 1.0])
-    row = fuse(("fine", fine), ("coarse", coarse), level="token")
+    fine = predictions(OTHER, ["a", "b", "c", "d"], [{"a": 0.5}] * 5, nats=[0.25, 1.0, 0.25, 0.5])
+    coarse = predictions(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"cd": 0.5}, {"a": 0.5}], nats=[1.0, 1.0])
+    row = fuse(("fine", fine), ("coarse", coarse), select_over="token")
     assert row.chosen.tolist() == [1, 0, 0]
     # The target's ends count although it takes no part: its own token "ab" is judged whole.
-    even = reading(OTHER, ["a", "b", "c", "d"], [{"a": 0.5}] * 5, nats=[0.5, 0.5, 0.5, 0.5])
-    assert fuse(("fine", fine), ("even", even), level="token").chosen.tolist() == [1, 0, 0]
-    cut = reading(TARGET, ["a", "b", "cd"], [{}] * 4)
-    assert fuse(("fine", fine), ("even", even), own=cut, level="token").chosen.tolist() == [0, 1, 0, 0]
+    even = predictions(OTHER, ["a", "b", "c", "d"], [{"a": 0.5}] * 5, nats=[0.5, 0.5, 0.5, 0.5])
+    assert fuse(("fine", fine), ("even", even), select_over="token").chosen.tolist() == [1, 0, 0]
+    cut = predictions(TARGET, ["a", "b", "cd"], [{}] * 4)
+    assert fuse(("fine", fine), ("even", even), own=cut, select_over="token").chosen.tolist() == [0, 1, 0, 0]
 
 
 def test_token_level_judges_the_rest_after_a_mismatch_as_one_segment() -> None:
-    steady = reading(OTHER, ["ab", "c", "d"], [{"ab": 0.5}] * 4, nats=[1.0, 1.0, 1.0])
+    steady = predictions(OTHER, ["ab", "c", "d"], [{"ab": 0.5}] * 4, nats=[1.0, 1.0, 1.0])
     # Spells "ab" and nothing after: 0.5 nats in the first segment, 3.5 in the rest though it begins with little.
-    lost = reading(OTHER, ["ab", "c", "d"], [{"ab": 0.5}] * 4, nats=[0.5, 0.25, 3.25], ends=[0, 2, -1, -1])
-    row = fuse(("steady", steady), ("lost", lost), own=reading(TARGET, ["ab", "c", "d"], [{}] * 4), level="token")
+    lost = predictions(OTHER, ["ab", "c", "d"], [{"ab": 0.5}] * 4, nats=[0.5, 0.25, 3.25], ends=[0, 2, -1, -1])
+    row = fuse(
+        ("steady", steady), ("lost", lost), own=predictions(TARGET, ["ab", "c", "d"], [{}] * 4), select_over="token"
+    )
     assert row.chosen.tolist() == [1, 0, 0, 0]
     # The target itself losing its place counts as well: all its positions from there on are in the rest.
-    own = reading(TARGET, ["ab", "c", "d"], [{}] * 4, ends=[0, -1, -1, -1])
-    lost_own = fuse(("steady", steady), ("lost", replace(lost, ends=steady.ends)), own=own, level="token")
+    own = predictions(TARGET, ["ab", "c", "d"], [{}] * 4, ends=[0, -1, -1, -1])
+    lost_own = fuse(("steady", steady), ("lost", replace(lost, ends=steady.ends)), own=own, select_over="token")
     assert lost_own.paired.tolist() == [[True, False, False, False]] * 2
     assert lost_own.chosen.tolist() == [0, -1, -1, -1]
 
 
 def test_summed_nats_count_unpaired_tokens_too() -> None:
     # Over its paired positions alone (ab: .5) `patchy` would win; its nats after the mismatch count.
-    patchy = reading(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"cd": 0.5}, {"a": 0.5}], nats=[0.5, 9.0], ends=[0, -1, -1])
+    patchy = predictions(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"cd": 0.5}, {"a": 0.5}], nats=[0.5, 9.0], ends=[0, -1, -1])
     assert fuse(("patchy", patchy), ("other", READ)).chosen.tolist() == [1, 1, 1]
 
 
 def test_avgce_weighs_by_nats_per_byte_and_temperature() -> None:
-    one = reading(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"cd": 0.5}, {"a": 0.5}], nats=[2.0, 2.0])
-    two = reading(OTHER, ["ab", "cd"], [{"ab": 0.25}, {"c": 0.5}, {"a": 0.5}], nats=[4.0, 4.0])
+    one = predictions(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"cd": 0.5}, {"a": 0.5}], nats=[2.0, 2.0])
+    two = predictions(OTHER, ["ab", "cd"], [{"ab": 0.25}, {"c": 0.5}, {"a": 0.5}], nats=[4.0, 4.0])
     for temperature in (1.0, 0.25):  # 1 against 2 nats a byte
         row = fuse(("one", one), ("two", two), fusion="avgce", weight_temperature=temperature)
         first = 1 / (1 + np.exp(-1 / temperature))
@@ -267,9 +274,9 @@ def test_avgce_weighs_by_nats_per_byte_and_temperature() -> None:
 
 
 def test_avgce_averages_one_hots_where_a_source_is_unpaired() -> None:
-    lost = reading(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"c": 0.5}, {"a": 0.5}], ends=[0, -1, -1])
-    other = reading(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"c": 0.5}, {"a": 0.5}])
-    row = fuse(("lost", lost), ("other", other), fusion="avgce", positions="all")
+    lost = predictions(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"c": 0.5}, {"a": 0.5}], ends=[0, -1, -1])
+    other = predictions(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"c": 0.5}, {"a": 0.5}])
+    row = fuse(("lost", lost), ("other", other), fusion="avgce", loss_positions="all")
     assert at(row, 1) == {"cd": 0.5, "c": 0.25, "tail": 0.25}
     # The last position has no next token: the source that needs it has no part there.
     assert at(row, 2) == {"a": 0.5, "tail": 0.5}
@@ -297,7 +304,7 @@ def test_max_entries_keeps_the_most_probable_and_moves_the_rest_to_the_tail() ->
         ({"alignment": "same_ends"}, "same_end"),
         ({"fusion": "minse"}, "mince"),
         ({"tail": "buckets"}, "bucket, renormalise, gold"),
-        ({"level": "piece"}, "document, token, row"),
+        ({"select_over": "document"}, "passage, token, sequence"),
         ({"weight_temperature": 0.0}, "greater than 0"),
     ],
 )
@@ -307,16 +314,16 @@ def test_unknown_switch_values_are_refused_with_what_there_is(switches: dict[str
 
 
 def test_presets_only_name_switches_and_mended_is_the_default() -> None:
-    assert Switches(**PRESETS["mended"]) == Switches()
+    assert Switches(**PRESETS["corrected"]) == Switches()
     published = Switches(**PRESETS["published"])
-    assert set(PRESETS["published"]) == set(PRESETS["mended"])
-    assert all(getattr(published, name) != getattr(Switches(), name) for name in PRESETS["mended"])
+    assert set(PRESETS["published"]) == set(PRESETS["corrected"])
+    assert all(getattr(published, name) != getattr(Switches(), name) for name in PRESETS["corrected"])
 
 
 def test_readings_and_maps_that_do_not_fit_are_refused() -> None:
-    def refuse(match: str, other: Reading = READ, mapped: np.ndarray = MAP, **row: Any) -> None:
+    def refuse(match: str, other: Predictions = READ, mapped: np.ndarray = MAP, **row: Any) -> None:
         with pytest.raises(UserError, match=match):
-            fuse_row(
+            fuse_sequence(
                 row.get("readings", [{"target": OWN, "other": other}]),
                 row.get("n_bytes", [4]),
                 target="target",
@@ -335,14 +342,14 @@ def test_readings_and_maps_that_do_not_fit_are_refused() -> None:
     refuse("no numbers", replace(READ, nats=READ.nats * np.nan))
     refuse("no reading by 'other'", readings=[{"target": OWN}])
     refuse("no reading by 'target'", readings=[{"other": READ}])
-    refuse("1 pieces, 2 byte counts", n_bytes=[4, 4])
+    refuse("1 passages, 2 byte counts", n_bytes=[4, 4])
     refuse("two sources are called", sources=[Source("other", OTHER, MAP)] * 2)
     refuse("include_target is off", sources=[Source("target", TARGET, MAP)])
     refuse("nothing to fuse", sources=[])
 
 
 def test_rounded_probabilities_over_one_are_scaled_to_one() -> None:
-    over = reading(OTHER, ["ab", "cd"], [{"ab": 0.75, "a": 0.2515}] * 3)
+    over = predictions(OTHER, ["ab", "cd"], [{"ab": 0.75, "a": 0.2515}] * 3)
     row = fuse(("other", over))
     assert row.targets.p[0].sum() == pytest.approx(1, abs=1e-6)
     assert not row.targets.tail.any()
@@ -353,8 +360,8 @@ def test_rounded_probabilities_over_one_are_scaled_to_one() -> None:
 
 def random_row(
     seed: int, n_sources: int, k: int = 4
-) -> tuple[list[dict[str, Reading]], list[int], list[Source], Vocabulary]:
-    """Pieces over "ab", every model with the same strings under permuted ids and a cut of its own."""
+) -> tuple[list[dict[str, Predictions]], list[int], list[Source], Vocabulary]:
+    """Passages over "ab", every model with the same strings under permuted ids and a cut of its own."""
     rng = np.random.default_rng(seed)
     strings = ["a", "b", "aa", "ab", "ba", "bb", "aba", "c"]
     names = ["target", *(f"source{s}" for s in range(n_sources))]
@@ -365,7 +372,7 @@ def random_row(
     texts = ["".join(rng.choice(["a", "b"], rng.integers(1, 12))) for _ in range(rng.integers(1, 4))]
     readings = []
     for text in texts:
-        piece = {}
+        passage = {}
         for name, vocabulary in vocabularies.items():
             tokens, place = [], 0
             while place < len(text):
@@ -374,12 +381,12 @@ def random_row(
                 place += len(tokens[-1])
             m = len(tokens) + 1
             p = rng.dirichlet(np.ones(k + 1), m)[:, :k]
-            read = reading(vocabulary, tokens, [{}] * m, nats=rng.exponential(2, m - 1).round(1).tolist())
+            read = predictions(vocabulary, tokens, [{}] * m, nats=rng.exponential(2, m - 1).round(1).tolist())
             ids = np.array([rng.permutation(len(vocabulary.tokens))[:k] for _ in range(m)], np.int32)
             if rng.random() < 0.2:
                 read.ends[rng.integers(1, m + 1) :] = -1
-            piece[name] = replace(read, ids=ids, log_p=np.log(p).astype(np.float32), tail=np.float32(1 - p.sum(1)))
-        readings.append(piece)
+            passage[name] = replace(read, ids=ids, log_p=np.log(p).astype(np.float32), tail=np.float32(1 - p.sum(1)))
+        readings.append(passage)
     sources = []
     for name in names[1:]:
         exact = np.array([vocabularies["target"].tokens.index(t) for t in vocabularies[name].tokens], np.int32)
@@ -391,23 +398,25 @@ def random_row(
 SWITCHES = st.builds(
     Switches,
     alignment=st.sampled_from(["same_end", "dtw"]),
-    unpaired=st.sampled_from(["next", "current"]),
-    empty=st.sampled_from(["tail", "target"]),
+    unaligned=st.sampled_from(["next", "current"]),
+    unmapped=st.sampled_from(["tail", "target"]),
     duplicates=st.sampled_from(["sum", "first"]),
     tail=st.sampled_from(["bucket", "renormalise", "gold"]),
     fusion=st.sampled_from(["mince", "avgce"]),
-    level=st.sampled_from(["document", "token", "row"]),
-    choice=st.sampled_from(["nats_per_byte", "mean_ce_bfloat16"]),
+    select_over=st.sampled_from(["passage", "token", "sequence"]),
+    select_by=st.sampled_from(["nats_per_byte", "mean_ce_bfloat16"]),
     weights=st.sampled_from(["nats_per_byte", "exp_ce"]),
-    positions=st.sampled_from(["with_next", "all"]),
+    loss_positions=st.sampled_from(["with_next", "all"]),
     include_target=st.booleans(),
 )
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-def run(seed: int, switches: Switches, n_sources: int = 3, order: Sequence[int] | None = None, **more: Any) -> FusedRow:
+def run(
+    seed: int, switches: Switches, n_sources: int = 3, order: Sequence[int] | None = None, **more: Any
+) -> FusedSequence:
     readings, n_bytes, sources, vocabulary = random_row(seed, n_sources)
-    return fuse_row(
+    return fuse_sequence(
         readings,
         n_bytes,
         target="target",
@@ -434,18 +443,18 @@ def test_every_position_holds_one_distribution(seed: int, switches: Switches, ma
     assert (row.fusion_weight.dtype, row.gold.dtype, row.chosen.dtype) == (np.float32, np.int32, np.int16)
     if switches.tail != "bucket" and max_entries is None:
         assert not tail[row.fusion_weight > 0].any()
-    if switches.positions == "with_next":
+    if switches.loss_positions == "with_next":
         assert (row.fusion_weight == (row.gold >= 0)).all()
 
 
 @settings(deadline=None, max_examples=50)
 @given(SEEDS, SWITCHES, st.permutations(range(3)))
 def test_targets_do_not_depend_on_the_order_of_the_sources(seed: int, switches: Switches, order: list[int]) -> None:
-    switches = replace(switches, choice="nats_per_byte")  # the published choice breaks ties by order
+    switches = replace(switches, select_by="nats_per_byte")  # the published choice breaks ties by order
     one, two = run(seed, switches), run(seed, switches, order=order)
     for field in ("ids", "p", "tail"):
         np.testing.assert_array_equal(getattr(one.targets, field), getattr(two.targets, field))
-    names = [[*row.names, "mixture", "unpaired"] for row in (one, two)]  # -1 and -2 index the end
+    names = [[*row.names, "mixture", "unaligned"] for row in (one, two)]  # -1 and -2 index the end
     assert [names[0][c] for c in one.chosen] == [names[1][c] for c in two.chosen]
     by_name = [dict(zip(row.names, row.paired.tolist(), strict=True)) for row in (one, two)]
     assert by_name[0] == by_name[1]
@@ -463,21 +472,21 @@ def test_fusing_one_source_is_that_source(seed: int, switches: Switches) -> None
 
 @settings(deadline=None, max_examples=60)
 @given(SEEDS, SWITCHES, st.lists(st.sets(st.integers(0, 3)), min_size=3, max_size=3))
-def test_a_piece_is_fused_without_those_that_left_it_out(
-    seed: int, switches: Switches, left_out: list[set[int]]
+def test_a_passage_is_fused_without_those_that_left_it_out(
+    seed: int, switches: Switches, skipped: list[set[int]]
 ) -> None:
-    """As if the pieces that the same models have read were a row, and only they had been asked."""
+    """As if the passages that the same models have read were a row, and only they had been asked."""
     readings, n_bytes, sources, vocabulary = random_row(seed, 3)
     names = ["target", *(source.name for source in sources)]
-    absent = [frozenset(names[s] for s in left_out[number]) for number in range(len(readings))]
+    absent = [frozenset(names[s] for s in skipped[number]) for number in range(len(readings))]
     readings = [
-        {n: Reading.without(r.tokens, r.ends, r.ids.shape[1]) if n in gone else r for n, r in piece.items()}
-        for piece, gone in zip(readings, absent, strict=True)
+        {n: Predictions.without(r.tokens, r.ends, r.ids.shape[1]) if n in gone else r for n, r in passage.items()}
+        for passage, gone in zip(readings, absent, strict=True)
     ]
-    piece_of = np.repeat(np.arange(len(readings)), [len(piece["target"].tokens) for piece in readings])
+    passage_of = np.repeat(np.arange(len(readings)), [len(passage["target"].tokens) for passage in readings])
 
-    def fused(members: Sequence[int], gone: frozenset[str]) -> FusedRow:
-        return fuse_row(
+    def fused(members: Sequence[int], gone: frozenset[str]) -> FusedSequence:
+        return fuse_sequence(
             [readings[m] for m in members],
             [n_bytes[m] for m in members],
             target="target",
@@ -487,17 +496,17 @@ def test_a_piece_is_fused_without_those_that_left_it_out(
         )
 
     row = fused(range(len(readings)), frozenset())
-    called = [*row.names, "mixture", "unpaired"]
+    called = [*row.names, "mixture", "unaligned"]
     for gone in set(absent):
         members = [m for m, others in enumerate(absent) if others == gone]
-        at = np.flatnonzero(np.isin(piece_of, members))
+        at = np.flatnonzero(np.isin(passage_of, members))
         if not set(row.names) - gone:
             one_hot = (
-                row.gold if switches.unpaired == "next" else np.concatenate([p["target"].tokens for p in readings])
+                row.gold if switches.unaligned == "next" else np.concatenate([p["target"].tokens for p in readings])
             )
             assert (row.chosen[at] == -1).all()
             taught = at[row.fusion_weight[at] > 0]
-            everywhere = switches.positions == "all" and switches.unpaired == "current"
+            everywhere = switches.loss_positions == "all" and switches.unaligned == "current"
             assert taught.tolist() == at[(row.gold[at] >= 0) | everywhere].tolist()
             assert (row.targets.ids[taught, 0] == one_hot[taught]).all() and (row.targets.p[taught, 0] == 1).all()
             continue
@@ -508,24 +517,26 @@ def test_a_piece_is_fused_without_those_that_left_it_out(
         assert (row.targets.ids[at][:, width:] == -1).all()
         np.testing.assert_array_equal(row.targets.tail[at], part.targets.tail)
         np.testing.assert_array_equal(row.fusion_weight[at], part.fusion_weight)
-        assert [called[c] for c in row.chosen[at]] == [[*part.names, "mixture", "unpaired"][c] for c in part.chosen]
+        assert [called[c] for c in row.chosen[at]] == [[*part.names, "mixture", "unaligned"][c] for c in part.chosen]
 
 
 @settings(deadline=None, max_examples=40)
 @given(SEEDS, st.sampled_from(["same_end", "dtw"]))
 def test_a_distribution_carried_onto_its_own_tokenizer_is_unchanged(seed: int, alignment: str) -> None:
     readings, n_bytes, _, vocabulary = random_row(seed, 0)
-    readings = [{"twin": piece["target"], **piece} for piece in readings]
+    readings = [{"twin": passage["target"], **passage} for passage in readings]
     switches = Switches(alignment=alignment, include_target=False)
     twin = Source("twin", vocabulary, np.arange(len(vocabulary.tokens), dtype=np.int32))
-    own = [piece["target"] for piece in readings]
+    own = [passage["target"] for passage in readings]
     known = np.concatenate([r.ends >= 0 for r in own]) if alignment == "same_end" else slice(None)
-    row = fuse_row(readings, n_bytes, target="target", sources=[twin], target_vocabulary=vocabulary, switches=switches)
+    row = fuse_sequence(
+        readings, n_bytes, target="target", sources=[twin], target_vocabulary=vocabulary, switches=switches
+    )
     assert row.paired[0, known].all()
     np.testing.assert_array_equal(row.targets.ids[known], np.concatenate([r.ids for r in own])[known])
     np.testing.assert_allclose(row.targets.p[known], np.exp(np.concatenate([r.log_p for r in own]))[known], rtol=1e-6)
     np.testing.assert_allclose(row.targets.tail[known], np.concatenate([r.tail for r in own])[known], atol=1e-6)
-    itself = fuse_row(
+    itself = fuse_sequence(
         readings,
         n_bytes,
         target="target",
@@ -538,21 +549,21 @@ def test_a_distribution_carried_onto_its_own_tokenizer_is_unchanged(seed: int, a
 
 
 @settings(deadline=None, max_examples=40)
-@given(SEEDS, st.sampled_from(["document", "token", "row"]))
+@given(SEEDS, st.sampled_from(["passage", "token", "sequence"]))
 def test_the_units_share_out_all_bytes_and_nats(seed: int, level: str) -> None:
     readings, n_bytes, sources, _ = random_row(seed, 3)
     names = tuple(source.name for source in sources)
-    targets = [piece["target"] for piece in readings]
+    targets = [passage["target"] for passage in readings]
     evidence = gather_evidence(
-        [[piece[name] for name in names] for piece in readings], targets, n_bytes, names=names, level=level
+        [[passage[name] for name in names] for passage in readings], targets, n_bytes, names=names, select_over=level
     )
     assert evidence.n_bytes.sum() == sum(n_bytes)
     assert (evidence.n_bytes > 0).all()
     assert (evidence.tokens > 0).all()
     assert len(evidence.unit) == sum(len(target.tokens) for target in targets)
     for name, nats, tokens in zip(names, evidence.nats, evidence.tokens, strict=True):
-        assert nats.sum() == pytest.approx(sum(piece[name].nats.sum() for piece in readings), rel=1e-5)
-        assert tokens.sum() == sum(len(piece[name].tokens) - 1 for piece in readings)
+        assert nats.sum() == pytest.approx(sum(passage[name].nats.sum() for passage in readings), rel=1e-5)
+        assert tokens.sum() == sum(len(passage[name].tokens) - 1 for passage in readings)
 
 
 @settings(deadline=None)

@@ -16,7 +16,7 @@ from tests.fusion.tokenizers_for_tests import FAMILIES
 from tests.fusion.vocabulary.test_token_bytes import TEXT
 from tests.shared import shared
 
-PIECES = [
+PASSAGES = [
     "猫",
     "🙂",
     "👩‍👩‍👧",
@@ -48,7 +48,7 @@ def _reading(family: str, text: str) -> tuple[np.ndarray, np.ndarray, Vocabulary
 @pytest.mark.parametrize("source", FAMILIES)
 @pytest.mark.parametrize("target", FAMILIES)
 @settings(deadline=None, max_examples=25)
-@given(text=TEXT | st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
+@given(text=TEXT | st.lists(st.sampled_from(PASSAGES), max_size=12).map("".join))
 def test_same_end_pairs_have_the_same_text_before(source: str, target: str, text: str) -> None:
     tokens, ends, vocabulary = _reading(source, text)
     target_tokens, target_ends, target_vocabulary = _reading(target, text)

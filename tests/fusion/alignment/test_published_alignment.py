@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from fusion.alignment.fuse import PRESETS, Reading, Source, Sparse, Switches, fuse_row
+from fusion.alignment.fuse import PRESETS, Predictions, Source, Sparse, Switches, fuse_sequence
 from fusion.alignment.pairing import align
 from fusion.alignment.projection import carry
 from fusion.alignment.selection import FUSIONS, Evidence
@@ -76,10 +76,10 @@ def test_published_targets_are_the_softmax_of_the_published_entries(name: str, m
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)) - 0.25
     target = np.array(oracle["target_ids"], np.int32)
     readings = {
-        "source": reading(np.array(oracle["source_ids"], np.int32), np.array(oracle["top_k_ids"], np.int32), log_p),
-        "target": reading(target, np.zeros((len(target), 0), np.int32), np.zeros((len(target), 0))),
+        "source": predictions(np.array(oracle["source_ids"], np.int32), np.array(oracle["top_k_ids"], np.int32), log_p),
+        "target": predictions(target, np.zeros((len(target), 0), np.int32), np.zeros((len(target), 0))),
     }
-    row = fuse_row(
+    row = fuse_sequence(
         [readings],
         [1],
         target="target",
@@ -96,11 +96,11 @@ def test_published_targets_are_the_softmax_of_the_published_entries(name: str, m
     assert row.fusion_weight.all()
 
 
-def reading(tokens: np.ndarray, ids: np.ndarray, log_p: np.ndarray) -> Reading:
+def predictions(tokens: np.ndarray, ids: np.ndarray, log_p: np.ndarray) -> Predictions:
     ends = np.full(len(tokens), -1, np.int32)
     ends[0] = 0
     zero = np.zeros(len(tokens), np.float32)
-    return Reading(tokens, ends, ids, log_p.astype(np.float32), zero, zero)
+    return Predictions(tokens, ends, ids, log_p.astype(np.float32), zero, zero)
 
 
 @pytest.mark.parametrize("fusion", ["mince", "avgce"])

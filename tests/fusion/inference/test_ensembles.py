@@ -1,4 +1,4 @@
-"""An ensemble is the mean of what its members say: greedy, sampled and scored, in one tokenizer or several."""
+"""An ensemble is the mean of what its members notify: greedy, sampled and scored, in one tokenizer or several."""
 
 import copy
 import json
@@ -128,7 +128,7 @@ def test_one_models_logits_exist_at_a_time(trio: list[Any], monkeypatch: pytest.
     reader = joint(trio, WEIGHTS)
     monkeypatch.setattr(PrefixReader, "_forward", watched)
     texts = prompts(4)
-    with reader.reading():
+    with reader.predictions():
         reader.read([Run(t) for t in texts], [range(len(t)) for t in texts])
     assert generate(reader, texts, 3)
     assert len(alive) > 3 and set(alive) == {0}
@@ -138,7 +138,7 @@ def test_one_models_logits_exist_at_a_time(trio: list[Any], monkeypatch: pytest.
 def test_reading_is_the_naive_mean(trio: list[Any], combine: Any) -> None:
     reader = joint(trio, WEIGHTS, combine)
     texts = prompts(4)
-    with reader.reading():
+    with reader.predictions():
         found = reader.read([Run(t) for t in texts], [range(len(t)) for t in texts])
         _, (stem,) = reader.begin([Run(texts[0][:5])])
         branches = [texts[0][5:], texts[1]]
@@ -224,7 +224,7 @@ def test_a_tree_is_its_sequences(trio: list[Any]) -> None:
         reader = PrefixReader(member)
         tree = Tree(texts)
         assert len(tree.tokens) == 8
-        with reader.reading():
+        with reader.predictions():
             found = reader.read([tree], [tree.ends])
             _, (stem,) = reader.begin([Run([5, 6] * 12)])
             later = Tree(texts, stem)
@@ -293,7 +293,7 @@ def goes_on(known: bytes, tail: Sequence[int], rest: bytes) -> int | None:
     longer = {known[n:] + rest[:m] for n in starts for m in range(1, len(rest) + 1)}
     if longer & set(spelled):
         return None
-    return spelled.index(max((piece for piece in spelled if piece and rest.startswith(piece)), key=len))
+    return spelled.index(max((passage for passage in spelled if passage and rest.startswith(passage)), key=len))
 
 
 def by_definition(reader: JointReader, models: Sequence[Any], shares: Sequence[float], text: Sequence[int]) -> Tensor:
@@ -316,17 +316,17 @@ def by_definition(reader: JointReader, models: Sequence[Any], shares: Sequence[f
             carried *= math.prod(sure)
             own = Vocabulary.from_tokenizer(one._tokenizer, len(said[0])).token_bytes
             for start in range(len(ids) - 1, until - 1, -1):
-                if None in (pieces := [own[i] for i in ids[start:]]):
+                if None in (passages := [own[i] for i in ids[start:]]):
                     break
-                end = b"".join(piece or b"" for piece in pieces)
+                end = b"".join(passage or b"" for passage in passages)
                 tails = [text[n:] for n in range(len(text)) if None not in [spelled[i] for i in text[n:]]]
                 known = {b"".join(spelled[i] or b"" for i in tail): tail for tail in tails}
                 begun = min((k for k in known if len(k) >= len(end)), key=len, default=b"")
                 if not begun.endswith(end):
                     break
-                for i, piece in enumerate(own):
-                    if piece and piece.startswith(end) and piece != end:
-                        token = goes_on(begun, known[begun], piece[len(end) :])
+                for i, passage in enumerate(own):
+                    if passage and passage.startswith(end) and passage != end:
+                        token = goes_on(begun, known[begun], passage[len(end) :])
                         if token is not None:
                             carried[token] += math.prod(sure[: start - until]) * said[start - 1, i]
             p += share * carried / carried.sum()
@@ -363,7 +363,7 @@ def test_translated_reading_is_its_definition(
         ends = [one._overlaps.covers(*one.encode([ids[:n]]), ids[:n]) for n in range(1, len(ids))]
         assert {0, 1, 2} <= set(map(len, ends))
     expected = torch.stack([by_definition(reader, models, shares, ids[: n + 1]) for n in range(len(ids))])
-    with reader.reading():
+    with reader.predictions():
         found = reader.read([Run(ids)], [range(len(ids))])
         _, (stem,) = reader.begin([Run(ids[:9])])
         continued = reader.read([Run(ids[9:12], stem, [ids[12:], ids[3:5]])], [range(len(ids) - 9)])
@@ -381,7 +381,7 @@ def test_translated_reading_is_its_definition(
 
 @pytest.mark.parametrize("seed", [None, 3])
 def test_what_is_written_has_the_likelihood_of_its_steps(pivot: Any, members: dict[str, Any], seed: int | None) -> None:
-    reader = translated(pivot, members, share=0.1)
+    reader = translated(pivot, members, make_parts=0.1)
     models, shares = [pivot, *members.values()], [0.1, 0.45, 0.45]
     given = [[0, *encode(byte_level(), text)] for text in (*TEXTS[:2], TEXTS[0][:30], "猫")]
     steps = [0.0] * len(given)
@@ -396,7 +396,7 @@ def test_what_is_written_has_the_likelihood_of_its_steps(pivot: Any, members: di
 
     decode(reader, given, choose, rows=3, batch_tokens=60)
     for prompt, answer, steps_sum in zip(given, new, steps, strict=True):
-        with reader.reading():
+        with reader.predictions():
             text = [*prompt, *answer]
             rows = reader.read([Run(text[:-1])], [range(len(prompt) - 1, len(text) - 1)])
         found = float(rows.gather(1, torch.tensor(answer)[:, None]).sum())
@@ -433,7 +433,7 @@ def test_a_tokenizer_of_the_pivots_in_other_numbers_changes_nothing(pivot: Any) 
     assert len(whole) > len(ids) / 2
     said = []
     for reader in (found, plain):
-        with reader.reading():
+        with reader.predictions():
             said.append(reader.read([Run(ids)], [whole]))
     torch.testing.assert_close(*said, atol=1e-4, rtol=1e-4)
 
@@ -476,7 +476,7 @@ def chain(n: int, seed: int) -> str:
 
 
 def whole_words() -> PreTrainedTokenizerFast:
-    """To `byte_level` those words are pieces of two or three letters; here most are one token each."""
+    """To `byte_level` those words are passages of two or three letters; here most are one token each."""
     backend = Tokenizer(BPE())
     backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
     backend.train_from_iterator(
@@ -504,7 +504,7 @@ def taught(tokenizer: Any, words: int, steps: int) -> Any:
 
 
 def test_text_read_anew_tells_more_than_tokens_for_tokens_where_words_are_split_otherwise() -> None:
-    """On held-out text, the pivot spelling most of the member's tokens in pieces.
+    """On held-out text, the pivot spelling most of the member's tokens in passages.
 
     What the member says within one of its own tokens is worth little either way, and both are worse than the pivot
     alone; with what covers the text's end they are far better.
@@ -538,5 +538,5 @@ def test_a_mean_of_logits_needs_one_tokenizer(pivot: Any, members: dict[str, Any
 def test_a_text_beyond_a_members_context_is_refused(pivot: Any, members: dict[str, Any]) -> None:
     reader = translated(pivot, members)
     reader._translators[0].reader.positions = 10
-    with reader.reading(), pytest.raises(UserError, match="does not fit the context of sentencepiece, 10"):
+    with reader.predictions(), pytest.raises(UserError, match="does not fit the context of sentencepiece, 10"):
         reader.read([Run(encode(byte_level(), TEXT))], [[12]])

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from fusion.inference.decoding import LEAST_SHARED, decode, families, packs
-from fusion.inference.prefix_cache import PrefixReader, Rows, Unsupported
+from fusion.inference.prefix_cache import DecodingBatch, PrefixReader, Unsupported
 from fusion.inference.prefix_tree import Run
 
 _SMALL = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}
@@ -65,7 +65,7 @@ def test_branches_are_read_as_if_alone(model: Any) -> None:
     reader = PrefixReader(model)
     stem, trunk, branches = text(9, 1), text(6, 2), [text(7, 3), text(1, 4), []]
     other = text(11, 5)
-    with reader.reading():
+    with reader.predictions():
         _, (kept,) = reader.begin([Run(stem)])
         runs = [Run(trunk, kept, branches), Run(other), Run(other[:4], kept)]
         found = reader.read(runs, [range(len(run.tokens)) for run in runs]).clone()
@@ -80,8 +80,8 @@ def test_rows_come_and_go(model: Any) -> None:
     reader = PrefixReader(model)
     stems, texts = [text(12, 1), []], [[text(30, 2), text(20, 3), text(25, 4)], [text(26, 5)]]
     own = [[whole(model, [*stem, *t])[len(stem) :] for t in some] for stem, some in zip(stems, texts, strict=True)]
-    with reader.reading():
-        groups = [Rows(reader.begin([Run(stems[0])])[1][0], 3), Rows(None, 1)]
+    with reader.predictions():
+        groups = [DecodingBatch(reader.begin([Run(stems[0])])[1][0], 3), DecodingBatch(None, 1)]
         under_way = [[(0, 4), (1, 3)], [(0, 6)]]  # number of the text, tokens read
         for group, stem, some, members in zip(groups, stems, texts, under_way, strict=True):
             for number, n in members:
@@ -127,7 +127,7 @@ def test_decoding_many_is_decoding_each(model: Any, rows: int, batch_tokens: int
 def test_attention_is_the_models_own_afterwards(model: Any) -> None:
     before, tokens = model.config._attn_implementation, text(9, 1)
     expected = whole(model, tokens)
-    with PrefixReader(model).reading():
+    with PrefixReader(model).predictions():
         pass
     assert model.config._attn_implementation == before
     assert torch.equal(whole(model, tokens), expected)
@@ -162,9 +162,9 @@ def test_great_scores_are_not_rounded() -> None:
     model = model.to(torch.bfloat16)
     tokens = text(12, 1)
     reader = PrefixReader(model)
-    with reader.reading():
+    with reader.predictions():
         _, (kept,) = reader.begin([Run(tokens[:8])])
-        rows = Rows(None, 4)
+        rows = DecodingBatch(None, 4)
         rows.add(kept)
         steps = torch.cat([reader.step([rows], [token]) for token in tokens[8:]])
     expected = whole(model, tokens)[8:]

@@ -21,9 +21,9 @@ def longest_first(pivot: Vocabulary) -> "Overlaps":
     def encode_one(text: str) -> list[int]:
         found, rest = [], text.encode()
         while rest:
-            piece = max((p for p in pivot.token_bytes if p and rest.startswith(p)), key=len)
-            found.append(pivot.token_bytes.index(piece))
-            rest = rest[len(piece) :]
+            passage = max((p for p in pivot.token_bytes if p and rest.startswith(p)), key=len)
+            found.append(pivot.token_bytes.index(passage))
+            rest = rest[len(passage) :]
         return found
 
     return Overlaps(OWN, pivot, lambda texts: [encode_one(text) for text in texts])
@@ -107,8 +107,8 @@ def test_the_pivots_tokens_are_those_of_the_whole_text(dummy_prefix: bool) -> No
         for back in range(1, min(3, len(read) - 1) + 1):
             end = b"".join(own.token_bytes[i] or b"" for i in read[-back:])
             given = dict(zip(*(part.tolist() for part in covers[back - 1]), strict=True)) if back <= len(covers) else {}
-            for i, piece in enumerate(own.token_bytes):
-                if piece and piece.startswith(end) and piece != end and is_text(rest := piece[len(end) :]):
+            for i, passage in enumerate(own.token_bytes):
+                if passage and passage.startswith(end) and passage != end and is_text(rest := passage[len(end) :]):
                     whole = encode(tokenizer, (prefix + rest).decode())
                     expected = whole[n] if whole[:n] == ids[:n] else None
                     right += given.get(i) == expected is not None

@@ -16,18 +16,18 @@ from fusion.losses.specs import (
     OnlineDistillation,
     SortedDistillation,
 )
-from fusion.types import Reading
+from fusion.types import Predictions
 from fusion.vocabulary.token_bytes import Vocabulary, same_ids
-from tests.fusion.alignment.test_fuse import MAP, OTHER, OWN, READ, TARGET, reading
+from tests.fusion.alignment.test_fuse import MAP, OTHER, OWN, READ, TARGET, predictions
 
-BARE = Reading.without(OWN.tokens, OWN.ends, 0)  # the target where nothing of it was extracted
-LEFT_OUT = Reading.without(READ.tokens, READ.ends, 3)
-TWIN = reading(TARGET, ["ab", "cd"], [{"ab": 0.5, "b": 0.5}, {"cd": 0.25, "d": 0.25}, {"a": 1.0, "b": 0.0}])
+BARE = Predictions.without(OWN.tokens, OWN.ends, 0)  # the target where nothing of it was extracted
+LEFT_OUT = Predictions.without(READ.tokens, READ.ends, 3)
+TWIN = predictions(TARGET, ["ab", "cd"], [{"ab": 0.5, "b": 0.5}, {"cd": 0.25, "d": 0.25}, {"a": 1.0, "b": 0.0}])
 
 
-def arrays(learn: Learning, *pieces: Mapping[str, Reading], size: int = 4) -> dict[str, np.ndarray]:
+def arrays(learn: Learning, *passages: Mapping[str, Predictions], size: int = 4) -> dict[str, np.ndarray]:
     material = Material("target", {"target": TARGET, "other": OTHER, "twin": TARGET}, {"other": MAP})
-    return learn.lesson(material).arrays([{"target": BARE, **piece} for piece in pieces], [size] * len(pieces))
+    return learn.lesson(material).arrays([{"target": BARE, **passage} for passage in passages], [size] * len(passages))
 
 
 def test_a_teacher_is_carried_over_where_it_has_a_partner() -> None:
@@ -38,7 +38,7 @@ def test_a_teacher_is_carried_over_where_it_has_a_partner() -> None:
     ]
     assert {TARGET.tokens[i]: p for i, p in entries[0].items() if i >= 0} == {"ab": 0.5, "a": 0.125}
     assert found["taught_tail"][0, 0] == 0.375
-    # Nothing after the last position, and nothing is known of the second piece.
+    # Nothing after the last position, and nothing is known of the second passage.
     assert found["taught_weight"][:, 0].tolist() == [1, 1, 0, 0, 0, 0]
 
 
@@ -84,20 +84,20 @@ def test_sorted_probabilities_stand_at_the_partner() -> None:
 
 def test_chunks_lie_between_common_ends() -> None:
     # The source reads ab|c|d where the target reads ab|cd.
-    read = reading(OTHER, ["ab", "c", "d"], [{"a": 0.5}] * 4, [1.0, 0.25, 0.5])
+    read = predictions(OTHER, ["ab", "c", "d"], [{"a": 0.5}] * 4, [1.0, 0.25, 0.5])
     found = arrays(ChunkDistillation(["other"]), {"other": read}, {"other": LEFT_OUT}, {"other": read})
     assert found["chunk"][:, 0].tolist() == [0, 1, -1, -1, -1, -1, 4, 5, -1]
     assert found["chunk_nats"][:, 0].tolist() == [1.0, 0.75, 0, 0, 0, 0, 1.0, 0.75, 0]
     # A target token that ends within the source's belongs to the same chunk as the next.
-    short = reading(TARGET, ["ab", "c", "d"], [{"a": 0.5}] * 4)
-    whole = reading(OTHER, ["ab", "cd"], [{"a": 0.5}] * 3, [1.0, 0.5])
+    short = predictions(TARGET, ["ab", "c", "d"], [{"a": 0.5}] * 4)
+    whole = predictions(OTHER, ["ab", "cd"], [{"a": 0.5}] * 3, [1.0, 0.5])
     found = arrays(ChunkDistillation(["other"]), {"other": whole, "target": short})
     assert found["chunk"][:, 0].tolist() == [0, 1, 1, -1]
     assert found["chunk_nats"][:, 0].tolist() == [1.0, 0.5, 0.5, 0]
 
 
 def test_text_that_tokens_do_not_spell_is_in_no_chunk() -> None:
-    lost = reading(OTHER, ["ab", "c", "d"], [{"a": 0.5}] * 4, [1.0, 0.25, 0.5], ends=[0, 2, -1, -1])
+    lost = predictions(OTHER, ["ab", "c", "d"], [{"a": 0.5}] * 4, [1.0, 0.25, 0.5], ends=[0, 2, -1, -1])
     found = arrays(ChunkDistillation(["other"]), {"other": lost})
     assert found["chunk"][:, 0].tolist() == [0, -1, -1]
 

@@ -57,13 +57,13 @@ def test_a_vocabulary_maps_onto_itself(kind: str, family: str) -> None:
     v = Vocabulary.from_tokenizer(tokenizer)
     image = build_map(kind, v, v, encode_target=lambda text: encode(tokenizer, text))
     assert image.dtype == np.int32
-    for i, piece in enumerate(v.token_bytes):
+    for i, passage in enumerate(v.token_bytes):
         if i in v.control:
             assert image[i] == i
         elif kind == "first_piece":
-            assert piece is not None and piece.startswith(v.token_bytes[image[i]] or b"?")
+            assert passage is not None and passage.startswith(v.token_bytes[image[i]] or b"?")
         else:
-            assert v.token_bytes[image[i]] == piece  # of a byte twice in the vocabulary the ordinary token
+            assert v.token_bytes[image[i]] == passage  # of a byte twice in the vocabulary the ordinary token
             assert image[i] == i or i in v.byte_fallback
 
 
@@ -113,14 +113,16 @@ def test_mined_equals_a_plain_search(on: Any) -> None:
     target = Vocabulary.from_tokenizer(byte_level())
     image = build_map("mined", source, target, on=on)
     for i in range(len(source)):
-        piece, others = source.token_bytes[i], target.token_bytes
+        passage, others = source.token_bytes[i], target.token_bytes
         if on == "strings":
             text = source.tokens[i].replace("▁", "Ġ")
             ranked = [(text != t, Levenshtein.distance(text, t), n) for n, t in enumerate(target.tokens)]
-        elif piece is None:
+        elif passage is None:
             continue
         else:
-            ranked = [(piece != t, Levenshtein.distance(piece, t), n) for n, t in enumerate(others) if t is not None]
+            ranked = [
+                (passage != t, Levenshtein.distance(passage, t), n) for n, t in enumerate(others) if t is not None
+            ]
         assert image[i] == min(ranked)[2]
 
 
@@ -129,13 +131,13 @@ def test_first_piece() -> None:
     target = Vocabulary.from_tokenizer(tokenizer)
     source = _strings("The", "ĠThe", "Ġ", "Ċ", "çĮ«", "çĮ", "Ġçļ", "Ġqqqq", "ðŁ", space="Ġ")
     image = build_map("first_piece", source, target, encode_target=lambda text: encode(tokenizer, text))
-    pieces = [target.token_bytes[i] or b"" for i in image]
-    for piece, whole in zip(pieces, source.token_bytes, strict=True):
-        assert whole is not None and whole.startswith(piece) and piece
+    passages = [target.token_bytes[i] or b"" for i in image]
+    for passage, whole in zip(passages, source.token_bytes, strict=True):
+        assert whole is not None and whole.startswith(passage) and passage
     # The text's own first token: no space that the tokenizer puts before a text.
-    assert not pieces[0].startswith(b" ") and pieces[1].startswith(b" ") and pieces[3] == b"\n"
+    assert not passages[0].startswith(b" ") and passages[1].startswith(b" ") and passages[3] == b"\n"
     assert image[4] == encode(tokenizer, "a猫")[len(encode(tokenizer, "a"))]
-    assert pieces[5] == b"\xe7" and image[5] in target.byte_fallback and pieces[8] == b"\xf0"
+    assert passages[5] == b"\xe7" and image[5] in target.byte_fallback and passages[8] == b"\xf0"
 
 
 def test_first_piece_of_what_the_target_cannot_write() -> None:
@@ -188,7 +190,7 @@ def test_mined_on_bytes_of_real_vocabularies() -> None:
     ids = np.random.default_rng(0).choice(len(source), 30, replace=False)
     image = build_map("mined", source, target, only=ids)
     for i in ids.tolist():
-        piece = source.token_bytes[i]
-        if piece is not None:
-            ranked = [(Levenshtein.distance(piece, t), n) for n, t in enumerate(target.token_bytes) if t is not None]
+        passage = source.token_bytes[i]
+        if passage is not None:
+            ranked = [(Levenshtein.distance(passage, t), n) for n, t in enumerate(target.token_bytes) if t is not None]
             assert image[i] == min(ranked)[1]

@@ -87,8 +87,8 @@ def test_families_are_recognised() -> None:
 def test_added_tokens_stand_for_their_content_and_runs_of_marks_for_spaces() -> None:
     level = Vocabulary.from_tokenizer(byte_level())
     assert level.token_bytes[level.ids["<ünit>"]] == "<ünit>".encode()
-    piece = Vocabulary.from_tokenizer(sentencepiece_bpe(False))
-    assert piece.token_bytes[piece.ids["▁▁"]] == b"  "
+    passage = Vocabulary.from_tokenizer(sentencepiece_bpe(False))
+    assert passage.token_bytes[passage.ids["▁▁"]] == b"  "
 
 
 def test_sizes_beyond_and_below_the_tokenizer() -> None:

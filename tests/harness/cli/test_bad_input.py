@@ -109,10 +109,10 @@ def artifact(name: str, content: str) -> Prepare:
     """A complete artifact, one file of which is then overwritten."""
 
     def prepare(here: Path) -> None:
-        from harness.data.corpus import CorpusConfig, make_pieces
+        from harness.data.corpus import CorpusConfig, make_passages
         from harness.store.artifacts import Store
 
-        _, folder = make_pieces(Store(here / "root" / "artifacts"), CorpusConfig(path=str(here / "train")), 50, None)
+        _, folder = make_passages(Store(here / "root" / "artifacts"), CorpusConfig(path=str(here / "train")), 50, None)
         (folder / name).write_text(content)
 
     return prepare
@@ -202,8 +202,11 @@ NAMES: list[tuple[list[str], str]] = [
     (setting("methods.FuseLLM.alignment=same_edn"), "There is no alignment 'same_edn' .did you mean 'same_end'."),
     (setting("methods.FuseLLM.fusion=minc"), "There is no fusion function 'minc' .did you mean 'mince'."),
     (setting("methods.FuseLLM.tail=buckets"), "switch tail is 'buckets' .did you mean 'bucket'.*; it takes one of"),
-    (setting("methods.FuseLLM.level=documnt"), "switch level is 'documnt' .did you mean 'document'."),
-    (setting("methods.FuseLLM.preset=mend"), "no preset 'mend' .did you mean 'mended'.*: presets are mended, publish"),
+    (setting("methods.FuseLLM.select_over=pasage"), "switch select_over is 'pasage' .did you mean 'passage'."),
+    (
+        setting("methods.FuseLLM.preset=mend"),
+        "no preset 'mend' .did you mean 'corrected'.*: presets are corrected, publish",
+    ),
     (setting("methods.FuseLLM.tial=gold"), "unknown key tial .did you mean 'tail'."),
     (setting("methods.FuseLLM.sources=[Gemma-3-270m]"), "is no role .did you mean 'Gemma-3-270M'."),
     (
@@ -248,7 +251,7 @@ NAMES: list[tuple[list[str], str]] = [
     ),
     (setting("methods.X.role=target"), "methods.X does not say which method it is"),
     (setting("methods.X.method=[clm]"), "methods.X does not say which method it is"),
-    (setting("baseline=CML"), "baseline 'CML' is no row .did you mean 'CLM'.*: rows are"),
+    (setting("reference=CML"), "reference 'CML' is no row .did you mean 'CLM'.*: rows are"),
     (setting("roles.sources.target.model=x"), "a source called 'target', which means something else"),
     (setting("experiment=a/b"), "experiment = 'a/b', which is wrong"),
     (setting("profile=small"), "--set profile=small chooses no profile: write --profile"),
@@ -330,7 +333,10 @@ VALUES: list[tuple[list[str], str]] = [
     (setting("extraction.k=0"), "extraction.k = 0, .* greater than 0"),
     (setting("seeds=[-1]"), r"seeds.0 = -1"),
     ([*SHOW, "main", "--seed", "1", "--seed", "1"], r"seeds \[1, 1\] names one twice: give each seed once"),
-    (setting("training.micro_rows=4"), "training.rows_per_step = 6 is no multiple of training.micro_rows = 4"),
+    (
+        setting("training.micro_batch_size=4"),
+        "training.global_batch_size = 6 is no multiple of training.micro_batch_size = 4",
+    ),
     (setting("suites.perplexity.mode=strided", "suites.perplexity.stride=0"), "suites.perplexity.stride = 0"),
     (run("suites.perplexity.mode=strided", "suites.perplexity.stride=60"), "between 1 and half the window of 64"),
     (run("device=cuda"), "this machine has no CUDA device that torch can use: set device=cpu"),
@@ -465,11 +471,11 @@ FILES: list[tuple[Prepare, list[str], str]] = [
     (nothing, run("extraction.k=1000"), "extraction.k = 1000 exceeds the vocabulary of target, 300: lower it"),
     (nothing, [*run("extraction.k=1000"), "--dry-run"], "extraction.k = 1000 exceeds the vocabulary"),
     (nothing, run("suites.perplexity.window=300"), "window = 300 exceeds the context of target, 256: lower it"),
-    (nothing, run("training.row_length=20"), r"is \d+ tokens for target and exceeds training.row_length, 20"),
+    (nothing, run("training.sequence_length=20"), r"is \d+ tokens for target and exceeds training.sequence_length, 20"),
     (
         write("train/long.txt", "".join(map(str, range(2000)))),
-        run("pieces.max_bytes=3000", "corpus.first_bytes=3000", "training.row_length=4000"),
-        r"long.txt .bytes from 0. is \d+ tokens for target and exceeds the context of target, 256: lower pieces",
+        run("passages.max_bytes=3000", "corpus.first_bytes=3000", "training.sequence_length=4000"),
+        r"long.txt .bytes from 0. is \d+ tokens for target and exceeds the context of target, 256: lower passages",
     ),
     # Merges: refused before anything is loaded or trained.
     (
@@ -575,8 +581,8 @@ FILES: list[tuple[Prepare, list[str], str]] = [
     ),
     (
         ran(answers("CLM", "arc_easy", [1.0], 0)),
-        ["tables", "table2", "--baseline", "CML", "--root", "root"],
-        "unknown baseline 'CML'; did you mean 'CLM'",
+        ["tables", "table2", "--reference", "CML", "--root", "root"],
+        "unknown reference row 'CML'; did you mean 'CLM'",
     ),
     *(
         (prepare, [*command, "--root", "root"], expected)
@@ -621,10 +627,10 @@ def test_a_wrong_file_ends_in_one_sentence(here: Path, prepare: Prepare, argumen
 
 
 def test_damaged_artifacts_are_listed_one_by_one(here: Path) -> None:
-    artifact("pieces.arrow", "nonsense")(here)
+    artifact("passages.arrow", "nonsense")(here)
     status, _, said = answer("artifacts", "verify", "--root", "root")
     first, last = said.splitlines()
-    assert status == 2 and "pieces.arrow does not match its SHA-256" in first
+    assert status == 2 and "passages.arrow does not match its SHA-256" in first
     assert last == "fusellm: 1 of 1 artifacts do not match their manifests: see the lines above."
 
 

@@ -90,7 +90,7 @@ def test_commands_of_one_process_refuse_a_launcher(monkeypatch: pytest.MonkeyPat
 def test_show_prints_what_was_set() -> None:
     arguments = ["experiment", "show", "main", "--set", "methods.FuseLLM.lambda=0.5", "--seed", "3", "--seed", "4"]
     shown = yaml.safe_load(answer(*arguments)[1])
-    assert shown["methods"]["FuseLLM"] == {"method": "fusellm", "preset": "mended", "lambda": 0.5}
+    assert shown["methods"]["FuseLLM"] == {"method": "fusellm", "preset": "corrected", "lambda": 0.5}
     assert shown["seeds"] == [3, 4] and shown["training"]["warmup_ratio"] == 0.008
     assert list(shown["methods"])[:2] == ["SmolLM2-135M-Instruct", "Gemma-3-270M"]
 
@@ -98,4 +98,4 @@ def test_show_prints_what_was_set() -> None:
 def test_paper_profile_plans_without_models_or_text(tmp_path: Path) -> None:
     status, printed, said = answer("experiment", "run", "main", "--profile", "paper", "--dry-run", "--root", tmp_path)
     assert status == 0, said
-    assert "FuseLLM" in printed and "to do" in printed
+    assert "FuseLLM" in printed and "missing" in printed

@@ -1,4 +1,4 @@
-"""Documents and pieces."""
+"""Documents and passages."""
 
 import json
 from pathlib import Path
@@ -10,17 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusion.errors import UserError
-from harness.data.corpus import CorpusConfig, Pieces, cut, documents, expected_bytes, first_bytes, make_pieces
+from harness.data.corpus import CorpusConfig, Passages, cut, documents, expected_bytes, first_bytes, make_passages
 from harness.store.artifacts import Store
 
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=300)
 
 
 @given(TEXT, st.integers(4, 60))
-def test_pieces_join_and_fit(text: str, limit: int) -> None:
-    pieces = cut(text, limit)
-    assert "".join(pieces) == text
-    assert all(0 < len(p.encode()) <= limit for p in pieces)
+def test_passages_join_and_fit(text: str, limit: int) -> None:
+    passages = cut(text, limit)
+    assert "".join(passages) == text
+    assert all(0 < len(p.encode()) <= limit for p in passages)
 
 
 @given(TEXT, st.integers(1, 60))
@@ -42,14 +42,14 @@ def test_the_size_is_known_before_the_text_is_read(tmp_path: Path) -> None:
     assert expected_bytes(CorpusConfig(path="some/set"), None) == 0
 
 
-def test_stored_pieces_are_the_text(tmp_path: Path) -> None:
+def test_stored_passages_are_the_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("naïve 猫 text " * 20, encoding="utf-8")
     (tmp_path / "b.txt").write_text("x", encoding="utf-8")
-    _, folder = make_pieces(Store(tmp_path / "store"), CorpusConfig(path=str(tmp_path)), 50, None)
-    pieces = Pieces(folder)
-    assert "".join(pieces.text(i) for i in range(len(pieces) - 1)) == "naïve 猫 text " * 20
-    assert [bool(x) for x in pieces.last[-2:]] == [True, True] and sum(pieces.last) == 2
-    assert all(pieces.n_bytes[i] == len(pieces.text(i).encode()) for i in range(len(pieces)))
+    _, folder = make_passages(Store(tmp_path / "store"), CorpusConfig(path=str(tmp_path)), 50, None)
+    passages = Passages(folder)
+    assert "".join(passages.text(i) for i in range(len(passages) - 1)) == "naïve 猫 text " * 20
+    assert [bool(x) for x in passages.last[-2:]] == [True, True] and sum(passages.last) == 2
+    assert all(passages.n_bytes[i] == len(passages.text(i).encode()) for i in range(len(passages)))
 
 
 def _parquet(path: Path, rows: list[dict[str, str]]) -> None:

@@ -11,10 +11,10 @@ from fusion.errors import UserError
 from harness.config.loading import load, method_parameters, suite_section
 from harness.data.corpus import Document
 from harness.evaluation import suite
-from harness.evaluation.bits_per_byte import PerplexitySection
-from harness.evaluation.joint_model import JointSubject, joint_subject
+from harness.evaluation.bits_per_byte import PerplexityConfig
+from harness.evaluation.joint_model import JointModel, joint_subject
 from harness.evaluation.lm_eval import tasks
-from harness.evaluation.suite import Measured, Subject
+from harness.evaluation.suite import EvaluatedModel, SuiteResult
 from harness.evaluation.vote import choices, voted
 from harness.experiment import run
 from harness.models.checkpoints import ModelSpec, count_parameters, resolve
@@ -62,19 +62,19 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "_hub_answers", lambda: False)
 
 
-def subject(folder: Path, root: Path, label: str | None = None) -> Subject:
+def evaluated(folder: Path, root: Path, label: str | None = None) -> EvaluatedModel:
     spec = ModelSpec(name=str(folder), dtype="float32")
     found = resolve(spec, root / "models")
-    return Subject(
+    return EvaluatedModel(
         label or folder.name, found.fingerprint, spec, "float32", "cpu", 2048, count_parameters(folder), root
     )
 
 
 def together(
     members: dict[str, Path], root: Path, combine: Any = "probabilities", weights: dict[str, float] | None = None
-) -> JointSubject:
+) -> JointModel:
     """The members by role, the first of which is the pivot."""
-    alone = {role: subject(folder, root, role) for role, folder in members.items()}
+    alone = {role: evaluated(folder, root, role) for role, folder in members.items()}
     made = ensemble(
         [
             Member(role, Candidate(members[role], one.fingerprint, False), (weights or {}).get(role, 1 / len(members)))
@@ -88,7 +88,7 @@ def together(
     return joint_subject("E", made, [(alone[m.role], m.weight) for m in made.members])
 
 
-def measure(name: str, section: dict[str, Any], of: Subject, root: Path, data: Path) -> Measured:
+def measure(name: str, section: dict[str, Any], of: EvaluatedModel, root: Path, data: Path) -> SuiteResult:
     return suite.suite(name)(suite_section(name, section), data).measure(of, Store(root / "artifacts"), Costs("cpu"))
 
 
@@ -100,7 +100,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def answers(name: str, of: Subject, root: Path, data: Path) -> Any:
+def answers(name: str, of: EvaluatedModel, root: Path, data: Path) -> Any:
     measured = measure(name, SECTIONS[name], of, root, data)
     assert not measured.missing
     if name == "multipl_e":
@@ -117,7 +117,7 @@ def flat(value: Any) -> list[Any]:
 @pytest.mark.parametrize("name", SECTIONS)
 def test_every_suite_takes_ensembles(name: str, rows: Path, models: dict[str, Path], tmp_path: Path) -> None:
     one, two, other, wide = (models[role] for role in ("one", "two", "other", "wide"))
-    alone = flat(answers(name, subject(one, tmp_path), tmp_path, rows))
+    alone = flat(answers(name, evaluated(one, tmp_path), tmp_path, rows))
 
     def same(a: list[Any], b: list[Any]) -> bool:
         return all(x == (pytest.approx(y, abs=1e-3) if isinstance(y, float) else y) for x, y in zip(a, b, strict=True))
@@ -138,14 +138,14 @@ def test_perplexity_of_ensembles(models: dict[str, Path], tmp_path: Path) -> Non
 
     texts = ["the quick brown fox jumps over 猫 and ale", "seven wizards"]
     documents = [Document(str(i), "d", text, str(i)) for i, text in enumerate(texts)]
-    section = PerplexitySection.model_construct(window=16, mode="rolling", stride=None)
+    section = PerplexityConfig.model_construct(window=16, mode="rolling", stride=None)
 
-    def nats(of: Subject) -> list[float]:
+    def nats(of: EvaluatedModel) -> list[float]:
         return [
             r["nats"] for r in bits_per_byte.measure(of.predictor, of.tokenizer, documents, section, batch_tokens=64)
         ]
 
-    alone = nats(subject(models["one"], tmp_path))
+    alone = nats(evaluated(models["one"], tmp_path))
     assert nats(together({"a": models["one"], "b": models["one"]}, tmp_path)) == pytest.approx(alone, rel=1e-5)
     both = nats(together({"a": models["one"], "b": models["two"]}, tmp_path))
     assert both == pytest.approx(nats(together({"b": models["two"], "a": models["one"]}, tmp_path)), rel=1e-5)
@@ -160,7 +160,8 @@ def test_a_vote_counts_the_members_answers(rows: Path, models: dict[str, Path], 
         measured = measure(name, SECTIONS[name], together(members, tmp_path, "vote", weights), tmp_path, rows)
         found = {(e.task, e.example, e.metric): e.numerator for e in measured.examples()}
         alone = {
-            r: lines(measure(name, SECTIONS[name], subject(m, tmp_path, r), tmp_path, rows)) for r, m in members.items()
+            r: lines(measure(name, SECTIONS[name], evaluated(m, tmp_path, r), tmp_path, rows))
+            for r, m in members.items()
         }
         for number in range(3):
             given = {role: of_role[task][number] for role, of_role in alone.items()}

@@ -17,7 +17,7 @@ from harness.evaluation.lm_eval import suites, tasks
 from harness.evaluation.lm_eval.tasks import task_folder
 from harness.evaluation.multipl_e import code_suite
 from harness.evaluation.multipl_e.code_suite import COMPLETIONS
-from harness.evaluation.suite import Measured, Subject, append_line, read_lines
+from harness.evaluation.suite import EvaluatedModel, SuiteResult, append_line, read_lines
 from harness.models.checkpoints import ModelSpec, count_parameters, resolve
 from harness.store.artifacts import Store
 from harness.store.costs import Costs
@@ -49,18 +49,18 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "_hub_answers", lambda: False)
 
 
-def subject(folder: Path, root: Path) -> Subject:
+def evaluated(folder: Path, root: Path) -> EvaluatedModel:
     spec = ModelSpec(name=str(folder), dtype="float32")
     found = resolve(spec, root / "models")
-    return Subject(folder.name, found.fingerprint, spec, "float32", "cpu", 2048, count_parameters(folder), root)
+    return EvaluatedModel(folder.name, found.fingerprint, spec, "float32", "cpu", 2048, count_parameters(folder), root)
 
 
-def measure(name: str, section: dict[str, Any], model: Path, root: Path, data: Path | None) -> Measured:
+def measure(name: str, section: dict[str, Any], model: Path, root: Path, data: Path | None) -> SuiteResult:
     made = suite.suite(name)(suite_section(name, section), data)
-    return made.measure(subject(model, root), Store(root / "artifacts"), Costs("cpu"))
+    return made.measure(evaluated(model, root), Store(root / "artifacts"), Costs("cpu"))
 
 
-def lines(measured: Measured) -> dict[str, list[dict[str, Any]]]:
+def lines(measured: SuiteResult) -> dict[str, list[dict[str, Any]]]:
     """By task, what is kept of every example, in the order of the rows."""
     return {
         task: sorted(read_lines(path / suites.EXAMPLES), key=lambda line: line["example"])
@@ -118,7 +118,7 @@ def test_scores_are_lm_evals(rows: Path, models: dict[str, Path], tmp_path: Path
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    candidate = subject(models["one"], tmp_path)
+    candidate = evaluated(models["one"], tmp_path)
     expected = simple_evaluate(
         HFLM(candidate.model, tokenizer=candidate.tokenizer, backend="causal", batch_size=2),
         tasks=list(DATASETS),
@@ -229,7 +229,7 @@ def test_tasks_that_do_not_fit_are_found_before_the_run(
     (prepared,) = tasks.prepare(
         [tasks.find_source("triviaqa", task_folder() / "triviaqa/default.yaml", rows, tasks.Overrides(0, 10))], 1
     )[0].values()
-    candidate = subject(models["short"], tmp_path)
+    candidate = evaluated(models["short"], tmp_path)
     (text,) = [requests[0].args[0] for requests in prepared.examples.values()]
     length = len(candidate.tokenizer(text)["input_ids"])
     candidate.__dict__["context"] = length + 10
@@ -411,7 +411,7 @@ def test_suites_are_a_stage_of_an_experiment(experiment_file: Path, rows: Path, 
     more = ["suites.commonsense.tasks=[boolq,arc_easy]", "suites.commonsense.limit=3", "suites.bbh={tasks: [navigate]}"]
     config = load(str(experiment_file), overrides=[*settings, *more, "suites.generative=null"])
     planned = run.plan(config, tmp_path)
-    assert sum(p.spec.kind == "commonsense" and p.state == "to do" for p in planned) == 4  # CLM is the target itself
+    assert sum(p.spec.kind == "commonsense" and p.state == "missing" for p in planned) == 4  # CLM is the target itself
     folder = run.run(config, tmp_path)
     assert folder != plain
     records = read([folder / "records"]).query("suite == 'commonsense'")

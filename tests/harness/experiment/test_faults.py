@@ -31,7 +31,7 @@ from harness.evaluation import bits_per_byte
 from harness.experiment import context, run
 from harness.runtime import progress
 from harness.stages import extraction, trainer
-from harness.store.artifacts import Store, alone, read_manifest
+from harness.store.artifacts import Store, exclusive_lock, read_manifest
 from harness.store.cleanup import unused
 from tests.harness.command import answer, assert_whole, results, sentence, start
 
@@ -363,7 +363,7 @@ def _dying(original: Callable[..., object], calls: int) -> Callable[..., object]
 def test_a_damaged_checkpoint_is_not_continued(
     finished: Path, experiment_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for kind in ("pieces", "perplexity"):
+    for kind in ("passages", "perplexity"):
         shutil.copytree(finished / "artifacts" / kind, tmp_path / "artifacts" / kind)
     config = load(str(experiment_file))
     with monkeypatch.context() as patch:
@@ -409,10 +409,10 @@ def test_a_tokenizer_changed_after_the_extraction_is_noticed(
     """Its file makes another model of it; its library, where it splits otherwise, is refused."""
     folder = Path(shutil.copytree(made / "llama", tmp_path / "llama"))
     config = load(str(experiment_file), overrides=[f"roles.target.model={folder}"])
-    assert {p.state for p in run.plan(config, again)} == {"there"}
+    assert {p.state for p in run.plan(config, again)} == {"ready"}
     with (folder / "tokenizer.json").open("a") as file:
         file.write("\n")
-    todo = {p.spec.label for p in run.plan(config, again) if p.state == "to do"}
+    todo = {p.spec.label for p in run.plan(config, again) if p.state == "missing"}
     assert todo >= {"llama", "CLM-seed0", "FuseLLM-seed0"} and "neox" not in todo
     reader = context.Experiment(load(str(experiment_file)), again).reader("neox")
     monkeypatch.setattr(extraction, "encode", lambda tokenizer, text: encode(tokenizer, text)[:-1])
@@ -449,10 +449,10 @@ def test_two_processes_make_one_run(experiment_file: Path, tmp_path: Path) -> No
 
 def test_who_waits_for_another_process_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(progress, "say", said.append)
+    monkeypatch.setattr(progress, "notify", said.append)
 
     def wait() -> None:
-        with alone(tmp_path / "lock", "train CLM"):
+        with exclusive_lock(tmp_path / "lock", "train CLM"):
             said.append("alone")
 
     waiting = threading.Thread(target=wait)

@@ -86,15 +86,15 @@ def test_a_second_run_makes_nothing_and_gives_the_same_bytes(finished: tuple[Con
 
 def test_plan_knows_what_is_there(finished: tuple[Config, Path, Path], tmp_path: Path) -> None:
     config, root, _ = finished
-    assert {p.state for p in run.plan(config, root)} == {"there"}
+    assert {p.state for p in run.plan(config, root)} == {"ready"}
     fresh = run.plan(config, tmp_path)
-    assert {p.state for p in fresh} == {"to do"}
+    assert {p.state for p in fresh} == {"missing"}
     assert not (tmp_path / "artifacts").exists()
     assert sum(p.spec.kind == "train" for p in fresh) == 3
     # Another lambda extracts nothing again.
     other = config.model_copy(deep=True)
     other.methods["FuseLLM"]["lambda"] = 0.7
-    todo = [p.spec for p in run.plan(other, root) if p.state == "to do"]
+    todo = [p.spec for p in run.plan(other, root) if p.state == "missing"]
     assert sorted(s.kind for s in todo) == ["perplexity", "train"]
 
 
@@ -111,7 +111,7 @@ def test_lambda_one_is_clm(finished: tuple[Config, Path, Path], experiment_file:
 def test_rows_at_once_do_not_change_the_training(finished: tuple[Config, Path, Path], experiment_file: Path) -> None:
     """Token-exact accumulation: two rows at once, or one after the other from a loader of its own, are one step."""
     _, root, _ = finished
-    config = load(str(experiment_file), overrides=["training.micro_rows=2", "seeds=[5]", "experiment=micro-rows"])
+    config = load(str(experiment_file), overrides=["training.micro_batch_size=2", "seeds=[5]", "experiment=micro-rows"])
     single = load(str(experiment_file), overrides=["training.workers=1", "seeds=[5]", "experiment=micro-rows"])
     # The number of rows at once is no part of an artifact's identity, so each gets a store of its own.
     nats = []
@@ -126,21 +126,21 @@ def test_rows_at_once_do_not_change_the_training(finished: tuple[Config, Path, P
 def test_a_stored_reading_is_what_the_model_says(finished: tuple[Config, Path, Path]) -> None:
     import torch
 
-    from harness.data.corpus import Pieces
+    from harness.data.corpus import Passages
     from harness.models.checkpoints import load_model
 
     config, root, _ = finished
     small = context.Experiment(config, root)
-    model, reader, pieces = load_model(small.model("neox")), small.reader("neox"), Pieces(small.pieces[1])
-    for piece in range(0, len(pieces), 7):
-        reading = reader.reading(piece)
+    model, reader, passages = load_model(small.model("neox")), small.reader("neox"), Passages(small.passages[1])
+    for passage in range(0, len(passages), 7):
+        reading = reader.reading(passage)
         with torch.no_grad():
             log_q = model(torch.tensor(reading.tokens[None]).long()).logits[0].log_softmax(-1)
         top = log_q.topk(5, -1)
         np.testing.assert_allclose(reading.log_p, top.values.numpy(), rtol=1e-3)
         np.testing.assert_allclose(reading.nats[:-1], -log_q[range(len(log_q) - 1), reading.tokens[1:]], rtol=1e-4)
-        assert reading.ends[0] == 0 and reading.ends[-1] == pieces.n_bytes[piece]
-        text = pieces.text(piece).encode()
+        assert reading.ends[0] == 0 and reading.ends[-1] == passages.n_bytes[passage]
+        text = passages.text(passage).encode()
         for token, start, end in zip(reading.tokens[1:], reading.ends[:-1], reading.ends[1:], strict=True):
             assert reader.vocabulary.token_bytes[token] == text[start:end]
 
@@ -206,7 +206,7 @@ def test_a_resumed_training_is_bit_identical(
     from harness.stages.trainer import FusionTrainer
 
     config, root, _ = finished
-    for kind in ("pieces", "extraction", "map", "perplexity"):
+    for kind in ("passages", "predictions", "map", "perplexity"):
         shutil.copytree(root / "artifacts" / kind, tmp_path / "artifacts" / kind)
     only = config.model_copy(deep=True)
     only.methods = {k: v for k, v in only.methods.items() if k in ("FuseLLM", "CLM")}
@@ -226,7 +226,7 @@ def test_a_resumed_training_is_bit_identical(
 def test_changed_bytes_are_refused_by_name(finished: tuple[Config, Path, Path], tmp_path: Path) -> None:
     config, root, _ = finished
     shutil.copytree(root / "artifacts", tmp_path / "artifacts")
-    (shard, *_) = sorted((tmp_path / "artifacts" / "extraction").glob("*/shard-000001.safetensors"))
+    (shard, *_) = sorted((tmp_path / "artifacts" / "predictions").glob("*/shard-000001.safetensors"))
     raw = bytearray(shard.read_bytes())
     raw[len(raw) // 2] ^= 4
     shard.write_bytes(raw)
@@ -305,7 +305,7 @@ def test_a_head_that_cannot_be_fused_is_trained_all_the_same(
 def test_every_manifest_tells_how_it_was_made(finished: tuple[Config, Path, Path]) -> None:
     config, root, _ = finished
     manifests = [json.loads(p.read_text()) for p in (root / "artifacts").glob("*/*/manifest.json")]
-    assert {m["kind"] for m in manifests} == {"pieces", "extraction", "map", "train", "perplexity"}
+    assert {m["kind"] for m in manifests} == {"passages", "predictions", "map", "train", "perplexity"}
     for manifest in manifests:
         assert manifest["info"]["configuration"]["training"] == config.model_dump(mode="json")["training"]
         assert manifest["command"] and manifest["libraries"]["torch"] and manifest["files"]
@@ -319,7 +319,7 @@ def test_other_ways_of_training_come_near(
     finished: tuple[Config, Path, Path], experiment_file: Path, tmp_path: Path, settings: list[str]
 ) -> None:
     _, root, folder = finished
-    shutil.copytree(root / "artifacts" / "extraction", tmp_path / "artifacts" / "extraction")
+    shutil.copytree(root / "artifacts" / "predictions", tmp_path / "artifacts" / "predictions")
     config = load(str(experiment_file), overrides=settings)
     config.methods = {k: v for k, v in config.methods.items() if k in ("CLM", "FuseLLM")}
     other, records = (read([f / "records"]) for f in (run.run(config, tmp_path), folder))

@@ -82,7 +82,7 @@ def test_alignment(line: Line) -> None:
 
 def test_unpaired(line: Line) -> None:
     values = {
-        v: line.teaches(["abcdab"], {"s": other()}, "alignment=dtw", f"unpaired={v}") for v in ("next", "current")
+        v: line.teaches(["abcdab"], {"s": other()}, "alignment=dtw", f"unaligned={v}") for v in ("next", "current")
     }
     assert values["next"][2] == {"ab": 1.0}
     assert values["current"][2] == {"cd": 1.0}
@@ -91,7 +91,7 @@ def test_unpaired(line: Line) -> None:
 def test_empty(line: Line) -> None:
     source, target = {"s": other({"<s>": {"x": 0.75}})}, Bigrams({"<s>": {"b": 0.625}})
     values = {
-        v: line.teaches(["ab"], source, "map=em", f"empty={v}", k=1, target=target)[0] for v in ("tail", "target")
+        v: line.teaches(["ab"], source, "map=em", f"unmapped={v}", k=1, target=target)[0] for v in ("tail", "target")
     }
     assert values["tail"] == {"tail": 1.0}
     assert values["target"] == near(b=0.625, tail=0.375)
@@ -123,9 +123,11 @@ def test_level(line: Line) -> None:
     by_left = [near(ab=0.5, tail=0.5), near(c=0.25, tail=0.75), near(a=0.5, tail=0.5)]
     by_right = [near(b=0.25, tail=0.75), near(c=0.5, tail=0.5), near(b=0.5, tail=0.5)]
     second = [near(b=0.25, tail=0.75), near(a=0.5, tail=0.5), near(b=0.5, tail=0.5)]  # by right, whatever the level
-    values = {v: line.teaches(["abcd", "ba"], sources, f"level={v}", k=1) for v in ("document", "token", "row")}
-    assert values["document"] == [*by_left, *second]
-    assert values["row"] == [*by_right, *second]  # 12 bits against 9
+    values = {
+        v: line.teaches(["abcd", "ba"], sources, f"select_over={v}", k=1) for v in ("passage", "token", "sequence")
+    }
+    assert values["passage"] == [*by_left, *second]
+    assert values["sequence"] == [*by_right, *second]  # 12 bits against 9
     assert values["token"] == [by_left[0], *by_right[1:], *second]  # of ab: 1 against 4; of cd: 3 against 2
 
 
@@ -134,7 +136,9 @@ def test_choice_measures_bytes_or_own_tokens(line: Line) -> None:
     coarse = other({"<s>": {"ab": 0.125, "cd": 0.5}, "ab": {"c": 0.25}, "c": {"d": 0.25}})
     fine = other({"<s>": {"a": 0.25}, "a": {"b": 0.25}, "b": {"c": 0.25}, "c": {"d": 0.25}}, merges=())
     sources = {"coarse": coarse, "fine": fine}
-    values = {v: line.teaches(["abcd"], sources, f"choice={v}", k=1)[0] for v in ("nats_per_byte", "mean_ce_bfloat16")}
+    values = {
+        v: line.teaches(["abcd"], sources, f"select_by={v}", k=1)[0] for v in ("nats_per_byte", "mean_ce_bfloat16")
+    }
     assert values["nats_per_byte"] == near(cd=0.5, tail=0.5)
     assert values["mean_ce_bfloat16"] == near(a=0.25, tail=0.75)
 
@@ -143,8 +147,8 @@ def test_choice_measures_bytes_or_own_tokens(line: Line) -> None:
 def test_choice_breaks_ties_by_name_or_by_order(line: Line, probability: float) -> None:
     zebra, ant = other({"<s>": {"ab": probability, "a": 0.5}}), other({"<s>": {"ab": 0.125, "b": 0.5}})
     sources = {"zebra": zebra, "ant": ant}
-    assert line.teaches(["ab"], sources, "choice=nats_per_byte", k=1)[0] == near(b=0.5, tail=0.5)
-    assert line.teaches(["ab"], sources, "choice=mean_ce_bfloat16", k=1)[0] == near(a=0.5, tail=0.5)
+    assert line.teaches(["ab"], sources, "select_by=nats_per_byte", k=1)[0] == near(b=0.5, tail=0.5)
+    assert line.teaches(["ab"], sources, "select_by=mean_ce_bfloat16", k=1)[0] == near(a=0.5, tail=0.5)
 
 
 # After the prefix two bytes follow, for which `one` needs 1 bit and `two` 3: half a bit against one and a half a byte.
@@ -176,7 +180,7 @@ def test_weight_temperature(line: Line, temperature: float, first: float) -> Non
 
 def test_positions(line: Line) -> None:
     for value, weight in (("with_next", [1, 1, 0]), ("all", [1, 1, 1])):
-        made = line.row(["abcd"], {"s": other()}, f"methods.X.positions={value}")
+        made = line.row(["abcd"], {"s": other()}, f"methods.X.loss_positions={value}")
         assert made["fusion_weight"].tolist() == weight
 
 
@@ -223,7 +227,7 @@ def test_k(line: Line, k: int) -> None:
 
 @pytest.mark.parametrize(("bos", "prefix"), [("<s>", "<s>"), (None, "</s>")])
 def test_prefix(line: Line, bos: str | None, prefix: str) -> None:
-    """bos, else eos, before every piece: where sources are read, where the target is trained, where it is tested."""
+    """bos, else eos, before every passage: where sources are read, where the target is trained, where it is tested."""
     after = {"<s>": {"ab": 0.5, "a": 0.25}, "</s>": {"ab": 0.125, "b": 0.5}}
     own = Bigrams(after, bos=bos)
     texts = ["ab", "ba"]
@@ -243,18 +247,18 @@ SETTINGS = {
     "map=em",
     "map_on=strings",
     "alignment=dtw",
-    "unpaired=current",
-    "empty=target",
+    "unaligned=current",
+    "unmapped=target",
     "duplicates=first",
     "tail=gold",
     "tail=renormalise",
     "fusion=avgce",
-    "level=token",
-    "level=row",
-    "choice=mean_ce_bfloat16",
+    "select_over=token",
+    "select_over=sequence",
+    "select_by=mean_ce_bfloat16",
     "weights=exp_ce",
     "weight_temperature=0.5",
-    "positions=all",
+    "loss_positions=all",
     "include_target=false",
     "sources=[s]",
     "k=2",

@@ -103,8 +103,8 @@ def test_gguf_gives_the_logits_and_tokens_of_the_original(llama: Path, tmp_path:
     tokenizer = load_tokenizer(resolved)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
     # "smollm" splits digits off before merging, which decides where the space before a digit goes.
-    pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("at  12")
-    assert [piece for piece, _ in pieces] == ["at", "ĠĠ", "1", "2"]
+    passages = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("at  12")
+    assert [passage for passage, _ in passages] == ["at", "ĠĠ", "1", "2"]
     from transformers import AutoTokenizer
 
     plain = AutoTokenizer.from_pretrained(out, local_files_only=True)
@@ -141,12 +141,12 @@ def test_a_pickle_keeps_its_weights_and_its_dtype(dtype: torch.dtype, tmp_path: 
     with pytest.raises(UserError, match="fusellm models convert"):
         resolve(ModelSpec(name=str(folder)), tmp_path)
     said: list[str] = []
-    out = convert(folder, tmp_path / "out", licence="MIT", say=said.append)
+    out = convert(folder, tmp_path / "out", licence="MIT", notify=said.append)
     written = load_file(out / "model.safetensors")
     assert set(written) == set(original)
     assert all(torch.equal(written[name], original[name]) and written[name].dtype == dtype for name in original)
     assert read_manifest(out)["licence"] == "MIT"
-    assert convert(folder, tmp_path / "out", say=said.append) == out
+    assert convert(folder, tmp_path / "out", notify=said.append) == out
     assert "there already" in said[-1]
 
 
@@ -185,7 +185,7 @@ def test_another_model_is_not_written_over(tmp_path: Path) -> None:
 
 
 def make_slow(folder: Path, **options: Any) -> None:
-    """Replaces the tokenizer of a folder by a SentencePiece one of 290 pieces."""
+    """Replaces the tokenizer of a folder by a SentencePiece one of 290 passages."""
     from sentencepiece import SentencePieceTrainer
 
     text = ["the cat  sat on the mat", "and the dog sat on the log", " in 1984 it was so", "  the end  "] * 20

@@ -214,7 +214,7 @@ def test_recipes() -> None:
         assert teacher.family == target and teacher.hidden > target.hidden
         for model in recipe.models:
             assert isinstance(model, TinyModel)
-            assert model.row_length <= model.context
+            assert model.sequence_length <= model.context
     with pytest.raises(UserError, match="no tiny model 'poet': choose one of target, coder, reader, teacher"):
         MICRO.model("poet")
     with pytest.raises(UserError, match="profile 'large': choose one of tiny, micro"):

@@ -18,7 +18,7 @@ from tests.results.sample import curve, final
 METHODS = {
     "target": {"method": "as_is", "role": "target"},
     "CLM": {"method": "clm"},
-    "FuseLLM": {"method": "fusellm", "preset": "mended"},
+    "FuseLLM": {"method": "fusellm", "preset": "corrected"},
     "FuseLLM published": {"method": "fusellm", "preset": "published"},
     "FuseLLM published lambda=0.5": {"method": "fusellm", "preset": "published", "lambda": 0.5},
     "FuseLLM lambda=0": {"method": "fusellm", "lambda": 0},
@@ -93,6 +93,6 @@ def test_the_report_shows_the_same_figures(tmp_path: Path) -> None:
 
 def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
     folder = _ablation(tmp_path)
-    found = runs.tables(tmp_path, ["ablations"], None, baseline="FuseLLM")
+    found = runs.tables(tmp_path, ["ablations"], None, reference="FuseLLM")
     names = {one.name for one in drawings(folder, found.made["ablations"])}
-    assert not names & {"choice", "coverage", "audit", "by-k"}  # of two rows the baseline has no difference
+    assert not names & {"choice", "coverage", "audit", "by-k"}  # of two rows the reference has no difference

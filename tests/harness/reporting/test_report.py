@@ -68,7 +68,7 @@ def test_a_cell_leads_to_everything_behind_it(root: Path) -> None:
     # From the candidate that was evaluated to the text that it was trained on.
     by_fingerprint = {m["fingerprint"]: m for m in map(read_manifest, Store(root / "artifacts").artifacts())}
     trained = by_fingerprint[manifest["inputs"]["model"]]
-    assert by_fingerprint[trained["inputs"]["pieces"]]["kind"] == "pieces"
+    assert by_fingerprint[trained["inputs"]["passages"]]["kind"] == "passages"
 
 
 def test_the_page_needs_nothing_else_and_is_the_same_each_time(written: Path, root: Path, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_costs_and_examples(root: Path) -> None:
     run = report.read(runs.find_run(root, "table2", "micro"), examples=2)
     costs = {(cost.stage, cost.of): cost for cost in run.costs}
     assert costs["train", "FuseLLM-seed0"].tokens == costs["train", "CLM-seed0"].tokens > 1000
-    assert costs["extraction", "coder"].tokens > 1000
+    assert costs["predictions", "coder"].tokens > 1000
     assert all(cost.seconds >= 0 and cost.peak_memory > 1e8 and cost.size > 0 for cost in run.costs)
     tasks = {task.name: task for task in run.tasks}
     assert list(tasks) == [
@@ -133,7 +133,7 @@ def test_the_page_in_a_browser(written: Path, browser: Any, size: tuple[int, int
     box.find_elements(By, "thead th button")[2].click()
     assert [float(text) for text in column(1)] == sorted((float(text) for text in values), reverse=True)
     box.find_element(By, "[data-mode=difference]").click()
-    assert set(column(3)) == {"baseline"} and all(text[0] in "+-" for text in column(0))
+    assert set(column(3)) == {"reference"} and all(text[0] in "+-" for text in column(0))
     box.find_element(By, "[data-mode=rank]").click()
     assert {int(text) for text in column(0)} <= {1, 2, 3, 4, 5}
     box.find_element(By, "[data-mode=value]").click()
@@ -203,9 +203,13 @@ def test_what_two_runs_differ_in(root: Path, tmp_path: Path) -> None:
     status, printed, _ = answer("experiment", "diff", runs.find_run(root, "table2", None), one, "--format", "csv")
     keys = [line.split(",")[0] for line in printed.splitlines()]
     assert status == 0
-    assert {"named.models.target", "named.pieces", "libraries.torch", "commit", "configuration.roles.target.model"} <= {
-        *keys
-    }
+    assert {
+        "named.models.target",
+        "named.passages",
+        "libraries.torch",
+        "commit",
+        "configuration.roles.target.model",
+    } <= {*keys}
 
 
 def test_mistakes_are_one_sentence(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ def finished(root: Path, experiment: str, records: list[Record], profile: str = 
     path = folder / "records" / "all.parquet"
     write(path, records, {"evaluation": "abc"})
     config = {
-        "experiment": experiment, "profile": profile, "title": f"about {experiment}", "baseline": "CLM", "banner": None,
+        "experiment": experiment, "profile": profile, "title": f"about {experiment}",
+        "reference": "CLM", "banner": None,
         "methods": METHODS,
     }  # fmt: skip
     description = {"configuration": config, "records": {path.name: file_sha256(path)}, "finished": finished}
@@ -69,8 +70,8 @@ def test_a_table_of_the_paper_has_its_layout_and_another_the_main_one(tmp_path: 
     assert any("`fusellm experiment run table2 --profile small`" in note for note in table.notes)
 
     finished(tmp_path, "main", main())
-    table = runs.table(runs.find_run(tmp_path, "main", "small"), baseline="SmolLM2")
-    assert (table.title, table.baseline, table.rows) == ("about main (main, small)", "SmolLM2", tuple(METHODS))
+    table = runs.table(runs.find_run(tmp_path, "main", "small"), reference="SmolLM2")
+    assert (table.title, table.reference, table.rows) == ("about main (main, small)", "SmolLM2", tuple(METHODS))
     with pytest.raises(UserError, match="The paper has no table 'main'"):
         runs.table(runs.find_run(tmp_path, "main", None), with_paper=True)
 
@@ -122,7 +123,7 @@ def test_the_command_prints_and_writes(tmp_path: Path) -> None:
     assert status == 0
     ours, theirs = json.loads(printed)
     assert ours["title"].startswith("table2, profile small") and theirs["title"].startswith("table5 as published")
-    status, printed, _ = answer("tables", "table2", "--format", "latex", "--baseline", "Gemma", *root)
+    status, printed, _ = answer("tables", "table2", "--format", "latex", "--reference", "Gemma", *root)
     assert status == 0 and r"\toprule" in printed and "worse than Gemma" in printed
     status, printed, _ = answer("tables", "--format", "csv", "--out", str(tmp_path / "out"), *root)
     assert status == 0 and str(tmp_path / "out" / "table2.csv") in printed
@@ -137,7 +138,7 @@ def test_the_command_prints_and_writes(tmp_path: Path) -> None:
         (["quickstart"], "run `fusellm experiment run quickstart`"),
         (["table10"], "`fusellm tables paper/table10` prints the published table"),
         (["paper/table11"], "unknown published table 'table11'"),
-        (["table2", "--baseline", "CML"], "unknown baseline 'CML'; did you mean 'CLM'"),
+        (["table2", "--reference", "CML"], "unknown reference row 'CML'; did you mean 'CLM'"),
         (["main", "--with-paper"], "The paper has no table 'main'"),
         (["damaged"], "was made by another version"),
     ],

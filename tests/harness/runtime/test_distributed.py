@@ -58,7 +58,7 @@ def experiment_file(experiment_file: Path, tmp_path_factory: pytest.TempPathFact
     """
     folder = tmp_path_factory.mktemp("ranks")
     raw = yaml.safe_load(experiment_file.read_text())
-    raw["training"] |= {"rows_per_step": 4, "epochs": 4}
+    raw["training"] |= {"global_batch_size": 4, "epochs": 4}
     raw["roles"]["target"]["model"] = str(save_model(folder / "llama", LlamaConfig, 300, 0, tie_word_embeddings=True))
     raw["roles"]["sources"]["twin"] = {
         "model": str(save_model(folder / "twin", LlamaConfig, 300, 7)),
@@ -84,7 +84,7 @@ def alone(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def together(experiment_file: Path, alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same by two ranks."""
     root = tmp_path_factory.mktemp("together")
-    for kind in ("pieces", "extraction", "map"):
+    for kind in ("passages", "predictions", "map"):
         shutil.copytree(alone / "artifacts" / kind, root / "artifacts" / kind)
         shutil.copytree(alone / "artifacts" / kind, root / "again" / "artifacts" / kind)
     jobs = [f"{zero}:{row}" for zero in ("zero1", "zero2", "zero3", "-") for row in ("CLM", "FuseLLM")]
@@ -176,10 +176,10 @@ def test_a_killed_rank_ends_the_run_and_the_command_goes_on(together: Path, expe
 
 
 def test_a_mistake_of_all_ranks_is_said_once(experiment_file: Path, tmp_path: Path) -> None:
-    settings = ["--set", "training.rows_per_step=3", "--root", tmp_path]
+    settings = ["--set", "training.global_batch_size=3", "--root", tmp_path]
     done = launch("-m", "harness.cli", "experiment", "run", experiment_file, *settings, check=False)
     (sentence,) = sentences(done)
-    assert "training.rows_per_step = 3 is no multiple of 2 ranks" in sentence
+    assert "training.global_batch_size = 3 is no multiple of 2 ranks" in sentence
     assert "2" in re.findall(r"exitcode +: (\S+)", done.stderr)
 
 
@@ -190,7 +190,7 @@ def test_the_deepspeed_launcher_does_as_well(experiment_file: Path, tmp_path: Pa
         port = free.getsockname()[1]
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [launcher, "--num_accelerators", 2, "--master_port", port, "--module", "harness.cli", "experiment", "run"]
-    command += [experiment_file, "--root", tmp_path, "--set", "training.rows_per_step=3"]
+    command += [experiment_file, "--root", tmp_path, "--set", "training.global_batch_size=3"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(map(str, command), capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 2 and "is no multiple of 2 ranks" in done.stderr
@@ -233,7 +233,7 @@ def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 def test_other_ranks_wait_for_what_the_first_one_makes(
     as_rank: Callable[[int, int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = Spec("pieces", "some", 1, {}, {})
+    spec = Spec("passages", "some", 1, {}, {})
 
     def make(folder: Path) -> None:
         (folder / "file").write_text("whole")
@@ -290,7 +290,7 @@ def test_a_launcher_that_numbers_none_is_refused(environment: dict[str, str], mo
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="their launcher numbered none"):
-        distributed.join("cpu")
+        distributed.initialize("cpu")
 
 
 def test_another_number_of_ranks_than_was_started_is_refused(as_rank: Callable[[int, int], None]) -> None:

@@ -23,13 +23,13 @@ from tests.harness.tiny_models import save_corpus
 @pytest.fixture(scope="module")
 def file(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two continuations of one model, merged and fused."""
-    folder = tmp_path_factory.mktemp("siblings")
+    folder = tmp_path_factory.mktemp("continued_model")
     for i, name in enumerate(("one", "two", "validation")):
         save_corpus(folder / name, 6, 10 + i)
     continued = {"model": str(made / "llama"), "dtype": "float32"}
     raw = {
-        "title": "siblings",
-        "baseline": "CLM",
+        "title": "continued_model",
+        "reference": "CLM",
         "roles": {
             "target": continued,
             "sources": {
@@ -48,13 +48,19 @@ def file(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "corpus": {"path": str(made / "train"), "first_bytes": 500},
         "validation": {"path": str(folder / "validation"), "first_bytes": 80},
-        "pieces": {"max_bytes": 120},
-        "extraction": {"k": 5, "pieces_per_shard": 4},
-        "training": {"row_length": 200, "rows_per_step": 2, "learning_rate": 0.01, "save_every": 2, "dtype": "float32"},
+        "passages": {"max_bytes": 120},
+        "extraction": {"k": 5, "passages_per_shard": 4},
+        "training": {
+            "sequence_length": 200,
+            "global_batch_size": 2,
+            "learning_rate": 0.01,
+            "save_every": 2,
+            "dtype": "float32",
+        },
         "suites": {"perplexity": {"documents": {"path": str(made / "test"), "first_bytes": 300}, "window": 64}},
         "curve": {"per_domain": 0},
     }
-    path = folder / "siblings.yaml"
+    path = folder / "continued models.yaml"
     path.write_text(yaml.safe_dump(raw), encoding="utf-8")
     return path
 
@@ -72,14 +78,14 @@ def _manifests(root: Path, kind: str) -> dict[str, dict[str, Any]]:
 
 def test_siblings_are_made_once_and_their_tokens_shown(finished: tuple[Config, Path, Path]) -> None:
     config, root, folder = finished
-    siblings = _manifests(root, "sibling")
-    assert siblings.keys() == {"one", "two"}
+    continued_models = _manifests(root, "continued_model")
+    assert continued_models.keys() == {"one", "two"}
     fingerprint = Experiment(config, root).model("target").fingerprint
-    assert all(manifest["inputs"]["model"] == fingerprint for manifest in siblings.values())
+    assert all(manifest["inputs"]["model"] == fingerprint for manifest in continued_models.values())
     assert config.roles.sources["one"].corpus is not None and config.roles.sources["one"].corpus.first_bytes == 500
     table = json.loads((folder / "table.json").read_text(encoding="utf-8"))
     notes = "\n".join(table["notes"])
-    (log,) = (root / "artifacts" / "sibling").glob("one-*/log.json")
+    (log,) = (root / "artifacts" / "continued_model").glob("one-*/log.json")
     tokens = int(json.loads(log.read_text(encoding="utf-8"))[-2]["tokens"])
     assert f"one is llama continued on {tokens:,} tokens of its own text" in notes and "two is llama" in notes
     assert "Tuned: the best of 3 merges tried on validation text" in notes
@@ -94,13 +100,13 @@ def test_all_trained_rows_see_the_same_and_share_what_is_made(finished: tuple[Co
     own = {"lambda", "fusion"}
     alike = [{k: v for k, v in manifest["params"].items() if k not in own} for manifest in trained.values()]
     assert alike[0] == alike[1] == alike[2]
-    assert len({json.dumps([m["inputs"][k] for k in ("model", "pieces")]) for m in trained.values()}) == 1
+    assert len({json.dumps([m["inputs"][k] for k in ("model", "passages")]) for m in trained.values()}) == 1
     logs = [
         [entry["tokens"] for entry in json.loads(path.read_text(encoding="utf-8")) if "tokens" in entry]
         for path in (root / "artifacts" / "train").glob("*/log.json")
     ]
     assert len(logs) == 3 and logs[0] == logs[1] == logs[2] and len(logs[0]) > 2
-    assert sorted(_manifests(root, "extraction")) == ["llama", "one", "two"]
+    assert sorted(_manifests(root, "predictions")) == ["llama", "one", "two"]
     assert trained["FuseLLM-seed0"]["inputs"]["extractions"] == trained["FuseLLM em-seed0"]["inputs"]["extractions"]
 
 
@@ -108,17 +114,17 @@ def test_a_plan_makes_nothing_and_knows_siblings_and_merges(
     finished: tuple[Config, Path, Path], tmp_path: Path
 ) -> None:
     config, root, _ = finished
-    assert {p.state for p in run.plan(config, root)} == {"there"}
+    assert {p.state for p in run.plan(config, root)} == {"ready"}
     fresh = [(p.spec.kind, p.spec.label) for p in run.plan(config, tmp_path)]
-    assert ("sibling", "one") in fresh and ("merge", "Tuned") in fresh and not (tmp_path / "artifacts").exists()
-    # Other trials, another search; other seeds, the same siblings.
+    assert ("continued_model", "one") in fresh and ("merge", "Tuned") in fresh and not (tmp_path / "artifacts").exists()
+    # Other trials, another search; other seeds, the same continued models.
     config.methods["Tuned"]["trials"] = 4
-    todo = [p.spec.label for p in run.plan(config, root) if p.state == "to do"]
+    todo = [p.spec.label for p in run.plan(config, root) if p.state == "missing"]
     config.methods["Tuned"]["trials"] = 3
     assert todo == ["Tuned", "Tuned"]
     seeds = config.model_copy(update={"seeds": [7]})
-    todo = [p.spec.kind for p in run.plan(seeds, root) if p.state == "to do"]
-    assert "sibling" not in todo and "merge" not in todo and "train" in todo
+    todo = [p.spec.kind for p in run.plan(seeds, root) if p.state == "missing"]
+    assert "continued_model" not in todo and "merge" not in todo and "train" in todo
 
 
 class _Probe:
@@ -147,7 +153,7 @@ def test_a_method_from_scores_plans_and_runs(
     finished: tuple[Config, Path, Path], file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(METHODS._registered, "probe", _Probe)
-    config = load(str(file), overrides=["methods.Probe.method=probe", "baseline=Probe"])
+    config = load(str(file), overrides=["methods.Probe.method=probe", "reference=Probe"])
     config.methods = {"Probe": config.methods["Probe"]}
     # Nothing is known yet: the plan does not open what is not there.
     assert ("probe", "Probe") in [(p.spec.kind, p.spec.label) for p in run.plan(config, tmp_path)]
@@ -158,7 +164,7 @@ def test_a_method_from_scores_plans_and_runs(
     for name, score in scores.items():
         assert math.isfinite(score) and context.score(context.model(name)) == score
     assert json.loads((folder / "table.json").read_text())["rows"] == ["Probe"]
-    assert {p.state for p in run.plan(config, root)} == {"there"}
+    assert {p.state for p in run.plan(config, root)} == {"ready"}
 
 
 def test_a_score_is_the_validation_texts_nats_per_byte(finished: tuple[Config, Path, Path]) -> None:
@@ -205,4 +211,4 @@ def test_held_out_text_is_held_out(file: Path, made: Path, setting: str, expecte
     places = {"test": made / "test", "train": made / "train", "one": file.parent / "one"}
     with pytest.raises(UserError, match=expected):
         run.run(load(str(file), overrides=[setting.format(**places)]), tmp_path)
-    assert not list((tmp_path / "artifacts").glob("sibling/*/model"))
+    assert not list((tmp_path / "artifacts").glob("continued model/*/model"))

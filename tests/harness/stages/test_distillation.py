@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fusion.errors import UserError
-from harness.data.corpus import Pieces
+from harness.data.corpus import Passages
 from harness.experiment import run as running
 from harness.experiment.context import Experiment
 from harness.experiment.run import candidates, plan
@@ -68,8 +68,8 @@ def test_online_is_offline_with_the_whole_vocabulary(line: Line, divergence: str
     # By the tables: divergence of the two rows of the token read, at all positions that a token follows.
     small = line.experiment(row)
     sums = 0.0
-    for piece in range(3):
-        tokens = [small.tokenizer("target")[1].tokens[i] for i in small.reader("target").reading(piece).tokens]
+    for passage in range(3):
+        tokens = [small.tokenizer("target")[1].tokens[i] for i in small.reader("target").predictions(passage).tokens]
         for token in tokens[:-1]:
             p, q = (_powered(model, token, temperature) for model in (TEACHER, TARGET))
             sums += temperature**2 * _DENSE[divergence](p, q)
@@ -96,7 +96,7 @@ _DENSE = {
 
 def _tokens(small: Experiment) -> int:
     """What the sums are divided by: every next token, and an end after each text."""
-    return sum(len(small.reader("target").reading(piece).tokens) for piece in range(3))
+    return sum(len(small.reader("target").predictions(passage).tokens) for passage in range(3))
 
 
 @pytest.mark.parametrize("online", [True, False])
@@ -130,8 +130,8 @@ def test_sorted_probabilities_of_another_tokenizer(line: Line) -> None:
     nats, _ = line.learns({"method": "uld", "lambda": 0.5}, "extraction.k=11", FLOAT32, teacher=source)
     small = line.experiment({"method": "uld"}, teacher=source)
     sums = 0.0
-    for piece in range(3):
-        ours, theirs = (small.reader(name).reading(piece) for name in ("target", "s"))
+    for passage in range(3):
+        ours, theirs = (small.reader(name).predictions(passage) for name in ("target", "s"))
         for i, end in list(enumerate(ours.ends))[:-1]:
             at = [j for j, other_end in enumerate(theirs.ends) if other_end == end]
             if at:
@@ -147,15 +147,15 @@ def test_likelihoods_of_the_same_bytes(line: Line) -> None:
     nats, _ = line.learns({"method": "alm", "lambda": 0.5, "temperature": 3}, teacher=source)
     small = line.experiment({"method": "alm"}, teacher=source)
     sums, chunks = 0.0, 0
-    for piece in range(3):
-        spelled = [(small.reader(n).reading(piece), m) for n, m in (("s", source), ("target", TARGET))]
+    for passage in range(3):
+        spelled = [(small.reader(n).predictions(passage), m) for n, m in (("s", source), ("target", TARGET))]
         common = sorted(set(spelled[0][0].ends.tolist()) & set(spelled[1][0].ends.tolist()))
         for start, end in pairwise(common):
             logs = []
-            for reading, model in spelled:
-                ends = reading.ends.tolist()
+            for predictions, model in spelled:
+                ends = predictions.ends.tolist()
                 steps = range(ends.index(start), ends.index(end))
-                tokens = [model.tokens[i] for i in reading.tokens]
+                tokens = [model.tokens[i] for i in predictions.tokens]
                 p = [_powered(model, tokens[i], 1)[model.tokens.index(tokens[i + 1])] for i in steps]
                 logs.append(math.fsum(map(math.log, p)))
             pair = [np.array([math.exp(x / 3), 1 - math.exp(x / 3)]) for x in logs]
@@ -193,24 +193,24 @@ def test_rows_of_a_table(line: Line) -> None:
     ]
     assert len(logs) == 5 and all(log == logs[0] for log in logs) and len(logs[0]) == 3
     # One extraction of the source for all of them; the target's own readings are nobody's teachers but its.
-    made = [p.name for p in (line.folder / "root" / "artifacts" / "extraction").iterdir() if p.is_dir()]
+    made = [p.name for p in (line.folder / "root" / "artifacts" / "predictions").iterdir() if p.is_dir()]
     assert len(made) == 1
 
 
 def test_a_whole_distribution_is_stored_at_other_temperatures(line: Line) -> None:
     settings = ("extraction.k=3", FLOAT32, "extraction.temperatures=[2]")
     small = line.experiment({"method": "clm"}, *settings)
-    reading = small.reader("s", 2).reading(0)
-    for i, token in enumerate(reading.tokens):
+    predictions = small.reader("s", 2).predictions(0)
+    for i, token in enumerate(predictions.tokens):
         p = _powered(TEACHER, TEACHER.tokens[token], 2)
-        np.testing.assert_allclose(np.exp(reading.log_p[i]), p[reading.ids[i]], rtol=1e-5)
-        assert reading.tail[i] == pytest.approx(1 - p[reading.ids[i]].sum(), abs=1e-6)
-    np.testing.assert_array_equal(reading.nats, small.reader("s").reading(0).nats)
+        np.testing.assert_allclose(np.exp(predictions.log_p[i]), p[predictions.ids[i]], rtol=1e-5)
+        assert predictions.tail[i] == pytest.approx(1 - p[predictions.ids[i]].sum(), abs=1e-6)
+    np.testing.assert_array_equal(predictions.nats, small.reader("s").predictions(0).nats)
 
 
 def test_what_came_later_changes_no_fingerprint_at_its_default(line: Line) -> None:
     plain = line.experiment({"method": "clm"})
-    assert set(plain.extract("s")[0].params) == {"k", "dtype", "pieces_per_shard"}
+    assert set(plain.extract("s")[0].params) == {"k", "dtype", "passages_per_shard"}
     for setting in (FLOAT32, "extraction.temperatures=[2]"):
         changed = line.experiment({"method": "clm"}, setting)
         assert plain.extract("s")[0].fingerprint != changed.extract("s")[0].fingerprint
@@ -255,9 +255,9 @@ def test_what_cannot_be_had_is_refused_by_a_plan(
 
 
 @pytest.mark.filterwarnings("ignore:.*its logits are not those of its output projection")
-def test_pieces_of_which_nothing_is_known_teach_nothing(line: Line) -> None:
-    """A teacher whose logits about a piece are not finite takes no part there."""
-    settings = ("extraction.max_left_out=1",)
+def test_passages_of_which_nothing_is_known_teach_nothing(line: Line) -> None:
+    """A teacher whose logits about a passage are not finite takes no part there."""
+    settings = ("extraction.max_skipped_fraction=1",)
     for row in ROWS.values():
         if row.get("online"):
             continue
@@ -267,7 +267,7 @@ def test_pieces_of_which_nothing_is_known_teach_nothing(line: Line) -> None:
         tensors["model.embed_tokens.weight"][list(TEACHER.tokens).index("d")] = math.nan
         save_file(tensors, weights, {"format": "pt"})
         again = Experiment(small.config, line.folder / row["method"])
-        assert any(again.reader("s").reading(p).left_out for p in range(len(Pieces(again.pieces[1]))))
+        assert any(again.reader("s").predictions(p).skipped for p in range(len(Passages(again.passages[1]))))
         (candidate,) = (r.candidate for r in candidates(again))
         (step,) = [e for e in json.loads((candidate.training / "log.json").read_text()) if "tokens" in e]
         assert math.isfinite(step["fusion_nats_per_token"]) and step["fusion_nats_per_token"] > 0

@@ -1,4 +1,4 @@
-"""The extraction stage: several processes on one folder, pieces left out, other numbers on resume, both packings."""
+"""The extraction stage: several processes on one folder, passages left out, other numbers on resume, both packings."""
 
 import json
 import shutil
@@ -15,16 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import harness.models.checkpoints
 from baselines.fusellm import FuseLLMParameters
-from fusion.alignment.fuse import fuse_row
+from fusion.alignment.fuse import fuse_sequence
 from fusion.errors import UserError
 from harness.config.loading import load
-from harness.data.corpus import Pieces
-from harness.data.sequences import Rows
+from harness.data.corpus import Passages
+from harness.data.sequences import PackedSequences
 from harness.experiment import context
 from harness.experiment.headroom import audit
 from harness.stages import extraction, loss_resources
 from harness.store.artifacts import Spec, Store
-from harness.store.leases import Claims
+from harness.store.leases import Leases
 from tests.harness.experiment.test_run import _bytes, _interrupted_extraction
 
 # `fusellm extract`, which says when it has read a shard and stops there for a while before it writes it.
@@ -64,7 +64,7 @@ def test_two_processes_share_an_extraction_and_one_is_killed(
             with _start(experiment_file, tmp_path, pause=0) as other:
                 assert other.stdout is not None
                 made = {other.stdout.readline().strip() for _ in range(count - 1)}
-                (begun,) = (tmp_path / "artifacts" / "extraction").glob(".*.partial")
+                (begun,) = (tmp_path / "artifacts" / "predictions").glob(".*.partial")
                 assert held not in made and not (begun / held).exists()
                 assert not list(Store(tmp_path / "artifacts").leftovers())
                 stuck.kill()
@@ -72,7 +72,7 @@ def test_two_processes_share_an_extraction_and_one_is_killed(
                 said = other.stdout.readline().strip()
         finally:
             stuck.kill()
-    whole, *others = (p for p in (tmp_path / "artifacts" / "extraction").iterdir() if p.suffix != ".lock")
+    whole, *others = (p for p in (tmp_path / "artifacts" / "predictions").iterdir() if p.suffix != ".lock")
     assert not others and said == f"neox: {whole}"
     assert _bytes(whole) == _bytes(alone)
     assert sorted(p.name for p in whole.iterdir()) == sorted(p.name for p in alone.iterdir())
@@ -84,12 +84,12 @@ def test_who_comes_late_uses_what_another_has_completed(tmp_path: Path) -> None:
     def build(folder: Path) -> None:
         (folder / "part").write_text("made", encoding="utf-8")
 
-    def share(folder: Path, claims: Claims) -> None:
-        Store(tmp_path).ensure(spec, build, share=lambda folder, claims: None)
-        claims.take("part")
+    def share(folder: Path, leases: Leases) -> None:
+        Store(tmp_path).ensure(spec, build, make_parts=lambda folder, leases: None)
+        leases.take("part")
         raise AssertionError("the claims' folder is gone")
 
-    path = store.ensure(spec, build, share=share)
+    path = store.ensure(spec, build, make_parts=share)
     assert (path / "part").read_text() == "made"
     assert [p.suffix for p in path.parent.iterdir() if p != path] == [".lock"]
 
@@ -147,8 +147,8 @@ def test_both_packings_are_one_artifact_with_the_same_numbers(
     assert plain.extract("neox")[1].name == alone.name
     assert plain.run_fingerprint() == packed.run_fingerprint()
     readers = plain.reader("neox"), packed.reader("neox")
-    for piece in range(len(Pieces(plain.pieces[1]))):
-        one, other = (vars(reader.reading(piece)) for reader in readers)
+    for passage in range(len(Passages(plain.passages[1]))):
+        one, other = (vars(reader.predictions(passage)) for reader in readers)
         for name in ("tokens", "ends", "ids", "log_p", "tail", "nats"):
             assert one[name].dtype == other[name].dtype
             np.testing.assert_array_equal(one[name], other[name])
@@ -158,7 +158,7 @@ def test_both_packings_are_one_artifact_with_the_same_numbers(
 
 @pytest.fixture(scope="module")
 def spoilt(experiment_file: Path, made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An experiment whose source has no finite logits about two of its pieces, and whose target about one of them."""
+    """An experiment whose source has no finite logits about two of its passages, and whose target about one of them."""
     folder = tmp_path_factory.mktemp("spoilt")
     shutil.copytree(made / "train", folder / "train")
     (folder / "train" / "100.txt").write_text("the quick brown § fox", encoding="utf-8")
@@ -179,21 +179,23 @@ def spoilt(experiment_file: Path, made: Path, tmp_path_factory: pytest.TempPathF
     return folder / "spoilt.yaml"
 
 
-def test_too_many_pieces_without_finite_logits_end_the_run(spoilt: Path, tmp_path: Path) -> None:
+def test_too_many_passages_without_finite_logits_end_the_run(spoilt: Path, tmp_path: Path) -> None:
     small = context.Experiment(load(str(spoilt)), tmp_path)
-    small.extract("target")  # one piece may always be left out
-    with pytest.raises(UserError, match=r"neox about 2 of \d+ pieces are not finite \(first 100.txt .*max_left_out"):
+    small.extract("target")  # one passage may always be left out
+    with pytest.raises(
+        UserError, match=r"neox about 2 of \d+ passages are not finite \(first 100.txt .*max_skipped_fraction"
+    ):
         small.extract("neox")
-    strict = context.Experiment(load(str(spoilt), overrides=["extraction.max_left_out=0"]), tmp_path / "strict")
-    with pytest.raises(UserError, match=r"llama about 1 of \d+ pieces .*max_left_out = 0 allows"):
+    strict = context.Experiment(load(str(spoilt), overrides=["extraction.max_skipped_fraction=0"]), tmp_path / "strict")
+    with pytest.raises(UserError, match=r"llama about 1 of \d+ passages .*max_skipped_fraction = 0 allows"):
         strict.extract("target")
 
 
 def test_what_was_left_out_before_an_interruption_counts(
     spoilt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a piece a shard no process sees two; the threshold holds for all of them."""
-    settings = ["extraction.pieces_per_shard=1"]
+    """With a passage a shard no process sees two; the threshold holds for all of them."""
+    settings = ["extraction.passages_per_shard=1"]
     with monkeypatch.context() as patch:
         patch.setattr(extraction, "_check_left_out", lambda *_: None)
         patch.setattr(context.Store, "_complete", _killed)
@@ -201,7 +203,7 @@ def test_what_was_left_out_before_an_interruption_counts(
             context.Experiment(load(str(spoilt), overrides=settings), tmp_path).extract("neox")
     with pytest.raises(UserError, match="neox about 2 of"):
         context.Experiment(load(str(spoilt), overrides=settings), tmp_path).extract("neox")
-    more = load(str(spoilt), overrides=[*settings, "extraction.max_left_out=0.1"])
+    more = load(str(spoilt), overrides=[*settings, "extraction.max_skipped_fraction=0.1"])
     assert context.Experiment(more, tmp_path).extract("neox")[1].exists()
 
 
@@ -209,35 +211,35 @@ def _killed(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_pieces_without_finite_logits_are_named_counted_and_fused_without(
+def test_passages_without_finite_logits_are_named_counted_and_fused_without(
     spoilt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = load(str(spoilt), overrides=["extraction.max_left_out=0.1"])
+    config = load(str(spoilt), overrides=["extraction.max_skipped_fraction=0.1"])
     small = context.Experiment(config, tmp_path)
     manifest = json.loads((small.extract("neox")[1] / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["info"]["left_out"] == ["100.txt (bytes from 0)", "101.txt (bytes from 0)"]
+    assert manifest["info"]["skipped"] == ["100.txt (bytes from 0)", "101.txt (bytes from 0)"]
     told = " ".join(capsys.readouterr().err.split())
-    assert "neox: its logits about 100.txt (bytes from 0) are not finite; the piece is left out." in told
+    assert "neox: its logits about 100.txt (bytes from 0) are not finite; the passage is left out." in told
     assert "neox: 2 of" in told
     fusion = FuseLLMParameters().fused(["neox"])
     needs = fusion.needs("target")
     lesson, readers = fusion.lesson(loss_resources.material(small, needs)), loss_resources.readers(small, needs)
-    pieces, (tokenizer, vocabulary) = Pieces(small.pieces[1]), small.tokenizer("target")
+    passages, (tokenizer, vocabulary) = Passages(small.passages[1]), small.tokenizer("target")
     chosen = {}
-    for piece in range(len(pieces)):
-        row = fuse_row(
-            [{name: reader.reading(piece) for name, reader in readers.items()}],
-            [int(pieces.n_bytes[piece])],
+    for passage in range(len(passages)):
+        row = fuse_sequence(
+            [{name: reader.predictions(passage) for name, reader in readers.items()}],
+            [int(passages.n_bytes[passage])],
             target="target",
             sources=lesson.sources,
             target_vocabulary=vocabulary,
             switches=lesson.switches,
         )
-        chosen[pieces.name(piece)[:3]] = {row.names[c] if c >= 0 else int(c) for c in row.chosen}
+        chosen[passages.name(passage)[:3]] = {row.names[c] if c >= 0 else int(c) for c in row.chosen}
         taught = row.targets.p[row.fusion_weight > 0]
         assert np.isfinite(taught).all()
     assert chosen["100"] == {"target"}
     assert chosen["101"] == {-1}
-    for row in Rows(pieces, tokenizer, vocabulary, 200, lesson, readers):
+    for row in PackedSequences(passages, tokenizer, vocabulary, 200, lesson, readers):
         assert all(np.isfinite(row[name]).all() for name in ("fused_p", "fused_tail", "fusion_weight"))
-    assert "2 pieces are not counted" in audit(config, tmp_path).sentence
+    assert "2 passages are not counted" in audit(config, tmp_path).sentence

@@ -46,7 +46,7 @@ def test_the_objective_is_the_cpus() -> None:
 def small(experiment_file: Path, device: str, dtype: str) -> Config:
     """The small experiment with everything but the training in float32, so that devices can be compared."""
     roles = [f"roles.{role}.dtype=float32" for role in ("target", "sources.neox")]
-    settings = [*roles, f"device={device}", f"training.dtype={dtype}", "training.rows_per_step=4"]
+    settings = [*roles, f"device={device}", f"training.dtype={dtype}", "training.global_batch_size=4"]
     return load(str(experiment_file), overrides=settings)
 
 

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from harness.config.loading import Config, load
-from harness.data.corpus import Pieces
+from harness.data.corpus import Passages
 from harness.data.sequences import pack
 from harness.experiment import context
 from tests.fusion.tokenizers_for_tests import byte_level, sentencepiece_bpe
@@ -32,7 +32,7 @@ DOCUMENTS = {
     "dog.",
 }
 K = 6
-MARKS = {"level": ("Ġ", False), "piece": ("▁", True)}
+MARKS = {"level": ("Ġ", False), "passage": ("▁", True)}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
     folder = tmp_path_factory.mktemp("models")
-    made = [("level", byte_level(), GPTNeoXConfig), ("piece", sentencepiece_bpe(True), LlamaConfig)]
+    made = [("level", byte_level(), GPTNeoXConfig), ("passage", sentencepiece_bpe(True), LlamaConfig)]
     for seed, (name, tokenizer, kind) in enumerate(made, 3):
         torch.manual_seed(seed)
         config = kind(
@@ -51,7 +51,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             num_hidden_layers=2,
             num_attention_heads=2,
             max_position_embeddings=256,
-            initializer_range=0.25,  # wide, so that one model reads this piece better and the other that
+            initializer_range=0.25,  # wide, so that one model reads this passage better and the other that
             tie_word_embeddings=False,
         )
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
@@ -64,19 +64,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def experiment_of(models: Path, target: str, source: str, method: dict[str, Any]) -> Config:
-    """One row, trained for one step over the whole text, a row of pieces at a time."""
+    """One row, trained for one step over the whole text, a row of passages at a time."""
     raw = {
         "title": "the reference",
-        "baseline": "FuseLLM",
+        "reference": "FuseLLM",
         "roles": {
             "target": {"model": str(models / target), "dtype": "float32"},
             "sources": {source: {"model": str(models / source), "dtype": "float32"}},
         },
         "methods": {"FuseLLM": {"method": "fusellm", **method}},
         "corpus": {"path": str(models / "text")},
-        "pieces": {"max_bytes": 60},
-        "extraction": {"k": K, "pieces_per_shard": 3},
-        "training": {"row_length": 48, "rows_per_step": 64, "dtype": "float32"},
+        "passages": {"max_bytes": 60},
+        "extraction": {"k": K, "passages_per_shard": 3},
+        "training": {"sequence_length": 48, "global_batch_size": 64, "dtype": "float32"},
         "suites": {"perplexity": {"documents": {"path": str(models / "held-out.txt"), "split": "test"}, "window": 64}},
         "curve": {"per_domain": 0},
     }
@@ -107,7 +107,7 @@ def read(model: Reader, text: str, stored: Any) -> Read:
 
 
 def assert_teaches(made: dict[str, np.ndarray], taught: list[Taught]) -> None:
-    """A row of the data loader, made dense, is what its pieces are to teach."""
+    """A row of the data loader, made dense, is what its passages are to teach."""
     p, tail, weight = (np.concatenate([getattr(t, name) for t in taught]) for name in ("p", "tail", "weight"))
     dense = np.zeros_like(p)
     at, column = np.nonzero(made["fused_ids"] >= 0)
@@ -135,7 +135,7 @@ def what_happened(
         met.add("the source's")
         for i, j in enumerate(partners):
             if j < 0:
-                met.add("unpaired")
+                met.add("unaligned")
                 continue
             mapped = [image[k] for k in other.top_ids[j].tolist() if k in image]
             met.add("nothing left" if not mapped else "duplicates" if len(set(mapped)) < len(mapped) else "entries")
@@ -147,19 +147,19 @@ def what_happened(
     return met
 
 
-PUBLISHED, MENDED = {"preset": "published"}, {"preset": "mended"}
-CHOSEN = {"the target's own", "the source's", "entries", "unpaired"}
+PUBLISHED, MENDED = {"preset": "published"}, {"preset": "corrected"}
+CHOSEN = {"the target's own", "the source's", "entries", "unaligned"}
 CASES = {
     "published": (PUBLISHED, CHOSEN | {"duplicates", "mapped onto each other"}),
     "published, em": (PUBLISHED | {"map": "em"}, CHOSEN | {"nothing left"}),
-    "published, avgce": (PUBLISHED | {"fusion": "avgce", "lambda": 0.3}, {"duplicates", "unpaired"}),
-    "mended": (MENDED, CHOSEN),
-    "mended, em": (MENDED | {"map": "em"}, CHOSEN),
-    "mended, avgce": (MENDED | {"fusion": "avgce", "lambda": 0.3}, {"entries", "unpaired"}),
+    "published, avgce": (PUBLISHED | {"fusion": "avgce", "lambda": 0.3}, {"duplicates", "unaligned"}),
+    "corrected": (MENDED, CHOSEN),
+    "corrected, em": (MENDED | {"map": "em"}, CHOSEN),
+    "corrected, avgce": (MENDED | {"fusion": "avgce", "lambda": 0.3}, {"entries", "unaligned"}),
 }
 
 
-@pytest.mark.parametrize("names", [("piece", "level"), ("level", "piece")], ids=["onto-pieces", "onto-bytes"])
+@pytest.mark.parametrize("names", [("passage", "level"), ("level", "passage")], ids=["onto-passages", "onto-bytes"])
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradient_are_those_of_the_plain_implementation(
     case: str, names: tuple[str, str], models: Path, monkeypatch: pytest.MonkeyPatch
@@ -171,10 +171,10 @@ def test_loss_and_gradient_are_those_of_the_plain_implementation(
     step, gradients = trained(experiment, monkeypatch)
 
     target, source = reader(models, "target", names[0]), reader(models, names[1], names[1])
-    pieces = Pieces(experiment.pieces[1])
-    texts = [pieces.text(p) for p in range(len(pieces))]
+    passages = Passages(experiment.passages[1])
+    texts = [passages.text(p) for p in range(len(passages))]
     own, theirs = (
-        [read(model, text, experiment.reader(model.name).reading(p)) for p, text in enumerate(texts)]
+        [read(model, text, experiment.reader(model.name).predictions(p)) for p, text in enumerate(texts)]
         for model in (target, source)
     )
     if method["preset"] == "published":
@@ -183,7 +183,7 @@ def test_loss_and_gradient_are_those_of_the_plain_implementation(
         map_of, fuse = reference.map_of_bytes, reference.mended_row
     image = map_of(source, target, method.get("map", "mined"))
     taught: dict[int, Taught] = {}
-    assert rows.rows == pack([len(r.tokens) for r in own], config.training.row_length)
+    assert rows.rows == pack([len(r.tokens) for r in own], config.training.sequence_length)
     for i, row in enumerate(rows.rows):
         its_texts, ours, others = ([of[p] for p in row] for of in (texts, own, theirs))
         teaches = fuse(its_texts, target, source, ours, others, image, method.get("fusion", "mince"))
@@ -192,7 +192,7 @@ def test_loss_and_gradient_are_those_of_the_plain_implementation(
 
     clm, fusion, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 0
     for p, ours in enumerate(own):
-        after = int(target.tokenizer.eos_token_id) if pieces.last[p] else None
+        after = int(target.tokenizer.eos_token_id) if passages.last[p] else None
         terms = reference.loss(target, ours.tokens, after, taught[p])
         clm, fusion, count = clm + terms[0], fusion + terms[1], count + terms[2]
     lam = config.methods["FuseLLM"]["lambda"]
@@ -209,5 +209,5 @@ def test_loss_and_gradient_are_those_of_the_plain_implementation(
 
     happened = what_happened(target, source, own, theirs, taught, image)
     assert happened >= met
-    if case == "published, avgce":  # all pieces take part in it, the first of a document too
-        assert ("a mark added" in happened) == (names == ("piece", "level"))
+    if case == "published, avgce":  # all passages take part in it, the first of a document too
+        assert ("a mark added" in happened) == (names == ("passage", "level"))

@@ -40,8 +40,8 @@ def test_what_is_written_is_read(tmp_path: Path, compression: Compression, wide:
     results = [_said(rng, m, 5, 2**17 if wide else 2**16) for m in lengths]
     shard = _written(tmp_path / "shard", results, wide=wide, compression=compression)
     steps = np.uint16([0, 2, 0, 698, 65535, 65535])
-    for piece, said in enumerate(results):
-        found, m = shard.columns(piece), len(said.nats)
+    for passage, said in enumerate(results):
+        found, m = shard.columns(passage), len(said.nats)
         expected = {
             "ids": said.ids.astype(np.uint32 if wide else np.uint16),
             "log_p": said.log_p.astype(np.float16),
@@ -74,17 +74,17 @@ def test_a_real_position_takes_little(tmp_path: Path, source: str, wide: bool, p
     rng = np.random.default_rng(0)
     oracles = {"smol": "smol_to_gemma", "gemma": "gemma_to_smol"}
     said = [_real(f"{oracles[source]}_{number}", rng) for number in (0, 10)]
-    pieces = [  # as long as pieces of 2,000 bytes are
+    passages = [  # as long as passages of 2,000 bytes are
         Externalised(*(column[start : start + 500] for column in (whole.ids, whole.log_p, whole.tail, whole.nats)))
         for whole in said
         for start in (0, 500)
     ]
-    n, sizes = sum(len(piece.nats) for piece in pieces), {}
+    n, sizes = sum(len(passage.nats) for passage in passages), {}
     for compression in ("zstd", "none"):
         path = tmp_path / compression / "shard"
         path.parent.mkdir()
-        ends = [np.cumsum(rng.integers(1, 8, len(p.nats) - 1)).astype(np.int32) for p in pieces]
-        write_shard(path, path.with_suffix(".beside"), pieces, ends, wide=wide, compression=compression)
+        ends = [np.cumsum(rng.integers(1, 8, len(p.nats) - 1)).astype(np.int32) for p in passages]
+        write_shard(path, path.with_suffix(".beside"), passages, ends, wide=wide, compression=compression)
         sizes[compression] = (path.stat().st_size - 1000) / n  # less the file's header, which a whole shard shares
     assert position_bytes(10, 2**18 if wide else 2**15) == plain
     assert sizes["none"] <= plain and sizes["zstd"] <= packed

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from harness.runtime.memory import give_back
+from harness.runtime.memory import trim_heap
 from harness.store.artifacts import PeakMemory
 
 MEGABYTE = 2**20
@@ -14,11 +14,11 @@ MEGABYTE = 2**20
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can set the high-water mark back")
 def test_a_stage_is_not_charged_with_the_memory_of_the_one_before() -> None:
-    give_back()
+    trim_heap()
     with PeakMemory() as around:
         with PeakMemory() as large:
             np.ones(400 * MEGABYTE, np.uint8)
-        give_back()  # as between stages; another test may have had freed memory kept
+        trim_heap()  # as between stages; another test may have had freed memory kept
         with PeakMemory() as small:
             np.ones(10 * MEGABYTE, np.uint8)
     assert large.bytes - small.bytes > 300 * MEGABYTE
