@@ -180,7 +180,7 @@ def method(name: str) -> type[Method]:
     schema = getattr(kind, "schema", None)
     if not (isinstance(schema, type) and issubclass(schema, Parameters) and hasattr(kind, "build")):
         raise UserError(
-            f"The method {name!r} is no class with a schema (of baselines.method.Parameters) and build: mend or "
+            f"The method {name!r} is no class with a schema (of baselines.method.Parameters) and build: correct or "
             "uninstall the package that offers it."
         )
     return kind

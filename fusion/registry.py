@@ -1,64 +1,142 @@
-"""Names for the parts a user can choose or add: maps, alignments, fusion functions, methods, suites."""
+"""Names for the parts that a user can choose or add: maps, alignments, fusion functions, losses, methods, suites.
+
+A part is registered under a name with a version, a schema of its parameters and a reference. Whoever uses a part by
+name calls `Registry.choose`, which validates the parameters that a configuration gives and knows the part's identity:
+name, version and parameters, which belong in the fingerprint of everything that is computed with it.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from fusion.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 T = TypeVar("T")
 
 
-class Registry(Generic[T]):
-    """What is registered under a noun ("map", "method"), by a decorator here or by an entry point of a package.
+@dataclass(frozen=True)
+class Part(Generic[T]):
+    """A registered object and what was said of it when it was registered."""
 
-    Entry points of `entry_point_group` are read by name without importing; the target is imported when it is asked for,
-    and is itself what is registered (not a module that registers).
+    name: str
+    value: T
+    version: int = 1
+    """Raised when the code changes in a way that changes results."""
+    parameters: type[BaseModel] | None = None
+    """The schema of its parameters; None for a part without any."""
+    reference: str = ""
+    """Where the idea is from: a paper, a section, a table."""
+
+
+@dataclass(frozen=True)
+class Choice(Generic[T]):
+    """A part as a configuration names it, with its validated parameters."""
+
+    part: Part[T]
+    settings: BaseModel | None = None
+
+    @property
+    def value(self) -> T:
+        """The registered function; one that has parameters gets them by the keyword `parameters`."""
+        if self.settings is None:
+            return self.part.value
+        return cast(T, partial(cast(Callable[..., Any], self.part.value), parameters=self.settings))
+
+    def identity(self) -> dict[str, Any]:
+        """Name, version and every parameter as JSON values: this part's contribution to a fingerprint."""
+        settings = {} if self.settings is None else self.settings.model_dump(mode="json", by_alias=True)
+        return {"name": self.part.name, "version": self.part.version, **({"parameters": settings} if settings else {})}
+
+
+class Registry(Generic[T]):
+    """The parts registered under a noun ("map", "method"): our own, and those that installed packages offer.
+
+    `own` maps the names of our own parts to the modules that register them; a module is imported when one of its parts
+    is asked for, so that listing imports nothing. Entry points of `entry_point_group` are read by name without
+    importing; the target of an entry point is itself what is registered (not a module that registers).
     """
 
-    def __init__(self, noun: str, entry_point_group: str | None = None) -> None:
+    def __init__(self, noun: str, entry_point_group: str | None = None, own: Mapping[str, str] | None = None) -> None:
         self.noun = noun
         self.entry_point_group = entry_point_group
-        self._registered: dict[str, T] = {}
-        self._references: dict[str, str] = {}
+        self._own = dict(own or {})
+        self._parts: dict[str, Part[T]] = {}
         self._loaded: set[str] = set()
         self._entries: dict[str, list[EntryPoint]] = {}
         self._read_from: tuple[str, ...] | None = None
 
-    def register(self, name: str, *, reference: str = "") -> Callable[[T], T]:
-        """A decorator that registers its function or class under `name`; `reference` says where the idea is from.
+    def register(
+        self, name: str, *, version: int = 1, parameters: type[BaseModel] | None = None, reference: str = ""
+    ) -> Callable[[T], T]:
+        """A decorator that registers its function or class under `name` (see `Part` for the rest).
 
         Raises UserError when another object has the name already.
         """
 
         def decorate(value: T) -> T:
-            if name in self._registered and not _same(self._registered[name], value):
+            if name in self._parts and not _same(self._parts[name].value, value):
                 raise UserError(f"The {self.noun} {name!r} is registered twice: give one of the two another name.")
-            self._registered[name] = value
-            self._references[name] = reference
+            self._parts[name] = Part(name, value, version, parameters, reference)
             return value
 
         return decorate
 
     def names(self) -> list[str]:
         """All names in alphabetical order, those of entry points included, without importing anything."""
-        return sorted({*self._registered, *self._entry_points()})
-
-    def reference(self, name: str) -> str:
-        """Where the idea of a registered name is from; "" for what came from an entry point without saying."""
-        self.get(name)
-        return self._references.get(name, "")
+        return sorted({*self._parts, *self._own, *self._entry_points()})
 
     def get(self, name: str) -> T:
-        """What is registered under `name`; UserError names the nearest spelling and everything there is."""
+        """The object registered under `name`. Raises UserError with the nearest spelling and everything there is."""
+        return self.part(name).value
+
+    def choose(self, chosen: str | Mapping[str, Any]) -> Choice[T]:
+        """The part that a configuration names: `NAME`, or `{name: NAME, PARAMETER: VALUE, ...}`.
+
+        Raises UserError for an unknown name, an unknown parameter and a value that the part's schema refuses.
+        """
+        given: dict[str, Any] = {"name": chosen} if isinstance(chosen, str) else dict(chosen)
+        name = given.pop("name", None)
+        if not isinstance(name, str):
+            raise UserError(f"A {self.noun} is given as a name or as {{name: NAME, ...}}, not as {chosen!r}.")
+        part = self.part(name)
+        if part.parameters is None:
+            if given:
+                raise UserError(
+                    f"The {self.noun} {name!r} has no parameters, and {', '.join(given)} is given: remove it."
+                )
+            return Choice(part)
+        from pydantic import ValidationError
+
+        try:
+            return Choice(part, part.parameters.model_validate(given))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            known = [field.alias or own for own, field in part.parameters.model_fields.items()]
+            hint = did_you_mean(key, known)
+            raise UserError(
+                f"The {self.noun} {name!r} does not accept {key}{hint} ({first['msg']}): its parameters are "
+                f"{', '.join(known)}."
+            ) from None
+
+    def part(self, name: str) -> Part[T]:
+        """Everything registered under `name`; imports it when needed. Raises UserError as `get` does."""
         entry = self._entry_point(name)
-        if name in self._registered:
+        if name not in self._parts and name in self._own:
+            import_module(self._own[name])
+        if name in self._parts:
             if entry is not None and name not in self._loaded:
                 self._check_not_shadowed(name, entry)
-            return self._registered[name]
+            return self._parts[name]
         if entry is not None:
             try:
                 value: T = entry.load()
@@ -66,15 +144,19 @@ class Registry(Generic[T]):
                 said = " ".join(str(error).split())
                 raise UserError(
                     f"The {self.noun} {name!r} could not be imported from {entry.value!r} ({type(error).__name__}: "
-                    f"{said}): mend or uninstall the package that offers it."
+                    f"{said}): correct or uninstall the package that offers it."
                 ) from error
             self._loaded.add(name)
-            # Importing may have run a decorator that registered the name already, with its reference.
-            return self._registered.setdefault(name, value)
+            # Importing may have run a decorator that registered the name already, with its version and reference.
+            return self._parts.setdefault(name, Part(name, value))
         raise UserError(
             f"There is no {self.noun} {name!r}{did_you_mean(name, self.names())}: registered are "
             f"{', '.join(self.names()) or 'none'}."
         )
+
+    def reference(self, name: str) -> str:
+        """Where the idea of a registered name is from; "" for what came from an entry point without saying."""
+        return self.part(name).reference
 
     def _entry_point(self, name: str) -> EntryPoint | None:
         """The entry point of that name, not imported. UserError where two packages offer different ones."""
@@ -101,7 +183,7 @@ class Registry(Generic[T]):
 
     def _check_not_shadowed(self, name: str, entry: EntryPoint) -> None:
         # A package may both decorate its class and offer it by entry point: that is one object, not two.
-        package = _home(self._registered[name])[0].partition(".")[0]
+        package = _home(self._parts[name].value)[0].partition(".")[0]
         if package != entry.value.partition(":")[0].partition(".")[0]:
             raise UserError(
                 f"The {self.noun} {name!r} is registered by {package!r}, and a package offers another as "

@@ -77,9 +77,9 @@ def test_a_package_that_goes_wrong_is_named_and_the_rest_goes_on(
     method_names()  # the own ones register once
     monkeypatch.setattr(METHODS, "_registered", dict(METHODS._registered))
     wrong = {
-        "broken": r"method 'broken' could not be imported from 'plug_broken:Broken' .RuntimeError: not today.: mend or",
+        "broken": r"method 'broken' could not be imported from 'plug_broken:Broken' .RuntimeError: not today.: correct or",
         "twice": r"method 'twice' is offered by two packages, as 'plug_\w+:A' and 'plug_\w+:A': uninstall one",
-        "number": r"method 'number' is no class with a schema .*: mend or uninstall",
+        "number": r"method 'number' is no class with a schema .*: correct or uninstall",
         "merge": r"method 'merge' is registered by 'baselines', and a package offers another as 'plug_second:A'",
     }
     status, printed, _ = answer("baseline", "list", "--format", "json")

@@ -1,10 +1,14 @@
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel, ConfigDict, Field
 
 from fusion.errors import UserError
 from fusion.registry import Registry
+
+LAZY: Registry[int] = Registry("thing", own={"late": "fusellm_own_part"})
 
 
 def test_what_is_registered_is_found() -> None:
@@ -70,3 +74,45 @@ def test_entry_points_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert other.names() == ["mine"]
     with pytest.raises(UserError, match=r"'mine' is offered by two packages, as 'fusellm_\w+:thing' and"):
         other.get("mine")
+
+
+class _Scale(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    tau: float = Field(1.0, gt=0, alias="temperature")
+
+
+def test_a_choice_has_validated_parameters_and_an_identity() -> None:
+    registry: Registry[Callable[..., float]] = Registry("rule")
+
+    @registry.register("plain", version=2)
+    def plain(x: float) -> float:
+        return x
+
+    @registry.register("scaled", version=3, parameters=_Scale)
+    def scaled(x: float, *, parameters: _Scale) -> float:
+        return x / parameters.tau
+
+    assert registry.choose("plain").value(2.0) == 2.0
+    assert registry.choose("plain").identity() == {"name": "plain", "version": 2}
+    chosen = registry.choose({"name": "scaled", "temperature": 4})
+    assert chosen.value(2.0) == 0.5
+    assert chosen.identity() == {"name": "scaled", "version": 3, "parameters": {"temperature": 4.0}}
+    assert registry.choose("scaled").identity()["parameters"] == {"temperature": 1.0}
+    for given, message in (
+        ({"name": "plain", "tau": 1}, "'plain' has no parameters, and tau is given"),
+        ({"name": "scaled", "temprature": 1}, "does not accept temprature .did you mean 'temperature'"),
+        ({"name": "scaled", "temperature": 0}, "does not accept temperature .*greater than 0"),
+        ({"tau": 1}, "given as a name or as"),
+    ):
+        with pytest.raises(UserError, match=message):
+            registry.choose(given)
+
+
+def test_our_own_parts_are_imported_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fusellm_own_part.py").write_text(
+        "import tests.fusion.test_registry as t\nt.LAZY.register('late')(7)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert LAZY.names() == ["late"] and "fusellm_own_part" not in sys.modules
+    assert LAZY.get("late") == 7 and "fusellm_own_part" in sys.modules

@@ -84,7 +84,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 row = json.loads(line.decode("utf-8", "surrogateescape"))
             except ValueError as error:
-                raise UserError(f"{path}, line {number} is no JSON ({error}): mend or remove it.") from None
+                raise UserError(f"{path}, line {number} is no JSON ({error}): correct or remove it.") from None
             if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number} is no JSON object: mend or remove it.")
+                raise UserError(f"{path}, line {number} is no JSON object: correct or remove it.")
             yield number, row
