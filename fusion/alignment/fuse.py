@@ -128,7 +128,7 @@ def fuse_sequence(
         own,
         n_bytes,
         names=names,
-        level=switches.select_over,
+        select_over=switches.select_over,
     )
     fused, which = fuse(members, evidence, switches)
     paired_by_source = np.stack(paired)

@@ -30,8 +30,8 @@ MIXTURE = -2
 class Evidence:
     """How well S sources predicted the U stretches of text (units) of a row, each by its own tokens.
 
-    A unit is a passage, a segment of a passage, or the row, by the switch `level`; of a row of which a source has not
-    read all, the passages that the same sources have read.
+    A unit is a passage, a segment of a passage, or the row, by the switch `select_over`; of a row of which a source
+    has not read all, the passages that the same sources have read.
     """
 
     names: tuple[str, ...]
@@ -67,8 +67,8 @@ def mince(members: Sequence[Sparse], evidence: Evidence, switches: Switches) -> 
     """The distributions of the source with the least cross-entropy in each unit.
 
     `choice: nats_per_byte` compares float32 and breaks ties by name; `mean_ce_bfloat16` compares rewards and breaks
-    ties by the order of the sources. At `level: token` the choice sees the very gold token it is to predict, so that
-    the targets drift towards the gold text and the loss towards that of plain language modelling.
+    ties by the order of the sources. At `select_over: token` the choice sees the very gold token it is to predict, so
+    that the targets drift towards the gold text and the loss towards that of plain language modelling.
     """
     if switches.select_by == "nats_per_byte":
         by_name = np.argsort(evidence.names)
@@ -156,15 +156,15 @@ def gather_evidence(
     n_bytes: Sequence[int],
     *,
     names: tuple[str, ...],
-    level: str,
+    select_over: str,
 ) -> Evidence:
     """Sum the sources' nats over the units of a row.
 
     A source's nats are those of all its own tokens, whether or not their positions are paired with the target's, and
     infinite for a passage that is left out, so that it takes no part there and the others' choice is among themselves.
-    At `level: token` the segments lie between consecutive byte ends that all sources and the target have in common. A
-    position belongs to the segment that its byte end begins, for its distribution and its nats are about the text
-    that follows, and no source's token reaches over a common end. A passage's last position goes with the last
+    At `select_over: token` the segments lie between consecutive byte ends that all sources and the target have in
+    common. A position belongs to the segment that its byte end begins, for its distribution and its nats are about the
+    text that follows, and no source's token reaches over a common end. A passage's last position goes with the last
     segment; so do all positions from where some model's ends are -1, which nothing tells apart any more.
 
     Args:
@@ -179,7 +179,7 @@ def gather_evidence(
     units: list[np.ndarray] = []
     for readings, target, size in zip(passages, targets, n_bytes, strict=True):
         heard = [predictions for predictions in readings if not predictions.skipped]
-        starts = segment_starts([*heard, target], size) if level == "token" else np.zeros(1, np.int64)
+        starts = segment_starts([*heard, target], size) if select_over == "token" else np.zeros(1, np.int64)
         count = len(starts)
         sums, counts = np.zeros((n_sources, count)), np.zeros((n_sources, count), np.int64)
         for s, predictions in enumerate(readings):
@@ -197,7 +197,7 @@ def gather_evidence(
     evidence = Evidence(
         names, np.concatenate(nats, 1), np.concatenate(tokens, 1), np.concatenate(sizes), np.concatenate(units)
     )
-    if level != "sequence":
+    if select_over != "sequence":
         return evidence
     groups, group = np.unique(np.isinf(evidence.nats), axis=1, return_inverse=True)
     members = group == np.arange(groups.shape[1])[:, None]

@@ -458,7 +458,3 @@ def _of_the_system(error: Exception) -> str | None:
     if not isinstance(error, OSError) or error.errno not in refusals:
         return None
     return f"{error.filename or 'A file'} {refusals[error.errno]}"
-
-
-if __name__ == "__main__":
-    main()

@@ -14,7 +14,7 @@ from typing import Any
 from fusion.errors import UserError
 from harness.runtime.memory import retain_heap
 
-COMMAND = "torchrun --nproc_per_node N -m harness.cli experiment run ..."
+COMMAND = "torchrun --nproc_per_node N -m harness experiment run ..."
 _PATIENCE = timedelta(days=7)  # a rank that is gone is noticed by the launcher; one that is busy is waited for
 _POLL = 0.5  # seconds between two looks at the file system
 _agreement: Any = None  # a group of the ranks that waits without spinning, as NCCL would

@@ -52,7 +52,7 @@ def _install(package: Path, site: Path) -> None:
 def _follow(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     suite("perplexity")  # the harness' own register themselves, and stay; a page's do not
-    monkeypatch.setattr(SUITES, "_registered", dict(SUITES._registered))
+    monkeypatch.setattr(SUITES, "_parts", dict(SUITES._parts))
     printed = ""
     for block in BLOCK.finditer(page.read_text(encoding="utf-8")):
         language, title, text = block["language"], block["title"], block["text"]
@@ -88,7 +88,7 @@ def _parse(command: list[str]) -> None:
         assert set(arguments) <= set(targets), command
         return
     if program in ("torchrun", "deepspeed"):
-        arguments = arguments[arguments.index("harness.cli") + 1 :]
+        arguments = arguments[arguments.index("harness") + 1 :]
     elif program != "fusellm":
         return
     # An unknown option is refused before help is given.
@@ -129,7 +129,7 @@ def test_the_first_page_leaves_what_it_says(folder: Path) -> None:
     assert (folder / "report" / "report.html").exists() and (folder / "tables" / "quickstart.tex").exists()
     # The user's own experiment trained one row more, and read no corpus again.
     kinds = [path.parents[1].name for path in (folder / "work" / "artifacts").glob("*/*/manifest.json")]
-    assert kinds.count("train") == 4 and kinds.count("extraction") == 3
+    assert kinds.count("train") == 4 and kinds.count("predictions") == 3
 
 
 @pytest.mark.parametrize("page", PAGES)

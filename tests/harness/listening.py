@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness.data.sequences import Rows
+from harness.data.sequences import PackedSequences
 from harness.experiment import context
 from harness.experiment.run import candidates
 from harness.stages import trainer
@@ -16,17 +16,17 @@ class _Caught(Exception):
     pass
 
 
-def rows_of(experiment: context.Experiment, monkeypatch: pytest.MonkeyPatch) -> Rows:
+def rows_of(experiment: context.Experiment, monkeypatch: pytest.MonkeyPatch) -> PackedSequences:
     """The rows that the experiment's first training would be given."""
 
-    def train(model: Any, tokenizer: Any, rows: Rows, *args: Any, **kwargs: Any) -> None:
+    def train(model: Any, tokenizer: Any, rows: PackedSequences, *args: Any, **kwargs: Any) -> None:
         raise _Caught(rows)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "train", train)
         with pytest.raises(_Caught) as caught:
             list(candidates(experiment))
-    rows: Rows = caught.value.args[0]
+    rows: PackedSequences = caught.value.args[0]
     return rows
 
 

@@ -128,7 +128,7 @@ def test_one_models_logits_exist_at_a_time(trio: list[Any], monkeypatch: pytest.
     reader = joint(trio, WEIGHTS)
     monkeypatch.setattr(PrefixReader, "_forward", watched)
     texts = prompts(4)
-    with reader.predictions():
+    with reader.reading():
         reader.read([Run(t) for t in texts], [range(len(t)) for t in texts])
     assert generate(reader, texts, 3)
     assert len(alive) > 3 and set(alive) == {0}
@@ -138,7 +138,7 @@ def test_one_models_logits_exist_at_a_time(trio: list[Any], monkeypatch: pytest.
 def test_reading_is_the_naive_mean(trio: list[Any], combine: Any) -> None:
     reader = joint(trio, WEIGHTS, combine)
     texts = prompts(4)
-    with reader.predictions():
+    with reader.reading():
         found = reader.read([Run(t) for t in texts], [range(len(t)) for t in texts])
         _, (stem,) = reader.begin([Run(texts[0][:5])])
         branches = [texts[0][5:], texts[1]]
@@ -224,7 +224,7 @@ def test_a_tree_is_its_sequences(trio: list[Any]) -> None:
         reader = PrefixReader(member)
         tree = Tree(texts)
         assert len(tree.tokens) == 8
-        with reader.predictions():
+        with reader.reading():
             found = reader.read([tree], [tree.ends])
             _, (stem,) = reader.begin([Run([5, 6] * 12)])
             later = Tree(texts, stem)
@@ -363,7 +363,7 @@ def test_translated_reading_is_its_definition(
         ends = [one._overlaps.covers(*one.encode([ids[:n]]), ids[:n]) for n in range(1, len(ids))]
         assert {0, 1, 2} <= set(map(len, ends))
     expected = torch.stack([by_definition(reader, models, shares, ids[: n + 1]) for n in range(len(ids))])
-    with reader.predictions():
+    with reader.reading():
         found = reader.read([Run(ids)], [range(len(ids))])
         _, (stem,) = reader.begin([Run(ids[:9])])
         continued = reader.read([Run(ids[9:12], stem, [ids[12:], ids[3:5]])], [range(len(ids) - 9)])
@@ -381,7 +381,7 @@ def test_translated_reading_is_its_definition(
 
 @pytest.mark.parametrize("seed", [None, 3])
 def test_what_is_written_has_the_likelihood_of_its_steps(pivot: Any, members: dict[str, Any], seed: int | None) -> None:
-    reader = translated(pivot, members, make_parts=0.1)
+    reader = translated(pivot, members, share=0.1)
     models, shares = [pivot, *members.values()], [0.1, 0.45, 0.45]
     given = [[0, *encode(byte_level(), text)] for text in (*TEXTS[:2], TEXTS[0][:30], "猫")]
     steps = [0.0] * len(given)
@@ -396,7 +396,7 @@ def test_what_is_written_has_the_likelihood_of_its_steps(pivot: Any, members: di
 
     decode(reader, given, choose, rows=3, batch_tokens=60)
     for prompt, answer, steps_sum in zip(given, new, steps, strict=True):
-        with reader.predictions():
+        with reader.reading():
             text = [*prompt, *answer]
             rows = reader.read([Run(text[:-1])], [range(len(prompt) - 1, len(text) - 1)])
         found = float(rows.gather(1, torch.tensor(answer)[:, None]).sum())
@@ -433,7 +433,7 @@ def test_a_tokenizer_of_the_pivots_in_other_numbers_changes_nothing(pivot: Any) 
     assert len(whole) > len(ids) / 2
     said = []
     for reader in (found, plain):
-        with reader.predictions():
+        with reader.reading():
             said.append(reader.read([Run(ids)], [whole]))
     torch.testing.assert_close(*said, atol=1e-4, rtol=1e-4)
 
@@ -538,5 +538,5 @@ def test_a_mean_of_logits_needs_one_tokenizer(pivot: Any, members: dict[str, Any
 def test_a_text_beyond_a_members_context_is_refused(pivot: Any, members: dict[str, Any]) -> None:
     reader = translated(pivot, members)
     reader._translators[0].reader.positions = 10
-    with reader.predictions(), pytest.raises(UserError, match="does not fit the context of sentencepiece, 10"):
+    with reader.reading(), pytest.raises(UserError, match="does not fit the context of sentencepiece, 10"):
         reader.read([Run(encode(byte_level(), TEXT))], [[12]])

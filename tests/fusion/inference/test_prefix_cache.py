@@ -65,7 +65,7 @@ def test_branches_are_read_as_if_alone(model: Any) -> None:
     reader = PrefixReader(model)
     stem, trunk, branches = text(9, 1), text(6, 2), [text(7, 3), text(1, 4), []]
     other = text(11, 5)
-    with reader.predictions():
+    with reader.reading():
         _, (kept,) = reader.begin([Run(stem)])
         runs = [Run(trunk, kept, branches), Run(other), Run(other[:4], kept)]
         found = reader.read(runs, [range(len(run.tokens)) for run in runs]).clone()
@@ -80,7 +80,7 @@ def test_rows_come_and_go(model: Any) -> None:
     reader = PrefixReader(model)
     stems, texts = [text(12, 1), []], [[text(30, 2), text(20, 3), text(25, 4)], [text(26, 5)]]
     own = [[whole(model, [*stem, *t])[len(stem) :] for t in some] for stem, some in zip(stems, texts, strict=True)]
-    with reader.predictions():
+    with reader.reading():
         groups = [DecodingBatch(reader.begin([Run(stems[0])])[1][0], 3), DecodingBatch(None, 1)]
         under_way = [[(0, 4), (1, 3)], [(0, 6)]]  # number of the text, tokens read
         for group, stem, some, members in zip(groups, stems, texts, under_way, strict=True):
@@ -127,7 +127,7 @@ def test_decoding_many_is_decoding_each(model: Any, rows: int, batch_tokens: int
 def test_attention_is_the_models_own_afterwards(model: Any) -> None:
     before, tokens = model.config._attn_implementation, text(9, 1)
     expected = whole(model, tokens)
-    with PrefixReader(model).predictions():
+    with PrefixReader(model).reading():
         pass
     assert model.config._attn_implementation == before
     assert torch.equal(whole(model, tokens), expected)
@@ -162,7 +162,7 @@ def test_great_scores_are_not_rounded() -> None:
     model = model.to(torch.bfloat16)
     tokens = text(12, 1)
     reader = PrefixReader(model)
-    with reader.predictions():
+    with reader.reading():
         _, (kept,) = reader.begin([Run(tokens[:8])])
         rows = DecodingBatch(None, 4)
         rows.add(kept)

@@ -204,8 +204,8 @@ NAMES: list[tuple[list[str], str]] = [
     (setting("methods.FuseLLM.tail=buckets"), "switch tail is 'buckets' .did you mean 'bucket'.*; it takes one of"),
     (setting("methods.FuseLLM.select_over=pasage"), "switch select_over is 'pasage' .did you mean 'passage'."),
     (
-        setting("methods.FuseLLM.preset=mend"),
-        "no preset 'mend' .did you mean 'corrected'.*: presets are corrected, publish",
+        setting("methods.FuseLLM.preset=correctd"),
+        "no preset 'correctd' .did you mean 'corrected'.*: presets are corrected, publish",
     ),
     (setting("methods.FuseLLM.tial=gold"), "unknown key tial .did you mean 'tail'."),
     (setting("methods.FuseLLM.sources=[Gemma-3-270m]"), "is no role .did you mean 'Gemma-3-270M'."),

@@ -417,7 +417,7 @@ def test_a_tokenizer_changed_after_the_extraction_is_noticed(
     reader = context.Experiment(load(str(experiment_file)), again).reader("neox")
     monkeypatch.setattr(extraction, "encode", lambda tokenizer, text: encode(tokenizer, text)[:-1])
     with pytest.raises(UserError, match="but the tokenizer now gives"):
-        reader.reading(0)
+        reader.predictions(0)
 
 
 # Other processes.

@@ -133,7 +133,7 @@ def test_a_stored_reading_is_what_the_model_says(finished: tuple[Config, Path, P
     small = context.Experiment(config, root)
     model, reader, passages = load_model(small.model("neox")), small.reader("neox"), Passages(small.passages[1])
     for passage in range(0, len(passages), 7):
-        reading = reader.reading(passage)
+        reading = reader.predictions(passage)
         with torch.no_grad():
             log_q = model(torch.tensor(reading.tokens[None]).long()).logits[0].log_softmax(-1)
         top = log_q.topk(5, -1)

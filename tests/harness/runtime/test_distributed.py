@@ -164,7 +164,7 @@ def test_a_killed_rank_ends_the_run_and_the_command_goes_on(together: Path, expe
     with pytest.raises(UserError, match="checkpoint-6 is the checkpoint of 2 ranks and cannot be continued by 1"):
         ranks_worker.train(load(str(experiment_file)), root, "FuseLLM")
     only = ["--set", "methods.KD=null", "--set", "methods.ALM=null", "--set", "roles.sources.twin=null"]
-    done = launch("-m", "harness.cli", "experiment", "run", experiment_file, *only, "--root", root)
+    done = launch("-m", "harness", "experiment", "run", experiment_file, *only, "--root", root)
     assert "FuseLLM (seed 0): going on from checkpoint-6" in done.stderr
     expected, found = weights(trained(together, "FuseLLM")), weights(trained(root, "FuseLLM"))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
@@ -177,7 +177,7 @@ def test_a_killed_rank_ends_the_run_and_the_command_goes_on(together: Path, expe
 
 def test_a_mistake_of_all_ranks_is_said_once(experiment_file: Path, tmp_path: Path) -> None:
     settings = ["--set", "training.global_batch_size=3", "--root", tmp_path]
-    done = launch("-m", "harness.cli", "experiment", "run", experiment_file, *settings, check=False)
+    done = launch("-m", "harness", "experiment", "run", experiment_file, *settings, check=False)
     (sentence,) = sentences(done)
     assert "training.global_batch_size = 3 is no multiple of 2 ranks" in sentence
     assert "2" in re.findall(r"exitcode +: (\S+)", done.stderr)
@@ -189,7 +189,7 @@ def test_the_deepspeed_launcher_does_as_well(experiment_file: Path, tmp_path: Pa
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = Path(sys.executable).with_name("deepspeed")
-    command = [launcher, "--num_accelerators", 2, "--master_port", port, "--module", "harness.cli", "experiment", "run"]
+    command = [launcher, "--num_accelerators", 2, "--master_port", port, "--module", "harness", "experiment", "run"]
     command += [experiment_file, "--root", tmp_path, "--set", "training.global_batch_size=3"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(map(str, command), capture_output=True, text=True, env=environment, timeout=600)

@@ -11,6 +11,7 @@ import yaml
 
 from baselines.method import METHODS, Artifact, Candidate, Context, Parameters
 from fusion.errors import UserError
+from fusion.registry import Part
 from harness.config.loading import Config, load
 from harness.experiment import run
 from harness.experiment.context import Experiment
@@ -60,7 +61,7 @@ def file(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "suites": {"perplexity": {"documents": {"path": str(made / "test"), "first_bytes": 300}, "window": 64}},
         "curve": {"per_domain": 0},
     }
-    path = folder / "continued models.yaml"
+    path = folder / "continued-models.yaml"
     path.write_text(yaml.safe_dump(raw), encoding="utf-8")
     return path
 
@@ -152,7 +153,7 @@ class _Probe:
 def test_a_method_from_scores_plans_and_runs(
     finished: tuple[Config, Path, Path], file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(METHODS._registered, "probe", _Probe)
+    monkeypatch.setitem(METHODS._parts, "probe", Part("probe", _Probe))
     config = load(str(file), overrides=["methods.Probe.method=probe", "reference=Probe"])
     config.methods = {"Probe": config.methods["Probe"]}
     # Nothing is known yet: the plan does not open what is not there.

@@ -64,7 +64,7 @@ def test_who_is_dead(tmp_path: Path, owner: list[object], silent_s: float, taken
 
 
 def test_the_living_are_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases, "BEAT_S", 0.01)
+    monkeypatch.setattr(leases, "HEARTBEAT_S", 0.01)
     with Leases(tmp_path) as ours:
         ours.take("a")
         ours.take("b")

@@ -1,0 +1,5 @@
+"""`python -m harness` is `fusellm`."""
+
+from harness.cli import main
+
+main()
