@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 
-from harness.store.artifacts import PeakMemory
+from harness.runtime.memory import PeakMemory
 
 T = TypeVar("T")
 _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "numba", "rapidfuzz", "safetensors", "pyarrow")

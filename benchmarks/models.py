@@ -26,10 +26,9 @@ from harness.data.corpus import Passages
 from harness.data.sequences import IGNORED, PackedSequences, collate
 from harness.experiment.context import TARGET, Experiment
 from harness.models.checkpoints import ResolvedModel, compute_dtype, load_model
-from harness.runtime.memory import retain_heap
+from harness.runtime.memory import PeakMemory, retain_heap
 from harness.stages import loss_resources
 from harness.stages.extraction import Extraction
-from harness.store.artifacts import PeakMemory
 
 _KINDS = ("clm", "fusellm", "plain")
 _LAMBDA = 0.9

@@ -12,7 +12,7 @@ from benchmarks.material import Material
 from benchmarks.page import Result
 from harness.config.loading import load
 from harness.reporting.runs import RUN_FILE, hashes
-from harness.store.artifacts import write_json
+from harness.store.files import write_json
 from results.paper_layouts import BBH
 from results.records import NO_SEED, Record, write
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from fusion.errors import UserError, did_you_mean
-from harness.store.artifacts import Estimate, Spec, Store, file_sha256
+from harness.store.artifacts import Estimate, Spec, Store
+from harness.store.fingerprint import file_sha256
 
 if TYPE_CHECKING:
     pass

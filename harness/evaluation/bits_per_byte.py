@@ -14,7 +14,9 @@ from fusion.vocabulary.token_bytes import encode, prefix_id
 from harness.config.loading import PerplexityConfig
 from harness.data.corpus import Document
 from harness.runtime.progress import track
-from harness.store.artifacts import Spec, fingerprint, read_json, write_json
+from harness.store.artifacts import Spec
+from harness.store.files import read_json, write_json
+from harness.store.fingerprint import fingerprint
 
 VERSION = 2
 SUITE = "perplexity"

@@ -12,8 +12,10 @@ from harness.evaluation.suite import EvaluatedModel, Suite, SuiteResult, suite
 from harness.models.checkpoints import ModelSpec, compute_dtype, count_parameters, resolve
 from harness.reporting.runs import RUN_FILE, SUITES_FILE, described, hashes, open_run
 from harness.runtime.progress import notify
-from harness.store.artifacts import Store, fingerprint, write_atomically, write_json
+from harness.store.artifacts import Store
 from harness.store.costs import Costs
+from harness.store.files import write_atomically, write_json
+from harness.store.fingerprint import fingerprint
 from harness.store.provenance import made_by
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ from pydantic import BaseModel, ConfigDict
 from fusion.errors import UserError, did_you_mean
 from fusion.registry import Registry
 from harness.models.checkpoints import ModelSpec, ResolvedModel, load_model, load_tokenizer, resolve
-from harness.store.artifacts import Estimate, Spec, Store, whole_lines, write_atomically
+from harness.store.artifacts import Estimate, Spec, Store
 from harness.store.costs import Costs
+from harness.store.files import whole_lines, write_atomically
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM

@@ -38,8 +38,9 @@ from harness.stages.continued_models import continued_model_spec, make_continued
 from harness.stages.extraction import Extraction, extraction_spec
 from harness.stages.sharding import zero_config
 from harness.stages.shards import position_bytes
-from harness.store.artifacts import Estimate, Spec, Store, canonical, fingerprint, plain_json
+from harness.store.artifacts import Estimate, Spec, Store
 from harness.store.costs import BYTES_PER_TOKEN, Costs
+from harness.store.fingerprint import canonical, fingerprint, plain_json
 
 if TYPE_CHECKING:
     from harness.evaluation.suite import EvaluatedModel, Suite

@@ -30,7 +30,7 @@ from harness.experiment.run import run_folder
 from harness.reporting.figures import audited
 from harness.runtime.progress import track
 from harness.stages import loss_resources
-from harness.store.artifacts import write_atomically
+from harness.store.files import write_atomically
 
 LEAST_TAIL = 1e-6  # a tail is stored in float16; below this it is rounding and its logarithm means nothing
 OVERALL = "all domains"

@@ -14,7 +14,8 @@ from harness.evaluation import bits_per_byte
 from harness.experiment.context import TARGET, Experiment, plain_json
 from harness.models.checkpoints import ModelSpec, compute_dtype, find_entry, is_hub_id
 from harness.runtime.progress import track
-from harness.store.artifacts import Estimate, Spec, fingerprint
+from harness.store.artifacts import Estimate, Spec
+from harness.store.fingerprint import fingerprint
 
 
 class MethodContext:

@@ -21,7 +21,8 @@ from harness.reporting.figures import learning_curves
 from harness.reporting.runs import RUN_FILE, described, hashes, open_run, table
 from harness.runtime import distributed
 from harness.stages.training_log import tokens_seen
-from harness.store.artifacts import Planned, exclusive_lock, read_manifest, write_atomically, write_json
+from harness.store.artifacts import Planned, read_manifest
+from harness.store.files import exclusive_lock, write_atomically, write_json
 from harness.store.provenance import made_by
 
 if TYPE_CHECKING:

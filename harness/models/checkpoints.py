@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fusion.errors import UserError, did_you_mean
 from fusion.modeling.loading import check_loading
-from harness.store.artifacts import canonical, file_sha256, fingerprint, write_atomically
+from harness.store.files import write_atomically
+from harness.store.fingerprint import canonical, file_sha256, fingerprint
 from harness.store.paths import PRESETS
 
 if TYPE_CHECKING:

@@ -27,7 +27,8 @@ from harness.models.checkpoints import (
     load_tokenizer,
     read_manifest,
 )
-from harness.store.artifacts import disk_errors, file_sha256, write_atomically
+from harness.store.files import disk_errors, write_atomically
+from harness.store.fingerprint import file_sha256
 
 if TYPE_CHECKING:
     import torch

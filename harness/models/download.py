@@ -28,7 +28,7 @@ from harness.models.checkpoints import (
 )
 from harness.models.convert import convert, write_manifest
 from harness.runtime.progress import notify
-from harness.store.artifacts import file_sha256
+from harness.store.fingerprint import file_sha256
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.reporting.runs import open_run
-from harness.store.artifacts import canonical
+from harness.store.fingerprint import canonical
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -23,7 +23,9 @@ from harness.reporting.runs import (
     table,
     text_table,
 )
-from harness.store.artifacts import canonical, read_manifest, write_atomically
+from harness.store.artifacts import read_manifest
+from harness.store.files import write_atomically
+from harness.store.fingerprint import canonical
 from results.report import Answer, Asked, Cost, Entry, Figure, Run, Task, findings, page
 
 if TYPE_CHECKING:

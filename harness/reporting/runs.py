@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
-from harness.store.artifacts import file_sha256, read_json
+from harness.store.files import read_json
+from harness.store.fingerprint import file_sha256
 from harness.store.paths import PRESETS, RUN_FILE, SUITES_FILE
 
 if TYPE_CHECKING:
@@ -236,7 +237,7 @@ def tables(
 def write(found: Tables, out: Path, forms: Sequence[str]) -> list[Path]:
     """Each table below `out` in each of the formats, and the figures of its run (see `harness.reporting.figures`)."""
     from harness.reporting.figures import drawings
-    from harness.store.artifacts import write_atomically
+    from harness.store.files import write_atomically
     from results.formats import ENDINGS, render
 
     out.mkdir(parents=True, exist_ok=True)

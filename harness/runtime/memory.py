@@ -1,4 +1,4 @@
-"""The C library's heap: what torch frees on a CPU is kept for the next tensor, and given back between stages.
+"""Memory of this process: glibc's heap, which keeps or returns what torch frees, and the peak of a stage.
 
 By default a freed block of more than a few megabytes goes back to the kernel at once, and the next one is mapped and
 cleared anew, page by page: in a training step on a CPU that costs about a seventh of the time.
@@ -7,13 +7,15 @@ cleared anew, page by page: in a training step on a CPU that costs about a seven
 import contextlib
 import ctypes
 import gc
-from typing import Any
+import resource
+from pathlib import Path
+from typing import Any, ClassVar
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # of mallopt(3)
 
 
 def retain_heap() -> None:
-    """Has freed memory stay in this process. Does nothing where the C library is not glibc."""
+    """Makes the C library keep freed memory for the next allocation. Does nothing where it is not glibc."""
     libc = _glibc()
     if libc is not None:
         libc.mallopt(_MMAP_MAX, 0)
@@ -22,7 +24,7 @@ def retain_heap() -> None:
 
 
 def trim_heap() -> None:
-    """Returns what is free to the kernel, models that only cycles hold among it."""
+    """Collects garbage (models that only reference cycles hold) and returns free memory to the kernel."""
     gc.collect()
     libc = _glibc()
     if libc is not None:
@@ -30,8 +32,43 @@ def trim_heap() -> None:
 
 
 def _glibc() -> Any:
+    """The C library, or None where it is not glibc."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         _ = libc.gnu_get_libc_version
         return libc
     return None
+
+
+class PeakMemory:
+    """Context manager: `bytes` is the largest resident memory of this process inside the block. May be nested.
+
+    Linux keeps one high-water mark a process, which would charge a stage with the memory of a larger one before it. The
+    mark is therefore reset on entering, after its value has been added to the blocks around. Where it cannot be reset,
+    `bytes` is the peak of the whole process.
+    """
+
+    _open: ClassVar[list["PeakMemory"]] = []
+
+    def __enter__(self) -> "PeakMemory":
+        self._update()
+        self.bytes = 0
+        self._open.append(self)
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._update()
+        self._open.remove(self)
+
+    @classmethod
+    def _update(cls) -> None:
+        """Adds the high-water mark to all open blocks."""
+        try:
+            status = Path("/proc/self/status").read_text(encoding="utf-8")
+            peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+        except (OSError, IndexError):
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        for block in cls._open:
+            block.bytes = max(block.bytes, peak)

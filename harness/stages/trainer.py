@@ -33,7 +33,8 @@ from harness.runtime import distributed
 from harness.runtime.progress import notify, track
 from harness.stages.sharding import release, whole_weights, without_own_ops, zero_config
 from harness.stages.training_log import CURVE_FILE, LOG_FILE
-from harness.store.artifacts import file_sha256, read_json, write_atomically, write_json
+from harness.store.files import read_json, write_atomically, write_json
+from harness.store.fingerprint import file_sha256
 
 MODEL_FOLDER = "model"
 _COMPLETE = "complete"

@@ -14,7 +14,8 @@ from pathlib import Path
 from unittest import mock
 
 from harness import cli
-from harness.store.artifacts import Store, read_json
+from harness.store.artifacts import Store
+from harness.store.files import read_json
 from results.records import read
 
 

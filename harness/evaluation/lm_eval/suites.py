@@ -36,8 +36,9 @@ from harness.evaluation.suite import (
 )
 from harness.evaluation.vote import Answers, choices, voted
 from harness.runtime.progress import notify, track
-from harness.store.artifacts import Spec, Store, fingerprint
+from harness.store.artifacts import Spec, Store
 from harness.store.costs import Costs
+from harness.store.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

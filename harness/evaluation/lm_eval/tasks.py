@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
-from harness.store.artifacts import file_sha256
+from harness.store.fingerprint import file_sha256
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

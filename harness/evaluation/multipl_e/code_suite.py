@@ -29,8 +29,10 @@ from harness.evaluation.suite import (
     kept_lines,
 )
 from harness.runtime.progress import notify, track
-from harness.store.artifacts import Estimate, Spec, Store, file_sha256, write_atomically
+from harness.store.artifacts import Estimate, Spec, Store
 from harness.store.costs import BYTES_PER_TOKEN, Costs
+from harness.store.files import write_atomically
+from harness.store.fingerprint import file_sha256
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

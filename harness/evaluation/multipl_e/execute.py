@@ -22,7 +22,7 @@ from harness.evaluation.multipl_e.languages import LANGUAGES, language_of
 from harness.evaluation.multipl_e.toolchains import Toolchain, available
 from harness.evaluation.sandbox import Limits, Sandbox, refusal
 from harness.runtime.progress import notify, track
-from harness.store.artifacts import whole_lines, write_atomically
+from harness.store.files import whole_lines, write_atomically
 
 VERSION = 1  # of the way in which programs are put together, run and scored
 

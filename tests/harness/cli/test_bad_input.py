@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from harness.reporting import runs
-from harness.store.artifacts import file_sha256, write_json
+from harness.store.files import write_json
+from harness.store.fingerprint import file_sha256
 from results.records import Record
 from results.records import write as write_records
 from tests.harness.command import answer, assert_whole, fusellm, sentence
@@ -556,7 +557,7 @@ FILES: list[tuple[Prepare, list[str], str]] = [
     (
         artifact("manifest.json", "{}"),
         ["artifacts", "list", "--root", "root"],
-        "manifest.json is damaged: remove that fold",
+        "manifest.json is damaged or of another version: remove that fold",
     ),
     (
         write("root/runs/main/small/x/run.json", "{}"),

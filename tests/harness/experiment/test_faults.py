@@ -31,8 +31,9 @@ from harness.evaluation import bits_per_byte
 from harness.experiment import context, run
 from harness.runtime import progress
 from harness.stages import extraction, trainer
-from harness.store.artifacts import Store, exclusive_lock, read_manifest
+from harness.store.artifacts import Store, read_manifest
 from harness.store.cleanup import unused
+from harness.store.files import exclusive_lock
 from tests.harness.command import answer, assert_whole, results, sentence, start
 
 RUN = ("experiment", "run")
@@ -293,7 +294,7 @@ def test_damaged_artifacts_are_refused_by_name(kind: str, micro: Path, tmp_path:
 
 def test_a_manifest_is_refused_where_what_it_says_counts(micro: Path) -> None:
     """Every byte of it flipped: only what is written for people can change without a word."""
-    path = next(micro.glob("artifacts/extraction/target-*/manifest.json"))
+    path = next(micro.glob("artifacts/predictions/target-*/manifest.json"))
     whole, manifest = path.read_bytes(), read_manifest(path.parent)
     generator = random.Random(3)
     for at in range(0, len(whole), 7):

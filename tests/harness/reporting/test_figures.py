@@ -7,7 +7,7 @@ import pandas as pd
 
 from harness.reporting import runs
 from harness.reporting.figures import AUDIT, _series, drawings
-from harness.store.artifacts import write_json
+from harness.store.files import write_json
 from results.figures import charts
 from results.formats import plain_table
 from results.records import Record

@@ -7,7 +7,8 @@ import pytest
 
 from fusion.errors import UserError
 from harness.reporting import runs
-from harness.store.artifacts import file_sha256, write_json
+from harness.store.files import write_json
+from harness.store.fingerprint import file_sha256
 from results.errors import UserError as RecordsError
 from results.formats import FORMATS, render
 from results.records import Record, write

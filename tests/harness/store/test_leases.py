@@ -35,8 +35,8 @@ def test_one_of_several_has_a_part_and_gives_it_back(tmp_path: Path) -> None:
 
 def test_a_process_that_was_killed_has_no_claims(tmp_path: Path) -> None:
     code = (
-        "import sys, time, pathlib; from harness.store.leases import Claims\n"
-        "with Claims(pathlib.Path(sys.argv[1])) as c: c.take('a'); print('taken', flush=True); time.sleep(600)"
+        "import sys, time, pathlib; from harness.store.leases import Leases\n"
+        "with Leases(pathlib.Path(sys.argv[1])) as c: c.take('a'); print('taken', flush=True); time.sleep(600)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other, Leases(tmp_path) as ours:

@@ -1,4 +1,4 @@
-"""What a manifest says about the making of an artifact."""
+"""The peak memory of a stage, and the heap that keeps or returns freed memory."""
 
 import subprocess
 import sys
@@ -6,8 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from harness.runtime.memory import trim_heap
-from harness.store.artifacts import PeakMemory
+from harness.runtime.memory import PeakMemory, trim_heap
 
 MEGABYTE = 2**20
 
@@ -30,13 +29,13 @@ def test_freed_memory_is_kept_until_it_is_given_back() -> None:
     """In a process of its own: what is told to the heap cannot be taken back."""
     code = """
 import numpy as np, psutil
-from harness.runtime.memory import give_back, keep_freed
+from harness.runtime.memory import retain_heap, trim_heap
 resident = lambda: psutil.Process().memory_info().rss
-keep_freed()
+retain_heap()
 before = resident()
 np.ones(200 * 2**20, np.uint8)
 assert resident() - before > 150 * 2**20
-give_back()
+trim_heap()
 assert resident() - before < 50 * 2**20
 """
     subprocess.run([sys.executable, "-c", code], check=True)
