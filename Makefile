@@ -15,7 +15,7 @@ help:
 	@echo 'make toolchains  on Debian: bubblewrap, the compilers of the ten languages of MultiPL-E, Chromium for tests'
 	@echo 'make test        environment, then all tests'
 	@echo 'make bench       speed and memory, on a machine that does nothing else: docs/results/bench/README.md'
-	@echo 'make lint        ruff and mypy'
+	@echo 'make lint        ruff, mypy, import-linter, deptry'
 	@echo 'make docs        the pages below docs/, into build/docs: strict, so that no link is broken'
 	@echo 'make lock        new exact versions from the ranges in pyproject.toml'
 
@@ -46,6 +46,8 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/deptry .
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -58,7 +60,7 @@ lock:
 	rm -rf build/lock
 	$(PYTHON) -m venv build/lock
 	build/lock/bin/python -m pip install torch==2.13.0 setuptools
-	build/lock/bin/python -m pip install --no-build-isolation -e '.[dev,deepspeed]'
+	build/lock/bin/python -m pip install --no-build-isolation -e '.[all,dev,deepspeed]'
 	build/lock/bin/python -m pip freeze --exclude-editable | sed -e 's/+cpu//' -e '/^deepspeed==/d' > requirements.lock
 
 clean:

@@ -26,6 +26,7 @@ from harness.cli.console import (
     quiet_libraries,
 )
 from harness.runtime import distributed
+from harness.runtime.extras import missing_extra
 
 app = typer.Typer(
     name="fusellm",
@@ -438,6 +439,7 @@ def _explain(error: Exception) -> int:
             typer.echo(f"fusellm: {message.rstrip('.')}{hint}.", err=True)
         return 2
     sentence = str(error) if isinstance(error, UserError | RecordsError) else _of_the_system(error)
+    sentence = sentence or missing_extra(error)
     distributed.report_root_cause(sentence is not None)
     if os.environ.get("FUSELLM_DEBUG") or sentence is None:
         raise error

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness.store.paths import SOURCE
 
-_NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numba", "rapidfuzz")
+_NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numba")
 _LATER = ("lm-eval", "mergekit", "deepspeed")
 _NO_TESTS = 5  # pytest's exit status where nothing was selected
 

@@ -17,8 +17,6 @@ import numpy as np
 from fusion.errors import UserError
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer
-
     from fusion.inference.top_k import Externalised
 
 Compression = Literal["zstd", "none"]
@@ -120,7 +118,7 @@ def _joined(columns: Columns) -> bytes:
     return b"".join(parts)
 
 
-def _parted(raw: "Buffer", positions: int, empty: Columns) -> Columns:
+def _parted(raw: memoryview, positions: int, empty: Columns) -> Columns:
     """The inverse of `_joined`; `empty` are columns of no positions."""
     columns, start = {}, 0
     for name, like in empty.items():
@@ -172,7 +170,7 @@ class Shard:
         first, last = self._frames[passage : passage + 2].tolist()
         size = (end - start) * sum(int(np.prod(e.shape[1:])) * e.itemsize for e in self._empty.values())
         raw = pa.decompress(self._file.get_slice("zstd")[first:last], size, codec="zstd")
-        return _parted(raw, end - start, self._empty)
+        return _parted(memoryview(raw), end - start, self._empty)
 
 
 def checked(path: Path) -> Shard:
