@@ -22,8 +22,8 @@ from harness.models.checkpoints import ModelSpec, load_model, load_tokenizer, re
 from harness.runtime.progress import notify
 
 if TYPE_CHECKING:
-    from fusion.inference.ensembles import Translator
-    from fusion.inference.prefix_cache import PrefixReader
+    from fusion.inference.ensembles import CrossTokenizerMember
+    from fusion.inference.prefix_cache import PrefixCachedModel
     from fusion.vocabulary.token_bytes import Vocabulary
 
 DOMAINS = ["wiki", "code", "news"]
@@ -40,10 +40,10 @@ class Model:
     dtype: Any
 
     @cached_property
-    def reader(self) -> "PrefixReader":
-        from fusion.inference.prefix_cache import PrefixReader
+    def reader(self) -> "PrefixCachedModel":
+        from fusion.inference.prefix_cache import PrefixCachedModel
 
-        return PrefixReader(load_model(self._resolved, self.dtype))
+        return PrefixCachedModel(load_model(self._resolved, self.dtype))
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -78,15 +78,17 @@ def texts(data_root: Path, number: int, size: int) -> list[Document]:
     return list(documents(config, data_root))
 
 
-def translators(pivot: Model, member: Model, given: Sequence[Document], most: Sequence[int]) -> dict[str, "Translator"]:
+def translators(
+    pivot: Model, member: Model, given: Sequence[Document], most: Sequence[int]
+) -> dict[str, "CrossTokenizerMember"]:
     """The member as it is asked in each way, by what that is called."""
     import torch
 
-    from fusion.inference.ensembles import Translator
+    from fusion.inference.ensembles import CrossTokenizerMember
     from fusion.vocabulary.maps import build_map
     from fusion.vocabulary.token_bytes import encode_all, prefix_id
 
-    class OneToOne(Translator):
+    class OneToOne(CrossTokenizerMember):
         to_own: dict[int, int]
 
         def encode(self, texts: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -94,7 +96,7 @@ def translators(pivot: Model, member: Model, given: Sequence[Document], most: Se
 
     onto = build_map("first_piece", member.vocabulary, pivot.vocabulary, encode_target=pivot.encode)
 
-    def made(kind: type[Translator], overlaps: int) -> Any:
+    def made(kind: type[CrossTokenizerMember], overlaps: int) -> Any:
         return kind(
             member.reader,
             member.tokenizer,
@@ -111,9 +113,11 @@ def translators(pivot: Model, member: Model, given: Sequence[Document], most: Se
     ids = sorted({i for document in given for i in pivot.encode(document.text)})
     own = build_map("mined", pivot.vocabulary, member.vocabulary, only=np.array(ids))
     one_to_one.to_own = {i: int(own[i]) for i in ids} | {prefix_id(pivot.tokenizer): prefix_id(member.tokenizer)}
-    found = {TOKEN_BY_TOKEN: one_to_one, "the text so far, without overlaps": made(Translator, 0)}
+    found = {TOKEN_BY_TOKEN: one_to_one, "the text so far, without overlaps": made(CrossTokenizerMember, 0)}
     for number in most:
-        found[f"the text so far, overlaps of up to {number} token{'s' * (number > 1)}"] = made(Translator, number)
+        found[f"the text so far, overlaps of up to {number} token{'s' * (number > 1)}"] = made(
+            CrossTokenizerMember, number
+        )
     return found
 
 
@@ -161,16 +165,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--overlaps", type=int, nargs="+", default=[MOST], help="last tokens that may be covered")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     options = parser.parse_args(arguments)
-    from fusion.inference.ensembles import JointReader
+    from fusion.inference.ensembles import PrefixCachedEnsemble
 
     try:
         pivot, member = (Model(name, options.root, options.dtype) for name in (options.pivot, options.member))
         given = texts(options.data_root, options.texts, options.bytes)
         asked: dict[str, tuple[Any, Model]] = {
-            f"{one.name} alone": (JointReader([(one.reader, 1)]), one) for one in (pivot, member)
+            f"{one.name} alone": (PrefixCachedEnsemble([(one.reader, 1)]), one) for one in (pivot, member)
         }
-        for name, translator in translators(pivot, member, given, options.overlaps).items():
-            asked[name] = JointReader([(pivot.reader, 0.5)], [(translator, 0.5)]), pivot
+        for name, translated in translators(pivot, member, given, options.overlaps).items():
+            asked[name] = PrefixCachedEnsemble([(pivot.reader, 0.5)], [(translated, 0.5)]), pivot
         found, seconds = {}, {}
         for name, (reader, model) in asked.items():
             notify(name)

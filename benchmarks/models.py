@@ -16,7 +16,7 @@ from baselines.fusellm import FuseLLMParameters
 from benchmarks import machine, plain
 from benchmarks.material import Material
 from benchmarks.page import Result
-from fusion.inference.top_k import batches_by_length, externalise, reader
+from fusion.inference.top_k import batches_by_length, predict_top_k, reader
 from fusion.losses.objective import Head, mixed_loss
 from fusion.losses.specs import FusedLesson
 from fusion.modeling.heads import fused_forward
@@ -351,7 +351,7 @@ def _extraction(prepared: Prepared, name: str, quick: bool) -> Result:
 
     def extract() -> None:
         for batch in batches:
-            externalise(backbone, project, batch, k=k, device=torch.device("cpu"))
+            predict_top_k(backbone, project, batch, k=k, device=torch.device("cpu"))
 
     @torch.inference_mode()
     def forward() -> None:
@@ -362,7 +362,7 @@ def _extraction(prepared: Prepared, name: str, quick: bool) -> Result:
 
     def plainly() -> None:
         for batch in batches:
-            plain.externalise(model, batch, k)
+            plain.predict_top_k(model, batch, k)
 
     kinds = {"extraction": extract, "forward": forward, "plain": plainly}
     taken: dict[str, list[float]] = {kind: [] for kind in kinds}

@@ -153,7 +153,7 @@ def objective(logits: Tensor, gold: Tensor, p: Tensor, lam: float) -> Tensor:
     return lam * F.nll_loss(log_q, gold, reduction="sum", ignore_index=-1) - (1 - lam) * (p * log_q).sum()
 
 
-def externalise(model: Any, batch: Sequence[Sequence[int]], k: int) -> list[list[tuple[list[int], list[float]]]]:
+def predict_top_k(model: Any, batch: Sequence[Sequence[int]], k: int) -> list[list[tuple[list[int], list[float]]]]:
     """For each sequence of a batch its positions' top-k ids and logits as Python lists, from dense float32 logits."""
     width = max(map(len, batch))
     input_ids = torch.tensor([[*sequence, *[0] * (width - len(sequence))] for sequence in batch])

@@ -12,7 +12,7 @@ import pyarrow as pa
 from benchmarks import machine
 from benchmarks.material import SOURCE, TARGET, Material
 from benchmarks.page import Result
-from fusion.inference.top_k import Externalised
+from fusion.inference.top_k import TopKPredictions
 from fusion.types import Predictions
 from harness.stages.shards import Compression, Shard, write_shard
 
@@ -40,7 +40,7 @@ def _measure(
     what: str, folder: Path, readings: Sequence[Predictions], compression: Compression, goal: float, *, wide: bool
 ) -> list[Result]:
     path, published = folder / "shard.safetensors", folder / "published.arrow"
-    written = [Externalised(r.ids, r.log_p, r.tail, r.nats) for r in readings]
+    written = [TopKPredictions(r.ids, r.log_p, r.tail, r.nats) for r in readings]
     ends = [r.ends[1:] for r in readings]
     write_shard(path, folder / "beside", written, ends, wide=wide, compression=compression)
     for columns, predictions in zip(_read(path, len(readings)), readings, strict=True):

@@ -10,7 +10,7 @@ from benchmarks import machine, plain
 from benchmarks.material import SOURCE, TARGET, Material
 from benchmarks.page import Result
 from fusion.alignment.fuse import Source, fuse_sequence
-from fusion.alignment.pairing import align, same_end
+from fusion.alignment.pairing import ALIGNMENTS, same_end
 from fusion.types import PRESETS, Switches
 from fusion.vocabulary.edit_distance import Targets, code_points, to_alphabet
 from fusion.vocabulary.maps import build_map
@@ -126,7 +126,7 @@ def alignments(material: Material, *, quick: bool) -> list[Result]:
     plainly = machine.seconds(lambda: paths.append(plain.warping_path(strings, others)), repeat=1, warm=False)
 
     def warp() -> np.ndarray:
-        return align("dtw", tokens[0], source_ends, tokens[1], target_ends, source, target, nothing)
+        return ALIGNMENTS.get("dtw")(tokens[0], source_ends, tokens[1], target_ends, source, target, nothing)
 
     spaced = [respace(source.tokens[i], source.space, target.space) for i in tokens[0].tolist()]
     expected = [

@@ -1,7 +1,7 @@
-"""From several models' readings of a row of passages to one target distribution per position: align, carry over, fuse.
+"""From several models' predictions of the passages of a sequence to one target distribution per position.
 
-A pure function of what the models said: no model, no file and no randomness, so that the alignment, the map, the tail
-rule, the fusion function and the level can be changed without reading the corpus again.
+The steps are: align positions, project distributions, score and select sources, fuse. All of it is a pure function of
+stored predictions (no model, no file, no randomness), so that every switch can be changed without a new extraction.
 
 Source: "Knowledge Fusion of Large Language Models", ICLR 2024, arXiv 2401.10491, sections 3.2 and 3.3.
 """
@@ -14,9 +14,9 @@ from functools import cache
 
 import numpy as np
 
-from fusion.alignment.pairing import align
-from fusion.alignment.projection import carry, complete
-from fusion.alignment.selection import FUSIONS, gather_evidence
+from fusion.alignment.pairing import ALIGNMENTS
+from fusion.alignment.projection import fill_unaligned, project_entries
+from fusion.alignment.selection import FUSIONS, score_sources
 from fusion.errors import UserError
 from fusion.types import PRESETS, Predictions, Sparse, Switches
 from fusion.vocabulary.token_bytes import Vocabulary
@@ -24,7 +24,7 @@ from fusion.vocabulary.token_bytes import Vocabulary
 __all__ = ["PRESETS", "FusedSequence", "Predictions", "Source", "Sparse", "Switches", "fuse_sequence"]
 
 UNPAIRED = -1
-"""In `FusedRow.chosen`: the distribution is a one-hot, for want of a partner."""
+"""In `FusedSequence.chosen`: no source position is aligned, so the distribution is a one-hot."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Source:
     name: str
     vocabulary: Vocabulary
     map: np.ndarray
-    """int32[V] target id; -1 maps to nothing, -2 was not computed. The target itself is carried over by identity."""
+    """int32[V] target id; -1 maps to nothing, -2 was not computed. The target itself has the identity map."""
 
 
 @dataclass(frozen=True)
 class FusedSequence:
-    """What the target is to learn at the N positions of a row, its passages one after the other."""
+    """The fused distributions of the N positions of a sequence, its passages one after the other."""
 
     targets: Sparse
     fusion_weight: np.ndarray
@@ -47,17 +47,17 @@ class FusedSequence:
     gold: np.ndarray
     """int32[N], the next token of the passage, -1 at a passage's last position."""
     chosen: np.ndarray
-    """int16[N], index into `names` of the source chosen, -1 for a one-hot for want of a partner, -2 for a mixture."""
+    """int16[N], index into `names` of the selected source, -1 for a one-hot (unaligned), -2 for a mixture."""
     paired: np.ndarray
-    """bool[S, N], whether source s has a partner at the position."""
+    """bool[S, N], true where source s has an aligned position."""
     partner: np.ndarray
-    """int32[S, N], that partner, counted over the source's positions in the whole row; -1 where there is none."""
+    """int32[S, N], that position, counted over the source's positions in the whole sequence; -1 where there is none."""
     names: tuple[str, ...]
     """The S sources that take part: the target first where it does and is not listed, then the others as given."""
 
 
 def fuse_sequence(
-    readings: Sequence[Mapping[str, Predictions]],
+    passages: Sequence[Mapping[str, Predictions]],
     n_bytes: Sequence[int],
     *,
     target: str,
@@ -66,24 +66,25 @@ def fuse_sequence(
     switches: Switches,
     max_entries: int | None = None,
 ) -> FusedSequence:
-    """Fuse the sources' readings of the passages of one row.
+    """Fuse the sources' predictions of the passages of one sequence.
 
-    Every source is first made a complete distribution at every position (its partner's entries carried over, or what
-    the switches put in the place of nothing); the fusion function then chooses among these or averages them.
+    Every source first gets a complete distribution at every position (the projected entries of its aligned position, or
+    what the switches define for unaligned ones); the fusion function then selects one of these or averages them.
 
     Args:
-        readings: for each passage, the reading of every model by name. The target's own must be there for its tokens
-            and ends; without entries (k = 0) it serves only where `include_target` and `empty` do not call for them. A
-            model takes no part in a passage that is left out of its readings; without any, all positions are unaligned.
+        passages: for each passage, the predictions of every model by name. The target's own must be there for its
+            tokens and ends; it may have no entries (k = 0) unless `include_target` or `unmapped: target` needs them. A
+            model takes no part in a passage that it skipped; where all skipped it, all positions are unaligned.
         n_bytes: UTF-8 bytes of each passage.
         target: the target's name; if it is listed in `sources`, its place there is its place in `names`.
         switches: see `Switches`. At a passage's last position, where `unaligned: next` or `tail: gold` find no next
             token, an unaligned position has no distribution (weight 0) and the tail is scaled away.
-        max_entries: keep at most this many entries a position, the most probable; the rest joins the tail.
+        max_entries: keep at most this many entries a position, the most probable; the probability of the others is
+            added to the tail.
 
     Raises:
-        UserError: a reading is missing, damaged or of another tokenizer, a map does not fit, a name is not registered,
-            or `sources` and `include_target` contradict each other.
+        UserError: predictions are missing, damaged or of another tokenizer, a map does not fit, a name is not
+            registered, or `sources` and `include_target` contradict each other.
     """
     fuse = FUSIONS.get(switches.fusion)
     if max_entries is not None and max_entries < 1:
@@ -91,20 +92,20 @@ def fuse_sequence(
     itself = Source(target, target_vocabulary, np.arange(len(target_vocabulary.tokens), dtype=np.int32))
     taking_part = _taking_part(itself, sources, switches)
     names = tuple(taking_part)
-    _check(readings, n_bytes, names, target)
-    own = [passage[target] for passage in readings]
+    _check(passages, n_bytes, names, target)
+    own = [passage[target] for passage in passages]
     current = np.concatenate([predictions.tokens for predictions in own]).astype(np.int32)
     gold = np.concatenate([np.append(predictions.tokens[1:], -1) for predictions in own]).astype(np.int32)
 
     @cache
     def partners(name: str) -> np.ndarray:
-        return _partners(taking_part.get(name, itself), target, readings, target_vocabulary, switches.alignment)
+        return _partners(taking_part.get(name, itself), target, passages, target_vocabulary, switches.alignment)
 
     @cache
     def distributions(name: str) -> tuple[Sparse, np.ndarray]:
         source, partner = taking_part.get(name, itself), partners(name)
-        ids, log_p = _entries(name, readings)
-        ids, p = carry(
+        ids, log_p = _entries(name, passages)
+        ids, p = project_entries(
             ids,
             np.exp(log_p, dtype=np.float64),
             partner,
@@ -112,7 +113,7 @@ def fuse_sequence(
             vocabulary_size=len(target_vocabulary.tokens),
             duplicates=switches.duplicates,
         )
-        return complete(
+        return fill_unaligned(
             ids,
             p,
             partner,
@@ -123,25 +124,25 @@ def fuse_sequence(
         )
 
     members, paired = zip(*(distributions(name) for name in names), strict=True)
-    evidence = gather_evidence(
-        [[passage[name] for name in names] for passage in readings],
+    scores = score_sources(
+        [[passage[name] for name in names] for passage in passages],
         own,
         n_bytes,
         names=names,
         select_over=switches.select_over,
     )
-    fused, which = fuse(members, evidence, switches)
+    fused, selected = fuse(members, scores, switches)
     paired_by_source = np.stack(paired)
     has_partner = np.where(
-        which >= 0, paired_by_source[np.maximum(which, 0), np.arange(len(which))], paired_by_source.any(axis=0)
+        selected >= 0, paired_by_source[np.maximum(selected, 0), np.arange(len(selected))], paired_by_source.any(axis=0)
     )
-    fused, exists = _finish(fused, max_entries)
+    fused, exists = _trim(fused, max_entries)
     wanted = gold >= 0 if switches.loss_positions == "with_next" else np.ones(len(gold), bool)
     return FusedSequence(
         targets=fused,
         fusion_weight=(wanted & exists).astype(np.float32),
         gold=gold,
-        chosen=np.where(has_partner, which, UNPAIRED).astype(np.int16),
+        chosen=np.where(has_partner, selected, UNPAIRED).astype(np.int16),
         paired=paired_by_source,
         partner=np.stack([partners(name) for name in names]),
         names=names,
@@ -168,51 +169,50 @@ def _taking_part(itself: Source, sources: Sequence[Source], switches: Switches) 
 
 
 def _check(
-    readings: Sequence[Mapping[str, Predictions]], n_bytes: Sequence[int], names: Sequence[str], target: str
+    passages: Sequence[Mapping[str, Predictions]], n_bytes: Sequence[int], names: Sequence[str], target: str
 ) -> None:
     """Refuse what would give wrong numbers silently: missing models, arrays of different lengths, not-a-numbers."""
-    if not readings or len(readings) != len(n_bytes):
+    if not passages or len(passages) != len(n_bytes):
         raise UserError(
-            f"a row needs passages and the bytes of each: got {len(readings)} passages, {len(n_bytes)} byte counts."
+            f"a sequence needs passages and their sizes in bytes: got {len(passages)} passages, {len(n_bytes)} byte counts."
         )
-    for number, passage in enumerate(readings):
+    for number, passage in enumerate(passages):
         for name in {*names, target}:
             if name not in passage:
-                raise UserError(
-                    f"passage {number} of the row has no reading by {name!r}: extract its distributions first."
-                )
+                raise UserError(f"passage {number} of the sequence has no predictions by {name!r}: extract them first.")
             predictions, m = passage[name], len(passage[name].tokens)
             aligned = (predictions.ends, predictions.ids, predictions.log_p, predictions.tail, predictions.nats)
             if m == 0 or any(len(a) != m for a in aligned) or predictions.ids.shape != predictions.log_p.shape:
                 raise UserError(
-                    f"the reading of passage {number} by {name!r} has arrays of different lengths: extract again."
+                    f"the predictions of passage {number} by {name!r} have arrays of different lengths: extract again."
                 )
             if predictions.ends[0] != 0:
-                raise UserError(f"the reading of passage {number} by {name!r} does not begin at byte 0: extract again.")
+                raise UserError(
+                    f"the predictions of passage {number} by {name!r} do not begin at byte 0: extract again."
+                )
             if name in names and not np.isfinite(predictions.nats).all():
                 raise UserError(
-                    f"the reading of passage {number} by {name!r} has nats that are no numbers: extract again."
+                    f"the predictions of passage {number} by {name!r} have nats that are not finite: extract again."
                 )
 
 
 def _partners(
     source: Source,
     target: str,
-    readings: Sequence[Mapping[str, Predictions]],
+    passages: Sequence[Mapping[str, Predictions]],
     target_vocabulary: Vocabulary,
     alignment: str,
 ) -> np.ndarray:
-    """int32[N], the position among all of the source's in the row that serves each target position, -1 for none."""
+    """int32[N], the position among all of the source.s that is aligned with each target position, -1 for none."""
     partners, first = [], 0
-    for passage in readings:
+    for passage in passages:
         predictions, own = passage[source.name], passage[target]
         if predictions.skipped:
             partner = np.full(len(own.tokens), -1, dtype=np.int32)
         elif source.name == target:
             partner = np.arange(len(own.tokens), dtype=np.int32)
         else:
-            partner = align(
-                alignment,
+            partner = ALIGNMENTS.get(alignment)(
                 predictions.tokens,
                 predictions.ends,
                 own.tokens,
@@ -226,23 +226,23 @@ def _partners(
     return np.concatenate(partners).astype(np.int32)
 
 
-def _entries(name: str, readings: Sequence[Mapping[str, Predictions]]) -> tuple[np.ndarray, np.ndarray]:
-    """ids[M, k] and log_p[M, k] of all of a model's positions in the row."""
-    widths = {passage[name].ids.shape[1] for passage in readings}
+def _entries(name: str, passages: Sequence[Mapping[str, Predictions]]) -> tuple[np.ndarray, np.ndarray]:
+    """ids[M, k] and log_p[M, k] of all of a model's positions in the sequence."""
+    widths = {passage[name].ids.shape[1] for passage in passages}
     if widths == {0}:
         raise UserError(
-            f"the distributions of {name!r} are needed, but its readings hold no entries: extract them first."
+            f"the distributions of {name!r} are needed, but its predictions hold no entries: extract them first."
         )
     if len(widths) > 1:
         raise UserError(
-            f"the readings by {name!r} keep different numbers of entries ({sorted(widths)}): extract again."
+            f"the predictions by {name!r} keep different numbers of entries ({sorted(widths)}): extract again."
         )
-    return np.concatenate([passage[name].ids for passage in readings]), np.concatenate(
-        [passage[name].log_p for passage in readings]
+    return np.concatenate([passage[name].ids for passage in passages]), np.concatenate(
+        [passage[name].log_p for passage in passages]
     )
 
 
-def _finish(fused: Sparse, max_entries: int | None) -> tuple[Sparse, np.ndarray]:
+def _trim(fused: Sparse, max_entries: int | None) -> tuple[Sparse, np.ndarray]:
     """Drop columns that no position uses, keep at most `max_entries`; and whether there is a distribution, bool[N].
 
     Where there is none, all mass goes to the tail, so that what is handed on always sums to 1.

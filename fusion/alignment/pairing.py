@@ -1,4 +1,4 @@
-"""Which position of a source's reading serves each position of the target's reading of the same passage.
+"""Pairing: which position of a source is aligned with each position of the target in the same passage.
 
 A position stands for the distribution of what follows the tokens up to it. Position 0 is the prefix token.
 """
@@ -19,7 +19,7 @@ _LANES = 32  # columns of the warping's dynamic program that are computed at onc
 
 
 class Alignment(Protocol):
-    """From two readings of a passage to int32[Mt]: the source position for each target position, or -1.
+    """From two tokenisations of a passage to int32[Mt]: the source position aligned with each target position, or -1.
 
     `source_tokens[Ms]`, `target_tokens[Mt]` are ids, prefix first; `source_ends`, `target_ends` the byte ends of the
     same positions (-1 where unknown); `vocabulary_map[Vs]` the target id of every source id (-1 nothing,
@@ -39,28 +39,6 @@ class Alignment(Protocol):
 
 
 ALIGNMENTS: Registry[Alignment] = Registry("alignment", "fusellm.alignments")
-
-
-def align(
-    name: str,
-    source_tokens: np.ndarray,
-    source_ends: np.ndarray,
-    target_tokens: np.ndarray,
-    target_ends: np.ndarray,
-    source_vocabulary: Vocabulary,
-    target_vocabulary: Vocabulary,
-    vocabulary_map: np.ndarray,
-) -> np.ndarray:
-    """int32[Mt] by the registered alignment `name` (see `Alignment`); UserError for a name that is not registered."""
-    return ALIGNMENTS.get(name)(
-        source_tokens,
-        source_ends,
-        target_tokens,
-        target_ends,
-        source_vocabulary,
-        target_vocabulary,
-        vocabulary_map,
-    )
 
 
 def same_end(source_ends: np.ndarray, target_ends: np.ndarray) -> np.ndarray:

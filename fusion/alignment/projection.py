@@ -16,13 +16,13 @@ MASS_SLACK = 0.01
 """By how much the entries of a position may exceed 1 before it is an error and not storage rounding."""
 
 _FAULTS = {
-    1: "a token id lies outside its vocabulary map: map and reading come from different models, make the map again",
-    2: "the vocabulary map has no answer for a token that occurs (a lazy map): compute it for the ids in the readings",
+    1: "a token id lies outside its vocabulary map: map and predictions come from different models, make the map again",
+    2: "the vocabulary map has no answer for a token that occurs (a lazy map): compute it for all ids",
     3: "the vocabulary map names an id that the target vocabulary lacks: it was made for another target, make it again",
 }
 
 
-def carry(
+def project_entries(
     ids: np.ndarray,
     values: np.ndarray,
     partner: np.ndarray,
@@ -31,12 +31,12 @@ def carry(
     vocabulary_size: int,
     duplicates: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Carry each target position's partner through the map, entries in their order.
+    """Project the entries of each target position's aligned source position through the vocabulary map, in their order.
 
     Args:
         ids: int32[M, k] source token ids.
-        values: [M, k] what rides along: probabilities, or any score (logits) where the first of duplicates is kept.
-        partner: int32[N] the source position that serves each target position, -1 for none.
+        values: [M, k] the entries' values: probabilities, or any score (logits) where the first of duplicates is kept.
+        partner: int32[N] the source position aligned with each target position, -1 for none.
         vocabulary_map: int32[V_source] target ids; -1 maps to nothing, -2 was not computed.
         vocabulary_size: number of ids of the target vocabulary.
         duplicates: `sum` adds the values of entries that land on one target id, `first` keeps the first's.
@@ -49,7 +49,7 @@ def carry(
     """
     out_ids = np.full((len(partner), ids.shape[1]), -1, np.int32)
     out_values = np.zeros(out_ids.shape, np.float64)
-    fault = _carry(
+    fault = _project_entries(
         np.ascontiguousarray(ids, np.int32),
         np.ascontiguousarray(values, np.float64),
         np.ascontiguousarray(partner, np.int32),
@@ -60,12 +60,12 @@ def carry(
         out_values,
     )
     if fault:
-        raise UserError(f"cannot carry a distribution over: {_FAULTS[fault]}.")
+        raise UserError(f"cannot project a distribution: {_FAULTS[fault]}.")
     return out_ids, out_values
 
 
 @numba.njit(cache=True)
-def _carry(
+def _project_entries(
     ids: np.ndarray,
     values: np.ndarray,
     partner: np.ndarray,
@@ -103,7 +103,7 @@ def _carry(
     return 0
 
 
-def complete(
+def fill_unaligned(
     ids: np.ndarray,
     p: np.ndarray,
     partner: np.ndarray,
@@ -113,22 +113,22 @@ def complete(
     switches: Switches,
     own: Callable[[], Sparse] | None = None,
 ) -> tuple[Sparse, np.ndarray]:
-    """A distribution for every target position out of what was carried over, by `switches`.
+    """A complete distribution for every target position from its projected entries, by `switches`.
 
-    Where mass is to go to a next token that does not exist (`gold` -1: a passage's last position), `tail: gold` scales
-    what is kept to 1, and an unaligned position has no distribution: no entries, no tail.
+    At a passage's last position there is no next token (`gold` -1): there `tail: gold` renormalises the entries to sum
+    1, and an unaligned position has no distribution (no entries, no tail).
 
     Args:
-        ids: int32[N, k] of `carry`.
-        p: float64[N, k] of `carry`.
+        ids: int32[N, k] of `project_entries`.
+        p: float64[N, k] of `project_entries`.
         partner: int32[N], -1 where unaligned.
         gold: int32[N] the next token, -1 for none.
         current: int32[N] the token read at the position.
-        own: gives the N distributions of the target itself, for positions where nothing is left (`empty: target`); None
-            for the target itself.
+        own: gives the N distributions of the target itself, for positions where no entry survives the map
+            (`unmapped: target`); None for the target itself.
 
     Returns:
-        The N distributions, and bool[N] whether each stems from a partner.
+        The N distributions, and bool[N], true where a source position is aligned.
 
     Raises:
         UserError: the probabilities of a position are not a distribution.
@@ -138,8 +138,8 @@ def complete(
     if not sound.all():
         row = int(sound.argmin())
         raise UserError(
-            f"the top-k probabilities at target position {row} of the row sum to {kept[row]:g}, which no distribution "
-            "does: the extraction is damaged, extract again."
+            f"the top-k probabilities at target position {row} of the sequence sum to {kept[row]:g}, which no "
+            "distribution does: the extraction is damaged, extract again."
         )
     p = p / np.maximum(kept, 1.0)[:, None]  # rounded log-probabilities may sum to a little over 1
     tail = np.maximum(1.0 - kept, 0.0)

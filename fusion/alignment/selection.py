@@ -1,4 +1,4 @@
-"""Which source speaks where: cross-entropies by stretch of text, and the fusion functions that use them.
+"""Selection among sources: cross-entropies by stretch of text, and the fusion functions that use them.
 
 MinCE takes, of all distributions, the one whose cross-entropy against the gold text is least; AvgCE averages them with
 weights that fall with cross-entropy (arXiv 2401.10491, section 3.3). A fusion function is registered by name:
@@ -7,7 +7,8 @@ weights that fall with cross-entropy (arXiv 2401.10491, section 3.3). A fusion f
     def mince(members, evidence, switches): -> (Sparse, which[N])
 
 `members` are the S sources' complete distributions over the same N positions. A member without entries and tail at a
-position has no distribution there. `which[N]` is the chosen member of each position, `MIXTURE` where there is no one.
+position has no distribution there. `selected[N]` is the chosen member of each position, `MIXTURE` where there is no
+one.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from fusion.registry import Registry
 from fusion.types import Predictions, Sparse, Switches
 
 MIXTURE = -2
-"""In place of a chosen source: several have a part."""
+"""In place of a selected source: the distribution is a mixture of several."""
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """How well S sources predicted the U stretches of text (units) of a row, each by its own tokens.
+class SourceScores:
+    """Cross-entropies of S sources over the U stretches of text (units) of a sequence, each by its own tokens.
 
-    A unit is a passage, a segment of a passage, or the row, by the switch `select_over`; of a row of which a source
-    has not read all, the passages that the same sources have read.
+    A unit is a passage, a segment of a passage, or the sequence, by the switch `select_over`; of a sequence of which a
+    source has not read all, the passages that the same sources have read.
     """
 
     names: tuple[str, ...]
@@ -58,31 +59,31 @@ class Evidence:
         return to_bfloat16(np.exp(-mean.astype(np.float64)))
 
 
-FusionFunction = Callable[[Sequence[Sparse], Evidence, Switches], tuple[Sparse, np.ndarray]]
+FusionFunction = Callable[[Sequence[Sparse], SourceScores, Switches], tuple[Sparse, np.ndarray]]
 FUSIONS: Registry[FusionFunction] = Registry("fusion function", "fusellm.fusions")
 
 
 @FUSIONS.register("mince", reference="arXiv 2401.10491, MinCE")
-def mince(members: Sequence[Sparse], evidence: Evidence, switches: Switches) -> tuple[Sparse, np.ndarray]:
+def mince(members: Sequence[Sparse], scores: SourceScores, switches: Switches) -> tuple[Sparse, np.ndarray]:
     """The distributions of the source with the least cross-entropy in each unit.
 
-    `choice: nats_per_byte` compares float32 and breaks ties by name; `mean_ce_bfloat16` compares rewards and breaks
-    ties by the order of the sources. At `select_over: token` the choice sees the very gold token it is to predict, so
+    `select_by: nats_per_byte` compares float32 and breaks ties by name; `mean_ce_bfloat16` compares rewards and breaks
+    ties by the order of the sources. At `select_over: token` the selection sees the gold token itself, so
     that the targets drift towards the gold text and the loss towards that of plain language modelling.
     """
     if switches.select_by == "nats_per_byte":
-        by_name = np.argsort(evidence.names)
-        best = by_name[evidence.nats_per_byte().astype(np.float32)[by_name].argmin(axis=0)]
+        by_name = np.argsort(scores.names)
+        best = by_name[scores.nats_per_byte().astype(np.float32)[by_name].argmin(axis=0)]
     else:
-        best = evidence.rewards().argmax(axis=0)
-    which = best[evidence.unit]
+        best = scores.rewards().argmax(axis=0)
+    selected = best[scores.unit]
     ids, p, tail = _stack(members)
-    rows = np.arange(len(which))
-    return Sparse(ids[which, rows], p[which, rows], tail[which, rows]), which
+    rows = np.arange(len(selected))
+    return Sparse(ids[selected, rows], p[selected, rows], tail[selected, rows]), selected
 
 
 @FUSIONS.register("avgce", reference="arXiv 2401.10491, AvgCE")
-def avgce(members: Sequence[Sparse], evidence: Evidence, switches: Switches) -> tuple[Sparse, np.ndarray]:
+def avgce(members: Sequence[Sparse], scores: SourceScores, switches: Switches) -> tuple[Sparse, np.ndarray]:
     """The average of the sources' distributions, weights[S, U] by cross-entropy.
 
     `weights: nats_per_byte` is softmax(-CE / weight_temperature) of CE in nats per byte; `exp_ce` is softmax(exp(-CE))
@@ -90,14 +91,14 @@ def avgce(members: Sequence[Sparse], evidence: Evidence, switches: Switches) -> 
     distribution, or has not read the unit, the weights of the others are scaled to 1.
     """
     if switches.weights == "nats_per_byte":
-        score = -evidence.nats_per_byte() / switches.weight_temperature
+        score = -scores.nats_per_byte() / switches.weight_temperature
     else:
-        score = evidence.rewards().astype(np.float64)
-    unread = np.isinf(evidence.nats)
+        score = scores.rewards().astype(np.float64)
+    unread = np.isinf(scores.nats)
     score = np.where(unread.all(axis=0), 0.0, np.where(unread, -np.inf, score))
-    by_name = np.argsort(evidence.names)  # sums in one order, so that the result does not depend on the given one
+    by_name = np.argsort(scores.names)  # sums in one order, so that the result does not depend on the given one
     weight = np.exp(score - score.max(axis=0))[by_name]
-    return mix([members[s] for s in by_name], weight[:, evidence.unit]), np.full(len(evidence.unit), MIXTURE)
+    return mix([members[s] for s in by_name], weight[:, scores.unit]), np.full(len(scores.unit), MIXTURE)
 
 
 def mix(members: Sequence[Sparse], weight: np.ndarray) -> Sparse:
@@ -150,26 +151,26 @@ def _stack(members: Sequence[Sparse]) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return ids, p, np.stack([member.tail for member in members])
 
 
-def gather_evidence(
+def score_sources(
     passages: Sequence[Sequence[Predictions]],
     targets: Sequence[Predictions],
     n_bytes: Sequence[int],
     *,
     names: tuple[str, ...],
     select_over: str,
-) -> Evidence:
-    """Sum the sources' nats over the units of a row.
+) -> SourceScores:
+    """Sum the sources' nats over the units of a sequence.
 
     A source's nats are those of all its own tokens, whether or not their positions are paired with the target's, and
-    infinite for a passage that is left out, so that it takes no part there and the others' choice is among themselves.
+    infinite for a passage that is skipped, so that it takes no part there and the others' choice is among themselves.
     At `select_over: token` the segments lie between consecutive byte ends that all sources and the target have in
     common. A position belongs to the segment that its byte end begins, for its distribution and its nats are about the
     text that follows, and no source's token reaches over a common end. A passage's last position goes with the last
     segment; so do all positions from where some model's ends are -1, which nothing tells apart any more.
 
     Args:
-        passages: for each passage the readings of the S sources, in the order of `names`.
-        targets: for each passage the target's own reading, of which the byte ends serve.
+        passages: for each passage the predictions of the S sources, in the order of `names`.
+        targets: for each passage the target's own predictions, for their byte ends.
         n_bytes: bytes of each passage.
     """
     n_sources, first = len(names), 0
@@ -177,12 +178,12 @@ def gather_evidence(
     tokens: list[np.ndarray] = []
     sizes: list[np.ndarray] = []
     units: list[np.ndarray] = []
-    for readings, target, size in zip(passages, targets, n_bytes, strict=True):
-        heard = [predictions for predictions in readings if not predictions.skipped]
+    for by_source, target, size in zip(passages, targets, n_bytes, strict=True):
+        heard = [predictions for predictions in by_source if not predictions.skipped]
         starts = segment_starts([*heard, target], size) if select_over == "token" else np.zeros(1, np.int64)
         count = len(starts)
         sums, counts = np.zeros((n_sources, count)), np.zeros((n_sources, count), np.int64)
-        for s, predictions in enumerate(readings):
+        for s, predictions in enumerate(by_source):
             if predictions.skipped:
                 sums[s] = np.inf
                 continue
@@ -194,26 +195,24 @@ def gather_evidence(
         sizes.append(np.diff(starts, append=size))
         units.append(segment_of(target, starts) + first)
         first += count
-    evidence = Evidence(
+    scores = SourceScores(
         names, np.concatenate(nats, 1), np.concatenate(tokens, 1), np.concatenate(sizes), np.concatenate(units)
     )
     if select_over != "sequence":
-        return evidence
-    groups, group = np.unique(np.isinf(evidence.nats), axis=1, return_inverse=True)
+        return scores
+    groups, group = np.unique(np.isinf(scores.nats), axis=1, return_inverse=True)
     members = group == np.arange(groups.shape[1])[:, None]
 
     def summed(values: np.ndarray) -> np.ndarray:
         total: np.ndarray = np.where(members, values[..., None, :], 0).sum(axis=-1)
         return total
 
-    return Evidence(
-        names, summed(evidence.nats), summed(evidence.tokens), summed(evidence.n_bytes), group[evidence.unit]
-    )
+    return SourceScores(names, summed(scores.nats), summed(scores.tokens), summed(scores.n_bytes), group[scores.unit])
 
 
-def segment_starts(readings: Sequence[Predictions], n_bytes: int) -> np.ndarray:
-    """Bytes where the segments of a passage begin: the ends that all readings have, without the end of the text."""
-    common = reduce(np.intersect1d, [predictions.ends[predictions.ends >= 0] for predictions in readings])
+def segment_starts(passages: Sequence[Predictions], n_bytes: int) -> np.ndarray:
+    """Bytes where the segments of a passage begin: the ends that all models share, without the end of the text."""
+    common = reduce(np.intersect1d, [predictions.ends[predictions.ends >= 0] for predictions in passages])
     return common[common < n_bytes] if n_bytes else common[:1]
 
 

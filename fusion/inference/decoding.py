@@ -6,16 +6,16 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fusion.inference.prefix_cache import DecodingBatch, PrefixReader
-from fusion.inference.prefix_tree import Run, alike
+from fusion.inference.prefix_cache import DecodingBatch, PrefixCachedModel
+from fusion.inference.prefix_tree import Branching, common_prefix_length
 
-LEAST_SHARED = 16  # tokens in common that are worth a stem
+MIN_SHARED_TOKENS = 16  # tokens in common that are worth a stem
 
 Choose = Callable[[Sequence[int], Tensor], Sequence[int | None]]
 """choose(numbers of n sequences, logits[n, V]) -> the next token of each, None where it has ended."""
 
 
-def families(sequences: Sequence[Sequence[int]]) -> list[tuple[int, list[int]]]:
+def group_by_prefix(sequences: Sequence[Sequence[int]]) -> list[tuple[int, list[int]]]:
     """Sequences that begin alike: (tokens in common, their numbers), in lexicographic order.
 
     A sequence joins a family when it shares at least half of what the family has in common; the last token is never in
@@ -26,15 +26,15 @@ def families(sequences: Sequence[Sequence[int]]) -> list[tuple[int, list[int]]]:
         sequence = sequences[number]
         if found:
             common, members = found[-1]
-            shared = min(alike(sequences[members[0]], sequence), common, len(sequence) - 1)
-            if shared >= LEAST_SHARED and 2 * shared >= common:
+            shared = min(common_prefix_length(sequences[members[0]], sequence), common, len(sequence) - 1)
+            if shared >= MIN_SHARED_TOKENS and 2 * shared >= common:
                 found[-1] = shared, [*members, number]
                 continue
         found.append((len(sequence) - 1, [number]))
     return [(common if len(members) > 1 else 0, members) for common, members in found]
 
 
-def packs(sizes: Sequence[int], limit: int) -> list[list[int]]:
+def pack_consecutive(sizes: Sequence[int], limit: int) -> list[list[int]]:
     """Consecutive indices whose `sizes` add up to at most `limit`; what is larger stands alone."""
     found: list[list[int]] = []
     room = 0
@@ -48,7 +48,7 @@ def packs(sizes: Sequence[int], limit: int) -> list[list[int]]:
 
 
 @dataclass(eq=False)
-class _Family:
+class _PrefixGroup:
     """Sequences that continue one stem; `members` and `tokens` are those under way, in the order of `rows`."""
 
     common: int
@@ -58,11 +58,11 @@ class _Family:
     tokens: list[int] = field(default_factory=list)
     """The last token of each, which is still to be read."""
 
-    def begin(self, reader: PrefixReader, prompt: Sequence[int], room: int) -> DecodingBatch:
+    def prefill(self, reader: PrefixCachedModel, prompt: Sequence[int], room: int) -> DecodingBatch:
         """The rows; what is in common is read when the first of them comes."""
         if self.rows is None:
-            stem = reader.begin([Run(prompt[: self.common])])[1][0] if self.common else None
-            self.rows = DecodingBatch(stem, min(room, self.size))
+            cached = reader.prefill([Branching(prompt[: self.common])])[1][0] if self.common else None
+            self.rows = DecodingBatch(cached, min(room, self.size))
         return self.rows
 
     def settle(self, chosen: Sequence[int | None]) -> None:
@@ -83,21 +83,21 @@ class _Family:
 
 
 def decode(
-    reader: PrefixReader, prompts: Sequence[Sequence[int]], choose: Choose, *, rows: int, batch_tokens: int
+    reader: PrefixCachedModel, prompts: Sequence[Sequence[int]], choose: Choose, *, rows: int, batch_tokens: int
 ) -> None:
     """Continues every prompt until `choose` ends it; at most `rows` at one time, the longest of a family first.
 
     `batch_tokens` bounds the prompt tokens of one call. A sequence's logits do not depend on the others, but for
     rounding.
     """
-    alone = _Family(0, 0)  # what has nothing in common with anything is one family, too
-    waiting: deque[tuple[_Family, int]] = deque()
-    for common, members in families(prompts):
-        family = _Family(common, 0) if common else alone
+    alone = _PrefixGroup(0, 0)  # what has nothing in common with anything is one family, too
+    waiting: deque[tuple[_PrefixGroup, int]] = deque()
+    for common, members in group_by_prefix(prompts):
+        family = _PrefixGroup(common, 0) if common else alone
         family.size += len(members)
         waiting += [(family, m) for m in sorted(members, key=lambda m: (-len(prompts[m]), m))]
-    under_way: list[_Family] = []
-    with reader.reading():
+    under_way: list[_PrefixGroup] = []
+    with reader.patched_attention():
         while waiting or under_way:
             free = rows - sum(len(f.members) for f in under_way)
             if waiting and (not under_way or 4 * free >= rows):
@@ -117,20 +117,20 @@ def decode(
 
 
 def _admit(
-    reader: PrefixReader,
+    reader: PrefixCachedModel,
     prompts: Sequence[Sequence[int]],
     choose: Choose,
-    some: Sequence[tuple[_Family, int]],
+    some: Sequence[tuple[_PrefixGroup, int]],
     room: int,
     batch_tokens: int,
 ) -> None:
     """Reads the prompts of some sequences, after what they have in common, and chooses their first tokens."""
-    for pack in packs([len(prompts[number]) - family.common for family, number in some], batch_tokens):
-        part = [(*some[i], some[i][0].begin(reader, prompts[some[i][1]], room)) for i in pack]
-        runs = [Run(prompts[number][family.common :], rows.stem) for family, number, rows in part]
-        logits, begun = reader.begin(runs)
+    for pack in pack_consecutive([len(prompts[number]) - family.common for family, number in some], batch_tokens):
+        part = [(*some[i], some[i][0].prefill(reader, prompts[some[i][1]], room)) for i in pack]
+        branchings = [Branching(prompts[number][family.common :], rows.cached) for family, number, rows in part]
+        logits, started = reader.prefill(branchings)
         chosen = choose([number for _, number, _ in part], logits)
-        for (family, number, rows), row, token in zip(part, begun, chosen, strict=True):
+        for (family, number, rows), row, token in zip(part, started, chosen, strict=True):
             if token is None:
                 family.size -= 1
             else:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from fusion.errors import UserError
-from fusion.inference.prefix_cache import DecodingBatch, Later, PrefixReader
-from fusion.inference.prefix_tree import Run, Stem, Tree, alike
-from fusion.inference.token_healing import MOST, Cover, Overlaps
+from fusion.inference.prefix_cache import DecodingBatch, LayerOffset, PrefixCachedModel
+from fusion.inference.prefix_tree import Branching, CachedPrefix, PrefixTree, common_prefix_length
+from fusion.inference.token_healing import MOST, CoveringTokens, TokenHealing
 from fusion.vocabulary.maps import control_ids
 from fusion.vocabulary.token_bytes import Vocabulary, encode_all
 
@@ -64,12 +64,12 @@ def _added(total: Tensor | None, logits: Tensor, weight: float, combine: Combine
     return total
 
 
-class Translator:
+class CrossTokenizerMember:
     """A model with a tokenizer of its own, asked in the pivot's tokens and answering in them."""
 
     def __init__(
         self,
-        reader: PrefixReader,
+        reader: PrefixCachedModel,
         tokenizer: "PreTrainedTokenizerFast",
         vocabulary: Vocabulary,
         pivot: Vocabulary,
@@ -92,34 +92,40 @@ class Translator:
         self._mapped = torch.nonzero(vocabulary_map >= 0)[:, 0].to(reader.device)
         self._onto = vocabulary_map.to(reader.device)[self._mapped]
         self._of_byte = {
-            passage[0]: i for i, passage in enumerate(vocabulary.token_bytes) if passage and len(passage) == 1
+            spelling[0]: i for i, spelling in enumerate(vocabulary.token_bytes) if spelling and len(spelling) == 1
         }
         own = control_ids(pivot, vocabulary)
         self._of_control = {i: own.get(i, vocabulary.ids.get(pivot.tokens[i])) for i in pivot.control}
-        self._overlaps = Overlaps(vocabulary, pivot, encode_pivot, most=overlaps, device=reader.device)
+        self._healing = TokenHealing(vocabulary, pivot, encode_pivot, most=overlaps, device=reader.device)
         self.widest = (1 + overlaps) * reader.vocabulary
         """Logits that one text may need."""
 
-    def read(self, asked: Sequence[Sequence[Sequence[int]]], begun: Sequence[Stem | None]) -> tuple[Tensor, list[Stem]]:
+    def read(
+        self, asked: Sequence[Sequence[Sequence[int]]], started: Sequence[CachedPrefix | None]
+    ) -> tuple[Tensor, list[CachedPrefix]]:
         """Log-probabilities float32[n, V of the pivot] after each of the n texts asked for, and stems to go on from.
 
-        A group of texts continues what `begun` has read of it; its stem is that of its last text.
+        A group of texts continues what `started` has read of it; its stem is that of its last text.
         """
         found = self.encode([text for texts in asked for text in texts])
         ends = [
-            _End(own, self._overlaps.covers(own, text))
+            _End(own, self._healing.covering_tokens(own, text))
             for own, text in zip(found, (text for texts in asked for text in texts), strict=True)
         ]
         left = iter(ends)
         trees, kept = [], []
         wanted: list[list[int]] = []
-        for texts, stem in zip(asked, begun, strict=True):
+        for texts, cached in zip(asked, started, strict=True):
             some = [next(left) for _ in texts]
             # The last token may change with the next character, and all of them with the pre-tokenizer's mood. Those
             # whose logits are wanted are read anew.
-            n = min(min(alike(stem.tokens, tuple(e.own)), len(e.own) - e.rows) for e in some) if stem else 0
-            kept.append(stem.cut(n) if stem and n else None)
-            trees.append(Tree([e.own[n:] for e in some], kept[-1]))
+            n = (
+                min(min(common_prefix_length(cached.tokens, tuple(e.own)), len(e.own) - e.rows) for e in some)
+                if cached
+                else 0
+            )
+            kept.append(cached.cut(n) if cached and n else None)
+            trees.append(PrefixTree([e.own[n:] for e in some], kept[-1]))
             longest = max(len(e.own) for e in some)
             if self.reader.positions and longest > self.reader.positions:
                 raise UserError(
@@ -127,9 +133,11 @@ class Translator:
                     f"{self.reader.positions}: leave its task out, or lower the window."
                 )
             wanted.append(_rows(trees[-1], some, sum(len(nodes) for nodes in wanted)))
-        logits, read = self.reader.begin(trees, wanted)
-        stems = [_longer(before, tree, new) for before, tree, new in zip(kept, trees, read, strict=True)]
-        return self._carried(logits, ends), stems
+        logits, read = self.reader.prefill(trees, wanted)
+        cached_prefixes = [
+            _extended_prefix(before, tree, new) for before, tree, new in zip(kept, trees, read, strict=True)
+        ]
+        return self._carried(logits, ends), cached_prefixes
 
     def encode(self, texts: Sequence[Sequence[int]]) -> list[list[int]]:
         """The model's own tokens of texts in the pivot's tokens; never none.
@@ -143,14 +151,14 @@ class Translator:
 
     def _parts(self, text: Sequence[int]) -> list[str | int]:
         """Strings that are still to be encoded, and tokens of the model between them."""
-        passages = self._pivot.token_bytes
-        start = next((n for n, i in enumerate(text) if passages[i] is not None), len(text))
+        spellings = self._pivot.token_bytes
+        start = next((n for n, i in enumerate(text) if spellings[i] is not None), len(text))
         found: list[str | int] = [self._prefix] if start or self._always else []
         spelled: list[bytes] = []
         for i in [*text[start:], None]:
-            passage = passages[i] if i is not None else None
-            if passage is not None:
-                spelled.append(passage)
+            spelling = spellings[i] if i is not None else None
+            if spelling is not None:
+                spelled.append(spelling)
                 continue
             found += self._spelled(b"".join(spelled))
             spelled = []
@@ -181,7 +189,7 @@ class Translator:
             last = torch.tensor([end.at[0] for end in some], device=logits.device)
             rows.index_add_(1, self._onto, logits[last].float().softmax(-1)[:, self._mapped])
             for row, end in zip(rows, some, strict=True):
-                if end.covers:
+                if end.covering_tokens:
                     _add_covers(row, logits, totals, end)
             rows.log_()
         return carried
@@ -192,16 +200,16 @@ class _End:
     """The end of a text in a model's own tokens, and what covers the last 1, 2, ... of these."""
 
     own: list[int]
-    covers: list[Cover]
+    covering_tokens: list[CoveringTokens]
     at: list[int] = field(default_factory=list)
     """Rows of the logits after all tokens, and after all but the last 1, 2, ..."""
 
     @property
     def rows(self) -> int:
-        return 1 + len(self.covers)
+        return 1 + len(self.covering_tokens)
 
 
-def _rows(tree: Tree, ends: Sequence[_End], first: int) -> list[int]:
+def _rows(tree: PrefixTree, ends: Sequence[_End], first: int) -> list[int]:
     """The tokens of the tree whose logits are wanted, each once; where they will be, from `first`, is noted."""
     wanted: dict[int, int] = {}
     for node, end in zip(tree.ends, ends, strict=True):
@@ -216,31 +224,31 @@ def _add_covers(row: Tensor, logits: Tensor, totals: Tensor, end: _End) -> None:
     # Against all that begins with the text's own tokens, a longer one in their place weighs its probability by theirs.
     theirs = torch.zeros((), device=row.device)
     weights = []
-    for back, (ids, _) in enumerate(end.covers, 1):
+    for back, (ids, _) in enumerate(end.covering_tokens, 1):
         at = end.at[back]
         theirs = theirs + logits[at, end.own[-back]].float() - totals[at]
         weights.append(logits[at, ids].float() - totals[at] - theirs)
     log_weights = torch.cat(weights)
     whole = torch.logaddexp(log_weights.logsumexp(0), torch.zeros_like(theirs))
     row *= (-whole).exp()
-    row.index_add_(0, torch.cat([onto for _, onto in end.covers]), (log_weights - whole).exp())
+    row.index_add_(0, torch.cat([onto for _, onto in end.covering_tokens]), (log_weights - whole).exp())
 
 
-def _longer(before: Stem | None, tree: Tree, read: Stem) -> Stem:
+def _extended_prefix(before: CachedPrefix | None, tree: PrefixTree, read: CachedPrefix) -> CachedPrefix:
     """The stem of a tree's last sequence, with what it continues."""
     path = tree.path(tree.ends[-1])
     keys, values = ([x[:, path] for x in kept] for kept in (read.keys, read.values))
-    stem = Stem(len(path), keys, values, tuple(tree.text(path[-1])))
-    return stem if before is None else before.then(stem)
+    cached = CachedPrefix(len(path), keys, values, tuple(tree.text(path[-1])))
+    return cached if before is None else before.then(cached)
 
 
-class JointReader(PrefixReader):
+class PrefixCachedEnsemble(PrefixCachedModel):
     """Models read as one (see the module): logits are the log-probabilities of their mean, in float32."""
 
     def __init__(
         self,
-        members: Sequence[tuple[PrefixReader, float]],
-        translated: Sequence[tuple[Translator, float]] = (),
+        members: Sequence[tuple[PrefixCachedModel, float]],
+        translated: Sequence[tuple[CrossTokenizerMember, float]] = (),
         combine: Combine = "probabilities",
     ) -> None:
         """Readers and weights of the models that share the pivot's tokenizer, and of those that do not.
@@ -256,79 +264,82 @@ class JointReader(PrefixReader):
                 "combine probabilities."
             )
         self._readers = [reader for reader, _ in members]
-        self._translators = [translator for translator, _ in translated]
+        self._members = [member for member, _ in translated]
         own = weights[: len(members)]
         self._share = sum(own)
         self._own = [weight / self._share for weight in own]
         self._others = weights[len(members) :]
         self._combine: Combine = combine
-        every = [*self._readers, *(t.reader for t in self._translators)]
+        every = [*self._readers, *(t.reader for t in self._members)]
         self.device = self._readers[0].device
         self.vocabulary = min(reader.vocabulary for reader in self._readers)
-        self.widest = max(*(r.vocabulary for r in self._readers), *(t.widest for t in self._translators), 0)
+        self.widest = max(*(r.vocabulary for r in self._readers), *(t.widest for t in self._members), 0)
         self.positions = min((reader.positions for reader in self._readers if reader.positions), default=None)
         self.layers = sum(reader.layers for reader in self._readers)
         self.position_bytes = sum(reader.position_bytes for reader in every)
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
+    def patched_attention(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for reader in [*self._readers, *(t.reader for t in self._translators)]:
-                stack.enter_context(reader.reading())
+            for reader in [*self._readers, *(t.reader for t in self._members)]:
+                stack.enter_context(reader.patched_attention())
             yield
 
-    def read(self, runs: Sequence[Run | Tree], wanted: Sequence[Sequence[int]]) -> Tensor:
-        return self._with_others(super().read(runs, wanted), runs, wanted)[0]
+    def read(self, branchings: Sequence[Branching | PrefixTree], wanted: Sequence[Sequence[int]]) -> Tensor:
+        return self._with_others(super().read(branchings, wanted), branchings, wanted)[0]
 
-    def begin(
-        self, runs: Sequence[Run | Tree], wanted: Sequence[Sequence[int]] | None = None
-    ) -> tuple[Tensor, list[Stem]]:
-        wanted = wanted or [[len(run.tokens) - 1] for run in runs]
-        logits, stems = super().begin(runs, wanted)
-        logits, read = self._with_others(logits, runs, wanted)
-        return logits, [Stem(s.length, s.keys, s.values, s.tokens, tuple(r)) for s, r in zip(stems, read, strict=True)]
+    def prefill(
+        self, branchings: Sequence[Branching | PrefixTree], wanted: Sequence[Sequence[int]] | None = None
+    ) -> tuple[Tensor, list[CachedPrefix]]:
+        wanted = wanted or [[len(branching.tokens) - 1] for branching in branchings]
+        logits, cached_prefixes = super().prefill(branchings, wanted)
+        logits, read = self._with_others(logits, branchings, wanted)
+        return logits, [
+            CachedPrefix(s.length, s.keys, s.values, s.tokens, tuple(r))
+            for s, r in zip(cached_prefixes, read, strict=True)
+        ]
 
     def step(self, groups: Sequence[DecodingBatch], tokens: Sequence[int]) -> Tensor:
         logits = super().step(groups, tokens)
         texts = [[text] for rows in groups for text in rows.tokens]
-        read = [stems for rows in groups for stems in rows.translations]
+        read = [cached_prefixes for rows in groups for cached_prefixes in rows.member_prefixes]
         logits, new = self._joined(logits, texts, read)
-        for stems, now in zip(read, new, strict=True):
-            stems[:] = now
+        for cached_prefixes, now in zip(read, new, strict=True):
+            cached_prefixes[:] = now
         return logits
 
     def _forward(self, tokens: Sequence[int], positions: Sequence[int], wanted: Sequence[int], shared: Any) -> Tensor:
         def parts() -> Iterator[Tensor]:
             first = 0
             for reader in self._readers:
-                yield reader._forward(tokens, positions, wanted, Later(shared, first))[:, : self.vocabulary]
+                yield reader._forward(tokens, positions, wanted, LayerOffset(shared, first))[:, : self.vocabulary]
                 first += reader.layers
 
         return mean(parts(), self._own, self._combine)
 
     def _with_others(
-        self, logits: Tensor, runs: Sequence[Run | Tree], wanted: Sequence[Sequence[int]]
-    ) -> tuple[Tensor, list[list[Stem]]]:
-        if not self._translators:
-            return logits, [[] for _ in runs]
-        texts = [[run.text(i) for i in some] for run, some in zip(runs, wanted, strict=True)]
-        begun = [list(run.stem.translations) if run.stem else [] for run in runs]
-        return self._joined(logits, texts, begun)
+        self, logits: Tensor, branchings: Sequence[Branching | PrefixTree], wanted: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, list[list[CachedPrefix]]]:
+        if not self._members:
+            return logits, [[] for _ in branchings]
+        texts = [[branching.text(i) for i in some] for branching, some in zip(branchings, wanted, strict=True)]
+        started = [list(branching.cached.member_prefixes) if branching.cached else [] for branching in branchings]
+        return self._joined(logits, texts, started)
 
     def _joined(
-        self, logits: Tensor, texts: Sequence[Sequence[Sequence[int]]], begun: Sequence[Sequence[Stem]]
-    ) -> tuple[Tensor, list[list[Stem]]]:
+        self, logits: Tensor, texts: Sequence[Sequence[Sequence[int]]], started: Sequence[Sequence[CachedPrefix]]
+    ) -> tuple[Tensor, list[list[CachedPrefix]]]:
         """The mean with what the others say after the texts, and what they have read now, by group and model."""
-        stems: list[list[Stem]] = [[] for _ in texts]
-        if not self._translators:
-            return logits, stems
+        cached_prefixes: list[list[CachedPrefix]] = [[] for _ in texts]
+        if not self._members:
+            return logits, cached_prefixes
 
         def parts() -> Iterator[Tensor]:
             yield logits
-            for number, translator in enumerate(self._translators):
-                carried, read = translator.read(texts, [some[number] if some else None for some in begun])
-                for known, new in zip(stems, read, strict=True):
+            for number, member in enumerate(self._members):
+                carried, read = member.read(texts, [some[number] if some else None for some in started])
+                for known, new in zip(cached_prefixes, read, strict=True):
                     known.append(new)
                 yield carried
 
-        return mean(parts(), [self._share, *self._others]), stems
+        return mean(parts(), [self._share, *self._others]), cached_prefixes

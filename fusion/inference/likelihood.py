@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from fusion.errors import UserError
-from fusion.inference.decoding import packs
-from fusion.inference.ensembles import JointReader
-from fusion.inference.prefix_tree import Run, Stem
+from fusion.inference.decoding import pack_consecutive
+from fusion.inference.ensembles import PrefixCachedEnsemble
+from fusion.inference.prefix_tree import Branching, CachedPrefix
 from fusion.inference.top_k import Backbone, Projection, batches_by_length, reader
 from fusion.modeling.heads import find_head
 
@@ -74,7 +74,7 @@ def window_stride(mode: str, window: int, stride: int | None) -> int:
 
 
 def document_nats(
-    model: nn.Module | JointReader,
+    model: nn.Module | PrefixCachedEnsemble,
     texts_ids: Sequence[Sequence[int]],
     *,
     prefix: int,
@@ -100,14 +100,14 @@ def document_nats(
 
     Windows are batched by length, at most `batch_tokens` padded tokens a batch (a longer window alone), which changes
     the result by rounding only; only the scored positions' logits are made, a few at a time. Of models read as one
-    (`ensemble.JointReader`) a long window is read in parts, each with the keys and values of those before. `progress`
-    is called with the number of tokens scored since the last call.
+    (`ensemble.PrefixCachedEnsemble`) a long window is read in parts, each with the keys and values of those before.
+    `progress` is called with the number of tokens scored since the last call.
 
     Raises UserError for windows the model has no positions for, tokens it has no row for, and logits that are not
     finite (both name the document's index).
     """
     stride = window_stride(mode, window, stride)
-    if isinstance(model, JointReader):
+    if isinstance(model, PrefixCachedEnsemble):
         positions, rows = model.positions, model.vocabulary
     else:
         config: Any = model.config
@@ -132,7 +132,9 @@ def document_nats(
     ]
     job_nats = np.zeros(len(jobs))
     chosen = [(sequences[document], part) for document, part in jobs]
-    scored = _joint_nats(model, chosen) if isinstance(model, JointReader) else _nats(model, chosen, batch_tokens)
+    scored = (
+        _ensemble_nats(model, chosen) if isinstance(model, PrefixCachedEnsemble) else _nats(model, chosen, batch_tokens)
+    )
     for batch, found in scored:
         for job, nats in zip(batch, found, strict=True):
             if not np.isfinite(nats).all():
@@ -146,11 +148,11 @@ def document_nats(
     return result
 
 
-Scored = Iterator[tuple[list[int], list[np.ndarray]]]
+ScoredWindows = Iterator[tuple[list[int], list[np.ndarray]]]
 """Numbers of windows, and the float64 nats of the scored tokens of each."""
 
 
-def _nats(model: nn.Module, jobs: Sequence[tuple[np.ndarray, Window]], batch_tokens: int) -> Scored:
+def _nats(model: nn.Module, jobs: Sequence[tuple[np.ndarray, Window]], batch_tokens: int) -> ScoredWindows:
     embeddings: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
     rows = embeddings.shape[0]
     training = model.training
@@ -166,31 +168,33 @@ def _nats(model: nn.Module, jobs: Sequence[tuple[np.ndarray, Window]], batch_tok
         model.train(training)
 
 
-def _joint_nats(reader: JointReader, jobs: Sequence[tuple[np.ndarray, Window]]) -> Scored:
+def _ensemble_nats(reader: PrefixCachedEnsemble, jobs: Sequence[tuple[np.ndarray, Window]]) -> ScoredWindows:
     chunk = max(1, LOGITS_PER_CHUNK // reader.widest)
-    for batch in packs([part.end - part.start for _, part in jobs], chunk):
+    for batch in pack_consecutive([part.end - part.start for _, part in jobs], chunk):
         some = [(jobs[job][0][jobs[job][1].start : jobs[job][1].end + 1].tolist(), jobs[job][1]) for job in batch]
         firsts = [part.scored_from - part.start for _, part in some]
-        with reader.reading():
+        with reader.patched_attention():
             if len(batch) == 1:
                 found = _in_parts(reader, some[0][0], firsts[0], chunk)
             else:
-                runs = [Run(tokens[:-1]) for tokens, _ in some]
-                wanted = [range(first, len(run.tokens)) for run, first in zip(runs, firsts, strict=True)]
+                branchings = [Branching(tokens[:-1]) for tokens, _ in some]
+                wanted = [
+                    range(first, len(branching.tokens)) for branching, first in zip(branchings, firsts, strict=True)
+                ]
                 gold = [i for (tokens, _), first in zip(some, firsts, strict=True) for i in tokens[first + 1 :]]
-                found = _gold_nats(reader.read(runs, wanted), torch.tensor(gold))
+                found = _gold_nats(reader.read(branchings, wanted), torch.tensor(gold))
         counts = [part.end - part.scored_from for _, part in some]
         yield batch, np.split(found.double().cpu().numpy(), np.cumsum(counts)[:-1])
 
 
-def _in_parts(reader: JointReader, tokens: Sequence[int], first: int, chunk: int) -> torch.Tensor:
+def _in_parts(reader: PrefixCachedEnsemble, tokens: Sequence[int], first: int, chunk: int) -> torch.Tensor:
     """The nats of tokens[first + 1 :], of which `chunk` are scored at one time."""
-    stem: Stem | None = None
+    cached: CachedPrefix | None = None
     found = []
     for start, end in pairwise([*([0] if first else []), *range(first, len(tokens) - 1, chunk), len(tokens) - 1]):
         wanted = [range(end - start)] if start >= first else None
-        logits, (new,) = reader.begin([Run(tokens[start:end], stem)], wanted)
-        stem = new if stem is None else stem.then(new)
+        logits, (new,) = reader.prefill([Branching(tokens[start:end], cached)], wanted)
+        cached = new if cached is None else cached.then(new)
         if wanted:
             found.append(_gold_nats(logits, torch.tensor(tokens[start + 1 : end + 1])))
     return torch.cat(found)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusion.inference.prefix_tree import Run, Stem, Tree
+from fusion.inference.prefix_tree import Branching, CachedPrefix, PrefixTree
 from fusion.modeling.packing import device_of, dtype_of, own_forward, trying
 
 ATTENTION = "fusellm_prefixes"  # what the attention function is called in transformers' registry
@@ -23,15 +23,15 @@ _HARMLESS = {"dropout", "position_ids", "use_cache", "is_causal", "sliding_windo
 _GROWTH = 128  # positions by which a row's memory grows
 
 
-class Unsupported(Exception):
+class UnsupportedModel(Exception):
     """The model at hand cannot be read this way; the message says why."""
 
 
 class DecodingBatch:
     """At most `room` sequences that continue one stem, to which every step adds one token each."""
 
-    def __init__(self, stem: Stem | None, room: int) -> None:
-        self.stem = stem
+    def __init__(self, cached: CachedPrefix | None, room: int) -> None:
+        self.cached = cached
         self._room = room
         self.lengths: list[int] = []
         """Of each row: the tokens after the stem whose keys and values are kept."""
@@ -39,7 +39,7 @@ class DecodingBatch:
         self.values: list[Tensor] = []
         self.tokens: list[list[int]] = []
         """Of each row: all tokens from the beginning of the text."""
-        self.translations: list[list[Stem]] = []
+        self.member_prefixes: list[list[CachedPrefix]] = []
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -47,20 +47,20 @@ class DecodingBatch:
     @property
     def start(self) -> int:
         """The position of the first token after the stem."""
-        return self.stem.length if self.stem else 0
+        return self.cached.length if self.cached else 0
 
-    def add(self, begun: Stem) -> None:
-        """A row whose tokens so far (after the stem) are `begun`."""
+    def add(self, started: CachedPrefix) -> None:
+        """A row whose tokens so far (after the stem) are `started`."""
         n = len(self)
         if not self.keys:
-            self.keys = [k.new_zeros(self._room, k.shape[0], 0, k.shape[2]) for k in begun.keys]
-            self.values = [v.new_zeros(self._room, v.shape[0], 0, v.shape[2]) for v in begun.values]
-        self.reserve(begun.length + 1)
-        for kept, new in zip([*self.keys, *self.values], [*begun.keys, *begun.values], strict=True):
-            kept[n, :, : begun.length] = new
-        self.lengths.append(begun.length)
-        self.tokens.append(list(begun.tokens))
-        self.translations.append(list(begun.translations))
+            self.keys = [k.new_zeros(self._room, k.shape[0], 0, k.shape[2]) for k in started.keys]
+            self.values = [v.new_zeros(self._room, v.shape[0], 0, v.shape[2]) for v in started.values]
+        self.reserve(started.length + 1)
+        for kept, new in zip([*self.keys, *self.values], [*started.keys, *started.values], strict=True):
+            kept[n, :, : started.length] = new
+        self.lengths.append(started.length)
+        self.tokens.append(list(started.tokens))
+        self.member_prefixes.append(list(started.member_prefixes))
 
     def drop(self, row: int) -> None:
         """Forgets a row; the last one takes its number."""
@@ -68,7 +68,7 @@ class DecodingBatch:
         if row != last:
             for kept in [*self.keys, *self.values]:
                 kept[row] = kept[last]
-        by_row: list[list[Any]] = [self.lengths, self.tokens, self.translations]
+        by_row: list[list[Any]] = [self.lengths, self.tokens, self.member_prefixes]
         for notes in by_row:
             notes[row] = notes[last]
             notes.pop()
@@ -85,33 +85,33 @@ class DecodingBatch:
                 tensors[layer] = new
 
 
-class _Reading:
+class _PrefillAttention:
     """The attention of runs read side by side."""
 
-    def __init__(self, runs: "Sequence[Run | Tree]", device: torch.device, *, keep: bool) -> None:
-        self._runs = runs
+    def __init__(self, branchings: "Sequence[Branching | PrefixTree]", device: torch.device, *, keep: bool) -> None:
+        self._branchings = branchings
         self._device = device
-        ends = torch.tensor([len(run.tokens) for run in runs]).cumsum(0).tolist()
-        self.spans = [slice(end - len(run.tokens), end) for run, end in zip(runs, ends, strict=True)]
+        ends = torch.tensor([len(branching.tokens) for branching in branchings]).cumsum(0).tolist()
+        self.spans = [slice(end - len(branching.tokens), end) for branching, end in zip(branchings, ends, strict=True)]
         self._masks: dict[tuple[int, int | None], Tensor] = {}
         self.keep = keep
-        self.kept: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in runs]
+        self.kept: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in branchings]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         """out[A, T, D] of q[A, T, D], k[H, T, D], v[H, T, D]; A is a multiple of H."""
         out = q.new_empty(*q.shape[:2], v.shape[2])
         attention = nn.functional.scaled_dot_product_attention
         heads, group = k.shape[0], q.shape[0] // k.shape[0]
-        for number, (run, span) in enumerate(zip(self._runs, self.spans, strict=True)):
+        for number, (branching, span) in enumerate(zip(self._branchings, self.spans, strict=True)):
             keys, values = k[:, span], v[:, span]
             if self.keep:  # a copy, so that the whole call's keys are not kept alive
                 self.kept[number][0].append(keys.clone())
                 self.kept[number][1].append(values.clone())
-            if run.stem is not None:
-                keys = torch.cat([run.stem.keys[layer], keys], 1)
-                values = torch.cat([run.stem.values[layer], values], 1)
+            if branching.cached is not None:
+                keys = torch.cat([branching.cached.keys[layer], keys], 1)
+                values = torch.cat([branching.cached.values[layer], values], 1)
             n = span.stop - span.start
-            if run.is_plain(window):
+            if branching.is_plain(window):
                 out[:, span] = attention(
                     q[None, :, span], keys[None], values[None], is_causal=True, scale=scale, enable_gqa=group > 1
                 )[0]
@@ -125,11 +125,11 @@ class _Reading:
 
     def _mask(self, number: int, window: int | None) -> Tensor:
         if (number, window) not in self._masks:
-            self._masks[number, window] = self._runs[number].mask(window).to(self._device)
+            self._masks[number, window] = self._branchings[number].mask(window).to(self._device)
         return self._masks[number, window]
 
 
-class _Step:
+class _DecodeAttention:
     """The attention of one more token of every row."""
 
     def __init__(self, groups: Sequence[DecodingBatch], device: torch.device) -> None:
@@ -161,15 +161,15 @@ class _Step:
         q = q.reshape(heads, group, n, -1).to(exact) * scale
         own = q.permute(2, 0, 1, 3) @ keys[:n, :, :end].transpose(2, 3).to(exact)  # [n, H, group, end]
         scores = own.permute(1, 2, 0, 3)
-        if rows.stem is not None:
-            stem = q.flatten(1, 2) @ rows.stem.keys[layer].transpose(1, 2).to(exact)
-            scores = torch.cat([stem.unflatten(1, (group, n)), scores], 3)
+        if rows.cached is not None:
+            cached = q.flatten(1, 2) @ rows.cached.keys[layer].transpose(1, 2).to(exact)
+            scores = torch.cat([cached.unflatten(1, (group, n)), scores], 3)
         scores = scores.masked_fill(self._hides(number, end, window), -torch.inf)
         p = scores.softmax(-1).to(v.dtype)
         own_p = p[..., rows.start :].permute(2, 0, 1, 3)
         out = (own_p @ values[:n, :, :end]).permute(1, 2, 0, 3)
-        if rows.stem is not None:
-            of_stem = p[..., : rows.start].flatten(1, 2) @ rows.stem.values[layer]
+        if rows.cached is not None:
+            of_stem = p[..., : rows.start].flatten(1, 2) @ rows.cached.values[layer]
             out = out + of_stem.unflatten(1, (group, n))
         return out.flatten(0, 1)
 
@@ -194,32 +194,32 @@ def _attend(
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    shared: "_Reading | _Step | _Watched | Later | None" = None,
+    shared: "_PrefillAttention | _DecodeAttention | _RecordingAttention | LayerOffset | None" = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in every attention layer: query[1, A, T, D], key and value[1, H, T, D] of new tokens."""
     if shared is None or attention_mask is not None:
-        raise Unsupported("its attention layers are not handed what its forward was called with")
+        raise UnsupportedModel("its attention layers are not handed what its forward was called with")
     strange = sorted(name for name, v in options.items() if v is not None and name not in _HARMLESS)
     if strange:
-        raise Unsupported(f"its attention takes {', '.join(strange)}")
+        raise UnsupportedModel(f"its attention takes {', '.join(strange)}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: Any = module.layer_idx
     return shared.attend(layer, query[0], key[0], value[0], scale, sliding_window).transpose(0, 1)[None], None
 
 
-class _Watched:
+class _RecordingAttention:
     """Passes on to a reading and notes the window of every layer."""
 
-    def __init__(self, reading: _Reading, windows: dict[int, int | None]) -> None:
-        self._reading, self._windows = reading, windows
+    def __init__(self, attention: _PrefillAttention, windows: dict[int, int | None]) -> None:
+        self._attention, self._windows = attention, windows
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         self._windows[layer] = window
-        return self._reading.attend(layer, q, k, v, scale, window)
+        return self._attention.attend(layer, q, k, v, scale, window)
 
 
-class Later:
+class LayerOffset:
     """Passes on to a reading or a step in which the layers of other models come first."""
 
     def __init__(self, shared: Any, first: int) -> None:
@@ -230,8 +230,8 @@ class Later:
         return attended
 
 
-class PrefixReader:
-    """A causal LM that reads runs and decodes rows. Use it inside `with reader.reading():`.
+class PrefixCachedModel:
+    """A causal LM that reads runs and decodes rows. Use it inside `with reader.patched_attention():`.
 
     Raises Unsupported when the model's logits read this way are not its own.
     """
@@ -251,15 +251,15 @@ class PrefixReader:
         self._windows: dict[int, int | None] = {}
         try:
             reason = self._disagreement()
-        except Unsupported:
+        except UnsupportedModel:
             raise
         except Exception as error:  # whatever a model raises on inputs that it does not take
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
         if reason is not None:
-            raise Unsupported(reason)
+            raise UnsupportedModel(reason)
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
+    def patched_attention(self) -> Iterator[None]:
         """Switches the model's attention over; inside, it can be read in no other way."""
         config: Any = self._model.config
         before = config._attn_implementation
@@ -270,23 +270,23 @@ class PrefixReader:
         finally:
             config._attn_implementation = before
 
-    def read(self, runs: Sequence[Run | Tree], wanted: Sequence[Sequence[int]]) -> Tensor:
+    def read(self, branchings: Sequence[Branching | PrefixTree], wanted: Sequence[Sequence[int]]) -> Tensor:
         """logits[n, V] at the wanted tokens of each run (indices into its tokens), one run after the other."""
-        return self._read(_Reading(runs, self.device, keep=False), runs, wanted)
+        return self._read(_PrefillAttention(branchings, self.device, keep=False), branchings, wanted)
 
-    def begin(
-        self, runs: Sequence[Run | Tree], wanted: Sequence[Sequence[int]] | None = None
-    ) -> tuple[Tensor, list[Stem]]:
+    def prefill(
+        self, branchings: Sequence[Branching | PrefixTree], wanted: Sequence[Sequence[int]] | None = None
+    ) -> tuple[Tensor, list[CachedPrefix]]:
         """As `read`, by default at the last token of each run, and the runs as stems of their own.
 
         The stems hold the runs' own keys and values, not those of the stems that these continue.
         """
-        reading = _Reading(runs, self.device, keep=True)
-        logits = self._read(reading, runs, wanted or [[len(run.tokens) - 1] for run in runs])
-        before = [run.stem.tokens if run.stem else () for run in runs]
+        attention = _PrefillAttention(branchings, self.device, keep=True)
+        logits = self._read(attention, branchings, wanted or [[len(branching.tokens) - 1] for branching in branchings])
+        before = [branching.cached.tokens if branching.cached else () for branching in branchings]
         return logits, [
-            Stem(len(run.tokens), *kept, (*so_far, *run.tokens))
-            for run, kept, so_far in zip(runs, reading.kept, before, strict=True)
+            CachedPrefix(len(branching.tokens), *kept, (*so_far, *branching.tokens))
+            for branching, kept, so_far in zip(branchings, attention.kept, before, strict=True)
         ]
 
     def step(self, groups: Sequence[DecodingBatch], tokens: Sequence[int]) -> Tensor:
@@ -294,20 +294,22 @@ class PrefixReader:
         for rows in groups:
             rows.reserve(max(rows.lengths) + 1)
         positions = [rows.start + length for rows in groups for length in rows.lengths]
-        logits = self._forward(tokens, positions, list(range(len(tokens))), _Step(groups, self.device))
+        logits = self._forward(tokens, positions, list(range(len(tokens))), _DecodeAttention(groups, self.device))
         for row, token in zip((row for rows in groups for row in rows.tokens), tokens, strict=True):
             row.append(token)
         for rows in groups:
             rows.lengths[:] = [length + 1 for length in rows.lengths]
         return logits
 
-    def _read(self, reading: Any, runs: Sequence[Run | Tree], wanted: Sequence[Sequence[int]]) -> Tensor:
-        starts = [span.start for span in _Reading(runs, self.device, keep=False).spans]
+    def _read(
+        self, attention: Any, branchings: Sequence[Branching | PrefixTree], wanted: Sequence[Sequence[int]]
+    ) -> Tensor:
+        starts = [span.start for span in _PrefillAttention(branchings, self.device, keep=False).spans]
         return self._forward(
-            [t for run in runs for t in run.tokens],
-            [p for run in runs for p in run.positions],
+            [t for branching in branchings for t in branching.tokens],
+            [p for branching in branchings for p in branching.positions],
             [start + i for start, indices in zip(starts, wanted, strict=True) for i in indices],
-            reading,
+            attention,
         )
 
     def _forward(self, tokens: Sequence[int], positions: Sequence[int], wanted: Sequence[int], shared: Any) -> Tensor:
@@ -328,25 +330,25 @@ class PrefixReader:
         if any(kind in str(getattr(config, "rope_parameters", "")) for kind in ("'dynamic'", "'longrope'")):
             return "its rotary positions depend on the longest sequence read at one time"
         with trying(self._model) as generator:
-            stem, trunk, one, other, third = torch.randint(
+            cached, trunk, one, other, third = torch.randint(
                 self.vocabulary, (5, 4), generator=generator, device="cpu"
             ).tolist()
-            texts = [[*stem, *trunk, *one], [*stem, *trunk, *other], [*stem, *third]]
+            texts = [[*cached, *trunk, *one], [*cached, *trunk, *other], [*cached, *third]]
             own = [
                 own_forward(self._model, input_ids=torch.tensor([t], device=self.device), use_cache=False).logits[0]
                 for t in texts
             ]
-            with self.reading():
-                _, (kept,) = self.begin([Run(stem)])
+            with self.patched_attention():
+                _, (kept,) = self.prefill([Branching(cached)])
                 if len(kept.keys) != self.layers:
                     return "not all of its layers compute attention through transformers' registry"
                 self.position_bytes = sum(x.nbytes for x in [*kept.keys, *kept.values]) // kept.length
-                runs = [Run(trunk, kept, [one, other]), Run(third, kept)]
-                watched = _Watched(_Reading(runs, self.device, keep=False), self._windows)
-                tree = self._read(watched, runs, [range(12), range(4)])
+                branchings = [Branching(trunk, kept, [one, other]), Branching(third, kept)]
+                watched = _RecordingAttention(_PrefillAttention(branchings, self.device, keep=False), self._windows)
+                tree = self._read(watched, branchings, [range(12), range(4)])
                 rows = DecodingBatch(kept, 2)
-                _, begun = self.begin([Run(trunk, kept), Run(third[:1], kept)])
-                for row in begun:
+                _, started = self.prefill([Branching(trunk, kept), Branching(third[:1], kept)])
+                for row in started:
                     rows.add(row)
                 steps = [self.step([rows], pair) for pair in zip(one[:3], third[1:], strict=True)]
         whole = torch.cat([own[0][4:], own[1][8:], own[2][4:]])

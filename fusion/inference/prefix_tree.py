@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Stem:
+class CachedPrefix:
     """A beginning that was read: its keys and values, one [H, L, D] a layer (H: key-value heads), and L."""
 
     length: int
@@ -20,29 +20,29 @@ class Stem:
     values: list[Tensor]
     tokens: tuple[int, ...] = ()
     """From the beginning of the text to the stem's end, also where the stem continues another."""
-    translations: "tuple[Stem, ...]" = ()
+    member_prefixes: "tuple[CachedPrefix, ...]" = ()
     """The same text as models with other tokenizers have read it (`fusion.inference.ensembles`)."""
 
-    def then(self, other: "Stem") -> "Stem":
+    def then(self, other: "CachedPrefix") -> "CachedPrefix":
         """This and the one that continues it."""
         keys, values = (
             [torch.cat(pair, 1) for pair in zip(ours, theirs, strict=True)]
             for ours, theirs in ((self.keys, other.keys), (self.values, other.values))
         )
-        return Stem(self.length + other.length, keys, values, other.tokens, other.translations)
+        return CachedPrefix(self.length + other.length, keys, values, other.tokens, other.member_prefixes)
 
-    def cut(self, length: int) -> "Stem":
+    def cut(self, length: int) -> "CachedPrefix":
         """Its first tokens; of a stem that continues no other."""
         keys, values = ([x[:, :length] for x in kept] for kept in (self.keys, self.values))
-        return Stem(length, keys, values, self.tokens[:length])
+        return CachedPrefix(length, keys, values, self.tokens[:length])
 
 
 @dataclass(frozen=True)
-class Run:
-    """New tokens: a trunk that continues `stem`, then branches, each of which sees stem, trunk and itself."""
+class Branching:
+    """New tokens: a trunk that continues `cached`, then branches, each of which sees stem, trunk and itself."""
 
     trunk: Sequence[int]
-    stem: Stem | None = None
+    cached: CachedPrefix | None = None
     branches: Sequence[Sequence[int]] = ()
     tokens: list[int] = field(init=False)
     branch: list[int] = field(init=False)
@@ -50,7 +50,7 @@ class Run:
     positions: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        start = self.stem.length if self.stem else 0
+        start = self.cached.length if self.cached else 0
         end = start + len(self.trunk)
         set_ = object.__setattr__
         set_(self, "tokens", [*self.trunk, *(t for branch in self.branches for t in branch)])
@@ -59,27 +59,27 @@ class Run:
 
     def is_plain(self, window: int | None) -> bool:
         """Whether each of its tokens sees all before it, and there is nothing else."""
-        return self.stem is None and not self.branches and (window is None or len(self.tokens) <= window)
+        return self.cached is None and not self.branches and (window is None or len(self.tokens) <= window)
 
     def mask(self, window: int | None) -> Tensor:
         """bool[t, L + t]: which of stem and run each of the run's t tokens sees."""
         branch, n = torch.tensor(self.branch), torch.arange(len(self.tokens))
         own = (n[:, None] >= n) & ((branch == 0) | (branch[:, None] == branch))
-        return _seen(own, self.stem, self.positions, window)
+        return _seen(own, self.cached, self.positions, window)
 
     def text(self, index: int) -> list[int]:
         """All tokens up to one of the run's, from the beginning of the text."""
-        before = self.stem.tokens if self.stem else ()
+        before = self.cached.tokens if self.cached else ()
         own = zip(self.tokens[: index + 1], self.branch, strict=False)
         return [*before, *(token for token, branch in own if branch in (0, self.branch[index]))]
 
 
 @dataclass(frozen=True)
-class Tree:
-    """Sequences that continue `stem`, in which what several begin with is there once; used like a `Run`."""
+class PrefixTree:
+    """Sequences that continue `cached`, in which what several begin with is there once; used like a `Branching`."""
 
     sequences: Sequence[Sequence[int]]
-    stem: Stem | None = None
+    cached: CachedPrefix | None = None
     tokens: list[int] = field(init=False)
     parents: list[int] = field(init=False)
     """Of every token: the one before it, -1 where that is the stem's last."""
@@ -93,12 +93,12 @@ class Tree:
         positions: list[int] = []
         ends: list[int] = []
         children: dict[tuple[int, int], int] = {}
-        start = self.stem.length if self.stem else 0
+        start = self.cached.length if self.cached else 0
         path: list[int] = []
         before: list[int] = []
         for sequence in map(list, self.sequences):
             # Most begin like the one before; those tokens need not be looked up one by one.
-            path = path[: alike(before, sequence)]
+            path = path[: common_prefix_length(before, sequence)]
             for token in sequence[len(path) :]:
                 parent = path[-1] if path else -1
                 node = children.setdefault((parent, token), len(tokens))
@@ -114,7 +114,7 @@ class Tree:
 
     def text(self, index: int) -> list[int]:
         """All tokens up to one of the tree's, from the beginning of the text."""
-        return [*(self.stem.tokens if self.stem else ()), *(self.tokens[i] for i in self.path(index))]
+        return [*(self.cached.tokens if self.cached else ()), *(self.tokens[i] for i in self.path(index))]
 
     def path(self, index: int) -> list[int]:
         """Where the tokens from the stem to this one are."""
@@ -126,7 +126,7 @@ class Tree:
     def is_plain(self, window: int | None) -> bool:
         """Whether each of its tokens sees all before it, and there is nothing else."""
         n = len(self.tokens)
-        return self.stem is None and self.parents == list(range(-1, n - 1)) and (window is None or n <= window)
+        return self.cached is None and self.parents == list(range(-1, n - 1)) and (window is None or n <= window)
 
     def mask(self, window: int | None) -> Tensor:
         """bool[t, L + t]: which of stem and tree each of the tree's t tokens sees."""
@@ -134,19 +134,19 @@ class Tree:
         for token, parent in enumerate(self.parents):
             if parent >= 0:
                 own[token, : parent + 1] = own[parent, : parent + 1]
-        return _seen(torch.from_numpy(own), self.stem, self.positions, window)
+        return _seen(torch.from_numpy(own), self.cached, self.positions, window)
 
 
-def _seen(own: Tensor, stem: Stem | None, positions: Sequence[int], window: int | None) -> Tensor:
+def _seen(own: Tensor, cached: CachedPrefix | None, positions: Sequence[int], window: int | None) -> Tensor:
     """bool[t, L + t] from own[t, t]: the whole stem before it, and only what the window reaches."""
-    at, before = torch.tensor(positions), torch.arange(stem.length if stem else 0)
+    at, before = torch.tensor(positions), torch.arange(cached.length if cached else 0)
     seen = torch.cat([torch.ones(len(at), len(before), dtype=torch.bool), own], 1)
     if window is not None:
         seen &= at[:, None] - torch.cat([before, at]) < window
     return seen
 
 
-def alike(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two sequences of one type begin with alike."""
     low, high = 0, min(len(a), len(b))
     if a[:high] == b[:high]:

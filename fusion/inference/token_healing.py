@@ -20,11 +20,11 @@ MOST = 2  # of a model's last tokens that a longer one may begin with; a third c
 _KEPT = 4096  # ends whose covering tokens are remembered
 _BEFORE = "\n"  # what a pivot with a dummy prefix is given before a text, so that the text itself gets no space
 
-Cover = tuple[Tensor, Tensor]
+CoveringTokens = tuple[Tensor, Tensor]
 """int64[C] tokens of the model, and int64[C] the pivot's tokens that would come next, were the text to go on so."""
 
 
-class Overlaps:
+class TokenHealing:
     """The tokens of a model that begin with a text's last bytes and go on, in agreement with the pivot's tokens.
 
     Where the pivot would have written a text that goes on so in other tokens than those it has, a token does not
@@ -46,28 +46,28 @@ class Overlaps:
         self._pivot = pivot
         self._encode = encode_pivot
         self._device = device
-        spelled = sorted((passage, i) for i, passage in enumerate(self._own) if passage)
-        self._passages, self._ids = [passage for passage, _ in spelled], [i for _, i in spelled]
-        self._spelling = {i: passage for i, passage in enumerate(pivot.token_bytes) if passage}
-        self._by_bytes = {passage: i for i, passage in reversed(self._spelling.items())}
+        spelled = sorted((spelling, i) for i, spelling in enumerate(self._own) if spelling)
+        self._spellings, self._ids = [spelling for spelling, _ in spelled], [i for _, i in spelled]
+        self._spelling = {i: spelling for i, spelling in enumerate(pivot.token_bytes) if spelling}
+        self._by_bytes = {spelling: i for i, spelling in reversed(self._spelling.items())}
         self._longest = max(map(len, self._by_bytes))
         self._none = (torch.zeros(0, dtype=torch.long, device=device),) * 2
         self._cover = lru_cache(_KEPT)(self._find)
 
-    def covers(self, own: Sequence[int], text: Sequence[int]) -> list[Cover]:
+    def covering_tokens(self, own: Sequence[int], text: Sequence[int]) -> list[CoveringTokens]:
         """Of a text's tokens, the model's and the pivot's: what covers the last 1, 2, ... of the model's.
 
         As many as there is any cover for. None is looked for beyond a control token, nor where the model's tokens do
         not spell the text; and there is always one token before what is covered, at which the model says how likely
         that is.
         """
-        found: list[Cover] = []
+        found: list[CoveringTokens] = []
         end, known, tail = b"", b"", 0
         for back in range(1, min(self.most, len(own) - 1) + 1):
-            passage = self._own[own[-back]]
-            if passage is None:
+            spelling = self._own[own[-back]]
+            if spelling is None:
                 break
-            end = passage + end
+            end = spelling + end
             while len(known) < len(end) and tail < len(text):
                 before = self._pivot.token_bytes[text[-1 - tail]]
                 if before is None:
@@ -81,22 +81,22 @@ class Overlaps:
             found.pop()
         return found
 
-    def _find(self, tail: tuple[int, ...], end: bytes) -> Cover:
+    def _find(self, tail: tuple[int, ...], end: bytes) -> CoveringTokens:
         """The tokens that begin with `end` and go on, where the pivot's last tokens are `tail` and spell it."""
         covering = self._range(end)
         known = b"".join(self._pivot.token_bytes[i] or b"" for i in tail)
-        rests = list(dict.fromkeys(self._passages[n][len(end) :] for n in covering))
+        rests = list(dict.fromkeys(self._spellings[n][len(end) :] for n in covering))
         following = dict(zip(rests, self._following(tail, known, rests), strict=True))
         pairs = [
-            (self._ids[n], onto) for n in covering if (onto := following[self._passages[n][len(end) :]]) is not None
+            (self._ids[n], onto) for n in covering if (onto := following[self._spellings[n][len(end) :]]) is not None
         ]
         ids, onto = torch.tensor(pairs, dtype=torch.long, device=self._device).reshape(-1, 2).T.contiguous()
         return ids, onto
 
     def _range(self, end: bytes) -> range:
         """Where, in the order of bytes, the tokens are that begin with `end` and go on."""
-        first = bisect_right(self._passages, end)
-        return range(first, bisect_right(self._passages, end, lo=first, key=lambda passage: passage[: len(end)]))
+        first = bisect_right(self._spellings, end)
+        return range(first, bisect_right(self._spellings, end, lo=first, key=lambda spelling: spelling[: len(end)]))
 
     def _following(self, tail: tuple[int, ...], known: bytes, rests: Sequence[bytes]) -> list[int | None]:
         """The token that comes after `tail`, which spells `known`, when the pivot writes that and each of the rests."""

@@ -33,7 +33,7 @@ def reader(model: nn.Module) -> tuple[Backbone, Projection]:
 
 
 @dataclass(frozen=True)
-class Externalised:
+class TopKPredictions:
     """One sequence of M tokens as a model reads it (paper section 3.1); everything in nats or mass.
 
     M is 0 where a logit about the sequence was not finite: nothing is known of it.
@@ -61,7 +61,7 @@ def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]
 
 
 @torch.inference_mode()
-def externalise(
+def predict_top_k(
     backbone: Backbone,
     project: Projection,
     sequences: Sequence[Sequence[int]],
@@ -70,7 +70,7 @@ def externalise(
     device: torch.device,
     temperatures: Sequence[float] = (),
     chunk: int = 256,
-) -> list[Externalised]:
+) -> list[TopKPredictions]:
     """Reads one batch of sequences (prefix first, no padding).
 
     `backbone(input_ids[B, L])` gives hidden states [B, L, D] and `project(hidden[N, D])` logits [N, V]; logits exist
@@ -106,15 +106,15 @@ def externalise(
 
     results = []
     for end, length in zip(np.cumsum(lengths), lengths, strict=True):
-        result = Externalised(*(column[end - length : end] for column in columns))
+        result = TopKPredictions(*(column[end - length : end] for column in columns))
         if not (np.isfinite(result.log_p).all() and np.isfinite(result.nats).all()):
-            result = Externalised(*(column[:0] for column in columns))
+            result = TopKPredictions(*(column[:0] for column in columns))
         results.append(result)
     return results
 
 
 def _summary(logits: Tensor, gold: Tensor, k: int, temperatures: Sequence[float]) -> tuple[Tensor, ...]:
-    """The columns of `Externalised` for logits[N, V] and the next tokens gold[N], -1 for none; in float32."""
+    """The columns of `TopKPredictions` for logits[N, V] and the next tokens gold[N], -1 for none; in float32."""
     logits = logits.float()
     total = logits.logsumexp(-1, keepdim=True)
     top, ids = logits.topk(k, -1)

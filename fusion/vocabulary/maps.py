@@ -152,11 +152,11 @@ def first_piece(task: MapTask) -> np.ndarray:
     by_bytes = {text: places[place] for text, place in _first_places(candidates).items()}
     encode = _without_dummy_prefix(task.encode_target) if task.target.dummy_prefix else task.encode_target
     result = np.empty(len(texts), dtype=np.int32)
-    for n, passage in enumerate(texts):
-        assert isinstance(passage, bytes)
-        first = _first_token(passage, encode, task.target)
+    for n, spelling in enumerate(texts):
+        assert isinstance(spelling, bytes)
+        first = _first_token(spelling, encode, task.target)
         if first is None:
-            starts = (by_bytes.get(passage[:length], NOTHING) for length in range(len(passage), 0, -1))
+            starts = (by_bytes.get(spelling[:length], NOTHING) for length in range(len(spelling), 0, -1))
             first = next((i for i in starts if i != NOTHING), NOTHING)
         result[n] = first
         if n % _PATTERNS_AT_ONCE == 0:
@@ -173,7 +173,7 @@ def _texts(task: MapTask) -> tuple[list[Text], list[Text], list[int]]:
         strings: list[Text] = [respace(source.tokens[i], source.space, target.space) for i in task.ids.tolist()]
         return strings, [target.tokens[i] for i in places], places
     spelled = target.token_bytes
-    ordinary = [i for i, passage in enumerate(spelled) if passage and i not in target.byte_fallback]
+    ordinary = [i for i, spelling in enumerate(spelled) if spelling and i not in target.byte_fallback]
     places = ordinary + sorted(target.byte_fallback)
     texts: list[Text] = [source.token_bytes[i] or b"" for i in task.ids.tolist()]
     return texts, [spelled[i] or b"" for i in places], places
@@ -217,16 +217,16 @@ def _pick(rows: Sequence[np.ndarray], chunk: Iterable[int]) -> Codes:
     return Codes(np.concatenate(picked), np.concatenate([[0], np.cumsum([len(row) for row in picked])]))
 
 
-def _first_token(passage: bytes, encode: Callable[[str], list[int]], target: Vocabulary) -> int | None:
+def _first_token(spelling: bytes, encode: Callable[[str], list[int]], target: Vocabulary) -> int | None:
     """The first token of the bytes as text, or None where they are no text or do not begin with that token."""
     try:
-        ids = encode(passage.decode("utf-8"))
+        ids = encode(spelling.decode("utf-8"))
     except UnicodeDecodeError:
         return None
     if not ids or not 0 <= ids[0] < len(target):
         return None
     spelled = target.token_bytes[ids[0]]
-    return ids[0] if spelled and passage.startswith(spelled) else None
+    return ids[0] if spelled and spelling.startswith(spelled) else None
 
 
 def _without_dummy_prefix(encode: Callable[[str], list[int]]) -> Callable[[str], list[int]]:

@@ -198,7 +198,7 @@ def _utf8(text: str) -> bytes:
 def _byte_level(token: str) -> bytes:
     try:
         return token.translate(_TO_LATIN1).encode("latin-1")
-    except UnicodeEncodeError:  # not written in the byte alphabet (an unk token, notify): it stands for its own string
+    except UnicodeEncodeError:  # not written in the byte alphabet (an unk token): it stands for its own string
         return _utf8(token)
 
 
@@ -265,11 +265,12 @@ def byte_ends(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary, text: byt
     spells more tokens, and if they tie, or spell no text at all, nothing is claimed.
     """
     size = len(vocabulary)
-    passages = [vocabulary.token_bytes[i] if 0 <= i < size else None for i in np.asarray(ids, dtype=np.int64).tolist()]
-    direct = _ends(passages, text)
-    if not vocabulary.dummy_prefix or not passages or not (passages[0] or b"").startswith(b" "):
+    known_ids = np.asarray(ids, dtype=np.int64).tolist()
+    token_bytes = [vocabulary.token_bytes[i] if 0 <= i < size else None for i in known_ids]
+    direct = _ends(token_bytes, text)
+    if not vocabulary.dummy_prefix or not token_bytes or not (token_bytes[0] or b"").startswith(b" "):
         return direct
-    shifted = _ends(passages, b" " + text)
+    shifted = _ends(token_bytes, b" " + text)
     shifted[shifted >= 0] -= 1
     by_shift = {False: direct, True: shifted}
     for ends in by_shift.values():
@@ -279,15 +280,15 @@ def byte_ends(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary, text: byt
     better = by_shift[matched[True] > matched[False]]
     # A space that nothing follows may be the tokenizer's own or what it made of the text: no way to tell.
     if matched[True] == matched[False] or better.max() <= 0:
-        return np.full(len(passages), -1, dtype=np.int32)
+        return np.full(len(token_bytes), -1, dtype=np.int32)
     return better
 
 
-def _ends(passages: Sequence[bytes | None], text: bytes) -> np.ndarray:
-    known = len(passages) if None not in passages else passages.index(None)
-    spelled = b"".join(passage for passage in passages[:known] if passage is not None)
-    ends = np.full(len(passages), -1, dtype=np.int32)
-    ends[:known] = np.cumsum([len(passage) for passage in passages[:known] if passage is not None], dtype=np.int64)
+def _ends(token_bytes: Sequence[bytes | None], text: bytes) -> np.ndarray:
+    known = len(token_bytes) if None not in token_bytes else token_bytes.index(None)
+    spelled = b"".join(part for part in token_bytes[:known] if part is not None)
+    ends = np.full(len(token_bytes), -1, dtype=np.int32)
+    ends[:known] = np.cumsum([len(part) for part in token_bytes[:known] if part is not None], dtype=np.int64)
     if not text.startswith(spelled):
         common = min(len(spelled), len(text))
         left, right = np.frombuffer(spelled, np.uint8, common), np.frombuffer(text, np.uint8, common)
@@ -314,7 +315,7 @@ def prefix_id(tokenizer: PreTrainedTokenizerFast) -> int:
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     """The ids of `text`: no special token is added, nothing is cut, and what looks like a control token stays text.
 
-    The one exception: a Unigram model that counts control tokens among its passages writes them where the text does;
+    The one exception: a Unigram model that counts control tokens among its pieces writes them where the text does;
     `byte_ends` stops there.
     """
     return encode_all(tokenizer, [text])[0]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fusion.errors import UserError
-from fusion.inference.ensembles import JointReader
+from fusion.inference.ensembles import PrefixCachedEnsemble
 from fusion.inference.likelihood import document_nats, window_stride
 from fusion.vocabulary.token_bytes import encode, prefix_id
 from harness.config.loading import PerplexityConfig
@@ -30,7 +30,7 @@ def documents_fingerprint(documents: Sequence[Document]) -> str:
 
 
 def measure(
-    model: nn.Module | JointReader,
+    model: nn.Module | PrefixCachedEnsemble,
     tokenizer: Any,
     documents: Sequence[Document],
     section: PerplexityConfig,
@@ -75,7 +75,7 @@ def evaluation_spec(
 
 def evaluate(
     folder: Path,
-    load: Callable[[], tuple[nn.Module | JointReader, Any]],
+    load: Callable[[], tuple[nn.Module | PrefixCachedEnsemble, Any]],
     documents: Sequence[Document],
     section: PerplexityConfig,
     *,
@@ -92,7 +92,9 @@ def evaluate(
         return
     model, tokenizer = load()
     context: Any = (
-        model.positions if isinstance(model, JointReader) else getattr(model.config, "max_position_embeddings", None)
+        model.positions
+        if isinstance(model, PrefixCachedEnsemble)
+        else getattr(model.config, "max_position_embeddings", None)
     )
     if context and section.window > context:
         raise UserError(f"perplexity window {section.window} exceeds the context of {label}, {context}: lower it.")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from fusion.inference.ensembles import JointReader
+    from fusion.inference.ensembles import PrefixCachedEnsemble
     from fusion.vocabulary.token_bytes import Vocabulary
 
 
@@ -34,7 +34,7 @@ class JointModel(EvaluatedModel):
         return self.ensemble.combine == "vote"
 
     @property
-    def predictor(self) -> "JointReader":
+    def predictor(self) -> "PrefixCachedEnsemble":
         return self.reader
 
     @cached_property
@@ -42,18 +42,18 @@ class JointModel(EvaluatedModel):
         return self.parts[0][0].model
 
     @cached_property
-    def reader(self) -> "JointReader":
+    def reader(self) -> "PrefixCachedEnsemble":
         """Loads all members. Raises UserError for one that cannot take part."""
-        from fusion.inference.ensembles import JointReader, Translator
-        from fusion.inference.prefix_cache import PrefixReader, Unsupported
+        from fusion.inference.ensembles import CrossTokenizerMember, PrefixCachedEnsemble
+        from fusion.inference.prefix_cache import PrefixCachedModel, UnsupportedModel
         from fusion.vocabulary.token_bytes import Vocabulary, encode_alike, encode_all, prefix_id
 
         assert self.ensemble.combine != "vote"
         readers = []
         for member, _ in self.parts:
             try:
-                readers.append(PrefixReader(member.model))
-            except Unsupported as reason:
+                readers.append(PrefixCachedModel(member.model))
+            except UnsupportedModel as reason:
                 raise UserError(f"{member.label} cannot take part in {self.label}: {reason}.") from None
         vocabularies = [
             Vocabulary.from_tokenizer(member.tokenizer, reader.vocabulary)
@@ -68,7 +68,7 @@ class JointModel(EvaluatedModel):
         rows = min(readers[i].vocabulary for i in shared)
         pivot = Vocabulary.from_tokenizer(self.tokenizer, rows)
         translators = [
-            Translator(
+            CrossTokenizerMember(
                 readers[i],
                 (member := self.parts[i][0]).tokenizer,
                 vocabularies[i],
@@ -80,7 +80,7 @@ class JointModel(EvaluatedModel):
             )
             for i in others
         ]
-        return JointReader(
+        return PrefixCachedEnsemble(
             [(readers[i], self.parts[i][1]) for i in shared],
             [(translator, self.parts[i][1]) for translator, i in zip(translators, others, strict=True)],
             self.ensemble.combine,

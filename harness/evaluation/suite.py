@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from fusion.inference.ensembles import JointReader
+    from fusion.inference.ensembles import PrefixCachedEnsemble
 
 
 NO_VOTE = "there is no answer to vote on"
@@ -65,7 +65,7 @@ class EvaluatedModel:
         return load_model(self.resolved, self.dtype, self.device)  # type: ignore[arg-type]
 
     @property
-    def predictor(self) -> "PreTrainedModel | JointReader":
+    def predictor(self) -> "PreTrainedModel | PrefixCachedEnsemble":
         """What gives the distributions over the next token."""
         return self.model
 

@@ -21,7 +21,7 @@ from harness.store.artifacts import Estimate, Spec, Store
 from harness.store.leases import Leases
 
 if TYPE_CHECKING:
-    from fusion.inference.top_k import Externalised
+    from fusion.inference.top_k import TopKPredictions
     from harness.models.checkpoints import ResolvedModel
 
 VERSION = 1
@@ -195,12 +195,12 @@ class _Reader:
         self.lost = 0
         self.wide = len(self._vocabulary.tokens) > 65536
 
-    def _externalise(self, sequences: list[list[int]]) -> "list[Externalised]":
+    def _externalise(self, sequences: list[list[int]]) -> "list[TopKPredictions]":
         import torch
 
-        from fusion.inference.top_k import externalise
+        from fusion.inference.top_k import predict_top_k
 
-        return externalise(
+        return predict_top_k(
             self._backbone,
             self._project,
             sequences,
@@ -223,7 +223,7 @@ class _Reader:
             )
         return tokens
 
-    def read(self, members: Sequence[int], advance: Advance) -> "tuple[list[Externalised], list[np.ndarray]]":
+    def read(self, members: Sequence[int], advance: Advance) -> "tuple[list[TopKPredictions], list[np.ndarray]]":
         """What the model says about the passages, and the byte ends of their tokens."""
         from fusion.inference.top_k import batches_by_length
 

@@ -17,7 +17,7 @@ import numpy as np
 from fusion.errors import UserError
 
 if TYPE_CHECKING:
-    from fusion.inference.top_k import Externalised
+    from fusion.inference.top_k import TopKPredictions
 
 Compression = Literal["zstd", "none"]
 StoreDType = Literal["float16", "float32"]
@@ -39,7 +39,7 @@ def position_bytes(k: int, vocabulary: int, dtype: StoreDType = "float16", tempe
 def write_shard(
     path: Path,
     beside: Path,
-    results: "Sequence[Externalised]",
+    results: "Sequence[TopKPredictions]",
     ends: Sequence[np.ndarray],
     *,
     wide: bool,

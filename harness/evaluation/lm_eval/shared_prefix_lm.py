@@ -21,10 +21,10 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import GenerationMode
 
 from fusion.errors import UserError
-from fusion.inference.decoding import decode, families, packs
-from fusion.inference.ensembles import JointReader
-from fusion.inference.prefix_cache import PrefixReader, Unsupported
-from fusion.inference.prefix_tree import Run
+from fusion.inference.decoding import decode, group_by_prefix, pack_consecutive
+from fusion.inference.ensembles import PrefixCachedEnsemble
+from fusion.inference.prefix_cache import PrefixCachedModel, UnsupportedModel
+from fusion.inference.prefix_tree import Branching
 from harness.evaluation.lm_eval.tasks import quietly
 from harness.runtime.progress import notify
 
@@ -128,7 +128,7 @@ class SharedPrefixLM(HFLM):
         batch_size: BatchSize = "auto",
         batch_tokens: int = 2048,
         seed: int = 0,
-        joint: JointReader | None = None,
+        joint: PrefixCachedEnsemble | None = None,
         context: int | None = None,
     ) -> None:
         """`batch_size`: sequences decoded at one time; `batch_tokens`: tokens of prompts read at one time.
@@ -151,8 +151,8 @@ class SharedPrefixLM(HFLM):
         self._seed = seed
         self._joint = joint
         try:
-            self.reader: PrefixReader | None = joint or PrefixReader(model)
-        except Unsupported as reason:
+            self.reader: PrefixCachedModel | None = joint or PrefixCachedModel(model)
+        except UnsupportedModel as reason:
             self.reader = None
             notify(f"{label}: common prefixes are read again for every prompt, by lm-eval's own HFLM ({reason}).")
 
@@ -163,8 +163,8 @@ class SharedPrefixLM(HFLM):
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         """Of every (anything, context, continuation): the continuation's log-probability, and whether it is greedy."""
-        for _, context, continuation in requests:
-            self._check_window(len(context) + len(continuation) - 1, 0)
+        for _, context, branching in requests:
+            self._check_window(len(context) + len(branching) - 1, 0)
         if self.reader is None:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         of_context: dict[tuple[int, ...], list[int]] = {}
@@ -172,26 +172,26 @@ class SharedPrefixLM(HFLM):
             of_context.setdefault(tuple(context), []).append(index)
         contexts = list(of_context)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        runs: list[tuple[Run, list[int]]] = []
-        with self.reader.reading():
-            for common, members in families(contexts):
-                stem = self.reader.begin([Run(contexts[members[0]][:common])])[1][0] if common else None
+        branchings: list[tuple[Branching, list[int]]] = []
+        with self.reader.patched_attention():
+            for common, members in group_by_prefix(contexts):
+                cached = self.reader.prefill([Branching(contexts[members[0]][:common])])[1][0] if common else None
                 for m in members:
                     trunk, all_of_it = contexts[m][common:], of_context[contexts[m]]
                     sizes = [len(requests[i][2]) - 1 for i in all_of_it]
-                    for part in packs(sizes, max(1, self._batch_tokens - len(trunk))):
+                    for part in pack_consecutive(sizes, max(1, self._batch_tokens - len(trunk))):
                         some = [all_of_it[p] for p in part]
-                        runs.append((Run(trunk, stem, [requests[i][2][:-1] for i in some]), some))
+                        branchings.append((Branching(trunk, cached, [requests[i][2][:-1] for i in some]), some))
                 # Families wait for one another to fill a call, but not all of them: their stems are kept meanwhile.
-                if sum(len(run.tokens) for run, _ in runs) >= self._batch_tokens:
-                    self._score(runs, requests, answers)
-                    runs = []
-            self._score(runs, requests, answers)
+                if sum(len(branching.tokens) for branching, _ in branchings) >= self._batch_tokens:
+                    self._score(branchings, requests, answers)
+                    branchings = []
+            self._score(branchings, requests, answers)
         return answers
 
     def _score(
         self,
-        runs: Sequence[tuple[Run, list[int]]],
+        branchings: Sequence[tuple[Branching, list[int]]],
         requests: Sequence[tuple[Any, list[int], list[int]]],
         answers: list[tuple[float, bool]],
     ) -> None:
@@ -199,17 +199,20 @@ class SharedPrefixLM(HFLM):
         assert self.reader is not None
         wide = -(-self._batch_tokens * self.reader.widest // _LOGITS)
         # A call is bounded by its tokens and by its logits alike.
-        sizes = [max(len(run.tokens), (len(run.tokens) - len(run.trunk) + 1) * wide) for run, _ in runs]
-        for pack in packs(sizes, self._batch_tokens):
-            part = [runs[i] for i in pack]
+        sizes = [
+            max(len(branching.tokens), (len(branching.tokens) - len(branching.trunk) + 1) * wide)
+            for branching, _ in branchings
+        ]
+        for pack in pack_consecutive(sizes, self._batch_tokens):
+            part = [branchings[i] for i in pack]
             # What follows the trunk is predicted at its last token, the rest of a branch in the branch.
-            wanted = [range(len(run.trunk) - 1, len(run.tokens)) for run, _ in part]
-            logits = self.reader.read([run for run, _ in part], wanted)
+            wanted = [range(len(branching.trunk) - 1, len(branching.tokens)) for branching, _ in part]
+            logits = self.reader.read([branching for branching, _ in part], wanted)
             total, best = _totals(logits)
             if not torch.isfinite(total).all():
                 raise UserError(f"The logits of {self.label} are not finite: it cannot be evaluated.")
             first = 0
-            for run, some in part:
+            for branching, some in part:
                 row = first + 1
                 for index in some:
                     continuation = torch.tensor(requests[index][2], device=logits.device)
@@ -220,7 +223,7 @@ class SharedPrefixLM(HFLM):
                     answers[index] = (float((chosen - total[at]).sum()), bool((chosen == best[at]).all()))
                     if requests[index][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[index][0], answers[index])
-                first += len(run.tokens) - len(run.trunk) + 1
+                first += len(branching.tokens) - len(branching.trunk) + 1
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The answer to every request, cut before its first stop string."""

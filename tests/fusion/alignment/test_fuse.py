@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusion.alignment.fuse import PRESETS, FusedSequence, Predictions, Source, Sparse, Switches, fuse_sequence
-from fusion.alignment.projection import carry
-from fusion.alignment.selection import FUSIONS, avgce, gather_evidence, mince, mix, to_bfloat16
+from fusion.alignment.projection import project_entries
+from fusion.alignment.selection import FUSIONS, avgce, mince, mix, score_sources, to_bfloat16
 from fusion.errors import UserError
 from fusion.vocabulary.token_bytes import Vocabulary
 
@@ -324,7 +324,7 @@ def test_readings_and_maps_that_do_not_fit_are_refused() -> None:
     def refuse(match: str, other: Predictions = READ, mapped: np.ndarray = MAP, **row: Any) -> None:
         with pytest.raises(UserError, match=match):
             fuse_sequence(
-                row.get("readings", [{"target": OWN, "other": other}]),
+                row.get("passages", [{"target": OWN, "other": other}]),
                 row.get("n_bytes", [4]),
                 target="target",
                 sources=row.get("sources", [Source("other", OTHER, mapped)]),
@@ -339,9 +339,9 @@ def test_readings_and_maps_that_do_not_fit_are_refused() -> None:
     refuse("sum to nan", replace(READ, log_p=np.full_like(READ.log_p, np.nan)))
     refuse("different lengths", replace(READ, nats=READ.nats[:-1]))
     refuse("byte 0", replace(READ, ends=READ.ends + 1))
-    refuse("no numbers", replace(READ, nats=READ.nats * np.nan))
-    refuse("no reading by 'other'", readings=[{"target": OWN}])
-    refuse("no reading by 'target'", readings=[{"other": READ}])
+    refuse("not finite", replace(READ, nats=READ.nats * np.nan))
+    refuse("no predictions by 'other'", passages=[{"target": OWN}])
+    refuse("no predictions by 'target'", passages=[{"other": READ}])
     refuse("1 passages, 2 byte counts", n_bytes=[4, 4])
     refuse("two sources are called", sources=[Source("other", OTHER, MAP)] * 2)
     refuse("include_target is off", sources=[Source("target", TARGET, MAP)])
@@ -554,14 +554,14 @@ def test_the_units_share_out_all_bytes_and_nats(seed: int, level: str) -> None:
     readings, n_bytes, sources, _ = random_row(seed, 3)
     names = tuple(source.name for source in sources)
     targets = [passage["target"] for passage in readings]
-    evidence = gather_evidence(
+    scores = score_sources(
         [[passage[name] for name in names] for passage in readings], targets, n_bytes, names=names, select_over=level
     )
-    assert evidence.n_bytes.sum() == sum(n_bytes)
-    assert (evidence.n_bytes > 0).all()
-    assert (evidence.tokens > 0).all()
-    assert len(evidence.unit) == sum(len(target.tokens) for target in targets)
-    for name, nats, tokens in zip(names, evidence.nats, evidence.tokens, strict=True):
+    assert scores.n_bytes.sum() == sum(n_bytes)
+    assert (scores.n_bytes > 0).all()
+    assert (scores.tokens > 0).all()
+    assert len(scores.unit) == sum(len(target.tokens) for target in targets)
+    for name, nats, tokens in zip(names, scores.nats, scores.tokens, strict=True):
         assert nats.sum() == pytest.approx(sum(passage[name].nats.sum() for passage in readings), rel=1e-5)
         assert tokens.sum() == sum(len(passage[name].tokens) - 1 for passage in readings)
 
@@ -576,7 +576,7 @@ def test_bfloat16_rounds_to_the_nearest_even(values: list[float]) -> None:
 
 
 def test_carrying_logits_keeps_their_order_and_the_first_of_duplicates() -> None:
-    ids, logits = carry(
+    ids, logits = project_entries(
         np.array([[1, 2, 3, 0]], np.int32),
         np.array([[5.0, 4.0, -1.0, -2.0]]),
         np.array([0, -1], np.int32),

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rapidfuzz.distance import Levenshtein
 
-from fusion.alignment.pairing import align, consulted_ids, same_end, warping_path
+from fusion.alignment.pairing import ALIGNMENTS, consulted_ids, same_end, warping_path
 from fusion.errors import UserError
 from fusion.vocabulary.token_bytes import Vocabulary, byte_ends, encode
 from tests.fusion.tokenizers_for_tests import FAMILIES
@@ -53,7 +53,7 @@ def test_same_end_pairs_have_the_same_text_before(source: str, target: str, text
     tokens, ends, vocabulary = _reading(source, text)
     target_tokens, target_ends, target_vocabulary = _reading(target, text)
     nothing = np.full(len(vocabulary), -2, dtype=np.int32)
-    pairs = align("same_end", tokens, ends, target_tokens, target_ends, vocabulary, target_vocabulary, nothing)
+    pairs = ALIGNMENTS.get("same_end")(tokens, ends, target_tokens, target_ends, vocabulary, target_vocabulary, nothing)
     assert pairs.dtype == np.int32 and len(pairs) == len(target_tokens)
 
     def prefix(ids: np.ndarray, of: Vocabulary) -> bytes:
@@ -140,7 +140,7 @@ def _dtw(
     for i, other in (image or {}).items():
         vocabulary_map[i] = other
     ids, others = np.array(source, dtype=np.int32), np.array(target, dtype=np.int32)
-    return align("dtw", ids, ids * 0, others, others * 0, s, t, vocabulary_map).tolist()
+    return ALIGNMENTS.get("dtw")(ids, ids * 0, others, others * 0, s, t, vocabulary_map).tolist()
 
 
 def test_dtw_pairs_what_is_equal_or_mapped_one_to_one() -> None:
@@ -181,7 +181,7 @@ def test_unknown_alignments_are_named() -> None:
     v = Vocabulary.from_tokens(["a"], space=" ")
     ids = np.zeros(1, dtype=np.int32)
     with pytest.raises(UserError, match=r"no alignment 'same-end' \(did you mean 'same_end'\?\)"):
-        align("same-end", ids, ids, ids, ids, v, v, ids)
+        ALIGNMENTS.get("same-end")(ids, ids, ids, ids, v, v, ids)
 
 
 @cache

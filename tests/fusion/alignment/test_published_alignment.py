@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from fusion.alignment.fuse import PRESETS, Predictions, Source, Sparse, Switches, fuse_sequence
-from fusion.alignment.pairing import align
-from fusion.alignment.projection import carry
-from fusion.alignment.selection import FUSIONS, Evidence
+from fusion.alignment.pairing import ALIGNMENTS
+from fusion.alignment.projection import project_entries
+from fusion.alignment.selection import FUSIONS, SourceScores
 from fusion.vocabulary.token_bytes import Vocabulary
 from tests.shared import shared
 
@@ -50,8 +50,8 @@ def test_carried_entries_equal_the_published_ones(name: str, mode: str) -> None:
     mapped = string_map(oracle, mode)
     source_ids, target_ids = (np.array(oracle[f"{side}_ids"], np.int32) for side in ("source", "target"))
     no_ends = [np.full(len(ids), -1, np.int32) for ids in (source_ids, target_ids)]
-    partner = align("dtw", source_ids, no_ends[0], target_ids, no_ends[1], source, target, mapped)
-    ids, logits = carry(
+    partner = ALIGNMENTS.get("dtw")(source_ids, no_ends[0], target_ids, no_ends[1], source, target, mapped)
+    ids, logits = project_entries(
         np.array(oracle["top_k_ids"], np.int32),
         np.array(oracle["top_k_logits"]),
         partner,
@@ -116,14 +116,14 @@ def test_choosing_and_averaging_give_the_published_loss(fusion: str) -> None:
             members.append(softmax_of(*lists, *own))
             losses.append(feature[f"metric_ce_aligned_{s}"])
         n = len(own[0])
-        evidence = Evidence(
+        scores = SourceScores(
             names=("target", "0", "1"),
             nats=np.array(losses)[:, None],
             tokens=np.ones((3, 1), np.int64),
             n_bytes=np.ones(1, np.int64),
             unit=np.zeros(n, np.int64),
         )
-        fused, _ = FUSIONS.get(fusion)(members, evidence, Switches(**PRESETS["published"]))
+        fused, _ = FUSIONS.get(fusion)(members, scores, Switches(**PRESETS["published"]))
         log_q = logits - logits.max(axis=1, keepdims=True)
         log_q -= np.log(np.exp(log_q).sum(axis=1, keepdims=True))
         cross_entropy = -(fused.p * np.take_along_axis(log_q[:n], np.maximum(fused.ids, 0), 1)).sum() / n

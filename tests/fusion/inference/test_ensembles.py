@@ -31,10 +31,10 @@ from transformers import (
 
 from fusion.errors import UserError
 from fusion.inference.decoding import decode
-from fusion.inference.ensembles import JointReader, Translator, mean
+from fusion.inference.ensembles import CrossTokenizerMember, PrefixCachedEnsemble, mean
 from fusion.inference.likelihood import document_nats
-from fusion.inference.prefix_cache import PrefixReader
-from fusion.inference.prefix_tree import Run, Tree
+from fusion.inference.prefix_cache import PrefixCachedModel
+from fusion.inference.prefix_tree import Branching, PrefixTree
 from fusion.vocabulary.maps import build_map
 from fusion.vocabulary.token_bytes import Vocabulary, encode, encode_all, prefix_id
 from tests.fusion.tokenizers_for_tests import FAMILIES, TEXTS, byte_level, sentencepiece_bpe
@@ -68,8 +68,10 @@ def trio() -> list[Any]:
 WEIGHTS = [0.5, 0.2, 0.3]
 
 
-def joint(members: Sequence[Any], weights: Sequence[float], combine: Any = "probabilities") -> JointReader:
-    return JointReader([(PrefixReader(m), w) for m, w in zip(members, weights, strict=True)], combine=combine)
+def joint(members: Sequence[Any], weights: Sequence[float], combine: Any = "probabilities") -> PrefixCachedEnsemble:
+    return PrefixCachedEnsemble(
+        [(PrefixCachedModel(m), w) for m, w in zip(members, weights, strict=True)], combine=combine
+    )
 
 
 def naive(members: Sequence[Any], weights: Sequence[float], combine: str, tokens: Sequence[int]) -> Tensor:
@@ -115,21 +117,21 @@ def test_who_knows_nothing_does_not_count() -> None:
 
 def test_one_models_logits_exist_at_a_time(trio: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the mean of those before."""
-    forward = PrefixReader._forward
+    forward = PrefixCachedModel._forward
     made: list[weakref.ref[np.ndarray]] = []
     alive: list[int] = []
 
-    def watched(self: PrefixReader, *given: Any) -> Tensor:
+    def watched(self: PrefixCachedModel, *given: Any) -> Tensor:
         alive.append(sum(ref() is not None for ref in made))
         memory = forward(self, *given).numpy().copy()
         made.append(weakref.ref(memory))
         return torch.from_numpy(memory)  # keeps it as long as any view of it is there
 
     reader = joint(trio, WEIGHTS)
-    monkeypatch.setattr(PrefixReader, "_forward", watched)
+    monkeypatch.setattr(PrefixCachedModel, "_forward", watched)
     texts = prompts(4)
-    with reader.reading():
-        reader.read([Run(t) for t in texts], [range(len(t)) for t in texts])
+    with reader.patched_attention():
+        reader.read([Branching(t) for t in texts], [range(len(t)) for t in texts])
     assert generate(reader, texts, 3)
     assert len(alive) > 3 and set(alive) == {0}
 
@@ -138,18 +140,20 @@ def test_one_models_logits_exist_at_a_time(trio: list[Any], monkeypatch: pytest.
 def test_reading_is_the_naive_mean(trio: list[Any], combine: Any) -> None:
     reader = joint(trio, WEIGHTS, combine)
     texts = prompts(4)
-    with reader.reading():
-        found = reader.read([Run(t) for t in texts], [range(len(t)) for t in texts])
-        _, (stem,) = reader.begin([Run(texts[0][:5])])
+    with reader.patched_attention():
+        found = reader.read([Branching(t) for t in texts], [range(len(t)) for t in texts])
+        _, (cached,) = reader.prefill([Branching(texts[0][:5])])
         branches = [texts[0][5:], texts[1]]
-        tree = reader.read([Run([7, 8], stem, branches)], [range(2 + sum(map(len, branches)))])
+        tree = reader.read([Branching([7, 8], cached, branches)], [range(2 + sum(map(len, branches)))])
     expected = torch.cat([naive(trio, WEIGHTS, combine, t) for t in texts])
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
     whole = [naive(trio, WEIGHTS, combine, [*texts[0][:5], 7, 8, *b]) for b in branches]
     torch.testing.assert_close(tree.double(), torch.cat([whole[0][5:], whole[1][7:]]), atol=1e-4, rtol=1e-4)
 
 
-def generate(reader: PrefixReader, given: Sequence[Sequence[int]], n: int, seed: int | None = None) -> list[list[int]]:
+def generate(
+    reader: PrefixCachedModel, given: Sequence[Sequence[int]], n: int, seed: int | None = None
+) -> list[list[int]]:
     """Greedy, or drawn with a number of its own for every sequence and step."""
     new: list[list[int]] = [[] for _ in given]
 
@@ -189,7 +193,7 @@ def test_generation_is_the_naive_loops(trio: list[Any], combine: Any, seed: int 
 @pytest.mark.parametrize("combine", ["probabilities", "logits"])
 def test_a_model_with_itself_is_the_model(trio: list[Any], combine: Any) -> None:
     twice, given = joint([trio[2], trio[2]], [0.3, 0.7], combine), prompts(4)
-    assert generate(twice, given, 8) == generate(PrefixReader(trio[2]), given, 8)
+    assert generate(twice, given, 8) == generate(PrefixCachedModel(trio[2]), given, 8)
     for window in (16, 200):
         settings: Any = {"prefix": 0, "window": window, "batch_tokens": 100}
         np.testing.assert_allclose(
@@ -221,16 +225,16 @@ def test_perplexity_is_the_naive_means(trio: list[Any], mode: Any, monkeypatch: 
 def test_a_tree_is_its_sequences(trio: list[Any]) -> None:
     texts = [[1, 2, 3], [1, 2], [1, 2, 3, 4, 5], [1, 9, 3], [8], [1, 2, 3]]
     for member in (trio[0], trio[2]):
-        reader = PrefixReader(member)
-        tree = Tree(texts)
+        reader = PrefixCachedModel(member)
+        tree = PrefixTree(texts)
         assert len(tree.tokens) == 8
-        with reader.reading():
+        with reader.patched_attention():
             found = reader.read([tree], [tree.ends])
-            _, (stem,) = reader.begin([Run([5, 6] * 12)])
-            later = Tree(texts, stem)
+            _, (cached,) = reader.prefill([Branching([5, 6] * 12)])
+            later = PrefixTree(texts, cached)
             continued = reader.read([later], [later.ends])
-            alone = reader.read([Run(t) for t in texts], [[len(t) - 1] for t in texts])
-            after = reader.read([Run([5, 6] * 12 + t) for t in texts], [[23 + len(t)] for t in texts])
+            alone = reader.read([Branching(t) for t in texts], [[len(t) - 1] for t in texts])
+            after = reader.read([Branching([5, 6] * 12 + t) for t in texts], [[23 + len(t)] for t in texts])
         torch.testing.assert_close(found, alone, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(continued, after, atol=1e-4, rtol=1e-4)
 
@@ -238,16 +242,20 @@ def test_a_tree_is_its_sequences(trio: list[Any]) -> None:
 TEXT = "The dog sleeps; crème brûlée 猫 fox\n  two 🙂"
 
 
-def translator(
-    member: Any, tokenizer: Any, kind: type[Translator] = Translator, label: str = "", overlaps: int = 3
-) -> Translator:
+def member(
+    member: Any,
+    tokenizer: Any,
+    kind: type[CrossTokenizerMember] = CrossTokenizerMember,
+    label: str = "",
+    overlaps: int = 3,
+) -> CrossTokenizerMember:
     """A model that is asked in the tokens of `byte_level`."""
     tokens = byte_level()
     own = Vocabulary.from_tokenizer(tokens)
     vocabulary = Vocabulary.from_tokenizer(tokenizer, member.config.vocab_size)
     onto = build_map("first_piece", vocabulary, own, encode_target=lambda text: encode(tokens, text))
     return kind(
-        PrefixReader(member),
+        PrefixCachedModel(member),
         tokenizer,
         vocabulary,
         own,
@@ -259,10 +267,12 @@ def translator(
     )
 
 
-def translated(pivot: Any, members: dict[str, Any], share: float = 0.4) -> JointReader:
+def translated(pivot: Any, members: dict[str, Any], share: float = 0.4) -> PrefixCachedEnsemble:
     """A model in the pivot's tokens with others, each with the tokenizer of a family."""
-    others = [translator(member, FAMILIES[family](), label=family) for family, member in members.items()]
-    return JointReader([(PrefixReader(pivot), share)], [(one, (1 - share) / len(others)) for one in others])
+    others = [member(member, FAMILIES[family](), label=family) for family, member in members.items()]
+    return PrefixCachedEnsemble(
+        [(PrefixCachedModel(pivot), share)], [(one, (1 - share) / len(others)) for one in others]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +306,9 @@ def goes_on(known: bytes, tail: Sequence[int], rest: bytes) -> int | None:
     return spelled.index(max((passage for passage in spelled if passage and rest.startswith(passage)), key=len))
 
 
-def by_definition(reader: JointReader, models: Sequence[Any], shares: Sequence[float], text: Sequence[int]) -> Tensor:
+def by_definition(
+    reader: PrefixCachedEnsemble, models: Sequence[Any], shares: Sequence[float], text: Sequence[int]
+) -> Tensor:
     """log-probabilities float64[V] after a text, from the member's own tokens and without any cache.
 
     What may follow is weighed by the probability of all that is written for it: of the text's last three tokens and the
@@ -305,7 +317,7 @@ def by_definition(reader: JointReader, models: Sequence[Any], shares: Sequence[f
     spelled = Vocabulary.from_tokenizer(byte_level()).token_bytes
     with torch.no_grad():
         p = shares[0] * models[0](torch.tensor([list(text)])).logits[0, -1].double().softmax(-1)
-        for one, member, share in zip(reader._translators, models[1:], shares[1:], strict=True):
+        for one, member, share in zip(reader._members, models[1:], shares[1:], strict=True):
             (ids,) = one.encode([text])
             said = member(torch.tensor([ids])).logits[0].double().softmax(-1)
             until = max(len(ids) - 3, 1)  # what is read for certain
@@ -321,12 +333,12 @@ def by_definition(reader: JointReader, models: Sequence[Any], shares: Sequence[f
                 end = b"".join(passage or b"" for passage in passages)
                 tails = [text[n:] for n in range(len(text)) if None not in [spelled[i] for i in text[n:]]]
                 known = {b"".join(spelled[i] or b"" for i in tail): tail for tail in tails}
-                begun = min((k for k in known if len(k) >= len(end)), key=len, default=b"")
-                if not begun.endswith(end):
+                started = min((k for k in known if len(k) >= len(end)), key=len, default=b"")
+                if not started.endswith(end):
                     break
                 for i, passage in enumerate(own):
                     if passage and passage.startswith(end) and passage != end:
-                        token = goes_on(begun, known[begun], passage[len(end) :])
+                        token = goes_on(started, known[started], passage[len(end) :])
                         if token is not None:
                             carried[token] += math.prod(sure[: start - until]) * said[start - 1, i]
             p += share * carried / carried.sum()
@@ -337,7 +349,7 @@ def test_members_read_their_own_tokens_of_the_prefix_alone(pivot: Any, members: 
     reader = translated(pivot, members)
     tokens = byte_level()
     ids = encode(tokens, TEXT)
-    for one, family in zip(reader._translators, members, strict=True):
+    for one, family in zip(reader._members, members, strict=True):
         other = FAMILIES[family]()
         for n in range(1, len(ids) + 1):
             spelled = b"".join(Vocabulary.from_tokenizer(tokens).token_bytes[i] or b"" for i in ids[:n])
@@ -359,16 +371,16 @@ def test_translated_reading_is_its_definition(
     reader = translated(pivot, members)
     models, shares = [pivot, *members.values()], [0.4, 0.3, 0.3]
     ids = [0, *encode(byte_level(), TEXT)]
-    for one in reader._translators:
-        ends = [one._overlaps.covers(*one.encode([ids[:n]]), ids[:n]) for n in range(1, len(ids))]
+    for one in reader._members:
+        ends = [one._healing.covering_tokens(*one.encode([ids[:n]]), ids[:n]) for n in range(1, len(ids))]
         assert {0, 1, 2} <= set(map(len, ends))
     expected = torch.stack([by_definition(reader, models, shares, ids[: n + 1]) for n in range(len(ids))])
-    with reader.reading():
-        found = reader.read([Run(ids)], [range(len(ids))])
-        _, (stem,) = reader.begin([Run(ids[:9])])
-        continued = reader.read([Run(ids[9:12], stem, [ids[12:], ids[3:5]])], [range(len(ids) - 9)])
-        shuffled = JointReader([(reader._readers[0], 0.4)], [(one, 0.3) for one in reader._translators[::-1]])
-        other_order = shuffled.read([Run(ids)], [range(len(ids))])
+    with reader.patched_attention():
+        found = reader.read([Branching(ids)], [range(len(ids))])
+        _, (cached,) = reader.prefill([Branching(ids[:9])])
+        continued = reader.read([Branching(ids[9:12], cached, [ids[12:], ids[3:5]])], [range(len(ids) - 9)])
+        shuffled = PrefixCachedEnsemble([(reader._readers[0], 0.4)], [(one, 0.3) for one in reader._members[::-1]])
+        other_order = shuffled.read([Branching(ids)], [range(len(ids))])
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(other_order, found, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(continued.double(), expected[9:], atol=1e-4, rtol=1e-4)
@@ -396,9 +408,9 @@ def test_what_is_written_has_the_likelihood_of_its_steps(pivot: Any, members: di
 
     decode(reader, given, choose, rows=3, batch_tokens=60)
     for prompt, answer, steps_sum in zip(given, new, steps, strict=True):
-        with reader.reading():
+        with reader.patched_attention():
             text = [*prompt, *answer]
-            rows = reader.read([Run(text[:-1])], [range(len(prompt) - 1, len(text) - 1)])
+            rows = reader.read([Branching(text[:-1])], [range(len(prompt) - 1, len(text) - 1)])
         found = float(rows.gather(1, torch.tensor(answer)[:, None]).sum())
         assert found == pytest.approx(steps_sum, abs=1e-3)
     prompt = list(given[2])
@@ -425,7 +437,7 @@ def test_a_tokenizer_of_the_pivots_in_other_numbers_changes_nothing(pivot: Any) 
     renumbered = copy.deepcopy(member)
     for layer in (renumbered.get_input_embeddings(), renumbered.get_output_embeddings()):
         layer.weight.data[torch.tensor(number)] = layer.weight.data.clone()
-    found = JointReader([(PrefixReader(pivot), 0.4)], [(translator(renumbered, other), 0.6)])
+    found = PrefixCachedEnsemble([(PrefixCachedModel(pivot), 0.4)], [(member(renumbered, other), 0.6)])
     plain = joint([pivot, member], [0.4, 0.6])
     ids = [0, *encode(byte_level(), TEXT)]
     # A text that ends within a character is spelled in bytes, which the pivot's own tokens may join to others.
@@ -433,12 +445,12 @@ def test_a_tokenizer_of_the_pivots_in_other_numbers_changes_nothing(pivot: Any) 
     assert len(whole) > len(ids) / 2
     said = []
     for reader in (found, plain):
-        with reader.reading():
-            said.append(reader.read([Run(ids)], [whole]))
+        with reader.patched_attention():
+            said.append(reader.read([Branching(ids)], [whole]))
     torch.testing.assert_close(*said, atol=1e-4, rtol=1e-4)
 
 
-class OneToOne(Translator):
+class OneToOne(CrossTokenizerMember):
     """PackLLM's way: every token of the context becomes the one most like it, whatever text that spells."""
 
     to_own: Sequence[int]
@@ -511,13 +523,13 @@ def test_text_read_anew_tells_more_than_tokens_for_tokens_where_words_are_split_
     """
     pivot, tokenizer = taught(byte_level(), 300, 30), whole_words()
     member = taught(tokenizer, 3000, 100)
-    covered, anew = (translator(member, tokenizer, overlaps=most) for most in (3, 0))
-    mapped = translator(member, tokenizer, OneToOne, overlaps=0)
+    covered, anew = (member(member, tokenizer, overlaps=most) for most in (3, 0))
+    mapped = member(member, tokenizer, OneToOne, overlaps=0)
     assert isinstance(mapped, OneToOne)
     own, theirs = Vocabulary.from_tokenizer(byte_level()), Vocabulary.from_tokenizer(tokenizer)
     onto = build_map("mined", own, theirs, encode_target=lambda text: encode(tokenizer, text))
     mapped.to_own = [int(i) if i >= 0 else prefix_id(tokenizer) for i in onto]
-    readers = [JointReader([(PrefixReader(pivot), 0.3)], [(one, 0.7)]) for one in (covered, anew, mapped)]
+    readers = [PrefixCachedEnsemble([(PrefixCachedModel(pivot), 0.3)], [(one, 0.7)]) for one in (covered, anew, mapped)]
     held_out = chain(60, 1)
     settings: Any = {"prefix": 0, "window": 512, "batch_tokens": 512}
     alone, by_end, by_text, by_token = (
@@ -532,11 +544,11 @@ def test_text_read_anew_tells_more_than_tokens_for_tokens_where_words_are_split_
 def test_a_mean_of_logits_needs_one_tokenizer(pivot: Any, members: dict[str, Any]) -> None:
     reader = translated(pivot, members)
     with pytest.raises(UserError, match="needs models with one tokenizer"):
-        JointReader([(PrefixReader(pivot), 1)], [(t, 1) for t in reader._translators], "logits")
+        PrefixCachedEnsemble([(PrefixCachedModel(pivot), 1)], [(t, 1) for t in reader._members], "logits")
 
 
 def test_a_text_beyond_a_members_context_is_refused(pivot: Any, members: dict[str, Any]) -> None:
     reader = translated(pivot, members)
-    reader._translators[0].reader.positions = 10
-    with reader.reading(), pytest.raises(UserError, match="does not fit the context of sentencepiece, 10"):
-        reader.read([Run(encode(byte_level(), TEXT))], [[12]])
+    reader._members[0].reader.positions = 10
+    with reader.patched_attention(), pytest.raises(UserError, match="does not fit the context of sentencepiece, 10"):
+        reader.read([Branching(encode(byte_level(), TEXT))], [[12]])

@@ -17,9 +17,9 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from fusion.inference.decoding import LEAST_SHARED, decode, families, packs
-from fusion.inference.prefix_cache import DecodingBatch, PrefixReader, Unsupported
-from fusion.inference.prefix_tree import Run
+from fusion.inference.decoding import MIN_SHARED_TOKENS, decode, group_by_prefix, pack_consecutive
+from fusion.inference.prefix_cache import DecodingBatch, PrefixCachedModel, UnsupportedModel
+from fusion.inference.prefix_tree import Branching
 
 _SMALL = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}
 _SMALL |= {"num_attention_heads": 4, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 0}
@@ -62,36 +62,39 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 def test_branches_are_read_as_if_alone(model: Any) -> None:
-    reader = PrefixReader(model)
-    stem, trunk, branches = text(9, 1), text(6, 2), [text(7, 3), text(1, 4), []]
+    reader = PrefixCachedModel(model)
+    cached, trunk, branches = text(9, 1), text(6, 2), [text(7, 3), text(1, 4), []]
     other = text(11, 5)
-    with reader.reading():
-        _, (kept,) = reader.begin([Run(stem)])
-        runs = [Run(trunk, kept, branches), Run(other), Run(other[:4], kept)]
-        found = reader.read(runs, [range(len(run.tokens)) for run in runs]).clone()
-    expected = [whole(model, [*stem, *trunk])[9:]]
-    expected += [whole(model, [*stem, *trunk, *branch])[15:] for branch in branches]
-    expected += [whole(model, other), whole(model, [*stem, *other[:4]])[9:]]
+    with reader.patched_attention():
+        _, (kept,) = reader.prefill([Branching(cached)])
+        branchings = [Branching(trunk, kept, branches), Branching(other), Branching(other[:4], kept)]
+        found = reader.read(branchings, [range(len(branching.tokens)) for branching in branchings]).clone()
+    expected = [whole(model, [*cached, *trunk])[9:]]
+    expected += [whole(model, [*cached, *trunk, *branch])[15:] for branch in branches]
+    expected += [whole(model, other), whole(model, [*cached, *other[:4]])[9:]]
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_rows_come_and_go(model: Any) -> None:
     """Two stems, rows of different lengths, one that leaves and one that comes: every step is the whole text's."""
-    reader = PrefixReader(model)
-    stems, texts = [text(12, 1), []], [[text(30, 2), text(20, 3), text(25, 4)], [text(26, 5)]]
-    own = [[whole(model, [*stem, *t])[len(stem) :] for t in some] for stem, some in zip(stems, texts, strict=True)]
-    with reader.reading():
-        groups = [DecodingBatch(reader.begin([Run(stems[0])])[1][0], 3), DecodingBatch(None, 1)]
+    reader = PrefixCachedModel(model)
+    cached_prefixes, texts = [text(12, 1), []], [[text(30, 2), text(20, 3), text(25, 4)], [text(26, 5)]]
+    own = [
+        [whole(model, [*cached, *t])[len(cached) :] for t in some]
+        for cached, some in zip(cached_prefixes, texts, strict=True)
+    ]
+    with reader.patched_attention():
+        groups = [DecodingBatch(reader.prefill([Branching(cached_prefixes[0])])[1][0], 3), DecodingBatch(None, 1)]
         under_way = [[(0, 4), (1, 3)], [(0, 6)]]  # number of the text, tokens read
-        for group, stem, some, members in zip(groups, stems, texts, under_way, strict=True):
+        for group, cached, some, members in zip(groups, cached_prefixes, texts, under_way, strict=True):
             for number, n in members:
-                group.add(reader.begin([Run(some[number][:n], group.stem)])[1][0])
-            assert group.start == len(stem)
+                group.add(reader.prefill([Branching(some[number][:n], group.cached)])[1][0])
+            assert group.start == len(cached)
         for step in range(12):
             if step == 5:
                 groups[0].drop(0)
                 under_way[0] = under_way[0][1:]
-                groups[0].add(reader.begin([Run(texts[0][2][:2], groups[0].stem)])[1][0])
+                groups[0].add(reader.prefill([Branching(texts[0][2][:2], groups[0].cached)])[1][0])
                 under_way[0].append((2, 2))
             tokens = [some[i][n] for some, members in zip(texts, under_way, strict=True) for i, n in members]
             found = reader.step(groups, tokens).clone()
@@ -109,7 +112,7 @@ def greedy(model: Any, prompt: list[int], length: int) -> list[int]:
 
 @pytest.mark.parametrize(("rows", "batch_tokens"), [(1, 1), (3, 40), (50, 1000)])
 def test_decoding_many_is_decoding_each(model: Any, rows: int, batch_tokens: int) -> None:
-    common = text(LEAST_SHARED + 4, 1)
+    common = text(MIN_SHARED_TOKENS + 4, 1)
     prompts = [[*common, *text(n, n)] for n in (3, 9, 1)] + [text(5, 50), text(8, 51)] + [[*common, 7]] * 2
     found: list[list[int]] = [[] for _ in prompts]
 
@@ -120,14 +123,14 @@ def test_decoding_many_is_decoding_each(model: Any, rows: int, batch_tokens: int
             chosen.append(token if token % 7 and len(found[number]) < 12 else None)
         return chosen
 
-    decode(PrefixReader(model), prompts, choose, rows=rows, batch_tokens=batch_tokens)
+    decode(PrefixCachedModel(model), prompts, choose, rows=rows, batch_tokens=batch_tokens)
     assert found == [greedy(model, prompt, 12) for prompt in prompts]
 
 
 def test_attention_is_the_models_own_afterwards(model: Any) -> None:
     before, tokens = model.config._attn_implementation, text(9, 1)
     expected = whole(model, tokens)
-    with PrefixReader(model).reading():
+    with PrefixCachedModel(model).patched_attention():
         pass
     assert model.config._attn_implementation == before
     assert torch.equal(whole(model, tokens), expected)
@@ -148,8 +151,8 @@ def test_attention_is_the_models_own_afterwards(model: Any) -> None:
 def test_what_cannot_be_read_in_parts_says_why(
     config: type[PreTrainedConfig], settings: dict[str, Any], reason: str
 ) -> None:
-    with pytest.raises(Unsupported, match=reason):
-        PrefixReader(make(config, **settings))
+    with pytest.raises(UnsupportedModel, match=reason):
+        PrefixCachedModel(make(config, **settings))
 
 
 def test_great_scores_are_not_rounded() -> None:
@@ -161,9 +164,9 @@ def test_great_scores_are_not_rounded() -> None:
         layer.self_attn.q_proj.bias.data[1::4] = 2
     model = model.to(torch.bfloat16)
     tokens = text(12, 1)
-    reader = PrefixReader(model)
-    with reader.reading():
-        _, (kept,) = reader.begin([Run(tokens[:8])])
+    reader = PrefixCachedModel(model)
+    with reader.patched_attention():
+        _, (kept,) = reader.prefill([Branching(tokens[:8])])
         rows = DecodingBatch(None, 4)
         rows.add(kept)
         steps = torch.cat([reader.step([rows], [token]) for token in tokens[8:]])
@@ -174,22 +177,22 @@ def test_great_scores_are_not_rounded() -> None:
 def test_a_window_that_attention_does_not_name_is_refused() -> None:
     model = make(LlamaConfig)
     model.config.sliding_window = 4  # as of a model that keeps its window in the mask alone
-    with pytest.raises(Unsupported, match="window"):
-        PrefixReader(model)
+    with pytest.raises(UnsupportedModel, match="window"):
+        PrefixCachedModel(model)
 
 
 @given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=60), min_size=1, max_size=12))
 def test_families_share_what_they_say(sequences: list[list[int]]) -> None:
-    found = families(sequences)
+    found = group_by_prefix(sequences)
     assert sorted(member for _, members in found for member in members) == list(range(len(sequences)))
     for common, members in found:
-        assert common == 0 or (common >= LEAST_SHARED and len(members) > 1)
+        assert common == 0 or (common >= MIN_SHARED_TOKENS and len(members) > 1)
         assert len({tuple(sequences[m][:common]) for m in members}) == 1
         assert all(common < len(sequences[m]) for m in members)
 
 
 @given(st.lists(st.integers(0, 9), max_size=20), st.integers(1, 12))
 def test_packs_are_within_their_limit(sizes: list[int], limit: int) -> None:
-    found = packs(sizes, limit)
+    found = pack_consecutive(sizes, limit)
     assert [index for pack in found for index in pack] == list(range(len(sizes)))
     assert all(len(pack) == 1 or sum(sizes[i] for i in pack) <= limit for pack in found)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from fusion.inference.token_healing import Overlaps
+from fusion.inference.token_healing import TokenHealing
 from fusion.vocabulary.token_bytes import Vocabulary, encode, encode_all
 from tests.fusion.tokenizers_for_tests import byte_level, sentencepiece_bpe
 
@@ -15,7 +15,7 @@ def vocabulary(*tokens: str) -> Vocabulary:
     return Vocabulary.from_tokens(tokens, space=" ", control=control, byte_fallback=True)
 
 
-def longest_first(pivot: Vocabulary) -> "Overlaps":
+def longest_first(pivot: Vocabulary) -> "TokenHealing":
     """The overlaps of `OWN` with a pivot whose tokenizer always takes the longest token."""
 
     def encode_one(text: str) -> list[int]:
@@ -26,7 +26,7 @@ def longest_first(pivot: Vocabulary) -> "Overlaps":
             rest = rest[len(passage) :]
         return found
 
-    return Overlaps(OWN, pivot, lambda texts: [encode_one(text) for text in texts])
+    return TokenHealing(OWN, pivot, lambda texts: [encode_one(text) for text in texts])
 
 
 OWN = vocabulary("<s>", " he", "l", "lo", "lot", " hello", " help", " hell", " held", "l!", "<0xE7>", "猫", "猫猫", "o")
@@ -35,12 +35,12 @@ PIVOT = vocabulary(
 )
 
 
-def named(overlaps: Overlaps, own: Sequence[str], text: Sequence[str], pivot: Vocabulary = PIVOT) -> list[set[str]]:
+def named(overlaps: TokenHealing, own: Sequence[str], text: Sequence[str], pivot: Vocabulary = PIVOT) -> list[set[str]]:
     """The covers as 'token>token', of token strings."""
-    covers = overlaps.covers([OWN.ids[t] for t in own], [pivot.ids[t] for t in text])
+    covering_tokens = overlaps.covering_tokens([OWN.ids[t] for t in own], [pivot.ids[t] for t in text])
     return [
         {f"{OWN.tokens[i]}>{pivot.tokens[onto]}" for i, onto in zip(ids.tolist(), tokens.tolist(), strict=True)}
-        for ids, tokens in covers
+        for ids, tokens in covering_tokens
     ]
 
 
@@ -71,7 +71,7 @@ def test_what_the_pivots_tokenizer_cannot_write_is_known_by_length() -> None:
     """It may drop text, know no token for it, or have tokens that the model has no row for."""
     known = [PIVOT.ids["l"]]
     for lost in ([], [PIVOT.ids["<s>"]], [len(PIVOT)]):
-        overlaps = Overlaps(OWN, PIVOT, lambda texts, lost=lost: [[], known, *([*known, *lost] for _ in texts[2:])])
+        overlaps = TokenHealing(OWN, PIVOT, lambda texts, lost=lost: [[], known, *([*known, *lost] for _ in texts[2:])])
         # "lo" is a token of the pivot's, and longer.
         assert named(overlaps, ["<s>", "l"], ["<s>", "l"]) == [{"l!>!"}]
 
@@ -85,7 +85,7 @@ def test_nothing_is_covered_beyond_what_is_known() -> None:
     assert named(overlaps, ["<s>", "l"], ["<s>", "o"]) == []
     assert named(overlaps, ["<s>", "l!"], ["<s>", "l", "!"]) == []
     assert named(overlaps, ["<s>"], ["<s>"]) == []
-    short = Overlaps(OWN, PIVOT, lambda texts: [[PIVOT.ids["l"]] for _ in texts], most=0)
+    short = TokenHealing(OWN, PIVOT, lambda texts: [[PIVOT.ids["l"]] for _ in texts], most=0)
     assert named(short, ["<s>", "l"], ["<s>", "l"]) == []
 
 
@@ -94,7 +94,7 @@ def test_the_pivots_tokens_are_those_of_the_whole_text(dummy_prefix: bool) -> No
     """Whether and how the pivot goes on is told from its last tokens only: mostly as if from the whole text."""
     tokenizer, other = sentencepiece_bpe(dummy_prefix), byte_level()
     pivot, own = Vocabulary.from_tokenizer(tokenizer), Vocabulary.from_tokenizer(other)
-    overlaps = Overlaps(own, pivot, lambda texts: encode_all(tokenizer, texts))
+    overlaps = TokenHealing(own, pivot, lambda texts: encode_all(tokenizer, texts))
     text = "The lazy brown dogs; print(area(width, height)) and the quick foxes jump over crème"
     ids = encode(tokenizer, text)
     right = wrong = missed = 0
@@ -103,10 +103,14 @@ def test_the_pivots_tokens_are_those_of_the_whole_text(dummy_prefix: bool) -> No
         if not is_text(prefix):
             continue
         read = encode(other, prefix.decode())
-        covers = overlaps.covers(read, ids[:n])
+        covering_tokens = overlaps.covering_tokens(read, ids[:n])
         for back in range(1, min(3, len(read) - 1) + 1):
             end = b"".join(own.token_bytes[i] or b"" for i in read[-back:])
-            given = dict(zip(*(part.tolist() for part in covers[back - 1]), strict=True)) if back <= len(covers) else {}
+            given = (
+                dict(zip(*(part.tolist() for part in covering_tokens[back - 1]), strict=True))
+                if back <= len(covering_tokens)
+                else {}
+            )
             for i, passage in enumerate(own.token_bytes):
                 if passage and passage.startswith(end) and passage != end and is_text(rest := passage[len(end) :]):
                     whole = encode(tokenizer, (prefix + rest).decode())

@@ -11,7 +11,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 
 from fusion.errors import UserError
 from fusion.inference import top_k
-from fusion.inference.top_k import batches_by_length, externalise, reader
+from fusion.inference.top_k import batches_by_length, predict_top_k, reader
 
 CPU = torch.device("cpu")
 
@@ -47,7 +47,7 @@ def test_equals_the_models_own_distribution(make: Callable[[], PreTrainedModel],
     generator = torch.Generator().manual_seed(1)
     sequences = [torch.randint(50, (n,), generator=generator).tolist() for n in (9, 2, 6)]
     backbone, project = reader(model)
-    read = externalise(backbone, project, sequences, k=7, device=CPU, chunk=chunk)
+    read = predict_top_k(backbone, project, sequences, k=7, device=CPU, chunk=chunk)
     for sequence, got in zip(sequences, read, strict=True):
         with torch.no_grad():
             log_q = model(torch.tensor([sequence])).logits[0].double().log_softmax(-1)
@@ -70,16 +70,16 @@ def test_batches_hold_every_sequence_once_and_fit(lengths: list[int], limit: int
 
 def test_too_large_a_k_is_refused() -> None:
     with pytest.raises(UserError, match="k = 51 exceeds the source's vocabulary of 50"):
-        externalise(*reader(_llama()), [[1, 2]], k=51, device=CPU)
+        predict_top_k(*reader(_llama()), [[1, 2]], k=51, device=CPU)
 
 
 def test_nothing_is_said_of_a_sequence_with_logits_that_are_not_finite() -> None:
     model = _llama()
     with torch.no_grad():
         model.get_input_embeddings().weight[7] = float("nan")
-    sound, spoilt = externalise(*reader(model), [[1, 2, 3], [1, 7, 3, 4]], k=5, device=CPU)
+    sound, spoilt = predict_top_k(*reader(model), [[1, 2, 3], [1, 7, 3, 4]], k=5, device=CPU)
     assert spoilt.ids.shape == (0, 5) and not len(spoilt.nats)
-    (alone,) = externalise(*reader(model), [[1, 2, 3]], k=5, device=CPU)
+    (alone,) = predict_top_k(*reader(model), [[1, 2, 3]], k=5, device=CPU)
     np.testing.assert_allclose(sound.log_p, alone.log_p, atol=1e-5)
 
 
@@ -90,7 +90,7 @@ def test_what_is_summed_up_at_once_changes_no_bit(dtype: torch.dtype, monkeypatc
     (whole, apart) = ([], [])
     for found, cached in ((whole, 10**9), (apart, 1)):
         monkeypatch.setattr(top_k, "_CACHED", cached)
-        found += externalise(backbone, project, sequences, k=5, device=CPU)
+        found += predict_top_k(backbone, project, sequences, k=5, device=CPU)
     for one, other in zip(whole, apart, strict=True):
         for field in ("ids", "log_p", "tail", "nats"):
             np.testing.assert_array_equal(getattr(one, field), getattr(other, field))

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusion.alignment.projection import complete
-from fusion.alignment.selection import FUSIONS, Evidence
+from fusion.alignment.projection import fill_unaligned
+from fusion.alignment.selection import FUSIONS, SourceScores
 from fusion.losses.objective import Head, MixedLoss, mixed_loss
 from fusion.types import PRESETS, Sparse, Switches
 from tests.shared import shared
@@ -47,11 +47,13 @@ def target(feature: dict[str, Any], mode: str) -> Sparse:
         own = (lambda: members[0]) if members else None
         gold = np.append(current[1:], -1)
         members.append(
-            complete(ids, p, np.arange(n), gold=gold, current=current, switches=switches, own=own)[0],
+            fill_unaligned(ids, p, np.arange(n), gold=gold, current=current, switches=switches, own=own)[0],
         )
     nats = np.array([[feature[f"metric_ce{suffix}"]] for suffix in SOURCES])
-    evidence = Evidence(("base", "source_0", "source_1"), nats, np.ones((3, 1), int), np.ones(1, int), np.zeros(n, int))
-    return FUSIONS.get(mode)(members, evidence, switches)[0]
+    scores = SourceScores(
+        ("base", "source_0", "source_1"), nats, np.ones((3, 1), int), np.ones(1, int), np.zeros(n, int)
+    )
+    return FUSIONS.get(mode)(members, scores, switches)[0]
 
 
 def target_in_bfloat16(feature: dict[str, Any], mode: str, vocabulary: int) -> Sparse:

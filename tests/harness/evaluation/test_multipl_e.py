@@ -61,11 +61,11 @@ def rows_of(name: str) -> dict[str, dict[str, Any]]:
     return rows
 
 
-Run = Callable[..., list[dict[str, Any]]]
+Continuation = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture
-def run(tmp_path: Path, cache: Path) -> Run:
+def run(tmp_path: Path, cache: Path) -> Continuation:
     """Executes completions of PROMPT, or given problems, and returns all results in order."""
     needed(sandboxes.refusal())
 
@@ -134,7 +134,7 @@ def test_a_forged_success_does_not_pass_strictly(name: str, completion: str, tmp
     assert (result["exit_code"], result["strict"]) == (0, False)
 
 
-def test_harm_does_not_touch_other_scores(run: Run) -> None:
+def test_harm_does_not_touch_other_scores(run: Continuation) -> None:
     file = Path(tempfile.gettempdir(), f"hostile-{uuid.uuid4().hex}")
     harm = [
         "    import os\n    while True:\n        try: os.fork()\n        except OSError: pass\n",
@@ -163,14 +163,14 @@ def test_identical_programs_run_once(tmp_path: Path, cache: Path) -> None:
     assert execute(path, tmp_path / "r.jsonl", cache=cache, limits=LIMITS).ran == 0
 
 
-def test_subset_and_order_do_not_matter(run: Run) -> None:
+def test_subset_and_order_do_not_matter(run: Continuation) -> None:
     problems = [problem(RIGHT, WRONG, "    return 5\n", name=f"HumanEval_{n}_add") for n in range(3)]
     whole = verdicts(run(*problems, out="whole"))
     assert verdicts(run(*reversed(problems), out="reversed")) == whole[6:] + whole[3:6] + whole[:3]
     assert verdicts(run(problems[1], out="one", workers=1)) == whole[3:6]
 
 
-def test_results_carry_the_row_along(run: Run, tmp_path: Path) -> None:
+def test_results_carry_the_row_along(run: Continuation, tmp_path: Path) -> None:
     run(problem(RIGHT, temperature=0.2, top_p=0.95))
     line = json.loads((tmp_path / "results.jsonl").read_text())
     assert {**PROMPT, "temperature": 0.2, "top_p": 0.95}.items() <= line.items()
@@ -280,13 +280,13 @@ def test_without_a_sandbox_nothing_is_executed(tmp_path: Path, cache: Path, monk
     assert result["strict"] and "no sandbox" in result["toolchain"]
 
 
-def test_results_of_other_completions_are_not_overwritten(run: Run) -> None:
+def test_results_of_other_completions_are_not_overwritten(run: Continuation) -> None:
     run(problem(RIGHT))
     with pytest.raises(UserError, match="other completions"):
         run(problem(WRONG))
 
 
-def test_two_executions_do_not_write_one_file(run: Run, tmp_path: Path) -> None:
+def test_two_executions_do_not_write_one_file(run: Continuation, tmp_path: Path) -> None:
     from filelock import FileLock
 
     with FileLock(tmp_path / ".results.jsonl.lock"), pytest.raises(UserError, match="Another process"):

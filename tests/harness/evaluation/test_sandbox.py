@@ -23,11 +23,11 @@ from tests.shared import needed
 _MiB = 1 << 20
 LIMITS = Limits(cpu=2, wall=4.0, memory=256 * _MiB, processes=40, disk=8 * _MiB, shared=2 * _MiB)
 
-Run = Callable[[str], Outcome]
+Continuation = Callable[[str], Outcome]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Run]:
+def run(tmp_path: Path) -> Iterator[Continuation]:
     """Runs a Python program in the sandbox and sees that no process of it is left."""
     needed(sandboxes.refusal())
     toolchain = find("python", tmp_path)
@@ -53,7 +53,7 @@ def processes_with(mark: str) -> list[int]:
     return found
 
 
-def test_a_decent_program_runs(run: Run) -> None:
+def test_a_decent_program_runs(run: Continuation) -> None:
     outcome = run("import sys\nprint('x' * 5000, 'the nonce')\nprint('oh', file=sys.stderr)\nsys.exit(3)")
     assert (outcome.exit_code, outcome.stderr, outcome.stopped) == (3, "oh\n", "")
     assert outcome.stdout == "x" * LIMITS.output
@@ -61,7 +61,7 @@ def test_a_decent_program_runs(run: Run) -> None:
     assert outcome.cpu > 0
 
 
-def test_a_fork_bomb_stays_small(run: Run) -> None:
+def test_a_fork_bomb_stays_small(run: Continuation) -> None:
     outcome = run("""
         import os, time
         forks = 0
@@ -86,11 +86,11 @@ def test_a_fork_bomb_stays_small(run: Run) -> None:
     assert run("print(1)").stdout == "1\n"
 
 
-def test_an_endless_loop_is_ended(run: Run) -> None:
+def test_an_endless_loop_is_ended(run: Continuation) -> None:
     assert run("while True: pass").stopped == "time"
 
 
-def test_a_sleep_that_ignores_signals_is_ended(run: Run) -> None:
+def test_a_sleep_that_ignores_signals_is_ended(run: Continuation) -> None:
     outcome = run("""
         import signal, time
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGXCPU):
@@ -101,11 +101,11 @@ def test_a_sleep_that_ignores_signals_is_ended(run: Run) -> None:
     assert outcome.stopped == "time"
 
 
-def test_silence_is_no_way_out(run: Run) -> None:
+def test_silence_is_no_way_out(run: Continuation) -> None:
     assert run("import os, time; os.close(1); os.close(2); time.sleep(60)").stopped == "time"
 
 
-def test_a_memory_hog_is_refused(run: Run) -> None:
+def test_a_memory_hog_is_refused(run: Continuation) -> None:
     outcome = run("""
         hoard = []
         while True:
@@ -114,7 +114,7 @@ def test_a_memory_hog_is_refused(run: Run) -> None:
     assert outcome.stopped == "memory" or "MemoryError" in outcome.stderr
 
 
-def test_many_processes_each_hogging_are_counted_together(run: Run) -> None:
+def test_many_processes_each_hogging_are_counted_together(run: Continuation) -> None:
     outcome = run("""
         import os, time
         for _ in range(20):
@@ -149,13 +149,13 @@ def test_many_processes_each_hogging_are_counted_together(run: Run) -> None:
     ],
     ids=["dev_shm", "memfd", "system_v"],
 )
-def test_shared_memory_is_bounded_or_refused(run: Run, code: str) -> None:
+def test_shared_memory_is_bounded_or_refused(run: Continuation, code: str) -> None:
     outcome = run(code)
     assert outcome.exit_code == 1
     assert "No space left" in outcome.stderr or "PermissionError" in outcome.stderr
 
 
-def test_shared_mappings_count_though_who_filled_them_is_gone(run: Run) -> None:
+def test_shared_mappings_count_though_who_filled_them_is_gone(run: Continuation) -> None:
     outcome = run("""
         import mmap, os
         hoard = []
@@ -169,7 +169,7 @@ def test_shared_mappings_count_though_who_filled_them_is_gone(run: Run) -> None:
     assert outcome.stopped == "memory"
 
 
-def test_endless_output_is_not_kept(run: Run) -> None:
+def test_endless_output_is_not_kept(run: Continuation) -> None:
     outcome = run("""
         import os
         while True:
@@ -179,7 +179,7 @@ def test_endless_output_is_not_kept(run: Run) -> None:
     assert len(outcome.stdout) == LIMITS.output
 
 
-def test_the_disk_cannot_be_filled(run: Run) -> None:
+def test_the_disk_cannot_be_filled(run: Continuation) -> None:
     outcome = run("""
         written = 0
         try:
@@ -194,7 +194,7 @@ def test_the_disk_cannot_be_filled(run: Run) -> None:
     assert why == "No space left on device"
 
 
-def test_nothing_outside_can_be_written(run: Run, tmp_path: Path) -> None:
+def test_nothing_outside_can_be_written(run: Continuation, tmp_path: Path) -> None:
     places = ["/", "/usr", "/usr/local", "/etc", "/dev", "/proc", "/root", "/var/tmp", str(tmp_path), str(Path.cwd())]
     name = uuid.uuid4().hex
     outcome = run(f"""
@@ -210,7 +210,7 @@ def test_nothing_outside_can_be_written(run: Run, tmp_path: Path) -> None:
     assert not [place for place in places if Path(place, name).exists()]
 
 
-def test_secrets_in_files_cannot_be_read(run: Run, tmp_path: Path) -> None:
+def test_secrets_in_files_cannot_be_read(run: Continuation, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("a secret")
     for path in ("/etc/shadow", "/etc/passwd", str(secret), str(Path(__file__))):
@@ -237,7 +237,7 @@ def test_the_environment_is_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "SECRET" not in shown
 
 
-def test_the_processes_of_the_machine_are_not_seen(run: Run) -> None:
+def test_the_processes_of_the_machine_are_not_seen(run: Continuation) -> None:
     outcome = run("""
         import os
         print(sorted(filter(str.isdigit, os.listdir("/proc"))))
@@ -247,7 +247,7 @@ def test_the_processes_of_the_machine_are_not_seen(run: Run) -> None:
     assert run("print(1)").stdout == "1\n"
 
 
-def test_no_port_of_the_machine_can_be_reached(run: Run) -> None:
+def test_no_port_of_the_machine_can_be_reached(run: Continuation) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.1)
         outcome = run(f"import socket\nsocket.create_connection({server.getsockname()!r}, timeout=2)")
@@ -256,7 +256,7 @@ def test_no_port_of_the_machine_can_be_reached(run: Run) -> None:
             server.accept()
 
 
-def test_no_abstract_socket_of_the_machine_can_be_reached(run: Run) -> None:
+def test_no_abstract_socket_of_the_machine_can_be_reached(run: Continuation) -> None:
     name = f"\0fusellm-{uuid.uuid4().hex}"
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(name)
@@ -268,7 +268,7 @@ def test_no_abstract_socket_of_the_machine_can_be_reached(run: Run) -> None:
             server.accept()
 
 
-def test_a_daemon_does_not_outlive_its_program(run: Run) -> None:
+def test_a_daemon_does_not_outlive_its_program(run: Continuation) -> None:
     outcome = run("""
         import os, time
         if os.fork() == 0:
@@ -282,7 +282,7 @@ def test_a_daemon_does_not_outlive_its_program(run: Run) -> None:
     assert (outcome.exit_code, outcome.seen) == (0, True)  # and the fixture finds no process
 
 
-def test_neither_a_user_namespace_nor_another_core_can_be_had(run: Run) -> None:
+def test_neither_a_user_namespace_nor_another_core_can_be_had(run: Continuation) -> None:
     outcome = run("""
         import ctypes, os
         print(ctypes.CDLL(None).unshare(0x10000000))
@@ -294,7 +294,7 @@ def test_neither_a_user_namespace_nor_another_core_can_be_had(run: Run) -> None:
     assert outcome.stdout == "-1\nrefused\n"
 
 
-def test_text_of_any_kind_is_a_program(run: Run) -> None:
+def test_text_of_any_kind_is_a_program(run: Continuation) -> None:
     for code in ("print(1)\0", "print('\ud800')", "print('\udcff')"):
         assert run(code).exit_code in (0, 1)  # as the interpreter has it
     assert run("# " + "x" * _MiB + "\nprint('done')").stdout == "done\n"

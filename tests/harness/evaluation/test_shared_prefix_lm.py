@@ -129,15 +129,15 @@ def test_what_cannot_share_is_answered_by_hflm(
     parts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import harness.evaluation.lm_eval.shared_prefix_lm
-    from fusion.inference.prefix_cache import Unsupported
+    from fusion.inference.prefix_cache import UnsupportedModel
 
     def refuse(model: Any) -> None:
-        raise Unsupported("it is a test")
+        raise UnsupportedModel("it is a test")
 
     greedy = asked(CONTEXTS[:4], until=["\n"], max_gen_toks=10)
     sampled = asked(CONTEXTS[:4], until=["\n"], max_gen_toks=10, do_sample=True, temperature=0.7)
     expected = ours(parts).generate_until(greedy)
-    monkeypatch.setattr(harness.evaluation.lm_eval.shared_prefix_lm, "PrefixReader", refuse)
+    monkeypatch.setattr(harness.evaluation.lm_eval.shared_prefix_lm, "PrefixCachedModel", refuse)
     slow = ours(parts)
     assert "it is a test" in " ".join(capsys.readouterr().err.split())
     assert slow.generate_until(greedy) == expected

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from fusion.errors import UserError
-from fusion.inference.top_k import Externalised
+from fusion.inference.top_k import TopKPredictions
 from harness.stages.shards import Compression, Shard, checked, position_bytes, write_shard
 from tests.shared import shared
 
 LOSSY = np.array([2, 2, 700, -1, -1], np.int32)  # byte ends, the last two unknown
 
 
-def _said(rng: np.random.Generator, m: int, k: int, vocabulary: int) -> Externalised:
+def _said(rng: np.random.Generator, m: int, k: int, vocabulary: int) -> TopKPredictions:
     p = np.sort(rng.dirichlet(np.full(k + 1, 0.3), m).astype(np.float32), axis=1)[:, ::-1]
-    return Externalised(
+    return TopKPredictions(
         ids=rng.integers(vocabulary, size=(m, k)).astype(np.int32),
         log_p=np.log(p[:, :k] + np.float32(1e-9)),
         tail=p[:, k],
@@ -25,7 +25,7 @@ def _said(rng: np.random.Generator, m: int, k: int, vocabulary: int) -> External
     )
 
 
-def _written(path: Path, results: list[Externalised], *, wide: bool, compression: Compression) -> Shard:
+def _written(path: Path, results: list[TopKPredictions], *, wide: bool, compression: Compression) -> Shard:
     ends = [LOSSY[: max(len(r.nats) - 1, 0)] for r in results]
     write_shard(path, path.with_suffix(".beside"), results, ends, wide=wide, compression=compression)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -57,7 +57,7 @@ def test_what_is_written_is_read(tmp_path: Path, compression: Compression, wide:
         assert stored == m * position_bytes(5, 2**17 if wide else 2**16)
 
 
-def _real(name: str, rng: np.random.Generator) -> Externalised:
+def _real(name: str, rng: np.random.Generator) -> TopKPredictions:
     """A real model's top 10 on 1,000 tokens of text; the tail, which the oracle lacks, is drawn."""
     with gzip.open(shared(f"oracle/alignment/{name}.json.gz")) as file:
         oracle = json.load(file)
@@ -66,7 +66,7 @@ def _real(name: str, rng: np.random.Generator) -> Externalised:
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True)) + np.log1p(-tail[:, None])
     gold = np.append(oracle["source_ids"][1:], -1)[:, None] == ids
     nats = np.where(gold.any(1), -np.where(gold, log_p, 0).sum(1), 3 - np.log(tail))
-    return Externalised(ids, log_p.astype(np.float32), tail.astype(np.float32), nats.astype(np.float32))
+    return TopKPredictions(ids, log_p.astype(np.float32), tail.astype(np.float32), nats.astype(np.float32))
 
 
 @pytest.mark.parametrize(("source", "wide", "plain", "packed"), [("smol", False, 48, 36), ("gemma", True, 68, 50)])
@@ -75,7 +75,7 @@ def test_a_real_position_takes_little(tmp_path: Path, source: str, wide: bool, p
     oracles = {"smol": "smol_to_gemma", "gemma": "gemma_to_smol"}
     said = [_real(f"{oracles[source]}_{number}", rng) for number in (0, 10)]
     passages = [  # as long as passages of 2,000 bytes are
-        Externalised(*(column[start : start + 500] for column in (whole.ids, whole.log_p, whole.tail, whole.nats)))
+        TopKPredictions(*(column[start : start + 500] for column in (whole.ids, whole.log_p, whole.tail, whole.nats)))
         for whole in said
         for start in (0, 500)
     ]
@@ -109,7 +109,7 @@ def test_changed_bytes_are_refused_by_name(tmp_path: Path, compression: Compress
 
 def test_token_ids_that_the_store_would_cut_are_refused(tmp_path: Path) -> None:
     one = np.ones(1, np.float32)
-    said = Externalised(np.array([[70_000]], np.int32), -one[:, None], 0 * one, 0 * one)
+    said = TopKPredictions(np.array([[70_000]], np.int32), -one[:, None], 0 * one, 0 * one)
     with pytest.raises(UserError, match="name token 70000, beyond the vocabulary"):
         _written(tmp_path / "shard", [said], wide=False, compression="none")
     assert not list(tmp_path.iterdir())
