@@ -174,7 +174,7 @@ def _check(
     """Refuse what would give wrong numbers silently: missing models, arrays of different lengths, not-a-numbers."""
     if not passages or len(passages) != len(n_bytes):
         raise UserError(
-            f"a sequence needs passages and their sizes in bytes: got {len(passages)} passages, {len(n_bytes)} byte counts."
+            f"each passage needs its size in bytes: got {len(passages)} passages, {len(n_bytes)} byte counts."
         )
     for number, passage in enumerate(passages):
         for name in {*names, target}:

@@ -242,7 +242,7 @@ def test_a_tree_is_its_sequences(trio: list[Any]) -> None:
 TEXT = "The dog sleeps; crème brûlée 猫 fox\n  two 🙂"
 
 
-def member(
+def cross_tokenizer_member(
     member: Any,
     tokenizer: Any,
     kind: type[CrossTokenizerMember] = CrossTokenizerMember,
@@ -269,7 +269,7 @@ def member(
 
 def translated(pivot: Any, members: dict[str, Any], share: float = 0.4) -> PrefixCachedEnsemble:
     """A model in the pivot's tokens with others, each with the tokenizer of a family."""
-    others = [member(member, FAMILIES[family](), label=family) for family, member in members.items()]
+    others = [cross_tokenizer_member(member, FAMILIES[family](), label=family) for family, member in members.items()]
     return PrefixCachedEnsemble(
         [(PrefixCachedModel(pivot), share)], [(one, (1 - share) / len(others)) for one in others]
     )
@@ -437,7 +437,7 @@ def test_a_tokenizer_of_the_pivots_in_other_numbers_changes_nothing(pivot: Any) 
     renumbered = copy.deepcopy(member)
     for layer in (renumbered.get_input_embeddings(), renumbered.get_output_embeddings()):
         layer.weight.data[torch.tensor(number)] = layer.weight.data.clone()
-    found = PrefixCachedEnsemble([(PrefixCachedModel(pivot), 0.4)], [(member(renumbered, other), 0.6)])
+    found = PrefixCachedEnsemble([(PrefixCachedModel(pivot), 0.4)], [(cross_tokenizer_member(renumbered, other), 0.6)])
     plain = joint([pivot, member], [0.4, 0.6])
     ids = [0, *encode(byte_level(), TEXT)]
     # A text that ends within a character is spelled in bytes, which the pivot's own tokens may join to others.
@@ -523,8 +523,8 @@ def test_text_read_anew_tells_more_than_tokens_for_tokens_where_words_are_split_
     """
     pivot, tokenizer = taught(byte_level(), 300, 30), whole_words()
     member = taught(tokenizer, 3000, 100)
-    covered, anew = (member(member, tokenizer, overlaps=most) for most in (3, 0))
-    mapped = member(member, tokenizer, OneToOne, overlaps=0)
+    covered, anew = (cross_tokenizer_member(member, tokenizer, overlaps=most) for most in (3, 0))
+    mapped = cross_tokenizer_member(member, tokenizer, OneToOne, overlaps=0)
     assert isinstance(mapped, OneToOne)
     own, theirs = Vocabulary.from_tokenizer(byte_level()), Vocabulary.from_tokenizer(tokenizer)
     onto = build_map("mined", own, theirs, encode_target=lambda text: encode(tokenizer, text))
