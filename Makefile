@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# What `make bench` reads: models (fusellm models fetch) and the folder of reference inputs.
+# What `make bench` reads: models (fusellm model fetch) and the folder of reference inputs.
 ROOT ?= work
 SHARED ?= ../shared
 DEEPSPEED := deepspeed==0.19.8

@@ -5,16 +5,8 @@ from typing import Annotated
 import typer
 
 from fusion.errors import UserError, did_you_mean
-from harness.cli.console import (
-    DEFAULT_ROOT,
-    FormatOption,
-    Profile,
-    Root,
-    Seeds,
-    Settings,
-    print_rows,
-    quiet_libraries,
-)
+from harness.cli.console import print_rows, quiet_libraries
+from harness.cli.options import DEFAULT_ROOT, FormatOption, Profile, Root, Seeds, Settings
 from harness.runtime import distributed
 
 baselines = typer.Typer(help="What FuseLLM is compared with: list, show and build methods.", no_args_is_help=True)

@@ -1,26 +1,16 @@
-"""What the commands share: their common options, and how they print."""
+"""How commands print: tables, plans, and libraries that must stay quiet."""
 
 import logging
 import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import typer
 
+from harness.cli.options import Format
 from harness.runtime import distributed
-
-Format = Literal["md", "csv", "json"]
-Root = Annotated[
-    Path, typer.Option("--root", envvar="FUSELLM_ROOT", help="Folder for models, artifacts, runs and tables.")
-]
-DEFAULT_ROOT = Path("work")
-Profile = Annotated[str | None, typer.Option(help="tiny, small, paper or micro; the experiment's first without.")]
-Settings = Annotated[list[str], typer.Option("--set", help="One setting, as in training.learning_rate=1e-5; repeats.")]
-Seeds = Annotated[list[int], typer.Option("--seed", help="A seed; repeats. The configuration's (0) without.")]
-Name = Annotated[str, typer.Argument(help="An experiment's name (see `experiment list`) or a YAML file.")]
-FormatOption = Annotated[Format | None, typer.Option("--format", help="md, csv or json; for the terminal without.")]
 
 
 def print_rows(columns: list[str], rows: list[Any], form: Format | None) -> None:

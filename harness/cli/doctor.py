@@ -1,4 +1,4 @@
-"""What this machine has, and what that means for a run."""
+"""`fusellm doctor`: what this machine has, and what that means for a run."""
 
 import importlib.metadata
 import os
@@ -6,7 +6,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from fusion.errors import UserError
+from harness.cli.console import print_rows
+from harness.cli.options import DEFAULT_ROOT, Root
 from harness.store.paths import SOURCE
 
 _NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numba")
@@ -14,6 +20,17 @@ _LATER = ("lm-eval", "mergekit", "deepspeed")
 _NO_TESTS = 5  # pytest's exit status where nothing was selected
 
 Row = tuple[str, str, str]
+
+
+def doctor(
+    gpu: Annotated[bool, typer.Option("--gpu", help="Also run the tests that need a CUDA device.")] = False,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """What this machine has and what that means for a run."""
+    rows, healthy = check(root, gpu=gpu)
+    print_rows(["what", "found", "fine"], rows, None)
+    if not healthy:
+        raise UserError("Something that every run needs is missing: see the lines marked 'no'.")
 
 
 def check(root: Path, *, gpu: bool) -> tuple[list[Row], bool]:

@@ -1,29 +1,36 @@
-"""The commands about finished runs: tables, the report, and in what two runs differ. No model is touched."""
+"""`fusellm tables`, `report` and `experiment diff`: finished runs. No model is loaded."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from harness.cli.console import DEFAULT_ROOT, FormatOption, Root, print_rows, print_table
-
-NewestProfile = Annotated[str | None, typer.Option("--profile", help="The profile; that of the newest run without.")]
+from harness.cli.console import print_rows, print_table
+from harness.cli.options import DEFAULT_ROOT, OUTPUT, FormatOption, NewestProfile, Root, TableFormat
 
 
 def tables(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Experiments, paper/NAME for published tables, or all (as without any).")
+        list[str] | None, typer.Argument(help="Experiments, paper/NAME for a published table, or all. Default: all.")
     ] = None,
     profile: NewestProfile = None,
     form: Annotated[
-        Literal["md", "csv", "json", "latex", "html"] | None,
-        typer.Option("--format", help="For the terminal without; with --out every one of them."),
+        TableFormat | None,
+        typer.Option(
+            "--format",
+            "-f",
+            help="Output format. Default: a table for the terminal; with --out, all formats.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
-    with_paper: Annotated[bool, typer.Option("--with-paper", help="The published values beside ours.")] = False,
+    with_paper: Annotated[bool, typer.Option("--with-paper", help="Show the published values beside ours.")] = False,
     reference: Annotated[
-        str | None, typer.Option(help="The row that the others are tested against; the experiment's without.")
+        str | None,
+        typer.Option(help="Row that the others are compared with. Default: the reference of the experiment."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write the tables and their figures to.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write the tables and their figures to.", rich_help_panel=OUTPUT)
+    ] = None,
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Print or write the tables of finished runs from their stored records; no model is touched."""
@@ -46,11 +53,13 @@ def tables(
 def report(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RUN]...", help="Experiments (their newest runs) or runs' folders; all without."),
+        typer.Argument(
+            metavar="[RUN]...", help="Experiments (their newest runs) or folders of runs. Default: all experiments."
+        ),
     ] = None,
     profile: NewestProfile = None,
-    out: Annotated[Path, typer.Option(help="Folder to write report.html to.")] = Path("report"),
-    examples: Annotated[int, typer.Option(min=0, help="Examples of a task that are kept for reading.")] = 30,
+    out: Annotated[Path, typer.Option(help="Folder to write report.html to.", rich_help_panel=OUTPUT)] = Path("report"),
+    examples: Annotated[int, typer.Option(min=0, help="Examples of each task to include.")] = 30,
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Write one HTML page about finished runs: tables, figures, examples, cost, provenance; no model is touched."""
@@ -60,9 +69,11 @@ def report(
 
 
 def experiment_diff(
-    one: Annotated[str, typer.Argument(help="An experiment (its newest run) or a run's folder.")],
+    one: Annotated[str, typer.Argument(help="An experiment (its newest run) or the folder of a run.")],
     other: Annotated[str, typer.Argument(help="Another one.")],
-    profile: Annotated[str | None, typer.Option(help="Of the runs that are given by name.")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Profile of the runs that are given by name. Default: that of the newest run.")
+    ] = None,
     form: FormatOption = None,
     root: Root = DEFAULT_ROOT,
 ) -> None:

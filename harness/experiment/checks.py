@@ -75,7 +75,7 @@ def check_space(planned: Sequence[Planned], root: Path) -> None:
     if needed > free:
         raise UserError(
             f"The run needs about {needed / 1e6:,.1f} MB on the disk of {root}, and {free / 1e6:,.1f} MB are free: "
-            "make room (see `fusellm artifacts gc`) or choose another --root."
+            "make room (see `fusellm artifact gc`) or choose another --root."
         )
 
 

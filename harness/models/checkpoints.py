@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 MANIFEST = "fusellm-model.json"
 """Beside a fetched or converted model: source, SHA-256 of the source and of every file, licence, converter."""
 
-FETCH = "fusellm models fetch"
-CONVERT = "fusellm models convert"
+FETCH = "fusellm model fetch"
+CONVERT = "fusellm model convert"
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SLOW_TOKENIZER_FILES = ("*.model", "vocab.json", "merges.txt", "vocab.txt", "*.tiktoken", "tokenization_*.py")

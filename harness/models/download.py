@@ -108,7 +108,7 @@ def _fetch_from_hub(
     if not any(file.endswith(".safetensors") for file in wanted):
         raise UserError(
             f"{hub} has no safetensors, only pickles, which are not fetched: download it with "
-            f"`hf download {hub} --local-dir DIR` and run `fusellm models convert DIR`."
+            f"`hf download {hub} --local-dir DIR` and run `fusellm model convert DIR`."
         )
     beside = folder.parent / f".{folder.name}.hub"
     there = sum(file.stat().st_size for file in beside.rglob("*") if file.is_file()) if beside.is_dir() else 0

@@ -183,11 +183,11 @@ USAGE: list[tuple[list[str], str]] = [
     (["experimnt"], r"No such command 'experimnt'\. Did you mean 'experiment'\? \(see `fusellm --help`\)"),
     (["experiment", "shwo"], r"Did you mean 'show'\? \(see `fusellm experiment --help`\)"),
     (["experiment", "run"], r"Missing argument 'names' \(see `fusellm experiment run --help`\)"),
-    (["models", "fetch"], "Missing argument 'names'"),
+    (["model", "fetch"], "Missing argument 'names'"),
     ([*SHOW, "main", "--profil", "x"], r"No such option: --profil \(Possible options: --profile\)"),
     ([*SHOW, "main", "--seed", "x"], "Invalid value for '--seed'.*integer"),
     (["tables", "main", "--format", "xml"], "Invalid value for '--format'.*'xml' is not one of 'md', 'csv', 'json'"),
-    (["artifacts", "verify", "all"], r"unexpected extra argument\(s\) \(all\)"),
+    (["artifact", "verify", "all"], r"unexpected extra argument\(s\) \(all\)"),
 ]
 
 NAMES: list[tuple[list[str], str]] = [
@@ -248,7 +248,7 @@ NAMES: list[tuple[list[str], str]] = [
     ),
     (
         run("roles.teacher.model=SmolLM2-360M-Instruct"),
-        "The model SmolLM2-360M-Instruct is not in .*: run `fusellm models fetch SmolLM2-360M-Instruct`",
+        "The model SmolLM2-360M-Instruct is not in .*: run `fusellm model fetch SmolLM2-360M-Instruct`",
     ),
     (setting("methods.X.role=target"), "methods.X does not say which method it is"),
     (setting("methods.X.method=[clm]"), "methods.X does not say which method it is"),
@@ -257,11 +257,11 @@ NAMES: list[tuple[list[str], str]] = [
     (setting("experiment=a/b"), "experiment = 'a/b', which is wrong"),
     (setting("profile=small"), "--set profile=small chooses no profile: write --profile"),
     (run("roles.target.model=SmolLM-135M-Instruct"), "no model 'SmolLM-135M-Instruct' .did you mean 'SmolLM2-135M-In"),
-    (run("roles.target.model=pythia-1b"), "pythia-1b is not in .*: run `fusellm models fetch pythia-1b`"),
+    (run("roles.target.model=pythia-1b"), "pythia-1b is not in .*: run `fusellm model fetch pythia-1b`"),
     (run("roles.target.model=tiny:target"), "no tiny models for the profile 'own': choose one of tiny, micro"),
-    (["models", "fetch", "SmolLM2", "--root", "{here}/root"], "There is no model 'SmolLM2'"),
+    (["model", "fetch", "SmolLM2", "--root", "{here}/root"], "There is no model 'SmolLM2'"),
     (
-        ["models", "fetch", "some/model", "--root", "{here}/root"],
+        ["model", "fetch", "some/model", "--root", "{here}/root"],
         "only on the hub .some/model., which cannot be reached",
     ),
     (["eval", "SmolLM2", "--suite", "bbh"], "There is no model 'SmolLM2'"),
@@ -379,12 +379,12 @@ FILES: list[tuple[Prepare, list[str], str]] = [
     (
         rename("llama/tokenizer.json", "llama/tokenizer.model"),
         run(),
-        "only a slow tokenizer .*run `fusellm models convert",
+        "only a slow tokenizer .*run `fusellm model convert",
     ),
     (
         rename("llama/model.safetensors", "llama/pytorch_model.bin"),
         run(),
-        "weights as pickles, .*run `fusellm models conv",
+        "weights as pickles, .*run `fusellm model conv",
     ),
     (remove("llama/model.safetensors"), run(), "llama holds no weights"),
     (
@@ -426,7 +426,7 @@ FILES: list[tuple[Prepare, list[str], str]] = [
     (
         write("a.gguf", "GGUF"),
         run("roles.target.model=a.gguf"),
-        "not yet converted .*run `fusellm models convert a.gguf`",
+        "not yet converted .*run `fusellm model convert a.gguf`",
     ),
     # Text.
     (write("a.jsonl", '{"text": "x"}\n{"text":\n'), run("corpus.path=a.jsonl"), "a.jsonl, line 2 is not JSON in UTF-8"),
@@ -530,33 +530,33 @@ FILES: list[tuple[Prepare, list[str], str]] = [
     # Converting.
     (
         nothing,
-        ["models", "convert", "nothing.gguf"],
+        ["model", "convert", "nothing.gguf"],
         "nothing.gguf is neither a .gguf file nor a model's folder",
     ),
-    (write("a.gguf", "GGUF"), ["models", "convert", "a.gguf"], "a.gguf cannot be read as a GGUF file"),
-    (nothing, ["models", "convert", "train"], "train is no model: it has no config.json"),
-    (remove("llama/model.safetensors"), ["models", "convert", "llama"], "holds no weights that can be converted"),
+    (write("a.gguf", "GGUF"), ["model", "convert", "a.gguf"], "a.gguf cannot be read as a GGUF file"),
+    (nothing, ["model", "convert", "train"], "train is no model: it has no config.json"),
+    (remove("llama/model.safetensors"), ["model", "convert", "llama"], "holds no weights that can be converted"),
     (
         lambda here: (here / "llama/model.safetensors").rename(here / "llama/pytorch_model.bin"),
-        ["models", "convert", "llama"],
+        ["model", "convert", "llama"],
         "pickles that are damaged or have more in them than weights",
     ),
     (
         lambda here: (here / "llama/tokenizer.json").rename(here / "llama/tokenizer.model"),
-        ["models", "convert", "llama"],
+        ["model", "convert", "llama"],
         "tokenizer.model cannot be read as a SentencePiece model",
     ),
-    (nothing, ["models", "convert", "llama", "--out", "neox"], "neox exists already and holds something else"),
+    (nothing, ["model", "convert", "llama", "--out", "neox"], "neox exists already and holds something else"),
     # The root and what is in it.
     (write("root", ""), run(), "choose another --root"),
-    (write("root", ""), ["models", "convert", "llama", "--root", "root"], "choose another --root"),
-    (write("root", ""), ["artifacts", "list", "--root", "root"], "There is no folder root"),
-    (nothing, ["artifacts", "verify", "--root", "nowhere"], "There is no folder nowhere: give the --root that"),
-    (nothing, ["artifacts", "gc", "--root", "nowhere"], "There is no folder nowhere"),
+    (write("root", ""), ["model", "convert", "llama", "--root", "root"], "choose another --root"),
+    (write("root", ""), ["artifact", "list", "--root", "root"], "There is no folder root"),
+    (nothing, ["artifact", "verify", "--root", "nowhere"], "There is no folder nowhere: give the --root that"),
+    (nothing, ["artifact", "gc", "--root", "nowhere"], "There is no folder nowhere"),
     (write("root/models/.hashes.json", b"\xff"), run("roles.target.model=nowhere"), "There is no model 'nowhere'"),
     (
         artifact("manifest.json", "{}"),
-        ["artifacts", "list", "--root", "root"],
+        ["artifact", "list", "--root", "root"],
         "manifest.json is damaged or of another version: remove that fold",
     ),
     (
@@ -566,7 +566,7 @@ FILES: list[tuple[Prepare, list[str], str]] = [
     ),
     (
         write("root/runs/main/small/x/plan.json", "{"),
-        ["artifacts", "gc", "--root", "root"],
+        ["artifact", "gc", "--root", "root"],
         "plan.json is damaged or of another version: remove that file and run the experiment again",
     ),
     # Records.
@@ -629,14 +629,14 @@ def test_a_wrong_file_ends_in_one_sentence(here: Path, prepare: Prepare, argumen
 
 def test_damaged_artifacts_are_listed_one_by_one(here: Path) -> None:
     artifact("passages.arrow", "nonsense")(here)
-    status, _, said = answer("artifacts", "verify", "--root", "root")
+    status, _, said = answer("artifact", "verify", "--root", "root")
     first, last = said.splitlines()
     assert status == 2 and "passages.arrow does not match its SHA-256" in first
     assert last == "fusellm: 1 of 1 artifacts do not match their manifests: see the lines above."
 
 
 def test_without_a_command_there_is_help() -> None:
-    for group in ([], ["experiment"], ["models"], ["artifacts"]):
+    for group in ([], ["experiment"], ["model"], ["artifact"]):
         status, printed, said = answer(*group)
         assert status == 2 and "Usage" in printed and not said
 

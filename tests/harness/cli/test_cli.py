@@ -23,8 +23,8 @@ def test_help_does_not_import_what_is_slow() -> None:
 def test_every_help_answers() -> None:
     for command in (
         ["experiment", "run"],
-        ["models", "fetch"],
-        ["artifacts", "gc"],
+        ["model", "fetch"],
+        ["artifact", "gc"],
         ["tables"],
         ["audit"],
         ["doctor"],
@@ -47,8 +47,8 @@ def test_quickstart_prints_its_table(quickstart: Path) -> None:
     assert "plumbing, not a result" in printed.lower()
     for row in ("target", "coder", "reader", "CLM", "FuseLLM", "FuseLLM published"):
         assert f"| {row} |" in printed
-    assert "match their manifests" in fusellm("artifacts", "verify", "--root", quickstart).stdout
-    assert "FuseLLM" in fusellm("artifacts", "list", "--root", quickstart).stdout
+    assert "match their manifests" in fusellm("artifact", "verify", "--root", quickstart).stdout
+    assert "FuseLLM" in fusellm("artifact", "list", "--root", quickstart).stdout
 
 
 # What tells the time or the place; the rest of a run depends on its configuration and seeds alone.

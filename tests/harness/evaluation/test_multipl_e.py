@@ -348,7 +348,7 @@ def test_pass_at_k_is_the_mean_over_all_choices(samples: int, data: st.DataObjec
 
 
 def test_pass_at_k_needs_k_samples_before_anything_is_run(tmp_path: Path) -> None:
-    from harness.cli import multipl_e_execute
+    from harness.cli.suite_commands import multipl_e_execute
 
     with pytest.raises(UserError, match="at least 5 samples"):
         pass_at_k(4, 4, 5)

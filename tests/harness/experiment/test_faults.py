@@ -226,7 +226,7 @@ def test_a_read_only_disk_ends_in_one_sentence(begun: bool, finished: Path, expe
     if begun:  # what is there can still be looked at
         status, printed, _ = answer("tables", "small-experiment", "--format", "json", "--root", root)
         assert status == 0 and printed.encode() == results(finished)["table.json"]
-        assert answer("artifacts", "verify", "--root", root)[0] == 0
+        assert answer("artifact", "verify", "--root", root)[0] == 0
 
 
 def test_a_folder_without_permission_ends_in_one_sentence(experiment_file: Path, tmp_path: Path) -> None:

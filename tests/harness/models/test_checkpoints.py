@@ -113,8 +113,8 @@ def test_the_module_imports_no_heavy_library() -> None:
     [
         ("Gemma-3-270m", "did you mean 'Gemma-3-270M'"),
         ("Smol-135M-Instruct", "did you mean 'SmolLM2-135M-Instruct'"),
-        ("pythia-1b", "fusellm models fetch pythia-1b"),
-        ("somebody/some-model", "fusellm models fetch somebody/some-model"),
+        ("pythia-1b", "fusellm model fetch pythia-1b"),
+        ("somebody/some-model", "fusellm model fetch somebody/some-model"),
         ("nowhere.gguf", "There is no file"),
     ],
 )
@@ -179,9 +179,9 @@ def test_folders_that_are_no_model_are_refused_with_the_command_that_helps(tiny:
     (tiny / "tokenizer.json").rename(tiny / "kept")
     assert "no tokenizer" in message()
     (tiny / "tokenizer.model").write_bytes(b"")
-    assert "slow tokenizer" in message() and f"fusellm models convert {tiny}" in message()
+    assert "slow tokenizer" in message() and f"fusellm model convert {tiny}" in message()
     (tiny / "model.safetensors").rename(tiny / "pytorch_model.bin")
-    assert "pickles" in message() and f"fusellm models convert {tiny}" in message()
+    assert "pickles" in message() and f"fusellm model convert {tiny}" in message()
     (tiny / "pytorch_model.bin").unlink()
     assert "no weights" in message()
     (tiny / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))

@@ -93,7 +93,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_gguf_gives_the_logits_and_tokens_of_the_original(llama: Path, tmp_path: Path) -> None:
     file = make_gguf(tmp_path / "tiny.gguf", llama)
-    with pytest.raises(UserError, match=r"fusellm models convert .*tiny\.gguf"):
+    with pytest.raises(UserError, match=r"fusellm model convert .*tiny\.gguf"):
         resolve(ModelSpec(name=str(file)), tmp_path / "models")
     out = convert(file, tmp_path / "models" / "tiny")
     torch.testing.assert_close(logits_of(out, tmp_path), logits_of(llama, tmp_path), rtol=1e-6, atol=1e-6)
@@ -138,7 +138,7 @@ def test_gguf_that_would_not_come_out_exact_is_refused(llama: Path, tmp_path: Pa
 def test_a_pickle_keeps_its_weights_and_its_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     folder = make_pickle(tmp_path / "pickle", dtype)  # config.json says float32 in both cases
     original = torch.load(folder / "pytorch_model.bin", weights_only=True)
-    with pytest.raises(UserError, match="fusellm models convert"):
+    with pytest.raises(UserError, match="fusellm model convert"):
         resolve(ModelSpec(name=str(folder)), tmp_path)
     said: list[str] = []
     out = convert(folder, tmp_path / "out", licence="MIT", notify=said.append)

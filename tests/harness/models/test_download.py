@@ -279,7 +279,7 @@ def test_a_hub_fetch_that_breaks_off_leaves_no_model(hub: Hub, tmp_path: Path) -
     hub.fails_after = 1
     with pytest.raises(UserError, match=r"broke off \(cable cut\)"):
         fetch("fake", tmp_path / "models", lambda line: None)
-    with pytest.raises(UserError, match="fusellm models fetch fake"):
+    with pytest.raises(UserError, match="fusellm model fetch fake"):
         resolve(ModelSpec(name="fake"), tmp_path / "models")
     hub.fails_after = None
     assert fetch("fake", tmp_path / "models", lambda line: None).is_dir()
@@ -294,7 +294,7 @@ def test_weights_that_are_not_what_the_hub_states_are_refused(hub: Hub, tmp_path
 
 def test_a_repository_of_pickles_is_refused_with_the_way_round(hub: Hub, tmp_path: Path) -> None:
     (hub.folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="fusellm models convert"):
+    with pytest.raises(UserError, match="fusellm model convert"):
         fetch("fake", tmp_path / "models", lambda line: None)
 
 

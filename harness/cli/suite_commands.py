@@ -1,0 +1,109 @@
+"""`fusellm eval` and `fusellm multipl-e`: measure one model on suites, execute generated programs."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from fusion.errors import UserError
+from harness.cli.console import print_rows, print_table, quiet_libraries
+from harness.cli.options import COMPUTING, DEFAULT_ROOT, FILES, FormatOption, Root, Unsafe
+
+multipl_e = typer.Typer(help="MultiPL-E: execute generated programs in the sandbox.", no_args_is_help=True)
+
+
+def evaluate(
+    model: Annotated[str | None, typer.Argument(help="Catalogue name, hub id, local folder or .gguf file.")] = None,
+    suites: Annotated[str, typer.Option("--suite", help="bbh, commonsense, ...; several separated by commas.")] = "",
+    tasks: Annotated[list[str], typer.Option("--task", help="Only this task or language. Repeatable.")] = [],  # noqa: B006
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first LIMIT examples of each task.")] = None,
+    data_root: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of <hub id>/<configuration>/<split>.parquet (or .jsonl). Default: the hub.",
+            rich_help_panel=FILES,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        str, typer.Option(help="Answers generated at a time, or auto.", rich_help_panel=COMPUTING)
+    ] = "auto",
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="multipl_e: completions of a problem. Default: 20.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of sampled answers. Default: 0.")] = None,
+    generate_only: Annotated[
+        bool, typer.Option("--generate-only", help="multipl_e: write completions, execute none.")
+    ] = False,
+    execute: Annotated[
+        Path | None, typer.Option("--execute", help="multipl_e: execute completions that were written before.")
+    ] = None,
+    unsafe: Unsafe = False,
+    settings: Annotated[
+        list[str],
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="A setting of a suite, as in bbh.variant=zeroshot. Repeatable."
+        ),
+    ] = [],  # noqa: B006
+    revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Computing precision.", rich_help_panel=COMPUTING),
+    ] = "auto",
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.", rich_help_panel=COMPUTING)
+    ] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option(help="Run Python code of the model's folder.")] = False,
+    form: FormatOption = None,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Measure one model on suites; what an earlier call finished is not computed again."""
+    if execute is not None:
+        multipl_e_execute(execute, unsafe=unsafe, form=form, root=root)
+        return
+    if model is None or not suites:
+        raise UserError("fusellm eval needs a model and --suite, or --execute with a file of completions.")
+    quiet_libraries()
+    from harness.evaluation import standalone
+    from harness.models.checkpoints import ModelSpec
+    from harness.runtime.distributed import usable_device
+
+    common = {"limit": limit, "samples": samples, "seed": seed, "batch_size": batch_size}
+    common |= {"execute": not generate_only, "sandbox": not unsafe}
+    chosen = standalone.sections(
+        [name.strip() for name in suites.split(",")], tasks=tasks, common=common, settings=settings, data_root=data_root
+    )
+    spec = ModelSpec(name=model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+    folder = standalone.evaluate(spec, chosen, root, device=usable_device(device, dry=False))
+    for table in standalone.tables(folder).values():
+        if table.columns or not generate_only:
+            print_table(table, form)
+    for line in standalone.generated(folder) if generate_only else []:
+        typer.echo(line)
+    if form is None:
+        typer.echo(f"Tables and records: {folder}", err=True)
+
+
+@multipl_e.command("execute")
+def multipl_e_execute(
+    generations: Annotated[Path, typer.Argument(help="JSON lines with the fields of MultiPL-E's own tools.")],
+    out: Annotated[Path | None, typer.Option(help="File of results. Default: beside the generations.")] = None,
+    k: Annotated[int, typer.Option(min=1, help="The k of pass@k.")] = 1,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Programs at a time. Default: as many as there are cores.")
+    ] = None,
+    unsafe: Unsafe = False,
+    form: FormatOption = None,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Execute completions in ten languages and print pass@k; a second start goes on from what is finished."""
+    from harness.evaluation.multipl_e import execute, scores
+    from harness.evaluation.multipl_e.generations import read_generations
+
+    for problem in read_generations(generations):
+        scores.pass_at_k(len(problem.programs), 0, k)  # too few samples should not be found out at the end
+    done = execute.execute(
+        generations, out or execute.results_path(generations), cache=root / "toolchains", workers=workers, unsafe=unsafe
+    )
+    rows = scores.summary(scores.read_results(done.results), done.not_run, k)
+    print_rows([column.format(k=k) for column in scores.COLUMNS], rows, form)
+    typer.echo(f"Results: {done.results}", err=True)
