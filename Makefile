@@ -8,13 +8,15 @@ ROOT ?= work
 SHARED ?= ../shared
 DEEPSPEED := deepspeed==0.19.8
 
-.PHONY: help setup quickstart toolchains test bench lint docs format lock clean
+.PHONY: help setup quickstart toolchains test test-fast bench lint docs format lock clean
 
 help:
 	@echo 'make quickstart  the main job on tiny models: environment, then about three minutes on two cores'
 	@echo 'make toolchains  on Debian: bubblewrap, the compilers of the ten languages of MultiPL-E, Chromium for tests'
 	@echo 'make test        environment, then all tests'
+	@echo 'make test-fast   environment, then the tests that are not marked slow: two minutes'
 	@echo 'make bench       speed and memory, on a machine that does nothing else: docs/results/bench/README.md'
+	@echo 'make setup       the environment: exact versions, every extra'
 	@echo 'make lint        ruff, mypy, import-linter, deptry'
 	@echo 'make docs        the pages below docs/, into build/docs: strict, so that no link is broken'
 	@echo 'make lock        new exact versions from the ranges in pyproject.toml'
@@ -38,6 +40,9 @@ toolchains:
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow'
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks --root $(ROOT) --shared $(SHARED) --output docs/results/bench/README.md
