@@ -22,7 +22,7 @@ from fusion.losses.specs import FusedLesson
 from fusion.modeling.heads import fused_forward
 from fusion.modeling.packing import Packing, attending_by_passage, check_packing, own_forward, packed_inputs
 from fusion.vocabulary.token_bytes import encode, prefix_id
-from harness.data.corpus import Passages
+from harness.data.passages import Passages
 from harness.data.sequences import IGNORED, PackedSequences, collate
 from harness.experiment.context import TARGET, Experiment
 from harness.models.checkpoints import ResolvedModel, compute_dtype, load_model

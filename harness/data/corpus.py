@@ -1,29 +1,20 @@
-"""Documents and passages: where text comes from, which of it is taken, and how it is cut.
+"""A corpus: where its documents come from, which of them are taken, and what a limit left out.
 
-A document is what the corpus holds, known by the SHA-256 of its whole text. A passage is a document or a part of it,
-cut at a character boundary, at most so many bytes, whatever the tokenizers; passages join to the document byte for
-byte.
+A document is identified by the SHA-256 of its whole text. It is cut into passages in `harness.data.passages`.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from fusion.errors import UserError, did_you_mean
-from harness.store.artifacts import Estimate, Spec, Store
+from harness.data.standard_library import standard_library
 from harness.store.fingerprint import file_sha256
-
-if TYPE_CHECKING:
-    pass
-
-VERSION = 1
-PASSAGES_FILE = "passages.arrow"
-_BATCH = 1024  # passages written at once, so that memory stays bounded
 
 
 class CorpusConfig(BaseModel):
@@ -52,7 +43,7 @@ class CorpusConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Document:
-    """One document as it is taken: `text` may be its first bytes only, `sha256` is the whole document's."""
+    """One document as it is taken: `text` may be its first bytes only, `sha256` is that of the whole document."""
 
     name: str
     domain: str
@@ -60,10 +51,49 @@ class Document:
     sha256: str
 
 
+@dataclass
+class CorpusSummary:
+    """How much of a corpus was taken: documents, and bytes of their text in UTF-8.
+
+    `limits` counts, by the setting of the corpus that is responsible, the documents that were left out or shortened.
+    """
+
+    documents: int = 0
+    n_bytes: int = 0
+    documents_taken: int = 0
+    n_bytes_taken: int = 0
+    duplicates: int = 0
+    """Documents left out since an earlier one has the same text."""
+    limits: dict[str, int] = field(default_factory=dict)
+
+    def limit(self, setting: str) -> None:
+        """Counts one document that `setting` left out or shortened."""
+        self.limits[setting] = self.limits.get(setting, 0) + 1
+
+    def to_json(self) -> dict[str, Any]:
+        """As a manifest holds it (see `CorpusSummary(**...)`)."""
+        return asdict(self)
+
+    def sentence(self, name: str) -> str:
+        """One line about the corpus of that name, with the limits that cut it."""
+        text = (
+            f"{name}: {self.n_bytes_taken:,} of {self.n_bytes:,} bytes and {self.documents_taken:,} of "
+            f"{self.documents:,} documents are taken"
+        )
+        if self.duplicates:
+            text += f", {self.duplicates:,} are duplicates"
+        if self.limits:
+            text += "; " + ", ".join(
+                f"{setting} {'shortened' if setting == 'first_bytes' else 'left out'} {count:,}"
+                for setting, count in self.limits.items()
+            )
+        return text + "."
+
+
 def local_path(config: CorpusConfig, data_root: Path | None) -> Path | None:
     """The file or folder that holds the corpus on this machine; None where only the hub has it.
 
-    Raises UserError when `data_root` knows the dataset but not the split.
+    Raises UserError when `data_root` has the data set but not this configuration and split.
     """
     plain = Path(config.path).expanduser()
     if plain.exists():
@@ -83,7 +113,7 @@ def local_path(config: CorpusConfig, data_root: Path | None) -> Path | None:
 
 
 def expected_bytes(config: CorpusConfig, data_root: Path | None) -> float:
-    """The size of the text (bytes), for estimates: as limited or as said, else that of the files; 0 where unknown."""
+    """The size of the text (bytes), for estimates: its limit, else `expected_bytes`, else the files' size; else 0."""
     of_domains = config.domain_bytes * len(config.domains) if config.domain_bytes and config.domains else None
     known = config.max_bytes or of_domains or config.expected_bytes
     path = None if known or _is_stdlib(config) else local_path(config, data_root)
@@ -93,7 +123,7 @@ def expected_bytes(config: CorpusConfig, data_root: Path | None) -> float:
 
 
 def is_on_hub(config: CorpusConfig, data_root: Path | None) -> bool:
-    """Whether the text must be fetched from the hub."""
+    """True if the text must be fetched from the hub."""
     return not _is_stdlib(config) and local_path(config, data_root) is None
 
 
@@ -102,7 +132,7 @@ def _is_stdlib(config: CorpusConfig) -> bool:
 
 
 def content_fingerprint(config: CorpusConfig, data_root: Path | None) -> str:
-    """What identifies the text itself: the file's SHA-256, the Python release for `stdlib`, else the hub id."""
+    """Identifies the text itself: SHA-256 of the files, the Python release for `stdlib`, or the hub id and revision."""
     if _is_stdlib(config):
         import sys
 
@@ -117,10 +147,7 @@ def content_fingerprint(config: CorpusConfig, data_root: Path | None) -> str:
 
 
 def _stdlib_rows(config: CorpusConfig) -> Iterator[dict[str, Any]]:
-    from harness.models.tiny.recipe import tiny_recipe
-
-    recipe = tiny_recipe(config.path.partition(":")[2] or "tiny")
-    for document in recipe.documents():
+    for document in standard_library(config.path.partition(":")[2] or "tiny").documents():
         if document.split == config.split:
             yield {"text": document.text, "name": document.name, "domain": document.domain}
 
@@ -142,7 +169,7 @@ def _parquet_rows(path: Path, config: CorpusConfig) -> Iterator[dict[str, Any]]:
                 yield from batch.to_pylist()
     except UnicodeDecodeError:
         raise UserError(f"{path} has text that is not UTF-8: write the file anew.") from None
-    except (pa.ArrowException, OSError) as error:  # OSError: what a damaged page gives
+    except (pa.ArrowException, OSError) as error:  # a damaged page raises OSError without a number
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise UserError(f"{path} is no Parquet file, or is damaged: copy it again or correct corpus.path.") from None
@@ -207,26 +234,34 @@ def _rows(config: CorpusConfig, data_root: Path | None) -> Iterator[dict[str, An
 
 
 def _value(row: dict[str, Any], column: str) -> Any:
-    """What a row has in a column, or in a field of a structure; None where there is none."""
+    """The value of a row in a column, or in a field of a structure (`column.field`); None where there is none."""
     value: Any = row
     for part in [column] if column in row else column.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
 
 
-def _all_documents(config: CorpusConfig, data_root: Path | None) -> Iterator[Document]:
+def _all_documents(
+    config: CorpusConfig, data_root: Path | None, summary: CorpusSummary | None = None
+) -> Iterator[Document]:
+    """The documents of the wanted domains, whole; `summary` counts those of all domains."""
     name_column, domain_column = config.name_column or "name", config.domain_column or "domain"
     wanted = dict(config.domains) if isinstance(config.domains, dict) else {d: d for d in config.domains or ()}
-    there: set[str] = set()
+    domains: set[str] = set()
     for number, row in enumerate(_rows(config, data_root)):
         domain = str(_value(row, domain_column) or config.domain)
-        there.add(domain)
+        domains.add(domain)
+        text = _value(row, config.text_column)
+        if summary is not None:
+            summary.documents += 1
+            summary.n_bytes += len(text.encode("utf-8", errors="ignore")) if isinstance(text, str) else 0
         if wanted and domain not in wanted:
+            if summary is not None:
+                summary.limit("domains")
             continue
         domain = wanted.get(domain, domain)
-        found = _value(row, name_column)
-        name = str(number if found is None else found)
-        text = _value(row, config.text_column)
+        given_name = _value(row, name_column)
+        name = str(number if given_name is None else given_name)
         if not isinstance(text, str) or not text:
             raise UserError(f"Document {name!r} of {config.path} ({config.split}) has no text: remove it.")
         try:
@@ -234,172 +269,70 @@ def _all_documents(config: CorpusConfig, data_root: Path | None) -> Iterator[Doc
         except UnicodeEncodeError:
             raise UserError(f"Document {name!r} of {config.path} is not valid Unicode: correct or remove it.") from None
         yield Document(name, domain, text, hashlib.sha256(raw).hexdigest())
-    if absent := sorted(wanted.keys() - there):
+    if absent := sorted(wanted.keys() - domains):
         raise UserError(
-            f"The corpus {config.path} ({config.split}) has no domain {absent[0]!r}{did_you_mean(absent[0], there)}: "
-            f"it has {', '.join(sorted(there)) or 'none'}."
+            f"The corpus {config.path} ({config.split}) has no domain {absent[0]!r}{did_you_mean(absent[0], domains)}: "
+            f"it has {', '.join(sorted(domains)) or 'none'}."
         )
 
 
-def documents(config: CorpusConfig, data_root: Path | None) -> Iterator[Document]:
+def documents(config: CorpusConfig, data_root: Path | None, summary: CorpusSummary | None = None) -> Iterator[Document]:
     """The documents that are taken, each distinct text once, in the corpus' order.
 
-    Where a limit is set, documents are drawn in the order of a keyed hash of their text, so that the choice depends on
-    the seed and the text alone. Raises UserError for an empty corpus and for documents that cannot be used.
+    Where a limit is set, documents are drawn in the order of a keyed hash of their text, so that the draw depends on
+    the seed and the text alone. `summary` is complete when the iterator is exhausted. Raises UserError for an empty
+    corpus and for documents that cannot be used.
     """
-    chosen: set[str] | None = None
+    summary = CorpusSummary() if summary is None else summary
+    excluded: dict[str, str] = {}
     if config.max_bytes or config.per_domain or config.domain_bytes:
-        chosen = _draw(config, data_root)
+        excluded = _exclusions(config, data_root)
     seen: set[str] = set()
-    for document in _all_documents(config, data_root):
-        if document.sha256 in seen or (chosen is not None and document.sha256 not in chosen):
+    for document in _all_documents(config, data_root, summary):
+        if document.sha256 in seen:
+            summary.duplicates += 1
             continue
         seen.add(document.sha256)
+        if document.sha256 in excluded:
+            summary.limit(excluded[document.sha256])
+            continue
         if config.first_bytes:
-            document = Document(
-                document.name, document.domain, first_bytes(document.text, config.first_bytes), document.sha256
-            )
+            text = first_bytes(document.text, config.first_bytes)
+            if text != document.text:
+                summary.limit("first_bytes")
+            document = Document(document.name, document.domain, text, document.sha256)
+        summary.documents_taken += 1
+        summary.n_bytes_taken += len(document.text.encode())
         yield document
     if not seen:
         raise UserError(f"The corpus {config.path} ({config.split}) has no document: correct the corpus section.")
 
 
-def _draw(config: CorpusConfig, data_root: Path | None) -> set[str]:
+def _exclusions(config: CorpusConfig, data_root: Path | None) -> dict[str, str]:
+    """The setting that excludes a document, by the SHA-256 of each document that is not drawn."""
     sizes: dict[str, tuple[str, str, int]] = {}
     for d in _all_documents(config, data_root):
         size = len(first_bytes(d.text, config.first_bytes).encode()) if config.first_bytes else len(d.text.encode())
         key = hashlib.sha256(f"{config.seed}:{d.sha256}".encode()).hexdigest()
         sizes.setdefault(d.sha256, (key, d.domain, size))
-    chosen: set[str] = set()
-    of_domain: dict[str, int] = {}
+    excluded: dict[str, str] = {}
+    documents_of_domain: dict[str, int] = {}
     bytes_of_domain: dict[str, int] = {}
     total = 0
     for sha256, (_, domain, size) in sorted(sizes.items(), key=lambda item: item[1][0]):
         if config.max_bytes and total >= config.max_bytes:
-            break
-        if config.per_domain and of_domain.get(domain, 0) >= config.per_domain:
-            continue
-        if config.domain_bytes and bytes_of_domain.get(domain, 0) >= config.domain_bytes:
-            continue
-        of_domain[domain] = of_domain.get(domain, 0) + 1
-        bytes_of_domain[domain] = bytes_of_domain.get(domain, 0) + size
-        total += size
-        chosen.add(sha256)
-    return chosen
+            excluded[sha256] = "max_bytes"
+        elif config.per_domain and documents_of_domain.get(domain, 0) >= config.per_domain:
+            excluded[sha256] = "per_domain"
+        elif config.domain_bytes and bytes_of_domain.get(domain, 0) >= config.domain_bytes:
+            excluded[sha256] = "domain_bytes"
+        else:
+            documents_of_domain[domain] = documents_of_domain.get(domain, 0) + 1
+            bytes_of_domain[domain] = bytes_of_domain.get(domain, 0) + size
+            total += size
+    return excluded
 
 
 def first_bytes(text: str, limit: int) -> str:
     """The longest beginning of `text` of at most `limit` bytes of UTF-8 that ends at a character boundary."""
     return text.encode("utf-8")[:limit].decode("utf-8", errors="ignore")
-
-
-def cut(text: str, max_bytes: int) -> list[str]:
-    """Passages of at most `max_bytes` bytes of UTF-8 that join to `text`.
-
-    A cut falls after a line or before a space where one lies in the second half of the passage, since a word torn in
-    two is read as two rare tokens; else between any two characters.
-    """
-    raw = text.encode("utf-8")
-    passages = []
-    start = 0
-    while len(raw) - start > max_bytes:
-        head = raw[start : start + max_bytes].decode("utf-8", errors="ignore").encode("utf-8")
-        at = head.rfind(b"\n") + 1
-        if at <= len(head) // 2:
-            at = head.rfind(b" ", 1)
-        if at <= len(head) // 2:
-            at = len(head)
-        passages.append(head[:at].decode("utf-8"))
-        start += at
-    if start < len(raw):
-        passages.append(raw[start:].decode("utf-8"))
-    return passages
-
-
-class Passages:
-    """A stored list of passages, read through a memory map."""
-
-    def __init__(self, folder: Path) -> None:
-        import pyarrow as pa
-
-        self._table: pa.Table = pa.ipc.open_file(pa.memory_map(str(folder / PASSAGES_FILE))).read_all()
-        self.n_bytes = self._table["n_bytes"].to_numpy()
-        self.last = self._table["last"].to_numpy()
-
-    def __len__(self) -> int:
-        return int(self._table.num_rows)
-
-    def text(self, passage: int) -> str:
-        return str(self._table["text"][passage].as_py())
-
-    def domain(self, passage: int) -> str:
-        return str(self._table["domain"][passage].as_py())
-
-    def name(self, passage: int) -> str:
-        """The passage's document and its place there, for messages."""
-        return f"{self._table['name'][passage].as_py()} (bytes from {self._table['start'][passage].as_py()})"
-
-    def document_hashes(self) -> set[str]:
-        return set(self._table["sha256"].to_pylist())
-
-
-def write_passages(folder: Path, texts: Iterable[Document], max_bytes: int) -> None:
-    """Cuts documents into passages and stores them in `folder`, however many there are."""
-    import pyarrow as pa
-
-    schema = pa.schema(
-        [
-            ("document", pa.int32()),
-            ("sha256", pa.string()),
-            ("name", pa.string()),
-            ("domain", pa.string()),
-            ("text", pa.string()),
-            ("start", pa.int64()),
-            ("n_bytes", pa.int32()),
-            ("last", pa.bool_()),
-        ]
-    )
-    with pa.OSFile(str(folder / PASSAGES_FILE), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        rows: list[dict[str, Any]] = []
-        for number, document in enumerate(texts):
-            start = 0
-            parts = cut(document.text, max_bytes)
-            for i, text in enumerate(parts):
-                size = len(text.encode("utf-8"))
-                rows.append(
-                    {
-                        "document": number,
-                        "sha256": document.sha256,
-                        "name": document.name,
-                        "domain": document.domain,
-                        "text": text,
-                        "start": start,
-                        "n_bytes": size,
-                        "last": i + 1 == len(parts),
-                    }
-                )
-                start += size
-            if len(rows) >= _BATCH:
-                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
-                rows = []
-        if rows:
-            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
-
-
-def passages_spec(config: CorpusConfig, max_bytes: int, data_root: Path | None) -> Spec:
-    # What came later is a part of it where it is set, so that what was made before is still known.
-    later = {name for name in ("domains", "domain_bytes") if getattr(config, name) is None}
-    params = config.model_dump(exclude={"path", "expected_bytes", *later}) | {"max_passage_bytes": max_bytes}
-    content = content_fingerprint(config, data_root)
-    return Spec("passages", Path(config.path).name, VERSION, {"text": content}, params, {"path": config.path})
-
-
-def make_passages(store: Store, config: CorpusConfig, max_bytes: int, data_root: Path | None) -> tuple[Spec, Path]:
-    """The corpus cut into passages, as an artifact."""
-
-    def build(folder: Path) -> None:
-        write_passages(folder, documents(config, data_root), max_bytes)
-
-    spec = passages_spec(config, max_bytes, data_root)
-    size = expected_bytes(config, data_root)
-    return spec, store.ensure(spec, build, Estimate(disk=1.2 * size, seconds=size / 5e6))

@@ -15,7 +15,7 @@ from fusion.errors import UserError
 from fusion.losses.specs import Lesson
 from fusion.types import Predictions
 from fusion.vocabulary.token_bytes import Vocabulary, byte_ends, encode, prefix_id
-from harness.data.corpus import Passages
+from harness.data.passages import Passages
 from harness.stages.extraction import Extraction
 
 IGNORED = -100  # what the Trainer does not count as a token

@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from fusion.errors import UserError
+from fusion.errors import UserError, did_you_mean
 
 DOMAINS = ("code", "docstrings", "manual")
 SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
@@ -42,7 +42,7 @@ Split = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
-class TinyDocument:
+class LibraryDocument:
     """One document: `name` starts with its domain, as in `code/asyncio/queues.py`; `split` follows from the name."""
 
     name: str
@@ -52,9 +52,9 @@ class TinyDocument:
 
 
 @lru_cache(maxsize=4)  # reading the library takes some ten seconds, and each tiny model asks for it
-def stdlib_corpus(
+def library_documents(
     max_bytes: int | None = None, *, max_document_bytes: int = MAX_DOCUMENT_BYTES, min_test: int = 20
-) -> tuple[TinyDocument, ...]:
+) -> tuple[LibraryDocument, ...]:
     """The documents of the running Python, by name, no two with the same text.
 
     About 80, 10 and 10 % of a domain are `train`, `validation` and `test`, by a hash of the name. `max_bytes` is the
@@ -78,12 +78,46 @@ def stdlib_corpus(
     return tuple(sorted(documents, key=lambda document: document.name))
 
 
+@dataclass(frozen=True)
+class StandardLibrary:
+    """A corpus of a fixed size: the arguments of `library_documents` under a name."""
+
+    name: str
+    max_bytes: int | None = None
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    min_test: int = 20
+
+    def documents(self, split: Split | None = None) -> list[LibraryDocument]:
+        """All documents in order of their names, or those of one split."""
+        documents = library_documents(
+            self.max_bytes, max_document_bytes=self.max_document_bytes, min_test=self.min_test
+        )
+        return [document for document in documents if split in (None, document.split)]
+
+
+CORPORA = {
+    corpus.name: corpus
+    for corpus in (
+        StandardLibrary("tiny"),
+        StandardLibrary("micro", max_bytes=12_000, max_document_bytes=2_000, min_test=1),
+    )
+}
+
+
+def standard_library(name: str) -> StandardLibrary:
+    """The corpus `tiny` (all there is) or `micro` (a few documents, for tests). Raises UserError for another name."""
+    if name not in CORPORA:
+        known = ", ".join(f"stdlib:{corpus}" for corpus in CORPORA)
+        raise UserError(f"There is no corpus 'stdlib:{name}'{did_you_mean(name, CORPORA)}: choose one of {known}.")
+    return CORPORA[name]
+
+
 class _Domain:
     """Collects the documents of one domain until each split has its share of `max_bytes`."""
 
     def __init__(self, name: str, max_bytes: int | None) -> None:
         self.name = name
-        self.documents: list[TinyDocument] = []
+        self.documents: list[LibraryDocument] = []
         self.left = {split: math.inf if max_bytes is None else max_bytes * share for split, share in SHARES.items()}
         self.texts: set[str] = set()
 
@@ -102,7 +136,7 @@ class _Domain:
         if size >= MIN_DOCUMENT_BYTES:
             self.texts.add(text)
             self.left[split] -= size
-            self.documents.append(TinyDocument(name=name, domain=self.name, split=split, text=text))
+            self.documents.append(LibraryDocument(name=name, domain=self.name, split=split, text=text))
 
     def check(self, min_test: int) -> None:
         count = Counter(document.split for document in self.documents)

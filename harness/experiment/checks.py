@@ -8,7 +8,7 @@ import numpy as np
 
 from fusion.errors import UserError
 from fusion.vocabulary.token_bytes import encode, prefix_id
-from harness.data.corpus import Passages
+from harness.data.passages import Passages
 from harness.experiment.context import TARGET, Experiment
 from harness.models.checkpoints import count_parameters, load_config, load_tokenizer
 from harness.runtime import distributed

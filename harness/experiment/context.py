@@ -19,7 +19,9 @@ from fusion.losses.specs import Learning, Needs
 from fusion.vocabulary.token_bytes import Vocabulary, encode
 from harness.config.loading import Config, Role
 from harness.data import corpus
-from harness.data.corpus import Document, Passages
+from harness.data.corpus import Document
+from harness.data.passages import VERSION as PASSAGES_VERSION
+from harness.data.passages import Passages, corpus_sentence, make_passages
 from harness.evaluation import bits_per_byte
 from harness.models.checkpoints import (
     ModelSpec,
@@ -33,6 +35,7 @@ from harness.models.checkpoints import (
     resolve,
 )
 from harness.runtime import distributed
+from harness.runtime.progress import notify
 from harness.stages import extraction, loss_resources
 from harness.stages.continued_models import continued_model_spec, make_continued_model
 from harness.stages.extraction import Extraction, extraction_spec
@@ -50,7 +53,7 @@ TRAIN_VERSION = 4
 TARGET = "target"
 MODEL_FOLDER = "model"
 VERSIONS = {
-    "passages": corpus.VERSION,
+    "passages": PASSAGES_VERSION,
     "predictions": extraction.VERSION,
     "map": MAP_VERSION,
     "train": TRAIN_VERSION,
@@ -144,7 +147,7 @@ class Experiment:
         """The text that a role was continued on."""
         text = self.role(name).corpus
         assert text is not None
-        return corpus.make_passages(self.store, text, self.config.passages.max_bytes, self.data_root)
+        return make_passages(self.store, text, self.config.passages.max_bytes, self.data_root)
 
     def resolve(self, spec: ModelSpec) -> ResolvedModel:
         try:
@@ -266,7 +269,12 @@ class Experiment:
 
     @cached_property
     def passages(self) -> tuple[Spec, Path]:
-        return corpus.make_passages(self.store, self.config.corpus, self.config.passages.max_bytes, self.data_root)
+        """The passages of the training corpus; shows how much of the corpus they are."""
+        corpus_config = self.config.corpus
+        spec, folder = make_passages(self.store, corpus_config, self.config.passages.max_bytes, self.data_root)
+        if not self.store.dry:
+            notify(corpus_sentence(corpus_config, folder))
+        return spec, folder
 
     @property
     def corpus_bytes(self) -> float:

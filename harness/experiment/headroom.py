@@ -24,7 +24,7 @@ from fusion.errors import UserError
 from fusion.losses.specs import Fusion
 from fusion.types import Predictions, Sparse
 from harness.config.loading import Config, method_parameters
-from harness.data.corpus import Passages
+from harness.data.passages import Passages
 from harness.experiment.context import TARGET, Experiment
 from harness.experiment.run import run_folder
 from harness.reporting.figures import audited

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from baselines.method import Candidate, Ensemble, method
 from fusion.errors import UserError
 from harness.config.loading import Config, Role, method_parameters
+from harness.data.passages import corpus_sentence, corpus_summary
 from harness.evaluation import bits_per_byte, standalone
 from harness.evaluation.standalone import places
 from harness.evaluation.suite import SuiteResult
@@ -131,6 +132,9 @@ def run(config: Config, root: Path) -> Path:
     files: set[str] = set()
     measured: dict[str, dict[str, SuiteResult]] = {name: {} for name in experiment.suites}
     notes: dict[str, None] = {}  # each sentence once, in order
+    passages_folder = experiment.passages[1]
+    if corpus_summary(passages_folder).limits:
+        notes[corpus_sentence(config.corpus, passages_folder)] = None
     for row in candidates(experiment):
         notes |= dict.fromkeys(_notes(experiment, row))
         if found := experiment.evaluate(row.label, row.candidate, row.role):

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config.loading import TrainingConfig
-from harness.data.corpus import Passages
+from harness.data.passages import Passages
 from harness.models.checkpoints import ResolvedModel, compute_dtype, load_config, load_model, load_tokenizer
 from harness.stages.sharding import zero_config
 from harness.store.artifacts import Estimate, Spec, Store

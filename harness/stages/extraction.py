@@ -14,7 +14,7 @@ from fusion.errors import UserError
 from fusion.types import Predictions
 from fusion.vocabulary.token_bytes import Vocabulary, byte_ends, encode, prefix_id
 from harness.config.loading import ExtractionConfig
-from harness.data.corpus import Passages
+from harness.data.passages import Passages
 from harness.runtime.progress import Advance, notify, track
 from harness.stages.shards import LOST, Shard, checked, write_shard
 from harness.store.artifacts import Estimate, Spec, Store

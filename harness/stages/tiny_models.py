@@ -6,7 +6,8 @@ from pathlib import Path
 
 from fusion.errors import UserError
 from harness.config.loading import TrainingConfig
-from harness.data.corpus import Document, Passages, write_passages
+from harness.data.corpus import Document
+from harness.data.passages import Passages, write_passages
 from harness.models.tiny.recipe import build_model, make_tokenizer, tiny_recipe, training_documents
 from harness.runtime import distributed
 from harness.store.artifacts import Estimate, Spec, Store
@@ -20,7 +21,7 @@ def make_tiny(store: Store, name: str, profile: str, device: str) -> tuple[Spec,
     model = recipe.model(name)
     # The text is the running Python's own, so its release stands for it.
     python = ".".join(str(part) for part in sys.version_info[:3])
-    corpus = {"max_bytes": recipe.max_bytes, "max_document_bytes": recipe.max_document_bytes}
+    corpus = {"max_bytes": recipe.corpus.max_bytes, "max_document_bytes": recipe.corpus.max_document_bytes}
     made = {key: value for key, value in asdict(model).items() if value is not None}
     spec = Spec("tiny", name, VERSION, {"python": python}, {**made, "corpus": corpus})
 
@@ -35,7 +36,7 @@ def make_tiny(store: Store, name: str, profile: str, device: str) -> tuple[Spec,
         from harness.data.sequences import PackedSequences
         from harness.stages.trainer import train
 
-        documents = recipe.documents()
+        documents = recipe.corpus.documents()
         tokenizer = make_tokenizer(model, documents)
         texts = [Document(d.name, d.domain, d.text, "") for d in training_documents(model, documents)]
         passages = folder / "text"

@@ -1,6 +1,5 @@
 """What the profiles `tiny` and `micro` are made of: text every Python carries, and models trained on it on the spot."""
 
-from harness.data.standard_library import DOMAINS, TinyDocument, stdlib_corpus
 from harness.models.tiny.recipe import (
     TinyModel,
     TinyRecipe,
@@ -12,14 +11,11 @@ from harness.models.tiny.recipe import (
 from harness.models.tiny.tokenizers import build_tokenizer
 
 __all__ = [
-    "DOMAINS",
-    "TinyDocument",
     "TinyModel",
     "TinyRecipe",
     "build_model",
     "build_tokenizer",
     "make_tokenizer",
-    "stdlib_corpus",
     "tiny_recipe",
     "training_documents",
 ]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from fusion.errors import UserError
-from harness.data.standard_library import DOMAINS, MAX_DOCUMENT_BYTES, Split, TinyDocument, stdlib_corpus
+from harness.data.standard_library import CORPORA, DOMAINS, LibraryDocument, StandardLibrary
 from harness.models.tiny.tokenizers import TokenizerKind, build_tokenizer
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class TinyModel:
     warmup_ratio: float = 0.05
     seed: int = 0
     family: "TinyModel | None" = None
-    """Whose tokenizer it has; its own without."""
+    """The model whose tokenizer it has. Default: a tokenizer of its own."""
 
     @property
     def intermediate(self) -> int:
@@ -55,13 +55,11 @@ class TinyModel:
 
 @dataclass(frozen=True)
 class TinyRecipe:
-    """A profile's models and the size of its corpus (`max_bytes` a domain, None: all there is)."""
+    """The models of a profile and the corpus that they are trained on."""
 
     name: str
     models: tuple[TinyModel, ...]
-    max_bytes: int | None = None
-    max_document_bytes: int = MAX_DOCUMENT_BYTES
-    min_test: int = 20
+    corpus: StandardLibrary
 
     def model(self, name: str) -> TinyModel:
         """Raises UserError for a name that is not in the recipe."""
@@ -70,11 +68,6 @@ class TinyRecipe:
                 return model
         known = ", ".join(model.name for model in self.models)
         raise UserError(f"the profile '{self.name}' has no tiny model '{name}': choose one of {known}")
-
-    def documents(self, split: Split | None = None) -> list[TinyDocument]:
-        """The corpus of this recipe, or one split of it, by name; see `stdlib_corpus`."""
-        found = stdlib_corpus(self.max_bytes, max_document_bytes=self.max_document_bytes, min_test=self.min_test)
-        return [document for document in found if split in (None, document.split)]
 
 
 _EVERYTHING = {"code": 0.4, "docstrings": 0.4, "manual": 0.2}
@@ -90,6 +83,7 @@ _TINY = TinyRecipe(
         TinyModel("reader", "gemma3_text", "gemma", 1_536, 96, 2, 4, _PROSE, train_bytes=600_000, seed=3),
         replace(_TARGET, name="teacher", hidden=192, layers=3, train_bytes=600_000, seed=4, family=_TARGET),
     ),
+    corpus=CORPORA["tiny"],
 )
 
 
@@ -113,9 +107,7 @@ def _micro(model: TinyModel) -> TinyModel:
 _MICRO = TinyRecipe(
     name="micro",
     models=tuple(_micro(model) for model in _TINY.models),
-    max_bytes=12_000,
-    max_document_bytes=2_000,
-    min_test=1,
+    corpus=CORPORA["micro"],
 )
 
 
@@ -127,17 +119,17 @@ def tiny_recipe(name: str = "tiny") -> TinyRecipe:
     return recipes[name]
 
 
-def training_documents(model: TinyModel, documents: Sequence[TinyDocument]) -> list[TinyDocument]:
+def training_documents(model: TinyModel, documents: Sequence[LibraryDocument]) -> list[LibraryDocument]:
     """The training documents of `documents` that the model reads, in the order in which it reads them.
 
     Each domain gives its share of `train_bytes`, overstepped by less than a document, or all it has; the choice and the
     order follow from the model's name and the documents' names, so that any beginning has about the same mix.
     """
 
-    def rank(document: TinyDocument) -> bytes:
+    def rank(document: LibraryDocument) -> bytes:
         return hashlib.sha256(f"{model.name}: {document.name}".encode()).digest()
 
-    chosen: list[TinyDocument] = []
+    chosen: list[LibraryDocument] = []
     for domain in DOMAINS:
         left = model.mix.get(domain, 0.0) * model.train_bytes
         for document in sorted((d for d in documents if d.domain == domain and d.split == "train"), key=rank):
@@ -148,7 +140,7 @@ def training_documents(model: TinyModel, documents: Sequence[TinyDocument]) -> l
     return sorted(chosen, key=rank)
 
 
-def make_tokenizer(model: TinyModel, documents: Sequence[TinyDocument]) -> "PreTrainedTokenizerFast":
+def make_tokenizer(model: TinyModel, documents: Sequence[LibraryDocument]) -> "PreTrainedTokenizerFast":
     """The model's tokenizer, trained on the text that the model (of that family) is trained on.
 
     Raises UserError for too little text.

@@ -110,7 +110,8 @@ def artifact(name: str, content: str) -> Prepare:
     """A complete artifact, one file of which is then overwritten."""
 
     def prepare(here: Path) -> None:
-        from harness.data.corpus import CorpusConfig, make_passages
+        from harness.data.corpus import CorpusConfig
+        from harness.data.passages import make_passages
         from harness.store.artifacts import Store
 
         _, folder = make_passages(Store(here / "root" / "artifacts"), CorpusConfig(path=str(here / "train")), 50, None)

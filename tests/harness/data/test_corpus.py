@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusion.errors import UserError
-from harness.data.corpus import CorpusConfig, Passages, cut, documents, expected_bytes, first_bytes, make_passages
+from harness.data.corpus import CorpusConfig, CorpusSummary, documents, expected_bytes, first_bytes
+from harness.data.passages import Passages, corpus_summary, cut, make_passages
 from harness.store.artifacts import Store
 
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=300)
@@ -50,6 +51,42 @@ def test_stored_passages_are_the_text(tmp_path: Path) -> None:
     assert "".join(passages.text(i) for i in range(len(passages) - 1)) == "naïve 猫 text " * 20
     assert [bool(x) for x in passages.last[-2:]] == [True, True] and sum(passages.last) == 2
     assert all(passages.n_bytes[i] == len(passages.text(i).encode()) for i in range(len(passages)))
+
+
+@pytest.mark.parametrize(
+    ("limits", "taken", "n_bytes", "counts"),
+    [
+        ({}, 6, 600, {}),
+        ({"max_bytes": 250}, 3, 300, {"max_bytes": 3}),
+        ({"per_domain": 2}, 4, 400, {"per_domain": 2}),
+        ({"domain_bytes": 150}, 4, 400, {"domain_bytes": 2}),
+        ({"first_bytes": 40}, 6, 240, {"first_bytes": 6}),
+        ({"domains": ["b"], "first_bytes": 40}, 3, 120, {"domains": 4, "first_bytes": 3}),
+        ({"domains": ["a", "b"], "first_bytes": 100}, 6, 600, {}),
+    ],
+)
+def test_a_manifest_tells_how_much_was_taken_and_which_limit_cut(
+    tmp_path: Path, limits: dict[str, object], taken: int, n_bytes: int, counts: dict[str, int]
+) -> None:
+    """Six distinct documents of 100 bytes in two domains, and one of them twice."""
+    rows = [{"text": f"{i} " + "ä" * 49, "name": f"n{i}", "source": "ab"[i % 2]} for i in range(6)]
+    _parquet(tmp_path / "some/set/default/train.parquet", [*rows, rows[0]])
+    config = CorpusConfig.model_validate({"path": "some/set", "domain_column": "source", **limits})
+    _, folder = make_passages(Store(tmp_path / "store"), config, 50, tmp_path)
+    summary = corpus_summary(folder)
+    assert (summary.documents, summary.n_bytes) == (7, 700)
+    assert (summary.documents_taken, summary.n_bytes_taken) == (taken, n_bytes)
+    assert summary.n_bytes_taken == Passages(folder).n_bytes.sum()
+    assert summary.limits == counts
+    assert summary.duplicates == (0 if limits.get("domains") == ["b"] else 1)
+
+
+def test_the_summary_of_a_corpus_is_one_line() -> None:
+    summary = CorpusSummary(140, 118_345, 12, 6_012, 2, {"max_bytes": 125, "first_bytes": 1})
+    assert summary.sentence("The corpus set") == (
+        "The corpus set: 6,012 of 118,345 bytes and 12 of 140 documents are taken, 2 are duplicates; "
+        "max_bytes left out 125, first_bytes shortened 1."
+    )
 
 
 def _parquet(path: Path, rows: list[dict[str, str]]) -> None:

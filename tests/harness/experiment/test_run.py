@@ -126,7 +126,7 @@ def test_rows_at_once_do_not_change_the_training(finished: tuple[Config, Path, P
 def test_a_stored_reading_is_what_the_model_says(finished: tuple[Config, Path, Path]) -> None:
     import torch
 
-    from harness.data.corpus import Passages
+    from harness.data.passages import Passages
     from harness.models.checkpoints import load_model
 
     config, root, _ = finished

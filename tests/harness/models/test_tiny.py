@@ -1,8 +1,5 @@
-"""The text that every Python carries, the tokenizers and the models made of it."""
+"""Tokenizers and models that are made of the standard library's text."""
 
-import ast
-import importlib
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +9,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusion.errors import UserError
 from fusion.vocabulary.token_bytes import Vocabulary, byte_ends, encode, prefix_id
+from harness.data.standard_library import LibraryDocument
 from harness.models.tiny import (
-    DOMAINS,
-    TinyDocument,
     TinyModel,
     build_model,
     build_tokenizer,
     make_tokenizer,
-    stdlib_corpus,
     tiny_recipe,
     training_documents,
 )
@@ -37,73 +32,20 @@ DECOMPOSED = "cafe\u0301"
 
 
 @pytest.fixture(scope="module")
-def documents() -> list[TinyDocument]:
-    return MICRO.documents()
-
-
-def test_corpus_has_three_domains_with_three_splits(documents: list[TinyDocument]) -> None:
-    assert Counter((d.domain, d.split) for d in documents).keys() == {
-        (domain, split) for domain in DOMAINS for split in ("train", "validation", "test")
-    }
-    assert [d.name for d in documents] == sorted(d.name for d in documents)
-    assert len({d.text for d in documents}) == len({d.name for d in documents}) == len(documents)
-    for document in documents:
-        assert 300 <= len(document.text.encode()) <= MICRO.max_document_bytes + 1 or document.domain == "manual"
-        assert document.name.startswith(document.domain + "/")
-    assert MICRO.documents("test") == [d for d in documents if d.split == "test"]
-
-
-def test_domains_hold_what_they_say(documents: list[TinyDocument]) -> None:
-    code = "".join(d.text for d in documents if d.domain == "code")
-    assert "import " in code
-    assert not any(line.lstrip().startswith("# ") for line in code.splitlines())
-    for document in documents:
-        if document.domain == "code":
-            tree = ast.parse(document.text)
-            owners = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
-            assert not any(map(ast.get_docstring, owners))
-
-
-def test_corpus_is_the_same_twice(documents: list[TinyDocument]) -> None:
-    stdlib_corpus.cache_clear()
-    assert MICRO.documents() == documents
-
-
-def test_a_larger_corpus_contains_the_smaller(documents: list[TinyDocument]) -> None:
-    larger = stdlib_corpus(20_000, max_document_bytes=MICRO.max_document_bytes, min_test=1)
-    assert set(documents) < set(larger)
+def documents() -> list[LibraryDocument]:
+    return MICRO.corpus.documents()
 
 
 @pytest.mark.slow
-def test_the_whole_corpus_suffices_for_intervals() -> None:
-    documents = tiny_recipe().documents()
-    count = Counter((d.domain, d.split) for d in documents)
-    for domain in DOMAINS:
-        assert count[domain, "test"] >= 25
-        total = sum(count[domain, split] for split in ("train", "validation", "test"))
-        assert 0.7 < count[domain, "train"] / total < 0.9
-    # Topics of the manual overlap: no paragraph of some length may stand on both sides.
-    sides: dict[bool, set[str]] = {True: set(), False: set()}
-    for document in documents:
-        if document.domain == "manual":
-            sides[document.split == "test"].update(p for p in document.text.split("\n\n") if len(p) > 200)
-    assert not sides[True] & sides[False]
-    for model in tiny_recipe().models:
+def test_the_whole_corpus_suffices_for_the_training_text() -> None:
+    recipe = tiny_recipe()
+    documents = recipe.corpus.documents()
+    for model in recipe.models:
         size = sum(len(d.text.encode()) for d in training_documents(model, documents))
         assert model.train_bytes <= size < model.train_bytes * 1.1
 
 
-def test_a_python_without_the_manual_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
-        raise ImportError(name)
-
-    monkeypatch.setattr(importlib, "import_module", missing)
-    stdlib_corpus.cache_clear()
-    with pytest.raises(UserError, match=r"too little text of the domain 'manual' .*0 test documents"):
-        stdlib_corpus(2_000, max_document_bytes=1_000, min_test=1)
-
-
-def test_training_text_has_the_mix(documents: list[TinyDocument]) -> None:
+def test_training_text_has_the_mix(documents: list[LibraryDocument]) -> None:
     for model in MICRO.models:
         chosen = training_documents(model, documents)
         assert {d.split for d in chosen} == {"train"}
@@ -115,7 +57,7 @@ def test_training_text_has_the_mix(documents: list[TinyDocument]) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tokenizers_are_deterministic_and_spell_any_text(name: str, documents: list[TinyDocument]) -> None:
+def test_tokenizers_are_deterministic_and_spell_any_text(name: str, documents: list[LibraryDocument]) -> None:
     model = MICRO.model(name)
     tokenizer = make_tokenizer(model, documents)
     assert len(tokenizer) == model.vocabulary
@@ -129,7 +71,7 @@ def test_tokenizers_are_deterministic_and_spell_any_text(name: str, documents: l
         assert tokenizer.decode(ids) == text
 
 
-def test_tokenizers_are_of_different_families(documents: list[TinyDocument]) -> None:
+def test_tokenizers_are_of_different_families(documents: list[LibraryDocument]) -> None:
     target, coder, reader, teacher = (make_tokenizer(model, documents) for model in MICRO.models)
     assert teacher.backend_tokenizer.to_str() == target.backend_tokenizer.to_str()
     assert target.bos_token_id is not None
@@ -152,7 +94,7 @@ def test_a_vocabulary_too_large_for_the_text() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_saved_folders_load_plainly(name: str, documents: list[TinyDocument], tmp_path: Path) -> None:
+def test_saved_folders_load_plainly(name: str, documents: list[LibraryDocument], tmp_path: Path) -> None:
     tiny = MICRO.model(name)
     tokenizer = make_tokenizer(tiny, documents)
     model = build_model(tiny, tokenizer).eval()
@@ -173,7 +115,7 @@ def test_saved_folders_load_plainly(name: str, documents: list[TinyDocument], tm
     assert reloaded.config.model_type == tiny.architecture
 
 
-def test_models_follow_their_seed_and_leave_the_random_state(documents: list[TinyDocument]) -> None:
+def test_models_follow_their_seed_and_leave_the_random_state(documents: list[LibraryDocument]) -> None:
     tiny = MICRO.model("target")
     tokenizer = make_tokenizer(tiny, documents)
     torch.manual_seed(5)
@@ -187,7 +129,7 @@ def test_models_follow_their_seed_and_leave_the_random_state(documents: list[Tin
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_micro_models_learn(name: str, documents: list[TinyDocument]) -> None:
+def test_micro_models_learn(name: str, documents: list[LibraryDocument]) -> None:
     tiny = MICRO.model(name)
     tokenizer = make_tokenizer(tiny, documents)
     model = build_model(tiny, tokenizer).train()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def file(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "FuseLLM": {"method": "fusellm", "lambda": 0.5},
             "FuseLLM em": {"method": "fusellm", "map": "em"},
         },
-        "corpus": {"path": str(made / "train"), "first_bytes": 500},
+        "corpus": {"path": str(made / "train"), "first_bytes": 400},
         "validation": {"path": str(folder / "validation"), "first_bytes": 80},
         "passages": {"max_bytes": 120},
         "extraction": {"k": 5, "passages_per_shard": 4},
@@ -83,13 +84,14 @@ def test_siblings_are_made_once_and_their_tokens_shown(finished: tuple[Config, P
     assert continued_models.keys() == {"one", "two"}
     fingerprint = Experiment(config, root).model("target").fingerprint
     assert all(manifest["inputs"]["model"] == fingerprint for manifest in continued_models.values())
-    assert config.roles.sources["one"].corpus is not None and config.roles.sources["one"].corpus.first_bytes == 500
+    assert config.roles.sources["one"].corpus is not None and config.roles.sources["one"].corpus.first_bytes == 400
     table = json.loads((folder / "table.json").read_text(encoding="utf-8"))
     notes = "\n".join(table["notes"])
     (log,) = (root / "artifacts" / "continued_model").glob("one-*/log.json")
     tokens = int(json.loads(log.read_text(encoding="utf-8"))[-2]["tokens"])
     assert f"one is llama continued on {tokens:,} tokens of its own text" in notes and "two is llama" in notes
     assert "Tuned: the best of 3 merges tried on validation text" in notes
+    assert re.search(r"The corpus train \(train\): [\d,]+ of [\d,]+ bytes .* first_bytes shortened \d+\.", notes)
     assert {path for path, _ in unused(root)} == set()
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fusion.errors import UserError
-from harness.data.corpus import Passages
+from harness.data.passages import Passages
 from harness.experiment import run as running
 from harness.experiment.context import Experiment
 from harness.experiment.run import candidates, plan

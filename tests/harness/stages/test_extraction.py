@@ -18,7 +18,7 @@ from baselines.fusellm import FuseLLMParameters
 from fusion.alignment.fuse import fuse_sequence
 from fusion.errors import UserError
 from harness.config.loading import load
-from harness.data.corpus import Passages
+from harness.data.passages import Passages
 from harness.data.sequences import PackedSequences
 from harness.experiment import context
 from harness.experiment.headroom import audit

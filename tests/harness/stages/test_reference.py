@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from harness.config.loading import Config, load
-from harness.data.corpus import Passages
+from harness.data.passages import Passages
 from harness.data.sequences import pack
 from harness.experiment import context
 from tests.fusion.tokenizers_for_tests import byte_level, sentencepiece_bpe

@@ -1,0 +1,157 @@
+"""Passages: documents cut at character boundaries, stored as an Arrow file and read through a memory map.
+
+A passage is a document or a part of it, of at most so many bytes whatever the tokenizers are. The passages of a
+document join to its text byte for byte.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from harness.data.corpus import (
+    CorpusConfig,
+    CorpusSummary,
+    Document,
+    content_fingerprint,
+    documents,
+    expected_bytes,
+)
+from harness.store.artifacts import Estimate, Spec, Store, read_manifest
+
+VERSION = 1
+PASSAGES_FILE = "passages.arrow"
+_BATCH = 1024  # passages written at once, so that memory stays bounded
+
+
+def cut(text: str, max_bytes: int) -> list[str]:
+    """Passages of at most `max_bytes` bytes of UTF-8 that join to `text`.
+
+    A cut falls after a line or before a space where there is one in the second half of the passage, since a word cut
+    in two becomes two rare tokens; otherwise it falls between any two characters.
+    """
+    raw = text.encode("utf-8")
+    passages = []
+    start = 0
+    while len(raw) - start > max_bytes:
+        head = raw[start : start + max_bytes].decode("utf-8", errors="ignore").encode("utf-8")
+        at = head.rfind(b"\n") + 1
+        if at <= len(head) // 2:
+            at = head.rfind(b" ", 1)
+        if at <= len(head) // 2:
+            at = len(head)
+        passages.append(head[:at].decode("utf-8"))
+        start += at
+    if start < len(raw):
+        passages.append(raw[start:].decode("utf-8"))
+    return passages
+
+
+class Passages:
+    """A stored list of passages, read through a memory map.
+
+    `n_bytes` int32[N] are the sizes of the passages, `last` bool[N] is True for the last passage of each document.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        import pyarrow as pa
+
+        self._table: pa.Table = pa.ipc.open_file(pa.memory_map(str(folder / PASSAGES_FILE))).read_all()
+        self.n_bytes = self._table["n_bytes"].to_numpy()
+        self.last = self._table["last"].to_numpy()
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def text(self, passage: int) -> str:
+        """The text of a passage, by its index."""
+        return str(self._table["text"][passage].as_py())
+
+    def domain(self, passage: int) -> str:
+        """The domain of the passage's document."""
+        return str(self._table["domain"][passage].as_py())
+
+    def name(self, passage: int) -> str:
+        """The name of the passage's document and the byte at which it starts there, for messages."""
+        return f"{self._table['name'][passage].as_py()} (bytes from {self._table['start'][passage].as_py()})"
+
+    def document_hashes(self) -> set[str]:
+        """SHA-256 of the whole text of each document that a passage is of."""
+        return set(self._table["sha256"].to_pylist())
+
+
+def write_passages(folder: Path, texts: Iterable[Document], max_bytes: int) -> None:
+    """Cuts documents into passages of at most `max_bytes` bytes and writes them to `folder` with bounded memory."""
+    import pyarrow as pa
+
+    schema = pa.schema(
+        [
+            ("document", pa.int32()),
+            ("sha256", pa.string()),
+            ("name", pa.string()),
+            ("domain", pa.string()),
+            ("text", pa.string()),
+            ("start", pa.int64()),
+            ("n_bytes", pa.int32()),
+            ("last", pa.bool_()),
+        ]
+    )
+    with pa.OSFile(str(folder / PASSAGES_FILE), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        rows: list[dict[str, Any]] = []
+        for number, document in enumerate(texts):
+            start = 0
+            parts = cut(document.text, max_bytes)
+            for i, text in enumerate(parts):
+                size = len(text.encode("utf-8"))
+                rows.append(
+                    {
+                        "document": number,
+                        "sha256": document.sha256,
+                        "name": document.name,
+                        "domain": document.domain,
+                        "text": text,
+                        "start": start,
+                        "n_bytes": size,
+                        "last": i + 1 == len(parts),
+                    }
+                )
+                start += size
+            if len(rows) >= _BATCH:
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+                rows = []
+        if rows:
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+
+
+def passages_spec(config: CorpusConfig, max_bytes: int, data_root: Path | None) -> Spec:
+    """What the passages of a corpus are made of: the identity of its text, its limits and the cut (bytes)."""
+    # Optional settings are part of the identity only where they are set.
+    unset = {name for name in ("domains", "domain_bytes") if getattr(config, name) is None}
+    params = config.model_dump(exclude={"path", "expected_bytes", *unset}) | {"max_passage_bytes": max_bytes}
+    content = content_fingerprint(config, data_root)
+    return Spec("passages", Path(config.path).name, VERSION, {"text": content}, params, {"path": config.path})
+
+
+def make_passages(store: Store, config: CorpusConfig, max_bytes: int, data_root: Path | None) -> tuple[Spec, Path]:
+    """The corpus cut into passages of at most `max_bytes` bytes, as an artifact.
+
+    Its manifest holds how much of the corpus was taken (see `corpus_summary`).
+    """
+    spec = passages_spec(config, max_bytes, data_root)
+
+    def build(folder: Path) -> dict[str, Any]:
+        summary = CorpusSummary()
+        write_passages(folder, documents(config, data_root, summary), max_bytes)
+        return {"corpus": summary.to_json()}
+
+    size = expected_bytes(config, data_root)
+    return spec, store.ensure(spec, build, Estimate(disk=1.2 * size, seconds=size / 5e6))
+
+
+def corpus_summary(folder: Path) -> CorpusSummary:
+    """How much of its corpus the passages in `folder` were cut from. Raises UserError for a damaged manifest."""
+    return CorpusSummary(**read_manifest(folder)["info"]["corpus"])
+
+
+def corpus_sentence(config: CorpusConfig, folder: Path) -> str:
+    """One line for the user: how much of the corpus the passages in `folder` were cut from, and what limited it."""
+    return corpus_summary(folder).sentence(f"The corpus {Path(config.path).name} ({config.split})")
