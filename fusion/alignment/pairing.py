@@ -1,6 +1,6 @@
 """Pairing: which position of a source is aligned with each position of the target in the same passage.
 
-A position stands for the distribution of what follows the tokens up to it. Position 0 is the prefix token.
+A position holds the distribution over what follows the tokens up to it. Position 0 is the prefix token.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Alignment(Protocol):
     """From two tokenisations of a passage to int32[Mt]: the source position aligned with each target position, or -1.
 
     `source_tokens[Ms]`, `target_tokens[Mt]` are ids, prefix first; `source_ends`, `target_ends` the byte ends of the
-    same positions (-1 where unknown); `vocabulary_map[Vs]` the target id of every source id (-1 nothing,
-    -2 not computed).
+    same positions (-1 where unknown); `vocabulary_map[Vs]` the target id of every source id (-1 nothing, -2 not
+    computed).
     """
 
     def __call__(
@@ -44,9 +44,9 @@ ALIGNMENTS: Registry[Alignment] = Registry("alignment", "fusellm.alignments")
 def same_end(source_ends: np.ndarray, target_ends: np.ndarray) -> np.ndarray:
     """int32[Mt]: the source position whose prefix ends at the same byte, or -1.
 
-    What a model predicts depends on nothing but the text before, so equal ends mean the same question. Both arrays
-    ascend but for the -1 of unknown ends, which never pair. Of several source positions with one end (zero-length
-    tokens) the last serves: only its next token brings new text.
+    A prediction depends on nothing but the text before it, so equal byte ends mean predictions of the same text. Both
+    arrays ascend except for unknown ends (-1), which never pair. Of several source positions with one end (zero-length
+    tokens) the last is taken: only its next token adds text.
     """
     known = np.flatnonzero(source_ends >= 0)
     ends = source_ends[known]
@@ -75,11 +75,11 @@ def _same_end(
 def _path(cost: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """int32[L, 2]: the cheapest warping path over cost[rows[i], columns[j]], from its end to (0, 0).
 
-    total[i, j] = cost[i, j] + min(total[i - 1, j - 1], total[i - 1, j], total[i, j - 1]) is a chain along the row,
-    each cell waiting for the one before. With spent[j], what the row costs before column j, it is a running minimum:
-    total[j] = spent[j + 1] + min over k <= j of entered[k], where entered[k], the least of diagonal and up less
-    spent[k], stands for a path that comes into the row at column k. And a minimum can be taken in parts: the columns
-    are dealt to lanes, the first W to lane 0, the next W to lane 1, which all run at once and are put together after.
+    total[i, j] = cost[i, j] + min(total[i - 1, j - 1], total[i - 1, j], total[i, j - 1]) is a chain along a row in
+    which each cell needs the one before. With spent[j], the cost of the row before column j, it becomes a running
+    minimum: total[j] = spent[j + 1] + min over k <= j of entered[k], where entered[k], the lesser of diagonal and up
+    minus spent[k], is the cost of a path that enters the row at column k. A minimum can be computed in parts: the first
+    W columns go to lane 0, the next W to lane 1, and so on; all lanes run at once and are combined afterwards.
     """
     n, m = len(rows), len(columns)
     width = (m + _LANES - 1) // _LANES
@@ -172,14 +172,15 @@ def dtw(
     target_vocabulary: Vocabulary,
     vocabulary_map: np.ndarray,
 ) -> np.ndarray:
-    """int32[Mt]: the published pairing, one-to-one by dynamic time warping and equal or mapped onto each other.
+    """int32[Mt]: the published pairing, one-to-one by dynamic time warping and with strings equal or mapped onto each
+    other.
 
-    A target position is served when the warping path pairs exactly one source position with it and that token's string,
-    its space mark replaced, equals the target token's or maps onto it. Where a byte-level source meets a target whose
-    first token begins with the space mark (a dummy prefix), the missing mark is added: the published code does so for
-    GPT-2's and GPT-NeoX's tokenizer classes, which are all the byte-level ones that it knows. Prefix tokens, which it
-    did not have, pair with each other and stay outside of the path. Byte ends are not used. UserError where a lazy map
-    lacks an id it is asked for (see `consulted_ids`).
+    A target position is aligned when the warping path pairs exactly one source position with it and that token's
+    string, its space mark replaced, equals the target token's or maps onto it. Where a byte-level source meets a target
+    whose first token begins with the space mark (a dummy prefix), the missing mark is added: the published code does so
+    for GPT-2's and GPT-NeoX's tokenizer classes, the only byte-level ones it knows. Prefix tokens, which it does not
+    have, pair with each other outside the path. Byte ends are not used. Raises UserError where a lazy map lacks an id
+    that is needed (see `consulted_ids`).
     """
     pairs = np.full(len(target_tokens), -1, dtype=np.int32)
     source, target = source_tokens.tolist(), target_tokens.tolist()

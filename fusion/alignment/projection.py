@@ -1,7 +1,8 @@
-"""From a source's top-k entries to complete distributions over the target vocabulary, one per target position.
+"""Projection: from a source's top-k entries to complete distributions over the target vocabulary, one a target
+position.
 
-Everything is an integer gather through the vocabulary map and a scan over the few entries of a row: no dense
-[T, V] array and no Python loop over positions.
+Everything is an integer gather through the vocabulary map and a scan over the few entries of a position: there is no
+dense [T, V] array and no Python loop over positions.
 """
 
 from collections.abc import Callable

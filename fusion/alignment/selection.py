@@ -1,14 +1,14 @@
 """Selection among sources: cross-entropies by stretch of text, and the fusion functions that use them.
 
-MinCE takes, of all distributions, the one whose cross-entropy against the gold text is least; AvgCE averages them with
-weights that fall with cross-entropy (arXiv 2401.10491, section 3.3). A fusion function is registered by name:
+MinCE selects the distribution whose cross-entropy against the gold text is least; AvgCE averages all with weights that
+fall with cross-entropy (arXiv 2401.10491, section 3.3). A fusion function is registered by name:
 
     @FUSIONS.register("mince", reference="arXiv 2401.10491, MinCE")
-    def mince(members, evidence, switches): -> (Sparse, which[N])
+    def mince(members, scores, switches): -> (Sparse, selected[N])
 
 `members` are the S sources' complete distributions over the same N positions. A member without entries and tail at a
-position has no distribution there. `selected[N]` is the chosen member of each position, `MIXTURE` where there is no
-one.
+position has no distribution there. `selected[N]` is the index of the selected member at each position, `MIXTURE` for an
+average.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class SourceScores:
     """int64[N], the unit of each target position."""
 
     def nats_per_byte(self) -> np.ndarray:
-        """float64[S, U] nats per byte of text, which does not depend on how a tokenizer cuts it."""
+        """float64[S, U]: nats per byte of text, which does not depend on the tokenizer."""
         return self.nats / np.maximum(self.n_bytes, 1)
 
     def rewards(self) -> np.ndarray:
-        """float32[S, U] exp(-CE) in bfloat16, CE the mean nats per token of the source's own tokenizer.
+        """float32[S, U]: exp(-CE) in bfloat16, CE the mean nats per token of the source's own tokenizer.
 
-        CE is rounded too, as the published code does: sources that differ by less than its spacing are tied.
+        CE is rounded as well, as in the published code: sources that differ by less than its spacing are tied.
         """
         mean = to_bfloat16(self.nats / np.maximum(self.tokens, 1))
         return to_bfloat16(np.exp(-mean.astype(np.float64)))
@@ -68,8 +68,8 @@ def mince(members: Sequence[Sparse], scores: SourceScores, switches: Switches) -
     """The distributions of the source with the least cross-entropy in each unit.
 
     `select_by: nats_per_byte` compares float32 and breaks ties by name; `mean_ce_bfloat16` compares rewards and breaks
-    ties by the order of the sources. At `select_over: token` the selection sees the gold token itself, so
-    that the targets drift towards the gold text and the loss towards that of plain language modelling.
+    ties by the order of the sources. With `select_over: token` the selection sees the gold token itself, so that the
+    targets drift towards the gold text and the loss towards that of plain language modelling.
     """
     if switches.select_by == "nats_per_byte":
         by_name = np.argsort(scores.names)
@@ -88,7 +88,7 @@ def avgce(members: Sequence[Sparse], scores: SourceScores, switches: Switches) -
 
     `weights: nats_per_byte` is softmax(-CE / weight_temperature) of CE in nats per byte; `exp_ce` is softmax(exp(-CE))
     of the bfloat16 rewards, which lie in (0, 1), so that no weight is more than e times another. Where a source has no
-    distribution, or has not read the unit, the weights of the others are scaled to 1.
+    distribution, or skipped the unit, the weights of the others are renormalised.
     """
     if switches.weights == "nats_per_byte":
         score = -scores.nats_per_byte() / switches.weight_temperature
@@ -102,10 +102,10 @@ def avgce(members: Sequence[Sparse], scores: SourceScores, switches: Switches) -
 
 
 def mix(members: Sequence[Sparse], weight: np.ndarray) -> Sparse:
-    """The mixture with `weight[S, N]`, scaled to sum 1 over the members that have a distribution at a position.
+    """The mixture with `weight[S, N]`, normalised over the members that have a distribution at a position.
 
-    Entries come in the order in which the members name them; the tail is the weighted tail. The tails' mass is
-    not split: an id that one member names and another keeps in its tail has the first one's part only.
+    Entries are in the order in which the members list them; the tail is the weighted tail. The mass of tails is not
+    split: an id that one member lists and another has in its tail gets the first one's share only.
     """
     ids, p, tail = _stack(members)
     weight = weight * ((p > 0).any(axis=2) | (tail > 0))
@@ -159,14 +159,14 @@ def score_sources(
     names: tuple[str, ...],
     select_over: str,
 ) -> SourceScores:
-    """Sum the sources' nats over the units of a sequence.
+    """Sums the sources' nats over the units of a sequence.
 
-    A source's nats are those of all its own tokens, whether or not their positions are paired with the target's, and
-    infinite for a passage that is skipped, so that it takes no part there and the others' choice is among themselves.
-    At `select_over: token` the segments lie between consecutive byte ends that all sources and the target have in
-    common. A position belongs to the segment that its byte end begins, for its distribution and its nats are about the
-    text that follows, and no source's token reaches over a common end. A passage's last position goes with the last
-    segment; so do all positions from where some model's ends are -1, which nothing tells apart any more.
+    A source's nats are those of all its own tokens, whether or not their positions are aligned with the target's, and
+    infinite for a passage that it skipped, so that the selection is among the others. With `select_over: token` a
+    segment lies between consecutive byte ends that all sources and the target share. A position belongs to the segment
+    that begins at its byte end, since its distribution and its nats are about the text that follows, and no source's
+    token crosses a shared end. A passage's last position belongs to the last segment; so do all positions from where
+    some model's ends are -1.
 
     Args:
         passages: for each passage the predictions of the S sources, in the order of `names`.
@@ -222,7 +222,7 @@ def segment_of(predictions: Predictions, starts: np.ndarray) -> np.ndarray:
 
 
 def to_bfloat16(x: np.ndarray) -> np.ndarray:
-    """Round to the nearest bfloat16, ties to even, and give it back as float32. Finite numbers only."""
+    """Rounds to the nearest bfloat16, ties to even, and returns float32. Finite numbers only."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     return (rounded & np.uint32(0xFFFF0000)).view(np.float32)

@@ -1,4 +1,4 @@
-"""Decoding many sequences at once: what begins alike is read once, and who has ended makes room for the next."""
+"""Decoding many sequences at once: common prefixes are computed once, and a finished sequence makes room for the next."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -9,17 +9,18 @@ from torch import Tensor
 from fusion.inference.prefix_cache import DecodingBatch, PrefixCachedModel
 from fusion.inference.prefix_tree import Branching, common_prefix_length
 
-MIN_SHARED_TOKENS = 16  # tokens in common that are worth a stem
+MIN_SHARED_TOKENS = 16  # a shorter common prefix is not worth caching
 
 Choose = Callable[[Sequence[int], Tensor], Sequence[int | None]]
 """choose(numbers of n sequences, logits[n, V]) -> the next token of each, None where it has ended."""
 
 
 def group_by_prefix(sequences: Sequence[Sequence[int]]) -> list[tuple[int, list[int]]]:
-    """Sequences that begin alike: (tokens in common, their numbers), in lexicographic order.
+    """Groups of sequences with a common prefix: (length of the prefix in tokens, sequence numbers), in lexicographic
+    order.
 
-    A sequence joins a family when it shares at least half of what the family has in common; the last token is never in
-    common, since what follows it is to be predicted. A family that is not worth a stem has 0 in common.
+    A sequence joins the current group when it shares at least half of the group's prefix. The last token never belongs
+    to the prefix, since its successor is to be predicted. A group whose prefix is too short to be cached has length 0.
     """
     found: list[tuple[int, list[int]]] = []
     for number in sorted(range(len(sequences)), key=lambda i: tuple(sequences[i])):
@@ -35,7 +36,7 @@ def group_by_prefix(sequences: Sequence[Sequence[int]]) -> list[tuple[int, list[
 
 
 def pack_consecutive(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Consecutive indices whose `sizes` add up to at most `limit`; what is larger stands alone."""
+    """Consecutive indices whose `sizes` add up to at most `limit`; a larger one is alone in its pack."""
     found: list[list[int]] = []
     room = 0
     for index, size in enumerate(sizes):
@@ -49,24 +50,26 @@ def pack_consecutive(sizes: Sequence[int], limit: int) -> list[list[int]]:
 
 @dataclass(eq=False)
 class _PrefixGroup:
-    """Sequences that continue one stem; `members` and `tokens` are those under way, in the order of `rows`."""
+    """Sequences that continue one cached prefix; `members` and `tokens` are those being decoded, in the order of
+    `rows`.
+    """
 
     common: int
     size: int
     rows: DecodingBatch | None = None
     members: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
-    """The last token of each, which is still to be read."""
+    """The last token of each sequence, whose successor the next step predicts."""
 
     def prefill(self, reader: PrefixCachedModel, prompt: Sequence[int], room: int) -> DecodingBatch:
-        """The rows; what is in common is read when the first of them comes."""
+        """The decoding batch; the common prefix is computed when the first sequence of the group is admitted."""
         if self.rows is None:
             cached = reader.prefill([Branching(prompt[: self.common])])[1][0] if self.common else None
             self.rows = DecodingBatch(cached, min(room, self.size))
         return self.rows
 
     def settle(self, chosen: Sequence[int | None]) -> None:
-        """Takes the next tokens, in the order of the rows; rows that have ended leave."""
+        """Appends the chosen tokens in the order of the sequences; sequences that have ended are removed."""
         assert self.rows is not None
         for row in reversed(range(len(chosen))):
             token = chosen[row]
@@ -85,9 +88,9 @@ class _PrefixGroup:
 def decode(
     reader: PrefixCachedModel, prompts: Sequence[Sequence[int]], choose: Choose, *, rows: int, batch_tokens: int
 ) -> None:
-    """Continues every prompt until `choose` ends it; at most `rows` at one time, the longest of a family first.
+    """Continues every prompt until `choose` ends it; at most `rows` at once, the longest of a group first.
 
-    `batch_tokens` bounds the prompt tokens of one call. A sequence's logits do not depend on the others, but for
+    `batch_tokens` bounds the prompt tokens of one call. A sequence's logits do not depend on the others, except for
     rounding.
     """
     alone = _PrefixGroup(0, 0)  # what has nothing in common with anything is one family, too
@@ -124,7 +127,7 @@ def _admit(
     room: int,
     batch_tokens: int,
 ) -> None:
-    """Reads the prompts of some sequences, after what they have in common, and chooses their first tokens."""
+    """Computes the prompts of some sequences after their common prefixes and chooses their first tokens."""
     for pack in pack_consecutive([len(prompts[number]) - family.common for family, number in some], batch_tokens):
         part = [(*some[i], some[i][0].prefill(reader, prompts[some[i][1]], room)) for i in pack]
         branchings = [Branching(prompts[number][family.common :], rows.cached) for family, number, rows in part]

@@ -1,10 +1,10 @@
-"""Several models that answer as one: at every position the mean of their distributions over the next token.
+"""Ensembles: at every position the weighted mean of several models' next-token distributions.
 
-Models with one tokenizer read the same tokens, each with its own keys and values. A model with another tokenizer reads
-the text so far as it would write it itself, never text to come, so that what it says of a text is what it would have
-said while writing it; its distribution is carried into the vocabulary of the pivot, the model whose tokens the ensemble
-reads and writes. Where the text ends within a token of its own, what that token would go on with counts, too
-(`fusion.inference.token_healing`). One model's logits exist at a time, beside the mean of those before.
+Models with one tokenizer get the same tokens, each with its own keys and values. A model with another tokenizer
+re-tokenizes the text so far (never text to come), so that its distribution for a text equals the one it would give
+while generating it; its distribution is projected onto the vocabulary of the pivot, the model whose tokens the ensemble
+reads and writes. Where the text ends inside a token of its own, the continuations of that token count as well
+(`fusion.inference.token_healing`). The logits of one model exist at a time, beside the running mean.
 """
 
 import math
@@ -35,9 +35,9 @@ _ESCAPED = 0xDC00  # where Python's surrogateescape puts a byte that is no text
 def mean(parts: Iterable[Tensor], weights: Sequence[float], combine: Combine = "probabilities") -> Tensor:
     """Log-probabilities float32[n, V]: the weighted mean of the distributions given by logits[n, at least V] each.
 
-    V is the first part's; of logits beyond it nothing is taken. The weights are positive and sum to 1.
-    `probabilities` is the arithmetic mean, `logits` the geometric one, scaled to sum to 1. Where a part knows nothing
-    (all its logits are -inf), the mean is that of the others.
+    V is the first part's vocabulary size; logits beyond it are ignored. The weights are positive and sum to 1.
+    `probabilities` is the arithmetic mean, `logits` the geometric mean, normalised. Where all logits of a part are
+    -inf, the mean is that of the others.
     """
     given = iter(parts)
     total = None
@@ -50,7 +50,7 @@ def mean(parts: Iterable[Tensor], weights: Sequence[float], combine: Combine = "
 
 
 def _added(total: Tensor | None, logits: Tensor, weight: float, combine: Combine) -> Tensor:
-    """The running sum float32[n, V] with logits[n, at least V], in place; a new one where there is none."""
+    """The running sum float32[n, V] plus logits[n, at least V], in place; a new sum where there is none."""
     if total is None:
         start = -torch.inf if combine == "probabilities" else 0.0
         total = torch.full(logits.shape, start, dtype=torch.float32, device=logits.device)
@@ -65,7 +65,7 @@ def _added(total: Tensor | None, logits: Tensor, weight: float, combine: Combine
 
 
 class CrossTokenizerMember:
-    """A model with a tokenizer of its own, asked in the pivot's tokens and answering in them."""
+    """A member of an ensemble with a tokenizer of its own; its inputs and outputs are the pivot's tokens."""
 
     def __init__(
         self,
@@ -80,8 +80,8 @@ class CrossTokenizerMember:
         label: str,
         overlaps: int = MOST,
     ) -> None:
-        """`vocabulary_map`: int64[V] the pivot's id of each of the model's, negative for none; `prefix`: its bos, else
-        its eos; `encode_pivot` and `overlaps`: see `fusion.inference.token_healing`.
+        """`vocabulary_map`: int64[V], the pivot's id of each of the model's ids, negative for none; `prefix`: its bos,
+        else its eos; `encode_pivot` and `overlaps`: see `fusion.inference.token_healing`.
         """
         self.reader = reader
         self._tokenizer = tokenizer
@@ -98,14 +98,14 @@ class CrossTokenizerMember:
         self._of_control = {i: own.get(i, vocabulary.ids.get(pivot.tokens[i])) for i in pivot.control}
         self._healing = TokenHealing(vocabulary, pivot, encode_pivot, most=overlaps, device=reader.device)
         self.widest = (1 + overlaps) * reader.vocabulary
-        """Logits that one text may need."""
+        """The largest number of logits that one text may need."""
 
     def read(
         self, asked: Sequence[Sequence[Sequence[int]]], started: Sequence[CachedPrefix | None]
     ) -> tuple[Tensor, list[CachedPrefix]]:
-        """Log-probabilities float32[n, V of the pivot] after each of the n texts asked for, and stems to go on from.
+        """Log-probabilities float32[n, V of the pivot] after each of the n texts, and cached prefixes to continue from.
 
-        A group of texts continues what `started` has read of it; its stem is that of its last text.
+        A group of texts continues its entry of `started`; the new cached prefix of a group is that of its last text.
         """
         found = self.encode([text for texts in asked for text in texts])
         ends = [
@@ -140,17 +140,17 @@ class CrossTokenizerMember:
         return self._carried(logits, ends), cached_prefixes
 
     def encode(self, texts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """The model's own tokens of texts in the pivot's tokens; never none.
+        """The model's own tokens of texts given in the pivot's tokens; at least one token each.
 
-        Its bos goes before a text that begins with a control token of the pivot's, and where its tokenizer always puts
-        one. Of bytes that are no characters yet those are read that it has tokens for.
+        The model's bos precedes a text that begins with a control token of the pivot, and every text where the
+        tokenizer always adds it. Incomplete UTF-8 bytes become byte tokens where the model has them.
         """
         parts = [self._parts(text) for text in texts]
         written = iter(encode_all(self._tokenizer, [part for some in parts for part in some if isinstance(part, str)]))
         return [[i for part in some for i in (next(written) if isinstance(part, str) else [part])] for some in parts]
 
     def _parts(self, text: Sequence[int]) -> list[str | int]:
-        """Strings that are still to be encoded, and tokens of the model between them."""
+        """The parts of a text: strings that are still to be encoded, and ids of the model between them."""
         spellings = self._pivot.token_bytes
         start = next((n for n, i in enumerate(text) if spellings[i] is not None), len(text))
         found: list[str | int] = [self._prefix] if start or self._always else []
@@ -181,7 +181,9 @@ class CrossTokenizerMember:
         return found
 
     def _carried(self, logits: Tensor, ends: Sequence["_End"]) -> Tensor:
-        """Log-probabilities float32[n, V of the pivot] by the map: duplicates summed, what maps to nothing left out."""
+        """Log-probabilities float32[n, V of the pivot] through the map: duplicates are summed, unmapped ids are left
+        out.
+        """
         carried = torch.zeros(len(ends), len(self._pivot), device=logits.device)
         totals = torch.cat([rows.float().logsumexp(-1) for rows in logits.split(_ROWS)])
         for start in range(0, len(ends), _ROWS):
@@ -197,12 +199,12 @@ class CrossTokenizerMember:
 
 @dataclass
 class _End:
-    """The end of a text in a model's own tokens, and what covers the last 1, 2, ... of these."""
+    """The end of a text in a model's own tokens, and the tokens that cover its last 1, 2, ... tokens."""
 
     own: list[int]
     covering_tokens: list[CoveringTokens]
     at: list[int] = field(default_factory=list)
-    """Rows of the logits after all tokens, and after all but the last 1, 2, ..."""
+    """Rows of the logits after all tokens, and after all but the last 1, 2, ... tokens."""
 
     @property
     def rows(self) -> int:
@@ -210,7 +212,7 @@ class _End:
 
 
 def _rows(tree: PrefixTree, ends: Sequence[_End], first: int) -> list[int]:
-    """The tokens of the tree whose logits are wanted, each once; where they will be, from `first`, is noted."""
+    """The tree's tokens whose logits are wanted, each once; their rows, counted from `first`, are written into `ends`."""
     wanted: dict[int, int] = {}
     for node, end in zip(tree.ends, ends, strict=True):
         for _ in range(end.rows):
@@ -220,7 +222,7 @@ def _rows(tree: PrefixTree, ends: Sequence[_End], first: int) -> list[int]:
 
 
 def _add_covers(row: Tensor, logits: Tensor, totals: Tensor, end: _End) -> None:
-    """What comes next, float32[V of the pivot], where the text may also end within a token: in place."""
+    """Adds, in place, the next-token probabilities float32[V of the pivot] of texts that end inside a token."""
     # Against all that begins with the text's own tokens, a longer one in their place weighs its probability by theirs.
     theirs = torch.zeros((), device=row.device)
     weights = []
@@ -235,7 +237,7 @@ def _add_covers(row: Tensor, logits: Tensor, totals: Tensor, end: _End) -> None:
 
 
 def _extended_prefix(before: CachedPrefix | None, tree: PrefixTree, read: CachedPrefix) -> CachedPrefix:
-    """The stem of a tree's last sequence, with what it continues."""
+    """The cached prefix of a tree's last sequence, joined to the prefix that it continues."""
     path = tree.path(tree.ends[-1])
     keys, values = ([x[:, path] for x in kept] for kept in (read.keys, read.values))
     cached = CachedPrefix(len(path), keys, values, tuple(tree.text(path[-1])))
@@ -243,7 +245,7 @@ def _extended_prefix(before: CachedPrefix | None, tree: PrefixTree, read: Cached
 
 
 class PrefixCachedEnsemble(PrefixCachedModel):
-    """Models read as one (see the module): logits are the log-probabilities of their mean, in float32."""
+    """An ensemble with cached prefixes: its logits are the log-probabilities of the members' mean, in float32."""
 
     def __init__(
         self,
@@ -251,10 +253,10 @@ class PrefixCachedEnsemble(PrefixCachedModel):
         translated: Sequence[tuple[CrossTokenizerMember, float]] = (),
         combine: Combine = "probabilities",
     ) -> None:
-        """Readers and weights of the models that share the pivot's tokenizer, and of those that do not.
+        """Models and weights of the members that share the pivot's tokenizer, and of those that do not.
 
-        Where the former have vocabularies of several sizes (rows without a token), the smallest is the ensemble's.
-        Weights are positive; their shares count. Raises UserError for a mean of logits across vocabularies.
+        Where the former have vocabularies of several sizes (unused embedding rows), the smallest is the ensemble's.
+        Weights are positive and are normalised. Raises UserError for a mean of logits across vocabularies.
         """
         total = sum(weight for _, weight in [*members, *translated])
         weights = [weight / total for _, weight in [*members, *translated]]
@@ -329,7 +331,7 @@ class PrefixCachedEnsemble(PrefixCachedModel):
     def _joined(
         self, logits: Tensor, texts: Sequence[Sequence[Sequence[int]]], started: Sequence[Sequence[CachedPrefix]]
     ) -> tuple[Tensor, list[list[CachedPrefix]]]:
-        """The mean with what the others say after the texts, and what they have read now, by group and model."""
+        """The mean over all members after the texts, and the members' new cached prefixes, by group and member."""
         cached_prefixes: list[list[CachedPrefix]] = [[] for _ in texts]
         if not self._members:
             return logits, cached_prefixes

@@ -1,4 +1,4 @@
-"""Perplexity of whole documents that may be longer than a model's window: summed nats, every token scored once."""
+"""Log-likelihood of whole documents that may be longer than a model's window: summed nats, every token scored once."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ DENSE_LOGITS = 2**28  # the same for a model that gives its logits only whole: 1
 
 @dataclass(frozen=True)
 class Window:
-    """Of a document's sequence `[prefix] + tokens`, the model reads `[start, end)`.
+    """One forward pass over `[start, end)` of a document's sequence `[prefix] + tokens`.
 
-    Scored are the tokens at `(scored_from, end]` of the sequence, each by the position before it.
+    The tokens at `(scored_from, end]` of the sequence are scored, each by the position before it.
     """
 
     start: int
@@ -34,12 +34,13 @@ class Window:
 
 
 def windows(length: int, *, window: int, stride: int) -> list[Window]:
-    """The windows in which a document of `length` tokens is scored; every token in exactly one, none where it is empty.
+    """The windows in which a document of `length` tokens is scored; every token in exactly one, none for an empty
+    document.
 
-    Each but the first scores at most `stride` new tokens, and reads as much before them as fits into `window` tokens:
+    Every window but the first scores at most `stride` new tokens after as much context as fits into `window` tokens:
     the first new token is predicted from `window - stride + 1` tokens or more. At `stride = window` these are lm-eval's
     rolling windows (`get_rolling_token_windows` with `context_len=1`, then `make_disjoint_window`), the last of which
-    looks back as far as it can, too.
+    also has as much context as fits.
     """
     result: list[Window] = []
     scored = 0
@@ -51,9 +52,9 @@ def windows(length: int, *, window: int, stride: int) -> list[Window]:
 
 
 def window_stride(mode: str, window: int, stride: int | None) -> int:
-    """New tokens a window: `window` if `rolling`; if `strided`, `stride` (default and most `window // 2`).
+    """New tokens per window: `window` for `rolling`; for `strided`, `stride` (default and maximum `window // 2`).
 
-    Raises UserError on an unknown mode and on a stride that does not go with it.
+    Raises UserError for an unknown mode and for a stride that the mode does not allow.
     """
     if mode == "rolling":
         if window < 1 or stride not in (None, window):
@@ -188,7 +189,7 @@ def _ensemble_nats(reader: PrefixCachedEnsemble, jobs: Sequence[tuple[np.ndarray
 
 
 def _in_parts(reader: PrefixCachedEnsemble, tokens: Sequence[int], first: int, chunk: int) -> torch.Tensor:
-    """The nats of tokens[first + 1 :], of which `chunk` are scored at one time."""
+    """The nats of tokens[first + 1 :], computed `chunk` positions at a time."""
     cached: CachedPrefix | None = None
     found = []
     for start, end in pairwise([*([0] if first else []), *range(first, len(tokens) - 1, chunk), len(tokens) - 1]):
@@ -212,7 +213,7 @@ def _token_nats(
     device: torch.device,
     chunk: int,
 ) -> list[np.ndarray]:
-    """float64 nats of the scored tokens of each (sequence, window), read as one batch padded on the right.
+    """float64 nats of the scored tokens of each (sequence, window), computed as one batch padded on the right.
 
     Logits exist for `chunk` positions at a time, in float32.
     """

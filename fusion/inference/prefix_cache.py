@@ -1,11 +1,12 @@
-"""Reading sequences that begin alike: what they share is read once, and its keys and values are kept once.
+"""Forward passes over sequences with common prefixes: a prefix is computed once, and its keys and values are kept once.
 
-All new tokens of a call lie in one row without padding, and attention is computed here, run by run, through
-transformers' registry of attention functions. So a prefix is never copied to the sequences that continue it, windows
-and caches of any layer are a matter of positions alone, and what a run gives does not depend on what is read beside it
-(but for rounding). Whether all that holds for the model at hand is not assumed but tried, at start-up.
+All new tokens of a call lie in one unpadded row, and attention is computed here, sequence by sequence, through
+transformers' registry of attention functions. A prefix is therefore never copied to the sequences that continue it,
+sliding windows and caches of any layer follow from positions alone, and the result for a sequence does not depend on
+what else is in the call (except for rounding). Whether all that holds for the model at hand is tested at start-up, not
+assumed.
 
-Decoding against a prefix that is kept once: Juravsky et al. 2024, Hydragen (arXiv 2402.05099).
+Decoding against a prefix that is stored once: Juravsky et al. 2024, Hydragen (arXiv 2402.05099).
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,21 +25,21 @@ _GROWTH = 128  # positions by which a row's memory grows
 
 
 class UnsupportedModel(Exception):
-    """The model at hand cannot be read this way; the message says why."""
+    """Raised for a model whose logits cannot be computed this way; the message gives the reason."""
 
 
 class DecodingBatch:
-    """At most `room` sequences that continue one stem, to which every step adds one token each."""
+    """At most `room` sequences that continue one cached prefix; every decoding step appends one token to each."""
 
     def __init__(self, cached: CachedPrefix | None, room: int) -> None:
         self.cached = cached
         self._room = room
         self.lengths: list[int] = []
-        """Of each row: the tokens after the stem whose keys and values are kept."""
+        """Of each sequence: the number of tokens after the cached prefix whose keys and values are stored."""
         self.keys: list[Tensor] = []  # a layer: [rows, H, capacity, D], more of both than are in use
         self.values: list[Tensor] = []
         self.tokens: list[list[int]] = []
-        """Of each row: all tokens from the beginning of the text."""
+        """Of each sequence: all tokens from the beginning of the text."""
         self.member_prefixes: list[list[CachedPrefix]] = []
 
     def __len__(self) -> int:
@@ -46,11 +47,11 @@ class DecodingBatch:
 
     @property
     def start(self) -> int:
-        """The position of the first token after the stem."""
+        """The position of the first token after the cached prefix."""
         return self.cached.length if self.cached else 0
 
     def add(self, started: CachedPrefix) -> None:
-        """A row whose tokens so far (after the stem) are `started`."""
+        """Adds a sequence whose tokens after the cached prefix are `started`."""
         n = len(self)
         if not self.keys:
             self.keys = [k.new_zeros(self._room, k.shape[0], 0, k.shape[2]) for k in started.keys]
@@ -63,7 +64,7 @@ class DecodingBatch:
         self.member_prefixes.append(list(started.member_prefixes))
 
     def drop(self, row: int) -> None:
-        """Forgets a row; the last one takes its number."""
+        """Removes a sequence; the last one takes its index."""
         last = len(self) - 1
         if row != last:
             for kept in [*self.keys, *self.values]:
@@ -74,7 +75,7 @@ class DecodingBatch:
             notes.pop()
 
     def reserve(self, positions: int) -> None:
-        """Room for so many tokens of every row."""
+        """Makes room for `positions` tokens of every sequence."""
         if positions <= self.keys[0].shape[2]:
             return
         for tensors in (self.keys, self.values):
@@ -86,7 +87,7 @@ class DecodingBatch:
 
 
 class _PrefillAttention:
-    """The attention of runs read side by side."""
+    """Attention of several branchings or trees computed side by side in one call."""
 
     def __init__(self, branchings: "Sequence[Branching | PrefixTree]", device: torch.device, *, keep: bool) -> None:
         self._branchings = branchings
@@ -98,7 +99,7 @@ class _PrefillAttention:
         self.kept: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in branchings]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-        """out[A, T, D] of q[A, T, D], k[H, T, D], v[H, T, D]; A is a multiple of H."""
+        """out[A, T, D] of q[A, T, D], k[H, T, D], v[H, T, D]; A is a multiple of H (grouped queries)."""
         out = q.new_empty(*q.shape[:2], v.shape[2])
         attention = nn.functional.scaled_dot_product_attention
         heads, group = k.shape[0], q.shape[0] // k.shape[0]
@@ -130,7 +131,7 @@ class _PrefillAttention:
 
 
 class _DecodeAttention:
-    """The attention of one more token of every row."""
+    """Attention of one more token of every sequence of the decoding batches."""
 
     def __init__(self, groups: Sequence[DecodingBatch], device: torch.device) -> None:
         self._groups = groups
@@ -138,7 +139,7 @@ class _DecodeAttention:
         self._hidden: dict[tuple[int, int | None], Tensor] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-        """out[A, N, D] of q[A, N, D], k[H, N, D], v[H, N, D], N being the rows of all groups."""
+        """out[A, N, D] of q[A, N, D], k[H, N, D], v[H, N, D], N being the sequences of all batches."""
         out = q.new_empty(*q.shape[:2], v.shape[2])
         start = 0
         for number, rows in enumerate(self._groups):
@@ -169,8 +170,8 @@ class _DecodeAttention:
         own_p = p[..., rows.start :].permute(2, 0, 1, 3)
         out = (own_p @ values[:n, :, :end]).permute(1, 2, 0, 3)
         if rows.cached is not None:
-            of_stem = p[..., : rows.start].flatten(1, 2) @ rows.cached.values[layer]
-            out = out + of_stem.unflatten(1, (group, n))
+            of_prefix = p[..., : rows.start].flatten(1, 2) @ rows.cached.values[layer]
+            out = out + of_prefix.unflatten(1, (group, n))
         return out.flatten(0, 1)
 
     def _hides(self, number: int, end: int, window: int | None) -> Tensor:
@@ -197,7 +198,7 @@ def _attend(
     shared: "_PrefillAttention | _DecodeAttention | _RecordingAttention | LayerOffset | None" = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every attention layer: query[1, A, T, D], key and value[1, H, T, D] of new tokens."""
+    """The attention function registered with transformers: query[1, A, T, D], key and value[1, H, T, D] of new tokens."""
     if shared is None or attention_mask is not None:
         raise UnsupportedModel("its attention layers are not handed what its forward was called with")
     strange = sorted(name for name, v in options.items() if v is not None and name not in _HARMLESS)
@@ -209,7 +210,7 @@ def _attend(
 
 
 class _RecordingAttention:
-    """Passes on to a reading and notes the window of every layer."""
+    """Delegates to a prefill attention and records the sliding window that each layer passes."""
 
     def __init__(self, attention: _PrefillAttention, windows: dict[int, int | None]) -> None:
         self._attention, self._windows = attention, windows
@@ -220,7 +221,7 @@ class _RecordingAttention:
 
 
 class LayerOffset:
-    """Passes on to a reading or a step in which the layers of other models come first."""
+    """Delegates to an attention whose first layers belong to other models of an ensemble."""
 
     def __init__(self, shared: Any, first: int) -> None:
         self._shared, self._first = shared, first
@@ -231,9 +232,9 @@ class LayerOffset:
 
 
 class PrefixCachedModel:
-    """A causal LM that reads runs and decodes rows. Use it inside `with reader.patched_attention():`.
+    """A causal LM whose prefixes are cached. Its methods are called inside `with model.patched_attention():`.
 
-    Raises Unsupported when the model's logits read this way are not its own.
+    Raises UnsupportedModel when logits computed this way differ from the model's own.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -247,7 +248,7 @@ class PrefixCachedModel:
         self.positions: int | None = getattr(config, "max_position_embeddings", None)
         self.layers = int(config.num_hidden_layers)
         self.position_bytes = 0
-        """What the keys and values of one token take."""
+        """Bytes of keys and values per token, over all layers."""
         self._windows: dict[int, int | None] = {}
         try:
             reason = self._disagreement()
@@ -260,7 +261,7 @@ class PrefixCachedModel:
 
     @contextmanager
     def patched_attention(self) -> Iterator[None]:
-        """Switches the model's attention over; inside, it can be read in no other way."""
+        """Replaces the model's attention inside the block; there the model can be called only through this class."""
         config: Any = self._model.config
         before = config._attn_implementation
         config._attn_implementation = ATTENTION
@@ -271,15 +272,15 @@ class PrefixCachedModel:
             config._attn_implementation = before
 
     def read(self, branchings: Sequence[Branching | PrefixTree], wanted: Sequence[Sequence[int]]) -> Tensor:
-        """logits[n, V] at the wanted tokens of each run (indices into its tokens), one run after the other."""
+        """logits[n, V] at the wanted tokens (indices into the tokens) of each branching or tree, in order."""
         return self._read(_PrefillAttention(branchings, self.device, keep=False), branchings, wanted)
 
     def prefill(
         self, branchings: Sequence[Branching | PrefixTree], wanted: Sequence[Sequence[int]] | None = None
     ) -> tuple[Tensor, list[CachedPrefix]]:
-        """As `read`, by default at the last token of each run, and the runs as stems of their own.
+        """As `read`, by default at the last token of each, and the new tokens as cached prefixes of their own.
 
-        The stems hold the runs' own keys and values, not those of the stems that these continue.
+        The cached prefixes hold the keys and values of the new tokens only, not those of the prefixes they continue.
         """
         attention = _PrefillAttention(branchings, self.device, keep=True)
         logits = self._read(attention, branchings, wanted or [[len(branching.tokens) - 1] for branching in branchings])
@@ -290,7 +291,7 @@ class PrefixCachedModel:
         ]
 
     def step(self, groups: Sequence[DecodingBatch], tokens: Sequence[int]) -> Tensor:
-        """logits[N, V] after one more token of each of the N rows of all groups, in their order."""
+        """logits[N, V] after one more token of each of the N sequences of all batches, in their order."""
         for rows in groups:
             rows.reserve(max(rows.lengths) + 1)
         positions = [rows.start + length for rows in groups for length in rows.lengths]
@@ -325,7 +326,9 @@ class PrefixCachedModel:
         return logits
 
     def _disagreement(self) -> str | None:
-        """What goes wrong with a few random tokens, read in every way that there is, or None."""
+        """The reason why this model is not supported, found with a few random tokens computed in every possible way, or
+        None.
+        """
         config: Any = self._model.config.get_text_config()  # type: ignore[operator, union-attr]
         if any(kind in str(getattr(config, "rope_parameters", "")) for kind in ("'dynamic'", "'longrope'")):
             return "its rotary positions depend on the longest sequence read at one time"
@@ -362,7 +365,9 @@ class PrefixCachedModel:
         return self._wrong_window(config)
 
     def _wrong_window(self, config: Any) -> str | None:
-        """The trial is shorter than any window, so what each layer says of its window is held against the config."""
+        """Compares the window that each layer passes with the configuration: the trial is shorter than any sliding
+        window.
+        """
         kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(self._windows)
         if strange := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
             return f"it has layers of {', '.join(strange)}"

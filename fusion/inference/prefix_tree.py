@@ -1,6 +1,7 @@
-"""What is read: tokens that continue others, as a trunk with branches or as a tree, and what was read of a beginning.
+"""Token sequences that share prefixes: a trunk with branches, a prefix tree, and the cached keys and values of a
+prefix.
 
-`fusion.inference.prefix_cache` reads them.
+`fusion.inference.prefix_cache` computes the forward passes.
 """
 
 from collections.abc import Sequence
@@ -13,18 +14,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CachedPrefix:
-    """A beginning that was read: its keys and values, one [H, L, D] a layer (H: key-value heads), and L."""
+    """Keys and values of a prefix that was computed once: one [H, L, D] a layer (H: key-value heads, L: its length in
+    tokens).
+    """
 
     length: int
     keys: list[Tensor]
     values: list[Tensor]
     tokens: tuple[int, ...] = ()
-    """From the beginning of the text to the stem's end, also where the stem continues another."""
+    """All tokens from the beginning of the text to the end of this prefix, also where it continues another prefix."""
     member_prefixes: "tuple[CachedPrefix, ...]" = ()
-    """The same text as models with other tokenizers have read it (`fusion.inference.ensembles`)."""
+    """The same text as the models with other tokenizers have cached it (`fusion.inference.ensembles`)."""
 
     def then(self, other: "CachedPrefix") -> "CachedPrefix":
-        """This and the one that continues it."""
+        """The concatenation of this prefix and the one that continues it."""
         keys, values = (
             [torch.cat(pair, 1) for pair in zip(ours, theirs, strict=True)]
             for ours, theirs in ((self.keys, other.keys), (self.values, other.values))
@@ -32,14 +35,16 @@ class CachedPrefix:
         return CachedPrefix(self.length + other.length, keys, values, other.tokens, other.member_prefixes)
 
     def cut(self, length: int) -> "CachedPrefix":
-        """Its first tokens; of a stem that continues no other."""
+        """The first `length` tokens of a prefix that continues no other."""
         keys, values = ([x[:, :length] for x in kept] for kept in (self.keys, self.values))
         return CachedPrefix(length, keys, values, self.tokens[:length])
 
 
 @dataclass(frozen=True)
 class Branching:
-    """New tokens: a trunk that continues `cached`, then branches, each of which sees stem, trunk and itself."""
+    """New tokens that continue a cached prefix: a trunk, then branches, each of which attends to prefix, trunk and
+    itself.
+    """
 
     trunk: Sequence[int]
     cached: CachedPrefix | None = None
@@ -58,17 +63,21 @@ class Branching:
         set_(self, "positions", [*range(start, end), *(end + i for b in self.branches for i in range(len(b)))])
 
     def is_plain(self, window: int | None) -> bool:
-        """Whether each of its tokens sees all before it, and there is nothing else."""
+        """True if every token attends to all tokens before it and there is nothing else, so that plain causal attention
+        serves.
+        """
         return self.cached is None and not self.branches and (window is None or len(self.tokens) <= window)
 
     def mask(self, window: int | None) -> Tensor:
-        """bool[t, L + t]: which of stem and run each of the run's t tokens sees."""
+        """bool[t, L + t]: which of the L cached and t new tokens each new token attends to, within a sliding window if
+        given.
+        """
         branch, n = torch.tensor(self.branch), torch.arange(len(self.tokens))
         own = (n[:, None] >= n) & ((branch == 0) | (branch[:, None] == branch))
         return _seen(own, self.cached, self.positions, window)
 
     def text(self, index: int) -> list[int]:
-        """All tokens up to one of the run's, from the beginning of the text."""
+        """All tokens from the beginning of the text up to and including the new token `index`."""
         before = self.cached.tokens if self.cached else ()
         own = zip(self.tokens[: index + 1], self.branch, strict=False)
         return [*before, *(token for token, branch in own if branch in (0, self.branch[index]))]
@@ -76,16 +85,18 @@ class Branching:
 
 @dataclass(frozen=True)
 class PrefixTree:
-    """Sequences that continue `cached`, in which what several begin with is there once; used like a `Branching`."""
+    """Sequences that continue a cached prefix, stored as a tree in which common beginnings occur once; used like
+    `Branching`.
+    """
 
     sequences: Sequence[Sequence[int]]
     cached: CachedPrefix | None = None
     tokens: list[int] = field(init=False)
     parents: list[int] = field(init=False)
-    """Of every token: the one before it, -1 where that is the stem's last."""
+    """Of every token: the index of the token before it, -1 where that is the last of the cached prefix."""
     positions: list[int] = field(init=False)
     ends: list[int] = field(init=False)
-    """Of every sequence: its last token."""
+    """Of every sequence: the index of its last token."""
 
     def __post_init__(self) -> None:
         tokens: list[int] = []
@@ -113,23 +124,23 @@ class PrefixTree:
             object.__setattr__(self, name, value)
 
     def text(self, index: int) -> list[int]:
-        """All tokens up to one of the tree's, from the beginning of the text."""
+        """All tokens from the beginning of the text up to and including the tree's token `index`."""
         return [*(self.cached.tokens if self.cached else ()), *(self.tokens[i] for i in self.path(index))]
 
     def path(self, index: int) -> list[int]:
-        """Where the tokens from the stem to this one are."""
+        """The indices of the tokens from the cached prefix to the token `index`, in order."""
         found = [index]
         while self.parents[found[-1]] >= 0:
             found.append(self.parents[found[-1]])
         return found[::-1]
 
     def is_plain(self, window: int | None) -> bool:
-        """Whether each of its tokens sees all before it, and there is nothing else."""
+        """True if the tree is a single chain without a cached prefix, so that plain causal attention serves."""
         n = len(self.tokens)
         return self.cached is None and self.parents == list(range(-1, n - 1)) and (window is None or n <= window)
 
     def mask(self, window: int | None) -> Tensor:
-        """bool[t, L + t]: which of stem and tree each of the tree's t tokens sees."""
+        """bool[t, L + t]: which of the L cached and t tree tokens each of the tree's tokens attends to."""
         own = np.eye(len(self.tokens), dtype=bool)
         for token, parent in enumerate(self.parents):
             if parent >= 0:
@@ -138,7 +149,7 @@ class PrefixTree:
 
 
 def _seen(own: Tensor, cached: CachedPrefix | None, positions: Sequence[int], window: int | None) -> Tensor:
-    """bool[t, L + t] from own[t, t]: the whole stem before it, and only what the window reaches."""
+    """bool[t, L + t] from own[t, t]: the whole cached prefix is visible, and only what the sliding window reaches."""
     at, before = torch.tensor(positions), torch.arange(cached.length if cached else 0)
     seen = torch.cat([torch.ones(len(at), len(before), dtype=torch.bool), own], 1)
     if window is not None:
@@ -147,7 +158,7 @@ def _seen(own: Tensor, cached: CachedPrefix | None, positions: Sequence[int], wi
 
 
 def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences of one type begin with alike."""
+    """The number of tokens that two sequences of one type have in common at their beginning."""
     low, high = 0, min(len(a), len(b))
     if a[:high] == b[:high]:
         return high

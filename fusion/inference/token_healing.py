@@ -1,9 +1,9 @@
-"""Where a text ends within a token of a model's own: the tokens that cover the end, and what they would go on with.
+"""Token healing: the tokens of a model that cover the end of a text, and their continuations in the pivot's tokens.
 
-A text in the pivot's tokens ends where one of these ends. Another model would often have written that place as the
-middle of a longer token, and read to just there it says what follows the shorter ones, which is something else. So the
-longer tokens count, too: each where it would begin, and for what of it lies beyond the end. (Phan et al. 2024, arXiv
-2410.09303; Vieira et al. 2024, arXiv 2412.03719; token healing.)
+A text in the pivot's tokens ends where one of these ends. Another tokenizer would often have put that place inside a
+longer token; cut off there, the model predicts what follows the shorter tokens, which is a different distribution. The
+longer tokens are therefore counted as well: each at the position where it would begin, for the part of it that lies
+beyond the end (Phan et al. 2024, arXiv 2410.09303; Vieira et al. 2024, arXiv 2412.03719).
 """
 
 from bisect import bisect_right
@@ -25,10 +25,11 @@ CoveringTokens = tuple[Tensor, Tensor]
 
 
 class TokenHealing:
-    """The tokens of a model that begin with a text's last bytes and go on, in agreement with the pivot's tokens.
+    """The tokens of a model that begin with a text's last bytes and extend beyond them, in agreement with the pivot's
+    tokens.
 
-    Where the pivot would have written a text that goes on so in other tokens than those it has, a token does not
-    count: the text is known to go on otherwise.
+    A token does not count where the pivot would have written the extended text with other tokens than the text has:
+    then the text is known to continue differently.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class TokenHealing:
         most: int = MOST,
         device: torch.device | None = None,
     ) -> None:
-        """`encode_pivot`: the pivot's tokens of texts, no special ones added; `most`: see `MOST`, 0 for no overlaps."""
+        """`encode_pivot`: the pivot's tokens of texts, without special tokens; `most`: see `MOST`, 0 for no healing."""
         self.most = most
         self._own = vocabulary.token_bytes
         self._pivot = pivot
@@ -55,11 +56,11 @@ class TokenHealing:
         self._cover = lru_cache(_KEPT)(self._find)
 
     def covering_tokens(self, own: Sequence[int], text: Sequence[int]) -> list[CoveringTokens]:
-        """Of a text's tokens, the model's and the pivot's: what covers the last 1, 2, ... of the model's.
+        """For a text in the model's and in the pivot's tokens: the tokens that cover the model's last 1, 2, ... tokens.
 
-        As many as there is any cover for. None is looked for beyond a control token, nor where the model's tokens do
-        not spell the text; and there is always one token before what is covered, at which the model says how likely
-        that is.
+        The list is as long as there are covering tokens. The search stops at a control token and where the model's
+        tokens do not spell the text; at least one token always remains before the covered ones, since its distribution
+        gives their probability.
         """
         found: list[CoveringTokens] = []
         end, known, tail = b"", b"", 0
@@ -82,7 +83,7 @@ class TokenHealing:
         return found
 
     def _find(self, tail: tuple[int, ...], end: bytes) -> CoveringTokens:
-        """The tokens that begin with `end` and go on, where the pivot's last tokens are `tail` and spell it."""
+        """The tokens that begin with `end` and extend beyond it, where the pivot's last tokens are `tail` and spell it."""
         covering = self._range(end)
         known = b"".join(self._pivot.token_bytes[i] or b"" for i in tail)
         rests = list(dict.fromkeys(self._spellings[n][len(end) :] for n in covering))
@@ -94,12 +95,12 @@ class TokenHealing:
         return ids, onto
 
     def _range(self, end: bytes) -> range:
-        """Where, in the order of bytes, the tokens are that begin with `end` and go on."""
+        """The index range, in byte order, of the tokens that begin with `end` and extend beyond it."""
         first = bisect_right(self._spellings, end)
         return range(first, bisect_right(self._spellings, end, lo=first, key=lambda spelling: spelling[: len(end)]))
 
     def _following(self, tail: tuple[int, ...], known: bytes, rests: Sequence[bytes]) -> list[int | None]:
-        """The token that comes after `tail`, which spells `known`, when the pivot writes that and each of the rests."""
+        """The pivot's token after `tail`, which spells `known`, when the pivot encodes `known` plus each of the rests."""
         before = _BEFORE if self._pivot.dummy_prefix else ""
         texts = [_text(known + rest) for rest in (b"", *rests)]
         written = iter(self._encode([before, *(before + text for text in texts if text is not None)]))
@@ -120,7 +121,7 @@ class TokenHealing:
         return found
 
     def _by_length(self, tail: tuple[int, ...], known: bytes, rest: bytes) -> int | None:
-        """The same without its tokenizer, of which the longest token is expected."""
+        """The same without the pivot's tokenizer, by assuming its longest token."""
         starts = accumulate((len(self._pivot.token_bytes[i] or b"") for i in tail[:-1]), initial=0)
         whole = known + rest
         longer = range(len(known) + 1, len(whole) + 1)

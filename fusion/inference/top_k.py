@@ -1,4 +1,6 @@
-"""What a source model yields at every position: its top-k log-probabilities, the mass outside them, the gold nats."""
+"""Top-k prediction: log-probabilities of the k most probable tokens, the tail and the nll of the next token, per
+position.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,9 +36,9 @@ def reader(model: nn.Module) -> tuple[Backbone, Projection]:
 
 @dataclass(frozen=True)
 class TopKPredictions:
-    """One sequence of M tokens as a model reads it (paper section 3.1); everything in nats or mass.
+    """Predictions of one sequence of M tokens (arXiv 2401.10491, section 3.1), in nats or probability mass.
 
-    M is 0 where a logit about the sequence was not finite: nothing is known of it.
+    M is 0 where a logit of the sequence was not finite: the sequence is skipped.
     """
 
     ids: np.ndarray  # int32[M, k] token ids, most probable first
@@ -71,10 +73,10 @@ def predict_top_k(
     temperatures: Sequence[float] = (),
     chunk: int = 256,
 ) -> list[TopKPredictions]:
-    """Reads one batch of sequences (prefix first, no padding).
+    """Top-k predictions of one batch of sequences (prefix token first, no padding).
 
     `backbone(input_ids[B, L])` gives hidden states [B, L, D] and `project(hidden[N, D])` logits [N, V]; logits exist
-    for `chunk` positions at a time. Sequences are padded on the right, which a causal model cannot see.
+    for `chunk` positions at a time. Sequences are padded on the right, which a causal model cannot attend to.
 
     Raises:
         UserError: k exceeds the vocabulary.

@@ -22,8 +22,8 @@ def attend_by_passage(
 ) -> tuple[Tensor, None]:
     """Causal attention [B, T, H, D] of query[B, H, T, D], key and value[B, Hkv, T, D] within each passage.
 
-    Without `passage_lengths` every row is one passage. A model is given no mask under an attention that it does not
-    know, so that what its masks would have said, causality and the window, is done here.
+    Without `passage_lengths` every row of the batch is one passage. transformers passes no mask to an attention
+    function that it does not know, so causality and the sliding window are applied here.
     """
     if attention_mask is not None or query.shape[2] != key.shape[2]:
         raise ValueError("attention by passage serves whole rows without a mask or a cache")
@@ -46,7 +46,7 @@ def attend_by_passage(
 
 
 def _is_plain(value: Tensor, n: int, options: dict[str, Any]) -> bool:
-    """Whether `_Short` computes what these options ask for, and sooner."""
+    """True if `_Short` computes what these options ask for, and faster."""
     extra = ("dropout", "softcap", "position_bias", "s_aux")
     short = value.device.type == "cpu" and value.dtype == torch.bfloat16 and n <= _SHORT
     return short and not any(_given(options.get(name)) for name in extra)
@@ -57,9 +57,10 @@ def _given(option: Any) -> bool:
 
 
 class _Short(torch.autograd.Function):
-    """Causal attention of one short passage with all its probabilities kept, which a backward pass then need not redo.
+    """Causal attention of one short passage whose probabilities are kept, so that the backward pass does not recompute
+    them.
 
-    As in flash attention the scores are float32 whatever the type of query and key, and only then rounded.
+    As in flash attention the scores are float32 whatever the dtype of query and key, and rounded afterwards.
     """
 
     @staticmethod

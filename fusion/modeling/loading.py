@@ -1,4 +1,4 @@
-"""What must hold of a model that has just been loaded."""
+"""Checks on a model that has just been loaded."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 def check_loading(
     info: dict[str, Any], model: "PreTrainedModel", place: str, remedy: str = "fetch or convert the model again"
 ) -> None:
-    """UserError when loading left a weight out (tied ones aside), had one too many, or met another shape.
+    """Raises UserError when a weight is missing (tied ones aside), superfluous or of another shape.
 
-    The sentence ends in `remedy`. `info` is what `from_pretrained(output_loading_info=True)` gives.
+    The message ends in `remedy`. `info` is the result of `from_pretrained(output_loading_info=True)`.
     """
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):

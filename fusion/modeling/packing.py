@@ -1,15 +1,16 @@
-"""Passages packed in one row: none may see another, and positions restart with each.
+"""Packing: several passages in one sequence, none of which may attend to another; positions restart with each.
 
-In transformers 5.23 `create_causal_mask` finds the passages by itself wherever positions do not grow by one, for eager,
+In transformers 5.23 `create_causal_mask` detects the passages itself wherever positions do not grow by one, for eager,
 sdpa and flex attention, any batch size, sliding windows included, but only if it is given `position_ids`, no
-`attention_mask` and no cache. A model makes a cache unless told `use_cache=False`, in training too, and then the
-passages silently see each other. Flash attention looks for passages in batches of one row only. So the rule that holds
-for the model at hand is not assumed but found by trying, at start-up.
+`attention_mask` and no cache. A model creates a cache unless told `use_cache=False`, in training too, and then the
+passages silently attend to each other. Flash attention detects passages only in batches of one sequence. The rule that
+holds for the model at hand is therefore tested at start-up, not assumed.
 
-A mask hides what has been computed for nothing: with four passages in a row seven eighths of the attention's products
-are masked. `passages` therefore comes first: an attention of our own over `sdpa`, which looks at one passage at a time.
+A mask hides products that were computed for nothing: with four passages in a sequence, seven eighths of the attention's
+products are masked. `passages` is therefore tried first: an attention of our own over `sdpa` that computes one passage
+at a time.
 
-The padding at the end of a row is one more passage: its positions restart at 0.
+The padding at the end of a sequence is one more passage: its positions restart at 0.
 """
 
 import warnings
@@ -30,12 +31,12 @@ _BY_PASSAGE = "fusellm_by_passage"  # the name of `attend_by_passage` among the 
 
 
 def packed_inputs(packing: Packing, input_ids: Tensor, position_ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """What to call a model with, so that the passages of input_ids[B, T] do not see each other.
+    """The arguments of a model's forward under which the passages of input_ids[B, T] do not attend to each other.
 
-    position_ids[B, T] restart at 0 with each passage. `passages` names their lengths, for a model with our own
-    attention (`attending_by_passage`); `positions` leaves them to the model's own detection; `flat` joins the rows to
-    one of B * T, for flash attention; `mask` adds an explicit mask of [B, 1, T, T] in `dtype` (the model's). The
-    hidden states come out in the same order in all four.
+    position_ids[B, T] restart at 0 with each passage. `passages` passes their lengths, for a model with our own
+    attention (`attending_by_passage`); `positions` relies on the model's own detection; `flat` joins the batch to one
+    sequence of B * T, for flash attention; `mask` adds an explicit mask [B, 1, T, T] in `dtype` (the model's). The
+    order of the hidden states is the same for all four.
     """
     if packing == "flat":
         input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
@@ -50,15 +51,18 @@ def packed_inputs(packing: Packing, input_ids: Tensor, position_ids: Tensor, dty
 
 
 def _passage_numbers(position_ids: Tensor) -> Tensor:
-    """int64[B, T], which passage of its row a position belongs to, from position_ids[B, T] that restart with each."""
+    """int64[B, T]: the number of the passage that a position belongs to, from position_ids[B, T] that restart with
+    each.
+    """
     return (position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1).cumsum(1)
 
 
 @contextmanager
 def attending_by_passage(model: nn.Module, packing: Packing) -> Iterator[None]:
-    """For `passages`, gives the model the attention that needs `passage_lengths`, and its own back at the end.
+    """Inside the block, for `passages`, the model has the attention that needs `passage_lengths`; afterwards its own
+    again.
 
-    Backward must stay inside too: activation checkpointing runs the attention again there.
+    The backward pass must be inside the block too: activation checkpointing recomputes the attention there.
     """
     if packing != "passages":
         yield
@@ -75,7 +79,7 @@ def attending_by_passage(model: nn.Module, packing: Packing) -> Iterator[None]:
 
 
 def passage_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """The additive causal mask [B, 1, T, T], 0 or the least number, of rows with position_ids[B, T] as above."""
+    """The additive causal mask [B, 1, T, T], 0 or the most negative number, for position_ids[B, T] as above."""
     passage = _passage_numbers(position_ids)
     at = torch.arange(passage.shape[1], device=passage.device)
     seen = (passage[:, :, None] == passage[:, None, :]) & (at[:, None] >= at)
@@ -83,11 +87,11 @@ def passage_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check_packing(model: nn.Module) -> Packing:
-    """The first of `PACKINGS` under which passages packed in rows of this causal LM do not see each other.
+    """The first of `PACKINGS` under which packed passages of this causal LM do not attend to each other.
 
-    Tried with a few random tokens on the model itself, in evaluation mode, with no gradient: what a passage gives must
-    be what it gives alone, and must not change with its neighbours' tokens. Warns where it has come down to the last
-    two. Raises `UserError` when none holds.
+    Tested with a few random tokens on the model itself, in evaluation mode, without gradients: the logits of a passage
+    must equal those of the passage alone and must not change with its neighbours' tokens. Warns when only the last two
+    packings hold. Raises `UserError` when none holds.
     """
     failures = []
     for packing in PACKINGS:
@@ -115,13 +119,13 @@ def check_packing(model: nn.Module) -> Packing:
 
 
 def own_forward(model: nn.Module, **inputs: Any) -> Any:
-    """The forward of the model's class, also where the instance's was replaced by the training loop."""
+    """Calls the forward of the model's class, even where the training loop replaced that of the instance."""
     return type(model).forward(model, **inputs)
 
 
 @contextmanager
 def trying(model: nn.Module) -> Iterator[torch.Generator]:
-    """Evaluation mode, no gradient, and random numbers of its own; every module's mode is put back."""
+    """Evaluation mode, no gradients and a separate random generator inside the block; every module's mode is restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -133,17 +137,17 @@ def trying(model: nn.Module) -> Iterator[torch.Generator]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model takes its input."""
+    """The device of the model's input embeddings."""
     return model.get_input_embeddings().weight.device  # type: ignore[operator]
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """The model's first floating-point parameter's."""
+    """The dtype of the model's first floating-point parameter."""
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def _leak(model: nn.Module, packing: Packing) -> str | None:
-    """What goes wrong with two rows of two passages and padding, or None."""
+    """The fault found with two sequences of two passages and padding, or None."""
     rows = ((3, 5, 2), (4, 6))  # lengths of the passages; the 2 stand for padding
     width = sum(rows[0])
     dtype, device = dtype_of(model), device_of(model)
@@ -179,7 +183,7 @@ def _leak(model: nn.Module, packing: Packing) -> str | None:
 
 
 def _layer_kinds(model: nn.Module) -> set[str]:
-    """The attentions of its layers, as transformers names them."""
+    """The attention kinds of the layers, in transformers' names."""
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     if kinds := getattr(config, "layer_types", None):
         return set(kinds)

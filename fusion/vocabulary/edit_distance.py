@@ -1,12 +1,11 @@
-"""Levenshtein distances by Myers' bit-parallel algorithm, for the search of nearest tokens and for warping paths.
+"""Levenshtein distances by Myers' bit-parallel algorithm, for nearest-token search and for warping paths.
 
-A whole block of patterns goes through one text at a time, a pattern a lane, so that every operation is a vector
-instruction and none is a branch; and texts are taken in the order of a dictionary, so that what two neighbours begin
-with alike is read once. With real vocabularies that beats any bound that would let pairs be skipped.
+A block of patterns, one a vector lane, is compared with one text at a time, so that every operation is a vector
+instruction without branches. Texts are visited in lexicographic order, so that the columns of a common prefix of
+neighbours are computed once. On real vocabularies this is faster than any bound that would allow pairs to be skipped.
 
 Strings are rows of small integer codes: `codes[offsets[i]:offsets[i + 1]]` is string i. Code 0 is a wildcard that
-equals nothing, itself included: a character that the other side never uses can only be edited, so which one it is
-makes no difference.
+equals nothing, itself included: it stands for characters that the other side never uses, which can only be edited.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ def _popcount(x: Any) -> Any:
 
 @numba.njit(cache=True, nogil=True)
 def _plain(pattern: np.ndarray, text: np.ndarray) -> int:
-    """The textbook recurrence, for patterns longer than a word."""
+    """The textbook recurrence, for patterns longer than a machine word."""
     m = len(pattern)
     row = np.arange(m + 1)
     for j in range(len(text)):
@@ -95,11 +94,11 @@ def _read(
     minus: np.ndarray,
     distance: np.ndarray,
 ) -> None:
-    """The distance[B] of the patterns in the lanes to a text (Myers 1999, in Hyyrö's form).
+    """The distance[B] of the lanes' patterns to a text (Myers 1999, in Hyyrö's form).
 
     equal[A + 1, B] has bit i set where a lane's pattern has the character at i, within[B] the bits of its characters.
-    Bit i of plus[n, B] and minus[n, B], column n of the dynamic program, says whether its cell i + 1 is one more or one
-    less than its cell i. The columns up to `known` are there already.
+    Bit i of plus[n, B] and minus[n, B], column n of the dynamic program, is set where cell i + 1 is one more or one
+    less than cell i. The columns up to `known` are given.
     """
     one = np.uint64(1)
     for n in range(known, len(text)):
@@ -118,9 +117,9 @@ def _read(
 
 @numba.njit(cache=True, nogil=True)
 def _lanes(codes: np.ndarray, offsets: np.ndarray, first: int, equal: np.ndarray, within: np.ndarray) -> None:
-    """Puts the patterns from `first` into the lanes: equal[A + 1, B] and within[B] of `_read`.
+    """Loads the patterns from `first` into the lanes: equal[A + 1, B] and within[B] of `_read`.
 
-    A pattern longer than a word gets none: its lane is not used.
+    A pattern longer than a machine word is left out: its lane is not used.
     """
     equal[:] = 0
     within[:] = 0
@@ -136,7 +135,7 @@ def _lanes(codes: np.ndarray, offsets: np.ndarray, first: int, equal: np.ndarray
 
 @numba.njit(cache=True, nogil=True)
 def _columns(alphabet: int, text_offsets: np.ndarray) -> Any:
-    """Room for equal, within, plus, minus and distance of `_read`, for the longest of the texts."""
+    """Buffers for equal, within, plus, minus and distance of `_read`, sized for the longest text."""
     depth = 1
     for t in range(len(text_offsets) - 1):
         depth = max(depth, text_offsets[t + 1] - text_offsets[t] + 1)
@@ -151,7 +150,7 @@ def _columns(alphabet: int, text_offsets: np.ndarray) -> Any:
 
 @dataclass(frozen=True)
 class Targets:
-    """N texts in the order of a dictionary."""
+    """N texts in lexicographic order."""
 
     strings: Codes
     order: np.ndarray  # int64[N]: the place of each among the texts as given

@@ -34,9 +34,9 @@ _PATTERNS_AT_ONCE = 512
 
 @dataclass(frozen=True)
 class MapTask:
-    """What a kind of map is asked: the target ids of `ids` int64[N], source ids that have a token.
+    """The input of a kind of map: the source ids `ids` int64[N] to map, all of which have a token.
 
-    On bytes, `ids` holds no control tokens: those map by role and never come here.
+    On bytes, `ids` holds no control tokens: those are mapped by role before.
     """
 
     source: Vocabulary
@@ -61,12 +61,12 @@ def build_map(
     encode_target: Callable[[str], list[int]] | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """int32[V_source] by the registered `kind`: "mined", "em" or "first_piece".
+    """The vocabulary map int32[V_source] of the registered `kind`: "mined", "em" or "first_piece".
 
     `on="bytes"` compares the bytes that tokens stand for; control tokens map to the control token of the same role or
     to nothing, and no text ever maps to a control token. `on="strings"` compares raw strings with the source's space
-    mark written as the target's, control tokens included, as the published code does. With `only` (source ids that
-    occur) the rest is left uncomputed, -2. `encode_target` (text to ids, no special tokens) is needed by
+    mark replaced by the target's, control tokens included, as the published code does. With `only` (the source ids that
+    occur) all other ids stay uncomputed, -2. `encode_target` (text to ids, no special tokens) is needed by
     "first_piece". `progress(done, total)` counts source tokens. Raises UserError for unknown kinds and units.
     """
     if on not in ("bytes", "strings"):
@@ -96,7 +96,7 @@ def _silent(done: int, total: int) -> None:
 
 
 def control_ids(source: Vocabulary, target: Vocabulary) -> dict[int, int]:
-    """The target's control token of the same role as each of the source's, of those that have one."""
+    """The target's control token of the same role, for each control token of the source that has one."""
     found = {i: _same_role(i, source, target) for i in source.control}
     return {i: mapped for i, mapped in found.items() if mapped != NOTHING}
 
@@ -110,7 +110,9 @@ def _same_role(i: int, source: Vocabulary, target: Vocabulary) -> int:
 
 @MAPS.register("em", reference="arXiv 2401.10491, section 4.4: exact match (EM)")
 def exact(task: MapTask) -> np.ndarray:
-    """int32[N]: the target token that is the same, else nothing. Of two with the same bytes the ordinary one serves."""
+    """int32[N]: the identical target token, else -1. Of two with the same bytes an ordinary token is preferred to a
+    byte-fallback one.
+    """
     texts, candidates, places = _texts(task)
     by_text = _first_places(candidates)
     task.progress(len(texts), len(texts))
@@ -119,10 +121,10 @@ def exact(task: MapTask) -> np.ndarray:
 
 @MAPS.register("mined", reference="arXiv 2401.10491, section 3.3: minimum edit distance (MinED)")
 def mined(task: MapTask) -> np.ndarray:
-    """int32[N]: the target token that is the same, else the one at the least Levenshtein distance.
+    """int32[N]: the identical target token, else the one at the least Levenshtein distance (MinED).
 
-    Distances are in bytes or in characters of the strings. Ties go to the lowest target id; on bytes, ordinary tokens
-    go before byte-fallback ones.
+    Distances are in bytes, or in characters of the strings. Ties go to the lowest target id; on bytes, ordinary tokens
+    precede byte-fallback tokens.
     """
     texts, candidates, places = _texts(task)
     by_text = _first_places(candidates)
@@ -139,10 +141,10 @@ def mined(task: MapTask) -> np.ndarray:
 
 @MAPS.register("first_piece", reference="the first token of the source token's bytes, as the target encodes them")
 def first_piece(task: MapTask) -> np.ndarray:
-    """int32[N]: the first token of the source token's bytes when the target's tokenizer encodes them.
+    """int32[N]: the first target token when the target's tokenizer encodes the source token's bytes.
 
-    Bytes that are not whole characters, and what the target's tokenizer does not give back as it was, take the longest
-    target token that they begin with. Favours short target tokens.
+    Bytes that are not whole characters, and text that the target's tokenizer does not reproduce, map to the longest
+    target token that is a prefix of the bytes. This map favours short target tokens.
     """
     if task.encode_target is None:
         raise UserError('The map "first_piece" needs the target\'s tokenizer: give its encode function.')
@@ -166,7 +168,7 @@ def first_piece(task: MapTask) -> np.ndarray:
 
 
 def _texts(task: MapTask) -> tuple[list[Text], list[Text], list[int]]:
-    """The N source texts, the M target texts in order of preference, and the M ids of those."""
+    """The N source texts, the M target texts in order of preference, and the ids of the latter."""
     source, target = task.source, task.target
     if task.on == "strings":
         places = [i for i, token in enumerate(target.tokens) if token]
@@ -184,7 +186,7 @@ def _first_places(candidates: Sequence[Text]) -> dict[Text, int]:
 
 
 def _search(patterns: Codes, targets: Targets, progress: Progress, total: int) -> np.ndarray:
-    """int64[N]: the place of each pattern's nearest target, searched by all cores."""
+    """int64[N]: the index of each pattern's nearest target, searched on all cores."""
     # Characters that the targets lack have all become one wildcard, which makes many patterns the same.
     distinct: dict[bytes, int] = {}
     rows = [patterns.codes[a:b] for a, b in zip(patterns.offsets[:-1], patterns.offsets[1:], strict=True)]
@@ -218,7 +220,7 @@ def _pick(rows: Sequence[np.ndarray], chunk: Iterable[int]) -> Codes:
 
 
 def _first_token(spelling: bytes, encode: Callable[[str], list[int]], target: Vocabulary) -> int | None:
-    """The first token of the bytes as text, or None where they are no text or do not begin with that token."""
+    """The first token of the bytes encoded as text; None where they are not text or do not begin with that token."""
     try:
         ids = encode(spelling.decode("utf-8"))
     except UnicodeDecodeError:
@@ -230,7 +232,7 @@ def _first_token(spelling: bytes, encode: Callable[[str], list[int]], target: Vo
 
 
 def _without_dummy_prefix(encode: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
-    """Encodes text as it is encoded after other text; [] where every sentinel merges with it."""
+    """Encodes text as it is encoded in the middle of other text; [] where every sentinel character merges with it."""
     sentinels = {sentinel: encode(sentinel) for sentinel in _SENTINELS}
 
     def encode_after(text: str) -> list[int]:

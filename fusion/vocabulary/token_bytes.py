@@ -1,8 +1,8 @@
-"""What a tokenizer's ids stand for, in bytes of text.
+"""Tokenizer vocabularies in bytes: which bytes of text every token id stands for.
 
-Two models that read the same text with different tokenizers can be compared only where the text itself is the
-common measure. A `Vocabulary` says for every id which bytes it contributes to the text, which ids are control
-tokens that stand for no text, and how the family writes a space.
+Predictions of models with different tokenizers can be compared only through the text itself. A `Vocabulary` gives for
+every id the bytes it contributes to the text, which ids are control tokens without text, and how the tokenizer family
+writes a space.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's table from the printable characters of a byte-level vocabulary to the 256 bytes they write."""
+    """GPT-2's table from the printable characters of a byte-level vocabulary to the 256 bytes they stand for."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
@@ -48,7 +48,7 @@ class Vocabulary:
 
     `token_bytes[id]` is None for control tokens and for ids that have no token; `tokens[id]` is "" for the latter.
     Byte-fallback ids (`<0x41>`) stand for one byte. With `dummy_prefix` the tokenizer puts a space before the text, so
-    that the first token's bytes may begin with a space that is not in the text (`byte_ends` knows).
+    that the first token's bytes may begin with a space that is not in the text (`byte_ends` accounts for it).
     """
 
     tokens: tuple[str, ...]
@@ -64,11 +64,11 @@ class Vocabulary:
 
     @cached_property
     def ids(self) -> Mapping[str, int]:
-        """The id of each token string; of a string that two ids have, the lower."""
+        """The id of each token string; the lower one for a string that two ids have."""
         return {token: i for i, token in reversed(list(enumerate(self.tokens))) if token}
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over the strings, the bytes and the control ids: equal when the ids mean the same."""
+        """SHA-256 (hexadecimal) over strings, bytes and control ids: equal exactly when the ids mean the same."""
         digest = hashlib.sha256()
         # Lengths go first: joined strings alone do not say where one token ends and the next begins.
         texts = [token.encode("utf-8", "surrogatepass") for token in self.tokens]
@@ -82,9 +82,10 @@ class Vocabulary:
         return digest.hexdigest()
 
     def means_in(self, other: Vocabulary) -> bool:
-        """Whether a model with the other vocabulary can read this one's ids: none is another token there.
+        """True if a model with the other vocabulary can read this one's ids: no id is a different token there.
 
-        Rows beyond the tokens differ between sizes of one family, and an added token may lack in one of them.
+        The number of unused embedding rows differs between sizes of one family, and an added token may be missing in
+        one of them.
         """
         tokens = self.tokens[: max((i for i, token in enumerate(self.tokens) if token), default=-1) + 1]
         alike = (not a or not b or a == b for a, b in zip(tokens, other.tokens, strict=False))
@@ -94,8 +95,8 @@ class Vocabulary:
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerFast, size: int | None = None) -> Vocabulary:
         """The vocabulary of a fast tokenizer, for a model with `size` embedding rows (default: the tokenizer's length).
 
-        Ids that the model has rows for but the tokenizer has no token for are empty; tokens that the model has
-        no row for are left out. Raises UserError for a tokenizer without a `tokenizers` backend.
+        Embedding rows without a token are empty; tokens without an embedding row are left out. Raises UserError for a
+        tokenizer without a `tokenizers` backend.
         """
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
@@ -147,9 +148,9 @@ class Vocabulary:
     ) -> Vocabulary:
         """A vocabulary from a list of token strings and the family's space mark.
 
-        "Ġ" means byte-level BPE, any other mark that is not " " SentencePiece-like, " " strings that are text as they
-        are. `added` ids that are not control stand for their literal content. `byte_fallback` says whether
-        `<0xNN>` stands for a byte (default: only in SentencePiece-like vocabularies).
+        "Ġ" means byte-level BPE, " " means strings that are text as they are, any other mark a SentencePiece-like
+        vocabulary. `added` ids that are not control tokens stand for their literal content. `byte_fallback`: `<0xNN>`
+        stands for a byte (default: only in SentencePiece-like vocabularies).
         """
         if byte_fallback is None:
             byte_fallback = space not in (BYTE_LEVEL_SPACE, " ")
@@ -185,7 +186,7 @@ class Vocabulary:
 
 
 def same_ids(one: Vocabulary, other: Vocabulary) -> bool:
-    """Whether every id means the same in both; a model may have more rows than tokens, and those mean nothing."""
+    """True if every id means the same in both vocabularies; embedding rows without a token are ignored."""
     n = min(len(one), len(other))
     alike = one.tokens[:n] == other.tokens[:n] and one.token_bytes[:n] == other.token_bytes[:n]
     return alike and not any(one.tokens[n:]) and not any(other.tokens[n:])
@@ -210,7 +211,7 @@ class _Family:
 
 
 def _components(state: Any) -> Iterator[dict[str, Any]]:
-    """The parts of a tokenizers component, sequences opened."""
+    """The parts of a component of `tokenizers`, with sequences flattened."""
     if isinstance(state, dict):
         for nested in ("decoders", "pretokenizers", "normalizers"):
             if nested in state:
@@ -252,17 +253,18 @@ def _prepends(parts: Iterable[dict[str, Any]], mark: str) -> bool:
 
 
 def respace(token: str, space: str, other: str) -> str:
-    """A token's string with its family's space mark written as another family's."""
+    """A token's string with the space mark of its family replaced by another family's."""
     return token if space == other else token.replace(space, other)
 
 
 def byte_ends(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary, text: bytes) -> np.ndarray:
-    """int32[T]: the byte of `text` at which each of the T tokens ends, -1 from the first that does not spell the text.
+    """int32[T]: the byte offset in `text` at which each of the T tokens ends, -1 from the first token that does not
+    spell the text.
 
-    `ids` is what `encode` gives (no prefix token). A tokenizer may be lossy (drop a character, normalise, fall back to
-    an unknown token): from there on nothing is claimed. Zero-length tokens repeat the end before them. A
-    dummy prefix may or may not be in the text; the reading that spells the whole text wins, else the one that
-    spells more tokens, and if they tie, or spell no text at all, nothing is claimed.
+    `ids` is the output of `encode` (no prefix token). A lossy tokenizer may drop a character, normalise it, or emit an
+    unknown token: all offsets from there on are -1. Zero-length tokens repeat the offset before them. A dummy prefix
+    may or may not be part of the text: the interpretation that spells the whole text is taken, else the one that spells
+    more tokens; where both spell equally many, or no text at all, every offset is -1.
     """
     size = len(vocabulary)
     known_ids = np.asarray(ids, dtype=np.int64).tolist()
@@ -301,7 +303,7 @@ def _ends(token_bytes: Sequence[bytes | None], text: bytes) -> np.ndarray:
 
 
 def prefix_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The token every passage is preceded by: bos, else eos. Raises UserError where the tokenizer has neither."""
+    """The token that precedes every passage: bos, else eos. Raises UserError if the tokenizer has neither."""
     for role in ("bos", "eos"):
         token_id = getattr(tokenizer, f"{role}_token_id")
         if token_id is not None:
@@ -313,16 +315,17 @@ def prefix_id(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """The ids of `text`: no special token is added, nothing is cut, and what looks like a control token stays text.
+    """The ids of `text`: no special tokens are added, nothing is truncated, and text that looks like a control token
+    stays text.
 
-    The one exception: a Unigram model that counts control tokens among its pieces writes them where the text does;
-    `byte_ends` stops there.
+    One exception: a Unigram model whose pieces include control tokens emits them where the text contains their string;
+    `byte_ends` is -1 from there on.
     """
     return encode_all(tokenizer, [text])[0]
 
 
 def encode_all(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of each text, as `encode` gives them; on all cores."""
+    """The ids of each text as from `encode`, computed on all cores."""
     # Not by calling the tokenizer: what transformers does around its backend takes as long as the backend itself.
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
@@ -332,6 +335,6 @@ def encode_all(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list
 
 
 def encode_alike(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
-    """Whether two tokenizers give every text the same ids, control and added tokens aside."""
+    """True if two tokenizers give every text the same ids, apart from control and added tokens."""
     mine, theirs = (json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (one, other))
     return all(mine[part] == theirs[part] for part in ("normalizer", "pre_tokenizer", "model"))
