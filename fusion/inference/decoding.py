@@ -1,4 +1,4 @@
-"""Decoding many sequences at once: common prefixes are computed once, and a finished sequence makes room for the next."""
+"""Decoding many sequences at once: common prefixes are computed once, finished sequences make room."""
 
 from collections import deque
 from collections.abc import Callable, Sequence

@@ -212,7 +212,7 @@ class _End:
 
 
 def _rows(tree: PrefixTree, ends: Sequence[_End], first: int) -> list[int]:
-    """The tree's tokens whose logits are wanted, each once; their rows, counted from `first`, are written into `ends`."""
+    """The tree's tokens whose logits are wanted, each once; `ends` receives their rows, counted from `first`."""
     wanted: dict[int, int] = {}
     for node, end in zip(tree.ends, ends, strict=True):
         for _ in range(end.rows):

@@ -198,7 +198,7 @@ def _attend(
     shared: "_PrefillAttention | _DecodeAttention | _RecordingAttention | LayerOffset | None" = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function registered with transformers: query[1, A, T, D], key and value[1, H, T, D] of new tokens."""
+    """The function registered with transformers: query[1, A, T, D], key and value[1, H, T, D] of new tokens."""
     if shared is None or attention_mask is not None:
         raise UnsupportedModel("its attention layers are not handed what its forward was called with")
     strange = sorted(name for name, v in options.items() if v is not None and name not in _HARMLESS)

@@ -83,7 +83,7 @@ class TokenHealing:
         return found
 
     def _find(self, tail: tuple[int, ...], end: bytes) -> CoveringTokens:
-        """The tokens that begin with `end` and extend beyond it, where the pivot's last tokens are `tail` and spell it."""
+        """The tokens that extend `end`, where the pivot's last tokens are `tail` and spell it."""
         covering = self._range(end)
         known = b"".join(self._pivot.token_bytes[i] or b"" for i in tail)
         rests = list(dict.fromkeys(self._spellings[n][len(end) :] for n in covering))
@@ -100,7 +100,7 @@ class TokenHealing:
         return range(first, bisect_right(self._spellings, end, lo=first, key=lambda spelling: spelling[: len(end)]))
 
     def _following(self, tail: tuple[int, ...], known: bytes, rests: Sequence[bytes]) -> list[int | None]:
-        """The pivot's token after `tail`, which spells `known`, when the pivot encodes `known` plus each of the rests."""
+        """The pivot's token after `tail` (which spells `known`) when it encodes `known` plus each of the rests."""
         before = _BEFORE if self._pivot.dummy_prefix else ""
         texts = [_text(known + rest) for rest in (b"", *rests)]
         written = iter(self._encode([before, *(before + text for text in texts if text is not None)]))

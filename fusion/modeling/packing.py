@@ -125,7 +125,7 @@ def own_forward(model: nn.Module, **inputs: Any) -> Any:
 
 @contextmanager
 def trying(model: nn.Module) -> Iterator[torch.Generator]:
-    """Evaluation mode, no gradients and a separate random generator inside the block; every module's mode is restored."""
+    """Evaluation mode, no gradients and a generator of its own inside the block; every module's mode is restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
