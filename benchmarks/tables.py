@@ -11,8 +11,9 @@ from pathlib import Path
 from benchmarks.material import Material
 from benchmarks.page import Result
 from harness.config.loading import load
-from harness.reporting.runs import RUN_FILE, hashes
 from harness.store.files import write_json
+from harness.store.paths import RUN_FILE
+from harness.store.run_files import record_hashes
 from results.paper_layouts import BBH
 from results.records import NO_SEED, Record, write
 
@@ -40,7 +41,9 @@ def tables(_: Material, *, quick: bool) -> list[Result]:
                 count += len(records)
                 written.append(f"{method}-{seed}.parquet")
                 write(folder / "records" / written[-1], records, provenance={"evaluation": f"{method} {seed}"})
-        write_json(folder / RUN_FILE, {"configuration": config, "records": hashes(folder, written), "finished": 1.0})
+        write_json(
+            folder / RUN_FILE, {"configuration": config, "records": record_hashes(folder, written), "finished": 1.0}
+        )
         command = [sys.executable, "-c", "from harness.cli import main; main()", "tables", "table1", "--root", name]
         seconds = min(_seconds(command) for _ in range(3))
     note = f"The whole command, from {count:,} records: table 1, three rows as they are and two with {_SEEDS} seeds."

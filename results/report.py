@@ -90,7 +90,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunPage:
     """Everything that the page says about one run."""
 
     name: str
@@ -108,7 +108,7 @@ class Run:
     notes: Sequence[str] = field(default_factory=tuple)
 
 
-def page(runs: Sequence[Run], title: str) -> str:
+def page(runs: Sequence[RunPage], title: str) -> str:
     """The page as HTML; the same bytes for the same runs."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -236,7 +236,7 @@ def _ranks(table: Table) -> dict[tuple[int, int], int]:
     return {at: 1 + sum(other < value for other, _ in line) for line in lines.values() for value, at in line}
 
 
-def _examples(run: Run) -> str:
+def _examples(run: RunPage) -> str:
     """The run's examples as JSON that can stand in a script element."""
     found = [
         {

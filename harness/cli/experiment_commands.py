@@ -83,18 +83,16 @@ def experiment_run(
 
 def _run(config: Any, root: Path) -> None:
     from harness.experiment import run
-    from harness.reporting import runs
+    from harness.reporting.export import equal_quality
+    from harness.reporting.runs import open_run
+    from harness.reporting.tables import printed_tables
 
     folder = run.run(config, root)
     if not distributed.is_main_process():
         return
-    print_table(runs.table(folder), None)
-    from results.paper_layouts import LAYOUTS
-
-    if config.experiment not in LAYOUTS:  # the paper's tables are about their suites themselves
-        for table in run.suite_tables(folder).values():
-            print_table(table, None)
-    for line in _lines(folder / "equal_quality.txt"):
+    for table in printed_tables(open_run(folder)).values():
+        print_table(table, None)
+    for line in equal_quality(folder):
         typer.echo(line)
     typer.echo(f"Table, figure and records: {folder}", err=True)
 
@@ -139,7 +137,3 @@ def extract(
     run = Experiment(config, root)
     for role in roles or [TARGET, *config.roles.sources]:
         typer.echo(f"{role}: {run.extract(role)[1]}")
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []

@@ -34,19 +34,20 @@ def tables(
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Print or write the tables of finished runs from their stored records; no model is touched."""
-    from harness.reporting import runs
+    from harness.reporting import export
+    from harness.reporting.tables import tables as tables_of
     from results.formats import FORMATS, render_all
 
-    found = runs.tables(root, names or [], profile, reference=reference, with_paper=with_paper)
+    tables = tables_of(root, names or [], profile, reference=reference, with_paper=with_paper)
     if out is not None:
-        for path in runs.write(found, out, [form] if form else list(FORMATS)):
+        for path in export.write(tables, out, [form] if form else list(FORMATS)):
             typer.echo(path)
     elif form is not None:
-        typer.echo(render_all(list(found.made.values()), form), nl=False)
+        typer.echo(render_all(list(tables.by_name.values()), form), nl=False)
     else:
-        for table in found.made.values():
+        for table in tables.by_name.values():
             print_table(table, None)
-    for sentence in found.absent:
+    for sentence in tables.absent:
         typer.echo(sentence, err=True)
 
 
@@ -81,7 +82,7 @@ def experiment_diff(
     from harness.reporting import runs
 
     folders = [runs.run_folder(root, name, profile) for name in (one, other)]
-    rows = runs.differences(*folders)
+    rows = runs.differences(*map(runs.open_run, folders))
     head = ["key", *("/".join(folder.resolve().parts[-3:]) for folder in folders)]
     print_rows(head, rows, form)
     if not rows:

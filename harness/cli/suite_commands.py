@@ -65,6 +65,8 @@ def evaluate(
     quiet_libraries()
     from harness.evaluation import standalone
     from harness.models.checkpoints import ModelSpec
+    from harness.reporting.export import write_evaluation
+    from harness.reporting.runs import open_run
     from harness.runtime.distributed import usable_device
 
     common = {"limit": limit, "samples": samples, "seed": seed, "batch_size": batch_size}
@@ -74,7 +76,7 @@ def evaluate(
     )
     spec = ModelSpec(name=model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     folder = standalone.evaluate(spec, chosen, root, device=usable_device(device, dry=False))
-    for table in standalone.tables(folder).values():
+    for table in write_evaluation(open_run(folder)).values():
         if table.columns or not generate_only:
             print_table(table, form)
     for line in standalone.generated(folder) if generate_only else []:

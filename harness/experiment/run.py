@@ -1,37 +1,29 @@
-"""Running an experiment: plan, candidates, records, table and figure."""
+"""Running an experiment: plan, candidates and records."""
 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from pydantic import ValidationError
+from typing import Any
 
 from baselines.method import Candidate, Ensemble, method
-from fusion.errors import UserError
 from harness.config.loading import Config, Role, method_parameters
 from harness.data.passages import corpus_sentence, corpus_summary
-from harness.evaluation import bits_per_byte, standalone
-from harness.evaluation.standalone import places
+from harness.evaluation import bits_per_byte
+from harness.evaluation.records import note_suites, places, write_records
 from harness.evaluation.suite import SuiteResult
 from harness.experiment.checks import check_inputs, check_lengths, check_sizes, check_space
 from harness.experiment.context import TARGET, Experiment
 from harness.experiment.method_context import MethodContext
-from harness.reporting.figures import learning_curves
-from harness.reporting.runs import RUN_FILE, described, hashes, open_run, table
+from harness.reporting.export import write_run
+from harness.reporting.runs import open_run
 from harness.runtime import distributed
 from harness.stages.training_log import tokens_seen
 from harness.store.artifacts import Planned, read_manifest
-from harness.store.files import exclusive_lock, write_atomically, write_json
+from harness.store.files import exclusive_lock, write_json
+from harness.store.paths import PLAN_FILE, RUN_FILE, RUNS
 from harness.store.provenance import made_by
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from results.layout import Table
-
-PLAN_FILE = "plan.json"
+from harness.store.run_files import read_run_file, record_hashes
 
 
 @dataclass(frozen=True)
@@ -100,7 +92,7 @@ def build(config: Config, labels: Sequence[str], root: Path) -> Iterator[Row]:
 
 def run_folder(experiment: Experiment, root: Path) -> Path:
     config = experiment.config
-    return root / "runs" / config.experiment / config.profile / experiment.run_fingerprint()[:16]
+    return root / RUNS / config.experiment / config.profile / experiment.run_fingerprint()[:16]
 
 
 def run(config: Config, root: Path) -> Path:
@@ -126,9 +118,9 @@ def run(config: Config, root: Path) -> Path:
     artifacts = {str(p.path.relative_to(root)) for p in [*planned, *experiment.store.planned.values()]}
     with exclusive_lock(folder / ".lock", f"run {folder.name}"):
         # Known from the beginning, so that cleaning up spares what a run under way has made.
-        before = described(folder / PLAN_FILE).get("artifacts", [])
+        before = read_run_file(folder / PLAN_FILE).get("artifacts", [])
         write_json(folder / PLAN_FILE, {"artifacts": sorted(artifacts.union(before))})
-        described(folder / RUN_FILE)  # refused now if it is damaged, not when all is done
+        read_run_file(folder / RUN_FILE)  # refused now if it is damaged, not when all is done
     files: set[str] = set()
     measured: dict[str, dict[str, SuiteResult]] = {name: {} for name in experiment.suites}
     notes: dict[str, None] = {}  # each sentence once, in order
@@ -143,21 +135,21 @@ def run(config: Config, root: Path) -> Path:
         files |= _record_suites(experiment, row, folder, measured)
     with exclusive_lock(folder / ".lock", f"run {folder.name}"):
         # Other seeds that were finished before, or meanwhile by another process, belong to the same table.
-        before = described(folder / RUN_FILE)
+        before = read_run_file(folder / RUN_FILE)
         # What was made to find out what to make is known by now.
         artifacts |= {str(p.path.relative_to(root)) for p in experiment.store.planned.values()}
-        standalone.note_suites(folder, experiment.suites, measured)
+        note_suites(folder, experiment.suites, measured)
         description = {
             "configuration": config.model_dump(mode="json"),
             "named": experiment.named(),
             **made_by(),
             "artifacts": sorted(artifacts.union(before.get("artifacts", []))),
-            "records": {**before.get("records", {}), **hashes(folder, files)},
+            "records": {**before.get("records", {}), **record_hashes(folder, files)},
             "notes": list(dict.fromkeys([*before.get("notes", []), *notes])),
             "finished": time.time(),
         }
         write_json(folder / RUN_FILE, description)
-        write_tables(folder)
+        write_run(open_run(folder))
     return folder
 
 
@@ -222,7 +214,7 @@ def _record_suites(
     evaluated = experiment.evaluated(row.label, row.candidate, row.role)
     for name, suite in experiment.suites.items():
         found = measured[name][row.label] = suite.measure(evaluated, experiment.store, experiment.costs)
-        file = standalone.write_measured(
+        file = write_records(
             folder,
             name,
             found,
@@ -234,32 +226,3 @@ def _record_suites(
         files |= {file} if file else set()
     evaluated.release()  # before the next row is trained
     return files
-
-
-def _open_run(folder: Path) -> tuple[Config, "pd.DataFrame"]:
-    raw, records = open_run(folder)
-    try:
-        return Config.model_validate(raw), records
-    except ValidationError:
-        raise UserError(f"{folder} was made by another version of fusellm-harness: run the experiment again.") from None
-
-
-def suite_tables(folder: Path) -> "dict[str, Table]":
-    """The tables of the suites beside perplexity."""
-    config, records = _open_run(folder)
-    title = f"{config.title} ({config.experiment}, {config.profile})"
-    return standalone.suite_tables(folder, records, list(config.methods), title, config.banner or "", config.reference)
-
-
-def write_tables(folder: Path) -> None:
-    """The run's tables in every format, and its figure where something was trained."""
-    from results.formats import FORMATS, render
-
-    configuration, records = open_run(folder)
-    tables = {"table": table(folder), **{f"table-{name}": one for name, one in suite_tables(folder).items()}}
-    for form in FORMATS:
-        for name, made in tables.items():
-            write_atomically(folder / f"{name}.{form}", render(made, form))
-    if curves := learning_curves(configuration, records, folder / "learning_curves"):
-        lines = [found.sentence(curves.metric.digits) for found in curves.equal_quality]
-        write_atomically(folder / "equal_quality.txt", "\n".join(lines) + "\n")

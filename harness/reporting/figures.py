@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.reporting.runs import open_run
+from harness.reporting.runs import Run
 from harness.store.fingerprint import canonical
 
 if TYPE_CHECKING:
@@ -29,28 +29,25 @@ class Drawing:
     draw: Callable[[Path], Sequence[Path]]
 
 
-def drawings(folder: Path, made: "Table") -> Iterator[Drawing]:
-    """All figures that there are of the run in `folder`, whose table is `made`; a draw may find nothing to draw."""
+def drawings(run: Run, table: "Table") -> Iterator[Drawing]:
+    """All figures that there are of `run`, whose main table is `table`; a draw may find nothing to draw."""
     from results.figures.charts import differences_figure, quality_figure
 
-    configuration, records = open_run(folder)
+    yield Drawing("learning-curves", "Held-out text against training tokens", partial(_curve_files, run))
     yield Drawing(
-        "learning-curves", "Held-out text against training tokens", partial(_curve_files, configuration, records)
+        "differences", f"Differences to {table.reference} in every task", lambda place: differences_figure(table, place)
     )
-    yield Drawing(
-        "differences", f"Differences to {made.reference} in every task", lambda place: differences_figure(made, place)
-    )
-    for along, rows in _series(configuration).items():
-        for column in _columns(made):
+    for along, rows in _series(run.configuration).items():
+        for column in _columns(table):
             about = "" if column == "average" else f": {column}"
-            if len(shown := _with_difference(made, rows, column)) > 1:
+            if len(shown := _with_difference(table, rows, column)) > 1:
                 yield Drawing(
                     re.sub(r"\W+", "-", f"by {along}{about}"),
                     f"Quality against {along}{about}",
-                    partial(quality_figure, made, {along: shown}, along=along, column=column),
+                    partial(quality_figure, table, {along: shown}, along=along, column=column),
                 )
-    if (folder / AUDIT).exists():
-        yield from audited(read_audit(folder), configuration["title"], configuration["banner"] or "")
+    if (run.folder / AUDIT).exists():
+        yield from audited(read_audit(run.folder), run.configuration["title"], run.banner)
 
 
 def audited(measures: "pd.DataFrame", title: str, banner: str) -> Iterator[Drawing]:
@@ -72,41 +69,41 @@ def read_audit(folder: Path) -> "pd.DataFrame":
     return pd.DataFrame(json.loads((folder / AUDIT).read_text(encoding="utf-8")))
 
 
-def learning_curves(configuration: Mapping[str, Any], records: "pd.DataFrame", place: Path) -> "LearningCurves | None":
+def learning_curves(run: Run, place: Path) -> "LearningCurves | None":
     """Draws the held-out text against training tokens; None where the reference was not measured along its training."""
     from results.figures import charts
 
-    along = records[records["tokens"].notna()]
-    trained = [label for label in configuration["methods"] if label in set(along["method"])]
-    if configuration["reference"] not in trained:
+    along = run.records[run.records["tokens"].notna()]
+    trained = [label for label in run.methods if label in set(along["method"])]
+    if run.reference is None or run.reference not in trained:
         return None
     return charts.learning_curves(
-        records,
+        run.records,
         trained,
         place,
-        reference=configuration["reference"],
+        reference=run.reference,
         metric=str(along["metric"].iloc[0]),
-        title=configuration["title"],
-        banner=configuration["banner"] or "",
+        title=run.configuration["title"],
+        banner=run.banner,
     )
 
 
-def _curve_files(configuration: Mapping[str, Any], records: "pd.DataFrame", place: Path) -> Sequence[Path]:
-    curves = learning_curves(configuration, records, place)
+def _curve_files(run: Run, place: Path) -> Sequence[Path]:
+    curves = learning_curves(run, place)
     return curves.files if curves else ()
 
 
-def _columns(made: "Table") -> list[str]:
+def _columns(table: "Table") -> list[str]:
     """The columns of averages that methods, being the rows, are compared in."""
-    if made.best_along == "row":
+    if table.best_along == "row":
         return []
-    compared = [column.label for column in made.columns if column.compared]
+    compared = [column.label for column in table.columns if column.compared]
     return ["average"] if "average" in compared else compared
 
 
-def _with_difference(made: "Table", rows: Mapping[str, float], column: str) -> dict[str, float]:
-    at = [one.label for one in made.columns].index(column)
-    cells = {row: line[at] for row, line in zip(made.rows, made.cells, strict=True)}
+def _with_difference(table: "Table", rows: Mapping[str, float], column: str) -> dict[str, float]:
+    index = [other.label for other in table.columns].index(column)
+    cells = {row: line[index] for row, line in zip(table.rows, table.cells, strict=True)}
     return {row: x for row, x in rows.items() if row in cells and cells[row].difference is not None}
 
 
@@ -118,7 +115,7 @@ def _series(configuration: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         "sources": lambda entry: len(entry.get("sources") or configuration["roles"]["sources"]),
     }
     rows = {label: entry for label, entry in configuration["methods"].items() if entry["method"] == "fusellm"}
-    found = {}
+    series = {}
     for setting, value in values.items():
         alike: dict[str, dict[str, Mapping[str, Any]]] = {}
         for label, entry in rows.items():
@@ -127,8 +124,8 @@ def _series(configuration: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         largest = max(alike.values(), key=len, default={})
         if len({canonical(entry.get(setting)) for entry in largest.values()}) > 1:
             name = "number of sources" if setting == "sources" else setting
-            found[name] = {label: value(entry) for label, entry in largest.items()}
-    return found
+            series[name] = {label: value(entry) for label, entry in largest.items()}
+    return series
 
 
 def _usual_lambda() -> float:

@@ -10,27 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from fusion.errors import UserError
+from harness.reporting.export import equal_quality
 from harness.reporting.figures import drawings
-from harness.reporting.runs import (
-    RUN_FILE,
-    SUITES_FILE,
-    described,
-    find_run,
-    open_run,
-    opened,
-    run_folder,
-    table,
-    text_table,
-)
+from harness.reporting.runs import Run, newest_runs, open_run, run_folder
+from harness.reporting.tables import held_out_table, run_table, suite_tables
 from harness.store.artifacts import read_manifest
 from harness.store.files import write_atomically
 from harness.store.fingerprint import canonical
-from results.report import Answer, Asked, Cost, Entry, Figure, Run, Task, findings, page
+from results.report import Answer, Asked, Cost, Entry, Figure, RunPage, Task, findings, page
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from results.layout import Table
 
 PAGE = "report.html"
@@ -43,20 +32,11 @@ def report(root: Path, runs: Sequence[str], profile: str | None, out: Path, *, e
     examples: how many of a task are kept for reading, those first about which methods disagree. Raises UserError for
     what is not there.
     """
-    folders = [run_folder(root, name, profile) for name in runs] or _all(root, profile)
-    made = [read(folder, examples=examples) for folder in folders]
+    folders = [run_folder(root, name, profile) for name in runs] or newest_runs(root, profile)
+    pages = [read(open_run(folder), examples=examples) for folder in folders]
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / PAGE, page(made, made[0].title if len(made) == 1 else f"{len(made)} experiments"))
+    write_atomically(out / PAGE, page(pages, pages[0].title if len(pages) == 1 else f"{len(pages)} experiments"))
     return out / PAGE
-
-
-def _all(root: Path, profile: str | None) -> list[Path]:
-    names = sorted({path.parents[2].name for path in (root / "runs").glob(f"*/{profile or '*'}/*/{RUN_FILE}")})
-    if not names:
-        raise UserError(
-            f"There are no finished runs below {root}: run `fusellm experiment run` (see `experiment list`)."
-        )
-    return [find_run(root, name, profile) for name in names]
 
 
 @dataclass(frozen=True)
@@ -76,43 +56,41 @@ class _Evaluated:
         return self.provenance.get("evaluations") or {self.suite: self.provenance.get("evaluation", "")}
 
 
-def read(folder: Path, *, examples: int) -> Run:
-    """Everything that the page says about the run in `folder`."""
-    description = opened(folder)
+def read(run: Run, *, examples: int) -> RunPage:
+    """Everything that the page shows of a run. examples: how many of a task are kept for reading."""
+    description, configuration = run.description, run.configuration
     artifacts = description.get("artifacts", [])
-    configuration, records = open_run(folder)
-    made = table(folder)
-    root = folder.resolve().parents[3]
+    main = run_table(run)
+    root = run.folder.resolve().parents[3]
     manifests = {m["fingerprint"]: (path, m) for path, m in _manifests(root, artifacts)}
-    order = list(configuration["methods"])
-    evaluated = sorted(_evaluated(folder, description["records"]), key=lambda one: (order.index(one.method), one.seed))
-    noted = described(folder / SUITES_FILE)
-    name = f"{configuration['experiment']}, {configuration['profile']}"
-    seeds = sorted({int(seed) for seed in records["seed"].unique() if seed >= 0})
+    order = list(run.methods)
+    evaluated = sorted(
+        _evaluated(run.folder, description["records"]), key=lambda file: (order.index(file.method), file.seed)
+    )
     finished = datetime.fromtimestamp(description["finished"], UTC)
     costs = list(_costs(manifests.values()))
     gone = len(artifacts) - len(manifests)
     facts = {
-        "experiment": configuration["experiment"],
-        "profile": configuration["profile"],
-        "methods": len(configuration["methods"]),
-        "seeds": ", ".join(map(str, seeds)) or "none",
-        "examples": f"{len(records[['suite', 'task', 'example']].drop_duplicates()):,}",
+        "experiment": run.experiment,
+        "profile": run.profile,
+        "methods": len(run.methods),
+        "seeds": ", ".join(map(str, run.seeds)) or "none",
+        "examples": f"{len(run.records[['suite', 'task', 'example']].drop_duplicates()):,}",
         "finished": f"{finished:%Y-%m-%d %H:%M} UTC",
         "time of all stages": f"{sum(cost.seconds for cost in costs) / 60:.1f} min",
         "commit": (description.get("commit") or "")[:12] or "not from a checkout",
     }
-    return Run(
-        name=name,
-        title=f"{configuration['title']} ({name})",
-        banner=configuration["banner"] or "",
+    return RunPage(
+        name=f"{run.experiment}, {run.profile}",
+        title=run.title,
+        banner=run.banner,
         facts=[(key, str(text)) for key, text in facts.items()],
-        findings=[*findings(made), *_equal_quality(folder)],
-        tables=[made, *_other_tables(folder, configuration, records)],
-        figures=list(_figures(folder, made)),
-        tasks=list(_tasks(evaluated, manifests, noted, examples)),
+        findings=[*findings(main), *equal_quality(run.folder)],
+        tables=[main, *_other_tables(run)],
+        figures=list(_figures(run, main)),
+        tasks=list(_tasks(evaluated, manifests, run.suites, examples)),
         costs=costs,
-        configuration=yaml.safe_dump(configuration, sort_keys=False, allow_unicode=True),
+        configuration=yaml.safe_dump(dict(configuration), sort_keys=False, allow_unicode=True),
         evaluations=[_evaluation(one, manifests) for one in evaluated],
         artifacts=[_artifact(path, root, manifest, manifests) for path, manifest in manifests.values()],
         notes=[
@@ -142,29 +120,23 @@ def _evaluated(folder: Path, files: Mapping[str, str]) -> Iterator[_Evaluated]:
         yield _Evaluated(name, files[name], **first, provenance=provenance)
 
 
-def _other_tables(folder: Path, configuration: Mapping[str, Any], records: "pd.DataFrame") -> "list[Table]":
-    from harness.evaluation.standalone import suite_tables
+def _other_tables(run: Run) -> "list[Table]":
     from results.paper_layouts import LAYOUTS
 
-    rows, banner, reference = (configuration[key] for key in ("methods", "banner", "reference"))
-    layout, found = LAYOUTS.get(configuration["experiment"]), []
-    if layout and layout.columns and "perplexity" in set(records["suite"]):  # the paper's table has no held-out text
-        found.append(text_table(configuration, records, reference))
+    layout, tables = LAYOUTS.get(run.experiment), []
+    if (
+        layout and layout.columns and "perplexity" in set(run.records["suite"])
+    ):  # the paper's table has no held-out text
+        tables.append(held_out_table(run))
     if layout and (layout.methods_across or not layout.columns):  # it shows every task already
-        return found
-    title = f"{configuration['title']} ({configuration['experiment']}, {configuration['profile']})"
-    return [*found, *suite_tables(folder, records, list(rows), title, banner or "", reference).values()]
+        return tables
+    return [*tables, *suite_tables(run).values()]
 
 
-def _equal_quality(folder: Path) -> list[str]:
-    path = folder / "equal_quality.txt"
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-
-
-def _figures(folder: Path, made: "Table") -> Iterator[Figure]:
-    with tempfile.TemporaryDirectory() as beside:
-        for drawing in drawings(folder, made):
-            for path in drawing.draw(Path(beside, "figure")):
+def _figures(run: Run, table: "Table") -> Iterator[Figure]:
+    with tempfile.TemporaryDirectory() as folder:
+        for drawing in drawings(run, table):
+            for path in drawing.draw(Path(folder, "figure")):
                 if path.suffix == ".svg":
                     yield Figure(drawing.caption, path.read_bytes())
 

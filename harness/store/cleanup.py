@@ -4,10 +4,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from harness.evaluation.standalone import FOLDER
-from harness.experiment.run import PLAN_FILE
-from harness.reporting.runs import RUN_FILE, described
 from harness.store.artifacts import Store
+from harness.store.paths import ARTIFACTS, EVALUATIONS, PLAN_FILE, RUN_FILE, RUNS
+from harness.store.run_files import read_run_file
 
 
 def _size(path: Path) -> int:
@@ -16,12 +15,12 @@ def _size(path: Path) -> int:
 
 def unused(root: Path) -> Iterator[tuple[Path, int]]:
     """Leftovers of interrupted stages, and artifacts that no run lists; with their sizes in bytes."""
-    store = Store(root / "artifacts")
+    store = Store(root / ARTIFACTS)
     used = {
         root / name
         for pattern in (RUN_FILE, PLAN_FILE)
-        for run in [*(root / "runs").glob(f"*/*/*/{pattern}"), *(root / FOLDER).glob(f"*/*/{pattern}")]
-        for name in described(run)["artifacts"]
+        for run in [*(root / RUNS).glob(f"*/*/*/{pattern}"), *(root / EVALUATIONS).glob(f"*/*/{pattern}")]
+        for name in read_run_file(run)["artifacts"]
     }
     for path in [*store.leftovers(), *(p for p in store.artifacts() if p not in used)]:
         yield path, _size(path)
@@ -29,7 +28,7 @@ def unused(root: Path) -> Iterator[tuple[Path, int]]:
 
 def remove(root: Path, path: Path) -> None:
     """Removes an artifact or a leftover; renamed first, so that no half-removed artifact is ever found."""
-    if not path.is_relative_to(root / "artifacts"):
+    if not path.is_relative_to(root / ARTIFACTS):
         raise ValueError(f"{path} is no artifact")
     beside = path.with_name(f".{path.name.lstrip('.')}.removed")
     path.replace(beside)

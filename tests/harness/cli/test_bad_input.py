@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.reporting import runs
 from harness.store.files import write_json
 from harness.store.fingerprint import file_sha256
+from harness.store.paths import RUN_FILE
+from harness.store.run_files import read_run_file
 from results.records import Record
 from results.records import write as write_records
 from tests.harness.command import answer, assert_whole, fusellm, sentence
@@ -127,9 +128,9 @@ def ran(*files: list[Record]) -> Prepare:
         folder = finished(here / "root", "table2", files[0])
         for i, records in enumerate(files[1:]):
             write_records(folder / "records" / f"more{i}.parquet", records)
-        description = runs.described(folder / runs.RUN_FILE)
+        description = read_run_file(folder / RUN_FILE)
         description["records"] |= {p.name: file_sha256(p) for p in (folder / "records").glob("*.parquet")}
-        write_json(folder / runs.RUN_FILE, description)
+        write_json(folder / RUN_FILE, description)
 
     return prepare
 
@@ -143,7 +144,7 @@ def older(**changed: object) -> Prepare:
 
     def prepare(here: Path) -> None:
         folder = finished(here / "root", "table2", answers("CLM", "arc_easy", [1.0], 0))
-        write_json(folder / runs.RUN_FILE, {**runs.described(folder / runs.RUN_FILE), **changed})
+        write_json(folder / RUN_FILE, {**read_run_file(folder / RUN_FILE), **changed})
 
     return prepare
 
@@ -154,8 +155,8 @@ def other_schema(here: Path) -> None:
     folder = finished(here / "root", "table2", answers("CLM", "arc_easy", [1.0], 0))
     path = folder / "records" / "all.parquet"
     pq.write_table(pq.read_table(path).replace_schema_metadata({b"fusellm.records.schema": b"0"}), path)
-    description = runs.described(folder / runs.RUN_FILE)
-    write_json(folder / runs.RUN_FILE, {**description, "records": {path.name: file_sha256(path)}})
+    description = read_run_file(folder / RUN_FILE)
+    write_json(folder / RUN_FILE, {**description, "records": {path.name: file_sha256(path)}})
 
 
 SHOW = ("experiment", "show")

@@ -293,9 +293,10 @@ def test_an_experiment_with_ensembles(experiment_file: Path, tmp_path: Path) -> 
     config = load(str(experiment_file), overrides=[*overrides, *drop])
     assert any("perplexity" in p.spec.kind for p in run.plan(config, tmp_path))
     folder = run.run(config, tmp_path)
-    from harness.reporting.runs import table
+    from harness.reporting.runs import open_run
+    from harness.reporting.tables import run_table
 
-    made = table(folder)
-    cells = dict(zip(made.rows, made.cells, strict=True))
+    table = run_table(open_run(folder))
+    cells = dict(zip(table.rows, table.cells, strict=True))
     assert cells["Ensemble"][0].value is not None
     assert cells["Votes"][0].value is None

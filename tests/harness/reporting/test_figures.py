@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from harness.reporting import runs
 from harness.reporting.figures import AUDIT, _series, drawings
+from harness.reporting.tables import tables
 from harness.store.files import write_json
+from harness.store.paths import RUN_FILE
+from harness.store.run_files import read_run_file
 from results.figures import charts
 from results.formats import plain_table
 from results.records import Record
@@ -37,9 +39,9 @@ def _records() -> list[Record]:
 
 def _ablation(root: Path) -> Path:
     folder = finished(root, "ablations", _records())
-    description = runs.described(folder / runs.RUN_FILE)
+    description = read_run_file(folder / RUN_FILE)
     description["configuration"] |= CONFIGURATION
-    write_json(folder / runs.RUN_FILE, description)
+    write_json(folder / RUN_FILE, description)
     return folder
 
 
@@ -82,8 +84,8 @@ def test_tables_write_every_figure_from_what_is_stored(tmp_path: Path) -> None:
 def test_the_report_shows_the_same_figures(tmp_path: Path) -> None:
     folder = _ablation(tmp_path)
     _audit(folder)
-    found = runs.tables(tmp_path, ["ablations"], None)
-    captions = [one.caption for one in drawings(folder, found.made["ablations"])]
+    ablations = tables(tmp_path, ["ablations"], None)
+    captions = [one.caption for one in drawings(ablations.runs["ablations"], ablations.by_name["ablations"])]
     status, printed, said = answer("report", "ablations", "--out", tmp_path / "out", "--root", tmp_path)
     assert status == 0, said
     page = Path(printed.strip()).read_text()
@@ -92,7 +94,7 @@ def test_the_report_shows_the_same_figures(tmp_path: Path) -> None:
 
 
 def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
-    folder = _ablation(tmp_path)
-    found = runs.tables(tmp_path, ["ablations"], None, reference="FuseLLM")
-    names = {one.name for one in drawings(folder, found.made["ablations"])}
+    _ablation(tmp_path)
+    ablations = tables(tmp_path, ["ablations"], None, reference="FuseLLM")
+    names = {one.name for one in drawings(ablations.runs["ablations"], ablations.by_name["ablations"])}
     assert not names & {"choice", "coverage", "audit", "by-k"}  # of two rows the reference has no difference

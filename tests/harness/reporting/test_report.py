@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from harness.reporting import report, runs
+from harness.reporting.tables import run_table
 from harness.store.artifacts import Store, read_manifest
-from results.report import Answer, Asked, Run, Task, page
+from harness.store.paths import RUN_FILE
+from harness.store.run_files import read_run_file
+from results.report import Answer, Asked, RunPage, Task, page
 from tests.harness.browser import DESKTOP, PHONE, chromium, resize
 from tests.harness.command import answer
 
@@ -38,13 +41,13 @@ def written(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_rows_of_the_tiny_profiles_are_ours(root: Path) -> None:
     """Every task of the table was answered by every row, from the rows that come with the harness."""
-    made = runs.table(runs.find_run(root, "table2", "micro"))
+    made = run_table(runs.open_run(runs.find_run(root, "table2", "micro")))
     assert made.rows == ("arc_easy", "arc_challenge", "boolq", "hellaswag", "openbookqa", "average")
     assert all(cell.value is not None for row in made.cells for cell in row)
 
 
 def test_held_out_text_stands_beside_the_papers_table(root: Path) -> None:
-    commonsense, text = report.read(runs.find_run(root, "table2", "micro"), examples=0).tables
+    commonsense, text = report.read(runs.open_run(runs.find_run(root, "table2", "micro")), examples=0).tables
     assert commonsense.rows[0] == "arc_easy"
     assert {"code", "docstrings", "manual"} <= {column.label for column in text.columns}
     assert all(cell.value is not None for row in text.cells for cell in row[:3])
@@ -52,9 +55,9 @@ def test_held_out_text_stands_beside_the_papers_table(root: Path) -> None:
 
 def test_a_cell_leads_to_everything_behind_it(root: Path) -> None:
     folder = runs.find_run(root, "table2", "micro")
-    description = runs.described(folder / runs.RUN_FILE)
+    description = read_run_file(folder / RUN_FILE)
     assert description["libraries"]["torch"] and description["command"][1:3] == ["experiment", "run"]
-    cell = runs.table(folder).cells[0][4]
+    cell = run_table(runs.open_run(folder)).cells[0][4]
     (evaluation,) = cell.evaluations
     beside = [json.loads(path.read_text()) for path in (folder / "records").glob("FuseLLM*.json")]
     (provenance,) = [one for one in beside if one["evaluation"] == evaluation]
@@ -83,7 +86,7 @@ def test_the_page_needs_nothing_else_and_is_the_same_each_time(written: Path, ro
 
 
 def test_costs_and_examples(root: Path) -> None:
-    run = report.read(runs.find_run(root, "table2", "micro"), examples=2)
+    run = report.read(runs.open_run(runs.find_run(root, "table2", "micro")), examples=2)
     costs = {(cost.stage, cost.of): cost for cost in run.costs}
     assert costs["train", "FuseLLM-seed0"].tokens == costs["train", "CLM-seed0"].tokens > 1000
     assert costs["predictions", "coder"].tokens > 1000
@@ -156,7 +159,7 @@ def test_examples_are_filtered_in_the_browser(browser: Any, tmp_path: Path) -> N
         )
         for i in range(12)
     ]
-    run = Run("one", "one", "", [], [], [], tasks=[Task("suite: task", "acc", 40, examples)])
+    run = RunPage("one", "one", "", [], [], [], tasks=[Task("suite: task", "acc", 40, examples)])
     path = tmp_path / "page.html"
     path.write_text(page([run], "a page"))
     resize(browser, DESKTOP)

@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 
 from fusion.errors import UserError
-from harness.reporting import runs
+from harness.reporting import export, runs
+from harness.reporting.tables import run_table, tables
 from harness.store.files import write_json
 from harness.store.fingerprint import file_sha256
+from harness.store.paths import RUN_FILE, SUITES_FILE
+from harness.store.run_files import read_run_file
 from results.errors import UserError as RecordsError
 from results.formats import FORMATS, render
 from results.records import Record, write
@@ -34,7 +37,7 @@ def finished(root: Path, experiment: str, records: list[Record], profile: str = 
         "methods": METHODS,
     }  # fmt: skip
     description = {"configuration": config, "records": {path.name: file_sha256(path)}, "finished": finished}
-    write_json(folder / runs.RUN_FILE, description)
+    write_json(folder / RUN_FILE, description)
     return folder
 
 
@@ -62,8 +65,8 @@ def main() -> list[Record]:
 def test_a_table_of_the_paper_has_its_layout_and_another_the_main_one(tmp_path: Path) -> None:
     folder = finished(tmp_path, "table2", commonsense())
     noted = {"commonsense": {"shown": {}, "missing": {"Gemma": {"hellaswag": "its rows cannot be had"}}}}
-    write_json(folder / runs.SUITES_FILE, noted)
-    table = runs.table(runs.find_run(tmp_path, "table2", None), with_paper=True)
+    write_json(folder / SUITES_FILE, noted)
+    table = run_table(runs.open_run(runs.find_run(tmp_path, "table2", None)), with_paper=True)
     assert [one.label for one in table.columns] == ["Gemma", "SmolLM2", "CLM", "FuseLLM"]
     assert table.cells[0][3].published == 75.04 and table.cells[0][3].evaluations == ("abc",)
     by_row = dict(zip(table.rows, table.cells, strict=True))
@@ -71,15 +74,16 @@ def test_a_table_of_the_paper_has_its_layout_and_another_the_main_one(tmp_path: 
     assert any("`fusellm experiment run table2 --profile small`" in note for note in table.notes)
 
     finished(tmp_path, "main", main())
-    table = runs.table(runs.find_run(tmp_path, "main", "small"), reference="SmolLM2")
+    table = run_table(runs.open_run(runs.find_run(tmp_path, "main", "small")), reference="SmolLM2")
     assert (table.title, table.reference, table.rows) == ("about main (main, small)", "SmolLM2", tuple(METHODS))
     with pytest.raises(UserError, match="The paper has no table 'main'"):
-        runs.table(runs.find_run(tmp_path, "main", None), with_paper=True)
+        run_table(runs.open_run(runs.find_run(tmp_path, "main", None)), with_paper=True)
 
     # Nothing of what the paper measured, but bits per byte.
     folder = finished(tmp_path, "table6", main())
-    assert runs.table(folder).title == "about table6 (table6, small)"
-    assert runs.table(folder, with_paper=True).title.startswith("table6, profile small")
+    run = runs.open_run(folder)
+    assert run_table(run).title == "about table6 (table6, small)"
+    assert run_table(run, with_paper=True).title.startswith("table6, profile small")
 
 
 def test_the_newest_run_counts(tmp_path: Path) -> None:
@@ -92,21 +96,21 @@ def test_the_newest_run_counts(tmp_path: Path) -> None:
 def test_all_names_what_was_not_run(tmp_path: Path) -> None:
     finished(tmp_path, "table2", commonsense())
     finished(tmp_path, "mine", main())
-    found = runs.tables(tmp_path, [], None)
-    assert list(found.made) == ["table2", "mine"]
+    found = tables(tmp_path, [], None)
+    assert list(found.by_name) == ["table2", "mine"]
     assert any("`fusellm experiment run quickstart`" in one for one in found.absent)
     assert any("table1" in one for one in found.absent)
-    beside = runs.tables(tmp_path, ["all"], None, with_paper=True)
-    assert list(beside.made)[:3] == ["paper/table1", "table2", "paper/table3"] and "mine" in beside.made
+    beside = tables(tmp_path, ["all"], None, with_paper=True)
+    assert list(beside.by_name)[:3] == ["paper/table1", "table2", "paper/table3"] and "mine" in beside.by_name
     with pytest.raises(UserError, match="no finished runs below"):
-        runs.tables(tmp_path / "nowhere", [], None)
+        tables(tmp_path / "nowhere", [], None)
 
 
 def test_out_gets_every_format_and_the_figure_the_same_each_time(tmp_path: Path) -> None:
     finished(tmp_path, "table2", commonsense())
-    found = runs.tables(tmp_path, ["table2", "paper/table7"], None)
+    found = tables(tmp_path, ["table2", "paper/table7"], None)
     for out in ("one", "two"):
-        runs.write(found, tmp_path / out, list(FORMATS))
+        export.write(found, tmp_path / out, list(FORMATS))
     names = {path.name for path in (tmp_path / "one").iterdir()}
     assert names == {
         *(f"{name}.{ending}" for name in ("table2", "paper-table7") for ending in ("md", "csv", "json", "tex", "html")),
@@ -114,7 +118,7 @@ def test_out_gets_every_format_and_the_figure_the_same_each_time(tmp_path: Path)
     }  # fmt: skip
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    assert (tmp_path / "one" / "table2.md").read_text() == render(found.made["table2"], "md")
+    assert (tmp_path / "one" / "table2.md").read_text() == render(found.by_name["table2"], "md")
 
 
 def test_the_command_prints_and_writes(tmp_path: Path) -> None:
@@ -148,7 +152,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path, arguments: list[str], sentenc
     finished(tmp_path, "table2", commonsense())
     finished(tmp_path, "main", main())
     folder = finished(tmp_path, "damaged", main())
-    write_json(folder / runs.RUN_FILE, {"configuration": {}, "finished": 1, "records": {}})
+    write_json(folder / RUN_FILE, {"configuration": {}, "finished": 1, "records": {}})
     status, _, said = answer("tables", *arguments, "--root", str(tmp_path))
     assert (status, len(said.strip().splitlines())) == (2, 1), said
     assert sentence in said
@@ -157,11 +161,11 @@ def test_mistakes_are_one_sentence(tmp_path: Path, arguments: list[str], sentenc
 def test_records_that_disagree_about_the_data_are_refused_naming_both(tmp_path: Path) -> None:
     folder = finished(tmp_path, "table2", commonsense())
     write(folder / "records" / "more.parquet", scores("CLM", "boolq", [0.0], metric="acc", experiment="table2"))
-    description = runs.described(folder / runs.RUN_FILE)
+    description = read_run_file(folder / RUN_FILE)
     records = {path.name: file_sha256(path) for path in (folder / "records").glob("*.parquet")}
-    write_json(folder / runs.RUN_FILE, {**description, "records": records})
+    write_json(folder / RUN_FILE, {**description, "records": records})
     with pytest.raises(RecordsError, match=r"disagree about .*all\.parquet and .*more\.parquet"):
-        runs.table(folder)
+        runs.open_run(folder)
 
 
 def test_nothing_heavy_is_imported() -> None:
@@ -169,7 +173,7 @@ def test_nothing_heavy_is_imported() -> None:
     import sys
 
     code = (
-        "import sys, harness.reporting.runs, results.paper_layouts; "
+        "import sys, harness.reporting.tables, harness.reporting.runs, results.paper_layouts; "
         "print({'torch', 'transformers', 'pydantic'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parents[3])

@@ -1,0 +1,165 @@
+"""The tables of finished runs: every table that the harness prints or writes is built here, from records alone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusion.errors import UserError
+from harness.reporting.runs import ALL, PUBLISHED, Run, experiments, find_run, no_runs, open_run, profiles
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from results.layout import Table
+
+_MANY = 12  # tasks that do not fit side by side
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Tables by name, the run of each that has one, and a sentence for each table that was asked for and has none."""
+
+    by_name: "dict[str, Table]"
+    runs: dict[str, Run]
+    absent: tuple[str, ...]
+
+
+def tables(
+    root: Path, names: Sequence[str], profile: str | None, *, reference: str | None = None, with_paper: bool = False
+) -> Tables:
+    """The tables of the newest runs of `names`: experiments, `paper/NAME` for a published table, or `all` there are.
+
+    Under `all` a table that was not run is left to `absent`, or is the published one under with_paper. Raises UserError
+    for a name that is not there, and where there is nothing at all.
+    """
+    from results.paper_numbers import NAMES, paper_table
+
+    everything = ALL in names or not names
+    asked = names
+    if everything:
+        asked = [*NAMES, *(name for name in experiments(root) if profile in (None, *profiles(name)))]
+    by_name: dict[str, Table] = {}
+    runs: dict[str, Run] = {}
+    absent = []
+    for name in dict.fromkeys(asked):
+        if name.startswith(PUBLISHED):
+            by_name[name] = paper_table(name.removeprefix(PUBLISHED))
+            continue
+        try:
+            folder = find_run(root, name, profile)
+        except UserError as error:
+            if not everything:
+                raise
+            absent.append(str(error))
+            if with_paper and name in NAMES:
+                by_name[PUBLISHED + name] = paper_table(name)
+            continue
+        runs[name] = open_run(folder)
+        beside = with_paper and (name in NAMES or not everything)
+        by_name[name] = run_table(runs[name], reference=reference, with_paper=beside)
+    if not by_name:
+        raise no_runs(root)
+    return Tables(by_name, runs, tuple(absent))
+
+
+def run_table(run: Run, *, reference: str | None = None, with_paper: bool = False) -> "Table":
+    """The main table of a run; in the paper's layout where the run measured what the paper did.
+
+    reference: the row that the others are compared with. Default: the configuration's. with_paper: the published
+    values beside ours. Raises UserError for an unknown reference, and where the paper has no such table.
+    """
+    from results.paper_layouts import LAYOUTS, comparison, measured_for
+
+    name, reference = run.experiment, reference or _reference(run)
+    if measured_for(name, run.records) or (with_paper and name in LAYOUTS):
+        roles = {
+            entry.get("role", "target"): label for label, entry in run.methods.items() if entry["method"] == "as_is"
+        }
+        table = comparison(
+            name,
+            run.records,
+            list(run.methods),
+            roles,
+            profile=run.profile,
+            reference=reference,
+            with_paper=with_paper,
+            banner=run.banner,
+            command=f"fusellm experiment run {name} --profile {run.profile}",
+            reasons=run.reasons,
+        )
+        return replace(table, notes=(*table.notes, *run.notes))
+    if with_paper:
+        raise UserError(f"The paper has no table {name!r}: those it has are {', '.join(LAYOUTS)}.")
+    table = held_out_table(run, reference)
+    return replace(table, notes=(*table.notes, *run.notes))
+
+
+def held_out_table(run: Run, reference: str | None = None) -> "Table":
+    """Held-out text by domain: a row a method. reference: as for `run_table`."""
+    from results.tables import main_table
+
+    records = run.records
+    text = records[(records["suite"] == "perplexity") & records["tokens"].isna()]
+    return main_table(
+        records,
+        list(run.methods),
+        reference or _reference(run),
+        metric=str(text["metric"].iloc[0]) if len(text) else "bits_per_byte",
+        title=run.title,
+        banner=run.banner,
+    )
+
+
+def _reference(run: Run) -> str:
+    if run.reference is None:
+        raise UserError(f"{run.folder} holds the evaluation of one model, which has no table of methods.")
+    return run.reference
+
+
+def printed_tables(run: Run) -> "dict[str, Table]":
+    """The tables that a finished run is summed up by: its main table, and those of its suites where that shows none."""
+    from results.paper_layouts import LAYOUTS
+
+    suites = {} if run.experiment in LAYOUTS else suite_tables(run)  # the paper's tables show their suites themselves
+    return {"table": run_table(run), **{f"table-{name}": table for name, table in suites.items()}}
+
+
+def suite_tables(run: Run) -> "dict[str, Table]":
+    """The table of every suite that the run measured: a row a method, a column a task, and their average.
+
+    Where there are many tasks they are the rows. Averages are compared with those of the run's reference row.
+    """
+    records = run.records
+    final = records[records["tokens"].isna() & records["method"].isin(list(run.methods))]
+    return {name: _suite_table(run, name, noted, final[final["suite"] == name]) for name, noted in run.suites.items()}
+
+
+def _suite_table(run: Run, suite: str, noted: Mapping[str, Any], records: "pd.DataFrame") -> "Table":
+    from results.layout import Table
+    from results.metrics import measure
+    from results.tables import suite_table, transposed
+
+    rows = list(run.methods)
+    metrics: dict[str, str] = noted["shown"]
+    if noted["k"] != 1:
+        at_k = {"passed": f"passed@{noted['k']}"}
+        metrics = {task: at_k.get(metric, metric) for task, metric in metrics.items()}
+        records = records.assign(metric=records["metric"].replace(at_k))
+    there = set(zip(records["task"], records["metric"], strict=True))
+    shown = {task: metric for task, metric in metrics.items() if (task, metric) in there}
+    notes = list(noted["notes"])
+    for task in metrics:
+        if task not in shown:
+            why = sorted({reasons[task] for reasons in noted["missing"].values() if task in reasons}) or ["not run"]
+            notes.append(f"Left out, also of the average: {task}: {'; '.join(why)}.")
+    labels = dict.fromkeys(measure(metric).label for metric in shown.values())
+    title = f"{run.title}: {suite} ({'; '.join(labels)})"
+    if not shown:
+        return Table(title, tuple(rows), (), ((),) * len(rows), True, 2, banner=run.banner, notes=tuple(notes))
+    reasons = {key: reason for key, reason in run.reasons.items() if key[1] == suite}
+    table = suite_table(
+        records, rows, shown, run.reference, suite=suite, title=title, banner=run.banner, reasons=reasons
+    )
+    table = replace(table, notes=(*table.notes, *notes))
+    return transposed(table) if len(shown) > _MANY else table
