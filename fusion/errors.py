@@ -1,11 +1,30 @@
-"""The one exception that carries a sentence for the user, and what such sentences share."""
+"""The errors that the user can correct, and the nearest spelling of a wrong name."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something the user can mend: the message says in one sentence what is wrong, where, and what to do."""
+    """Something the user can correct: the message says in one sentence what is wrong, where, and what to do."""
+
+
+class UnknownName(UserError):
+    """A name that is not there: `name`, among the `known` ones, of what `noun` says ("map", "method")."""
+
+    def __init__(self, noun: str, name: str, known: Iterable[str]) -> None:
+        self.noun = noun
+        self.name = name
+        self.known = tuple(known)
+        super().__init__(unknown_name(noun, name, self.known))
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, tuple[str, ...]]]:
+        return type(self), (self.noun, self.name, self.known)  # worker processes pass errors on
+
+
+def unknown_name(noun: str, name: str, known: Iterable[str]) -> str:
+    """The sentence for an unknown name: the nearest spelling and everything there is."""
+    known = tuple(known)
+    return f"There is no {noun} {name!r}{did_you_mean(name, known)}: there are {', '.join(known) or 'none'}."
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

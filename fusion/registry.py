@@ -15,7 +15,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
-from fusion.errors import UserError, did_you_mean
+from fusion.errors import UnknownName, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -149,10 +149,7 @@ class Registry(Generic[T]):
             self._loaded.add(name)
             # Importing may have run a decorator that registered the name already, with its version and reference.
             return self._parts.setdefault(name, Part(name, value))
-        raise UserError(
-            f"There is no {self.noun} {name!r}{did_you_mean(name, self.names())}: registered are "
-            f"{', '.join(self.names()) or 'none'}."
-        )
+        raise UnknownName(self.noun, name, self.names())
 
     def reference(self, name: str) -> str:
         """Where the idea of a registered name is from; "" for what came from an entry point without saying."""

@@ -13,9 +13,8 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from results.cells import Entry, grid
-from results.errors import UserError
+from results.errors import UnknownName
 from results.layout import Table
-from results.metrics import unknown
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -33,7 +32,7 @@ def render(table: Table, form: str) -> str:
 def render_all(tables: Sequence[Table], form: str) -> str:
     """Several tables, one after another; json gives a list of them where there are not exactly one."""
     if form not in FORMATS:
-        raise UserError(unknown("table format", form, FORMATS))
+        raise UnknownName("table format", form, FORMATS)
     if form == "json" and len(tables) != 1:
         return _json([_whole(table) for table in tables])
     return "\n".join(FORMATS[form](table) for table in tables)
@@ -51,7 +50,7 @@ def plain_table(columns: Sequence[str], rows: Iterable[Sequence[object]], form: 
         return _csv([list(columns), *body])
     if form == "json":
         return _json([dict(zip(columns, row, strict=True)) for row in body])
-    raise UserError(unknown("list format", form, ("md", "csv", "json")))
+    raise UnknownName("list format", form, ("md", "csv", "json"))
 
 
 def plain_rich(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> "RenderableType":

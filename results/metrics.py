@@ -1,12 +1,10 @@
 """What a metric's stored numerator and denominator mean: the one place that turns them into the printed value."""
 
-import difflib
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from results.errors import UserError
+from results.errors import UnknownName, UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,12 +38,12 @@ class Metric:
         if self.bounds is None:
             return numerator, denominator
         if ((numerator < 0) | (numerator > denominator)).any():
-            raise UserError(f"a {self.unit} has a score outside 0 to 1 in {self.name}; evaluate it again")
+            raise UserError(f"{self.name} has a score outside 0 to 1 for one {self.unit}; evaluate it again")
         if self.k is None:
             return numerator / denominator, np.ones_like(denominator)
         if (denominator < self.k).any():
             raise UserError(
-                f"{self.label} needs {self.k} samples a {self.unit}, but one has {denominator.min():g}; draw more "
+                f"{self.label} needs {self.k} samples per {self.unit}, but one has {denominator.min():g}; draw more "
                 "samples or ask for a smaller k"
             )
         failing = comb(denominator - numerator, self.k) / comb(denominator, self.k)
@@ -85,7 +83,7 @@ METRICS = {
 def metric_of(name: str) -> Metric:
     """The metric called `name`; raises UserError naming the nearest spelling and what is registered."""
     if name not in METRICS:
-        raise UserError(unknown("metric", name, METRICS))
+        raise UnknownName("metric", name, METRICS)
     return METRICS[name]
 
 
@@ -95,11 +93,3 @@ def measure(name: str) -> Metric:
     if k.isdecimal() and base in METRICS:
         return METRICS[base].at(int(k))
     return METRICS.get(name) or _score(name, f"{name}, percent")
-
-
-def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """One sentence for a wrong `name`: the nearest spelling and what there is (`known`: an iterable of names)."""
-    names = list(known)
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return f"unknown {kind} {name!r}; {hint}there are: {', '.join(names) or 'none'}"

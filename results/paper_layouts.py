@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from results.errors import UserError
+from results.errors import UnknownName, UserError
 from results.layout import Cell, Column, Part, Table
-from results.metrics import measure, unknown
+from results.metrics import measure
 from results.paper_numbers import AVERAGE, Published, load
 from results.tables import Reason, SuiteResult, measured, sentences, transposed
 
@@ -148,7 +148,7 @@ def comparison(
     an unknown table or reference, and for methods not measured on the same data.
     """
     if name not in LAYOUTS:
-        raise UserError(unknown("table", name, LAYOUTS))
+        raise UnknownName("table", name, LAYOUTS)
     layout, published = LAYOUTS[name], load(name)
     rows = _rows(layout, published, methods, roles)
     labels = list(dict.fromkeys(row.label for row in rows))

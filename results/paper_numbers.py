@@ -9,9 +9,8 @@ from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Literal
 
-from results.errors import UserError
+from results.errors import UnknownName, UserError
 from results.layout import Cell, Column, Table
-from results.metrics import unknown
 
 AVERAGE = "average"
 _EVALUATORS = (
@@ -100,7 +99,7 @@ NAMES = tuple(_SOURCES)
 def load(name: str) -> Published:
     """The published table called `name`, one of NAMES; raises UserError for another."""
     if name not in _SOURCES:
-        raise UserError(unknown("published table", name, NAMES))
+        raise UnknownName("published table", name, NAMES)
     source = _SOURCES[name]
     text = (Path(__file__).parent / "paper" / source.file).read_text(encoding="utf-8")
     head, *body = csv.reader(text.splitlines())

@@ -10,10 +10,10 @@ import pandas as pd
 
 from results import statistics
 from results.bootstrap import RESAMPLES
-from results.errors import UserError
+from results.errors import UnknownName, UserError
 from results.formats import FORMATS, plain_rich, plain_table, render, to_rich
 from results.layout import Cell, Column, Part, Table, Verdict
-from results.metrics import Metric, measure, metric_of, unknown
+from results.metrics import Metric, measure, metric_of
 from results.paper_numbers import AVERAGE, paper_table
 from results.records import NO_SEED
 from results.statistics import CONFIDENCE, MIN_SEEDS, MIN_UNITS, MIN_UNLIKE, Units
@@ -137,7 +137,7 @@ def measured(
     for an unknown reference and for methods not measured on the same data.
     """
     if reference is not None and reference not in methods:
-        raise UserError(unknown("reference row", reference, methods))
+        raise UnknownName("reference row", reference, methods)
     parts = list(dict.fromkeys(part for column in wanted for part in column.parts))
     measures = _Measures.of(records, methods, parts, reference, reasons or {})
     columns = [column for one in wanted for column in measures.columns(one, unit)]

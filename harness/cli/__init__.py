@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fusion.errors import UserError
+from fusion.errors import UserError, unknown_name
 from harness.cli import (
     artifact_commands,
     baseline_commands,
@@ -119,7 +119,7 @@ def main() -> None:
 
 def _explain(error: Exception) -> int:
     """Says in one sentence what the user can mend and gives the exit status; raises what is our own mistake."""
-    from results.errors import UserError as RecordsError
+    from results import errors as results_errors
 
     if isinstance(error, typer.TyperException):
         if message := " ".join(error.format_message().split()):  # empty where the help was printed instead
@@ -127,7 +127,12 @@ def _explain(error: Exception) -> int:
             hint = f" (see `{context.command_path} --help`)" if context else ""
             typer.echo(f"fusellm: {message.rstrip('.')}{hint}.", err=True)
         return 2
-    sentence = str(error) if isinstance(error, UserError | RecordsError) else _of_the_system(error)
+    if isinstance(error, results_errors.UnknownName):
+        sentence: str | None = unknown_name(error.noun, error.name, error.known)
+    elif isinstance(error, UserError | results_errors.UserError):
+        sentence = str(error)
+    else:
+        sentence = _of_the_system(error)
     sentence = sentence or missing_extra(error)
     distributed.report_root_cause(sentence is not None)
     if os.environ.get("FUSELLM_DEBUG") or sentence is None:

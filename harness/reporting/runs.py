@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion.errors import UserError
+from fusion.errors import UnknownName, UserError
 from harness.store.fingerprint import file_sha256
 from harness.store.paths import PRESETS, RUN_FILE, RUNS, SUITES_FILE
 from harness.store.run_files import read_run_file
@@ -125,7 +125,6 @@ def find_run(root: Path, name: str, profile: str | None) -> Path:
     name = Path(name).stem if name.endswith((".yaml", ".yml")) else name
     finished = sorted((root / RUNS / name).glob(f"{profile or '*'}/*/{RUN_FILE}"))
     if not finished:
-        from results.metrics import unknown
         from results.paper_numbers import NAMES
 
         if name not in experiments(root):
@@ -133,9 +132,9 @@ def find_run(root: Path, name: str, profile: str | None) -> Path:
                 raise UserError(
                     f"There is no experiment {name!r}: `fusellm tables {PUBLISHED}{name}` prints the published table."
                 )
-            raise UserError(unknown("table", name, [ALL, *dict.fromkeys([*NAMES, *experiments(root)])]))
+            raise UnknownName("table", name, [ALL, *dict.fromkeys([*NAMES, *experiments(root)])])
         if profile and profile not in (known := profiles(name)):
-            raise UserError(unknown(f"profile of {name}", profile, known))
+            raise UnknownName(f"profile of {name}", profile, known)
         wanted = f" in profile {profile}" if profile else ""
         raise UserError(
             f"The experiment {name!r} has no finished run{wanted} below {root}: run `fusellm experiment run {name}"

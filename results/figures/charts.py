@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 
 from results import statistics
-from results.errors import UserError
+from results.errors import UnknownName, UserError
 from results.figures import style
 from results.layout import Cell, Table
-from results.metrics import Metric, metric_of, unknown
+from results.metrics import Metric, metric_of
 from results.paper_numbers import AVERAGE
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def learning_curves(
     apart the reference and the first ones are drawn; what is returned is about all of them.
     """
     if reference not in methods:
-        raise UserError(unknown("reference row", reference, methods))
+        raise UnknownName("reference row", reference, methods)
     measured = metric_of(metric)
     along = records[
         (records["suite"] == suite)
@@ -303,7 +303,7 @@ def differences_figure(
     names = [column.label for column in table.columns] if table.best_along == "row" else list(table.rows)
     for method in methods or ():
         if method not in names:
-            raise UserError(unknown("method", method, names))
+            raise UnknownName("method", method, names)
     panels = {method: _differences(table, names.index(method)) for method in methods or names}
     panels = {method: panel for method, panel in panels.items() if len(panel) > 1}
     if not panels:
@@ -368,7 +368,7 @@ def quality_figure(
     """
     labels = [one.label for one in table.columns]
     if column not in labels:
-        raise UserError(unknown("column", column, labels))
+        raise UnknownName("column", column, labels)
     better = "higher" if table.higher_is_better else "lower"
     with style.style():
         figure = style.new((6.4, 4.4))
@@ -378,7 +378,7 @@ def quality_figure(
             points = []
             for row, x in sorted(rows.items(), key=lambda one: (one[1], one[0])):
                 if row not in table.rows:
-                    raise UserError(unknown("row", row, table.rows))
+                    raise UnknownName("row", row, table.rows)
                 cell = table.cells[table.rows.index(row)][labels.index(column)]
                 if cell.difference is not None:
                     points.append((x, cell.difference, cell.difference_interval))

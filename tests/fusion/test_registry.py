@@ -25,7 +25,7 @@ def test_what_is_registered_is_found() -> None:
 
 def test_unknown_names_hear_the_nearest_spelling() -> None:
     registry: Registry[int] = Registry("alignment")
-    with pytest.raises(UserError, match=r"There is no alignment 'dtw': registered are none\."):
+    with pytest.raises(UserError, match=r"There is no alignment 'dtw': there are none\."):
         registry.get("dtw")
     registry.register("same_end")(1)
     registry.register("dtw")(2)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from results import statistics
-from results.errors import UserError
+from results.errors import UnknownName, UserError
 from results.figures import style
 from results.figures.charts import (
     Curve,
@@ -101,7 +101,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         learning_curves(both, ["CLM", "FuseLLM"], tmp_path / "f")
     with pytest.raises(UserError, match="no records of KD along its training"):
         learning_curves(both, ["CLM", "KD"], tmp_path / "f")
-    with pytest.raises(UserError, match="unknown reference"):
+    with pytest.raises(UnknownName, match="There is no reference row 'CLM': there are FuseLLM"):
         learning_curves(both, ["FuseLLM"], tmp_path / "f")
     moved = both.copy()
     moved.loc[moved["method"] == "FuseLLM", "denominator"] = 99.0
@@ -218,7 +218,7 @@ def test_differences_are_sorted(tmp_path: Path, drawn: list[Any]) -> None:
         by_task = {column.label: cell.difference for column, cell in zip(table.columns, table.cells[row], strict=True)}
         assert [by_task[label] for label in labels] == widths
     assert differences_figure(table, tmp_path / "f", ["CLM"]) == ()
-    with pytest.raises(UserError, match=r"unknown method .at 0\.8.; did you mean .at 0\.9."):
+    with pytest.raises(UnknownName, match=r"There is no method .at 0\.8.: there are .*at 0\.9"):
         differences_figure(table, tmp_path / "f", ["at 0.8"])
 
 
@@ -230,9 +230,9 @@ def test_quality_against_a_setting(tmp_path: Path, drawn: list[Any]) -> None:
     assert list(line.get_xdata()) == [0.5, 0.7, 0.9]
     assert list(line.get_ydata()) == [table.cells[row][3].difference for row in (3, 2, 1)]
     assert drawn[0].axes[0].get_ylabel() == "average − CLM (lower is better)"
-    with pytest.raises(UserError, match=r"unknown row .at 0\.6."):
+    with pytest.raises(UnknownName, match=r"There is no row .at 0\.6."):
         quality_figure(table, {"corrected": {"at 0.6": 0.6}}, tmp_path / "f", along="lambda")
-    with pytest.raises(UserError, match="unknown column 'averag'"):
+    with pytest.raises(UnknownName, match="There is no column 'averag'"):
         quality_figure(table, {"corrected": at}, tmp_path / "f", along="lambda", column="averag")
     with pytest.raises(UserError, match="no row of CLM has a difference to CLM"):
         quality_figure(table, {"CLM": {"CLM": 1.0}}, tmp_path / "f", along="lambda")

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from results.errors import UserError
+from results.errors import UnknownName, UserError
 from results.formats import FORMATS, render, render_all
 from results.layout import Table
 from results.paper_layouts import BBH, COMMONSENSE, LAYOUTS, MULTIPL_E, comparison
@@ -101,7 +101,7 @@ def test_another_baseline(frames: dict[str, pd.DataFrame]) -> None:
     assert table.cells[-1][3].difference == pytest.approx(
         (table.cells[-1][3].value or 0) - (table.cells[-1][2].value or 0)
     )
-    with pytest.raises(UserError, match="unknown reference row 'Smol'; did you mean 'SmolLM2'"):
+    with pytest.raises(UnknownName, match=r"There is no reference row 'Smol': there are .*SmolLM2"):
         made("table2", frames["table2"], reference="Smol")
 
 
@@ -203,7 +203,7 @@ def test_records_that_disagree_about_the_data_are_refused_naming_both(frames: di
 
 
 def test_wrong_names_are_one_sentence(frames: dict[str, pd.DataFrame]) -> None:
-    with pytest.raises(UserError, match="unknown table 'tabel2'; did you mean 'table2"):
+    with pytest.raises(UnknownName, match=r"There is no table 'tabel2': there are .*table2"):
         made("tabel2", frames["table2"])
     with pytest.raises(UserError, match="no final perplexity records"):
         made("table7", frames["table2"])

@@ -3,7 +3,7 @@ from importlib import resources
 
 import pytest
 
-from results.errors import UserError
+from results.errors import UnknownName, UserError
 from results.formats import FORMATS, render
 from results.paper_numbers import NAMES, averages, load, paper_table, rounded
 from tests.shared import shared
@@ -58,8 +58,8 @@ def test_the_best_is_bold_where_it_is() -> None:
     assert "| FuseLLM | 0.8463 (-6.05%) | 0.6569 (-2.54%) | 0.6068 (-0.15%) | **0.7034** (-3.31%) |" in lower
 
 
-def test_an_unknown_table_names_the_nearest() -> None:
-    with pytest.raises(UserError, match="did you mean 'table1"):
+def test_an_unknown_table_names_those_there_are() -> None:
+    with pytest.raises(UnknownName, match="There is no published table 'tabel1': there are table1, "):
         paper_table("tabel1")
 
 

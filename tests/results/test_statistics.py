@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from results import bootstrap, statistics
-from results.errors import UserError
+from results.errors import UnknownName, UserError
 from results.layout import Part
 from results.metrics import METRICS, metric_of
 from results.records import COLUMNS, Record
@@ -193,8 +193,8 @@ def test_records_of_two_profiles_are_refused() -> None:
         statistics.group(frame(final("CLM") + final("FuseLLM", profile="tiny")))
 
 
-def test_an_unknown_metric_names_the_nearest() -> None:
-    with pytest.raises(UserError, match="did you mean 'bits_per_byte'"):
+def test_an_unknown_metric_names_those_there_are() -> None:
+    with pytest.raises(UnknownName, match="There is no metric 'bits_per_bite': there are bits_per_byte, "):
         metric_of("bits_per_bite")
 
 
@@ -335,7 +335,7 @@ def test_pass_at_k_is_the_chance_that_one_of_k_drawn_samples_passes(passed: list
 
 
 def test_scores_that_cannot_be_are_refused() -> None:
-    with pytest.raises(UserError, match="pass@20, percent needs 20 samples a problem, but one has 10"):
+    with pytest.raises(UserError, match="pass@20, percent needs 20 samples per problem, but one has 10"):
         statistics.group(frame(scores("CLM", "cpp", [3], suite="multipl_e", metric="passed@20", of=10)))
     with pytest.raises(UserError, match="score outside 0 to 1"):
         statistics.group(frame(scores("CLM", "boolq", [1.5])))

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fusion.errors import UserError
+from fusion.errors import UnknownName, UserError
 from harness.evaluation.sandbox import Outcome
 
 # By HumanEval's number: rows that cannot be solved as published. They stay in the denominator, so that numbers compare.
@@ -81,11 +81,9 @@ LANGUAGES = {language.name: language for language in _LANGUAGES}
 
 def language_of(name: str) -> Language:
     """The language that a row names; raises UserError with the nearest spelling."""
-    from results.metrics import unknown
-
     name = _OTHER_NAMES.get(name, name)
     if name not in LANGUAGES:
-        raise UserError(unknown("language", name, LANGUAGES))
+        raise UnknownName("language", name, LANGUAGES)
     return LANGUAGES[name]
 
 

@@ -138,12 +138,14 @@ def test_the_command_prints_and_writes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["tabel2"], "unknown table 'tabel2'; did you mean 'table2'"),
+        (["tabel2"], "There is no table 'tabel2' (did you mean 'table2'?): there are all, table1, "),
         (["table2", "--profile", "paper"], "run `fusellm experiment run table2 --profile paper`"),
         (["quickstart"], "run `fusellm experiment run quickstart`"),
         (["table10"], "`fusellm tables paper/table10` prints the published table"),
-        (["paper/table11"], "unknown published table 'table11'"),
-        (["table2", "--reference", "CML"], "unknown reference row 'CML'; did you mean 'CLM'"),
+        (["paper/table11"], "There is no published table 'table11' (did you mean 'table1"),
+        (["table2", "--reference", "CML"], "There is no reference row 'CML' (did you mean 'CLM'?): there are "),
+        (["table2", "--reference", "clm"], "There is no reference row 'clm' (did you mean 'CLM'?): there are "),
+        (["table2", "--profile", "smal"], "There is no profile of table2 'smal' (did you mean 'small'?): there are "),
         (["main", "--with-paper"], "The paper has no table 'main'"),
         (["damaged"], "was made by another version"),
     ],
