@@ -40,7 +40,7 @@ _MEANS = ("p_next_native", "p_next_mapped", "p_next_target", "bucket_ll_native",
 
 @dataclass(frozen=True)
 class Audit:
-    """One row a source and domain (see `results.figures.charts.audit_figure`), and what they mean in a sentence."""
+    """One row a source and domain (see `results.figures.audit.audit_figure`), and what they mean in a sentence."""
 
     measures: pd.DataFrame
     sentence: str

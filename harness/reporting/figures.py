@@ -14,7 +14,7 @@ from harness.store.fingerprint import canonical
 if TYPE_CHECKING:
     import pandas as pd
 
-    from results.figures.charts import LearningCurves
+    from results.figures.learning_curves import LearningCurves
     from results.layout import Table
 
 AUDIT = Path("audit", "audit.json")  # in the run's folder, where the sources were audited
@@ -31,7 +31,8 @@ class Drawing:
 
 def drawings(run: Run, table: "Table") -> Iterator[Drawing]:
     """All figures that there are of `run`, whose main table is `table`; a draw may find nothing to draw."""
-    from results.figures.charts import differences_figure, quality_figure
+    from results.figures.differences import differences_figure
+    from results.figures.quality import quality_figure
 
     yield Drawing("learning-curves", "Held-out text against training tokens", partial(_curve_files, run))
     yield Drawing(
@@ -52,11 +53,11 @@ def drawings(run: Run, table: "Table") -> Iterator[Drawing]:
 
 def audited(measures: "pd.DataFrame", title: str, banner: str) -> Iterator[Drawing]:
     """The figures of an audit's measures."""
-    from results.figures.charts import audit_figure, choice_figure, coverage_figure
+    from results.figures.audit import audit_figure, coverage_figure, selection_figure
 
     for name, caption, draw in (
         ("audit", "What there is to learn from each source", audit_figure),
-        ("choice", "Which source is chosen where", choice_figure),
+        ("selection", "Which source is selected where", selection_figure),
         ("coverage", "How much of the text each source's alignment covers", coverage_figure),
     ):
         yield Drawing(name, caption, partial(draw, measures, title=title, banner=banner))
@@ -71,13 +72,13 @@ def read_audit(folder: Path) -> "pd.DataFrame":
 
 def learning_curves(run: Run, place: Path) -> "LearningCurves | None":
     """Draws the held-out text against training tokens; None where the reference was not measured along its training."""
-    from results.figures import charts
+    from results.figures.learning_curves import learning_curves as draw_learning_curves
 
     along = run.records[run.records["tokens"].notna()]
     trained = [label for label in run.methods if label in set(along["method"])]
     if run.reference is None or run.reference not in trained:
         return None
-    return charts.learning_curves(
+    return draw_learning_curves(
         run.records,
         trained,
         place,

@@ -53,7 +53,7 @@ _server.set_forkserver_preload(
         "harness.experiment.headroom",
         "harness.stages.trainer",
         "harness.data.sequences",
-        "results.figures.charts",
+        "results.figures.learning_curves",
         "fusion.alignment.fuse",
     ]
 )

@@ -11,16 +11,10 @@ from hypothesis import strategies as st
 from results import statistics
 from results.errors import UnknownName, UserError
 from results.figures import style
-from results.figures.charts import (
-    Curve,
-    audit_figure,
-    choice_figure,
-    coverage_figure,
-    differences_figure,
-    equal_quality,
-    learning_curves,
-    quality_figure,
-)
+from results.figures.audit import audit_figure, coverage_figure, selection_figure
+from results.figures.differences import differences_figure
+from results.figures.learning_curves import Curve, equal_quality, learning_curves
+from results.figures.quality import quality_figure
 from results.layout import Table
 from results.records import Record, read, write
 from results.tables import main_table
@@ -130,7 +124,7 @@ def test_figures_have_the_same_bytes_every_time(tmp_path: Path) -> None:
     for folder in ("one", "two"):
         learning_curves(parts, ["CLM", "FuseLLM"], tmp_path / folder / "curves", title="main", banner="plumbing")
         audit_figure(measures().iloc[:3], tmp_path / folder / "audit", title="audit")
-        choice_figure(measures(), tmp_path / folder / "choice")
+        selection_figure(measures(), tmp_path / folder / "choice")
         differences_figure(lambdas(parts), tmp_path / folder / "differences")
         quality_figure(lambdas(parts), {"all": {"at 0.9": 0.9}}, tmp_path / folder / "quality", along="lambda")
     for name in (
@@ -179,7 +173,7 @@ def test_shares_of_choice_are_stacked_to_one(tmp_path: Path, drawn: list[Any]) -
         for name, both in shares.items()
         for d, s in zip("ab", both, strict=True)
     ]
-    choice_figure(pd.DataFrame(rows), tmp_path / "f")
+    selection_figure(pd.DataFrame(rows), tmp_path / "f")
     (axes,) = drawn[0].axes
     assert [bar.get_label() for bar in axes.containers] == ["own (target)", "Gemma", "Qwen"]
     tops = [max(bar.get_y() + bar.get_height() for bar in (group[i] for group in axes.containers)) for i in (0, 1)]

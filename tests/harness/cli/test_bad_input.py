@@ -585,7 +585,7 @@ FILES: list[tuple[Prepare, list[str], str]] = [
     (
         ran(answers("CLM", "arc_easy", [1.0], 0)),
         ["tables", "table2", "--reference", "CML", "--root", "root"],
-        "unknown reference row 'CML'; did you mean 'CLM'",
+        "There is no reference row 'CML' .did you mean 'CLM'.",
     ),
     *(
         (prepare, [*command, "--root", "root"], expected)

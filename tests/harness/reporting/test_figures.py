@@ -10,7 +10,7 @@ from harness.reporting.tables import tables
 from harness.store.files import write_json
 from harness.store.paths import RUN_FILE
 from harness.store.run_files import read_run_file
-from results.figures import charts
+from results.figures import audit
 from results.formats import plain_table
 from results.records import Record
 from tests.harness.command import answer
@@ -46,7 +46,7 @@ def _ablation(root: Path) -> Path:
 
 
 def _audit(folder: Path) -> None:
-    names = [name for of_stage in charts._BY_STAGE.values() for name in of_stage]
+    names = [name for of_stage in audit._BY_STAGE.values() for name in of_stage]
     rows = [
         {"source": source, "domain": domain, "nats_per_byte": 0.5, "paired": 0.5, "chosen": 0.5}
         | dict.fromkeys(names, 0.25)
@@ -73,7 +73,7 @@ def test_tables_write_every_figure_from_what_is_stored(tmp_path: Path) -> None:
     for out in ("one", "two"):
         status, _, said = answer("tables", "ablations", "--format", "csv", "--out", tmp_path / out, "--root", tmp_path)
         assert status == 0, said
-    shown = ["audit", "choice", "coverage", "differences", "learning-curves"]
+    shown = ["audit", "coverage", "differences", "learning-curves", "selection"]
     shown += ["by-k", "by-lambda", "by-number-of-sources"]
     names = {path.name for path in (tmp_path / "one").iterdir()} - {"ablations.csv"}
     assert names == {f"ablations-{name}.{ending}" for name in shown for ending in ("png", "svg")}
@@ -97,4 +97,4 @@ def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
     _ablation(tmp_path)
     ablations = tables(tmp_path, ["ablations"], None, reference="FuseLLM")
     names = {one.name for one in drawings(ablations.runs["ablations"], ablations.by_name["ablations"])}
-    assert not names & {"choice", "coverage", "audit", "by-k"}  # of two rows the reference has no difference
+    assert not names & {"selection", "coverage", "audit", "by-k"}  # of two rows the reference has no difference
