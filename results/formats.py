@@ -12,15 +12,14 @@ from dataclasses import asdict
 from html import escape
 from typing import TYPE_CHECKING
 
-from results.cells import Entry, grid
 from results.errors import UnknownName
-from results.layout import Table
+from results.layout import Entry, Layout, grid
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
 
 
-def render(table: Table, form: str) -> str:
+def render(table: Layout, form: str) -> str:
     """The table as text; `form` is one of FORMATS, another raises UserError.
 
     md, latex and html are for people (rounded, the best in bold, reasons for what is missing below); csv has one line a
@@ -29,7 +28,7 @@ def render(table: Table, form: str) -> str:
     return render_all([table], form)
 
 
-def render_all(tables: Sequence[Table], form: str) -> str:
+def render_all(tables: Sequence[Layout], form: str) -> str:
     """Several tables, one after another; json gives a list of them where there are not exactly one."""
     if form not in FORMATS:
         raise UnknownName("table format", form, FORMATS)
@@ -60,7 +59,7 @@ def plain_rich(columns: Sequence[str], rows: Iterable[Sequence[object]], title: 
     return _rich(columns, [[(_shown(value), "") for value in row] for row in body], numeric, title)
 
 
-def to_rich(table: Table) -> "Group":
+def to_rich(table: Layout) -> "Group":
     """The table for the terminal: banner above, the best in bold, intervals on a second line, notes below."""
     from rich.console import Group
     from rich.text import Text
@@ -73,7 +72,7 @@ def to_rich(table: Table) -> "Group":
     return Group(*parts)
 
 
-def _as_markdown(table: Table) -> str:
+def _as_markdown(table: Layout) -> str:
     shown = grid(table)
 
     def text(one: Entry) -> str:
@@ -88,7 +87,7 @@ def _as_markdown(table: Table) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _as_csv(table: Table) -> str:
+def _as_csv(table: Layout) -> str:
     best = table.best()
     head = [table.corner, "column", "value", "low", "high", "n", "seeds", "spread", "best", "note"]
     head += ["reference", "difference", "difference_low", "difference_high", "difference_seeds", "difference_note"]
@@ -107,11 +106,11 @@ def _as_csv(table: Table) -> str:
     return _csv(lines)
 
 
-def _as_json(table: Table) -> str:
+def _as_json(table: Layout) -> str:
     return _json(_whole(table))
 
 
-def _whole(table: Table) -> dict[str, object]:
+def _whole(table: Layout) -> dict[str, object]:
     best = table.best()
     whole = asdict(table)
     for i, row in enumerate(whole["cells"]):
@@ -120,7 +119,7 @@ def _whole(table: Table) -> dict[str, object]:
     return whole
 
 
-def _as_latex(table: Table) -> str:
+def _as_latex(table: Layout) -> str:
     """Needs the packages booktabs and amssymb."""
     shown = grid(table)
 
@@ -153,7 +152,7 @@ def _tex(text: str) -> str:
     return text.translate(str.maketrans(_TEX))
 
 
-def _as_html(table: Table) -> str:
+def _as_html(table: Layout) -> str:
     """A fragment, to be put into a page."""
     shown = grid(table)
 
@@ -175,7 +174,7 @@ def _as_html(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-FORMATS: dict[str, Callable[[Table], str]] = {
+FORMATS: dict[str, Callable[[Layout], str]] = {
     "md": _as_markdown,
     "csv": _as_csv,
     "json": _as_json,

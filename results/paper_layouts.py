@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from results.errors import UnknownName, UserError
-from results.layout import Cell, Column, Part, Table
+from results.layout import Cell, Column, Part
 from results.metrics import measure
 from results.paper_numbers import AVERAGE, Published, load
+from results.table import Table
 from results.tables import Reason, SuiteResult, measured, sentences, transposed
 
 TARGET, SOURCE, TEACHER = "{target}", "{source}", "{teacher}"

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from results.errors import UnknownName, UserError
-from results.layout import Cell, Column, Table
+from results.layout import Cell, Column
+from results.table import Table
 
 AVERAGE = "average"
 _EVALUATORS = (

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from results.cells import MISSING
-from results.layout import Cell, Table
+from results.layout import MISSING, Cell
 from results.paper_numbers import AVERAGE
+from results.table import Table
 from results.tables import WITH_INTERVAL
 
 MODES = ("value", "difference", "rank")

@@ -11,17 +11,12 @@ import pandas as pd
 from results import statistics
 from results.bootstrap import RESAMPLES
 from results.errors import UnknownName, UserError
-from results.formats import FORMATS, plain_rich, plain_table, render, to_rich
-from results.layout import Cell, Column, Part, Table, Verdict
+from results.layout import Cell, Column, Part, Verdict
 from results.metrics import Metric, measure, metric_of
-from results.paper_numbers import AVERAGE, paper_table
+from results.paper_numbers import AVERAGE
 from results.records import NO_SEED
 from results.statistics import CONFIDENCE, MIN_SEEDS, MIN_UNITS, MIN_UNLIKE, Units
-
-__all__ = [
-    "BANNERS", "FORMATS", "Cell", "Column", "Table",
-    "main_table", "paper_table", "plain_rich", "plain_table", "render", "suite_table", "to_rich", "transposed",
-]  # fmt: skip
+from results.table import Table
 
 # Profiles whose numbers only show that everything runs.
 BANNERS = {"micro": "plumbing, not a result", "tiny": "plumbing, not a result"}

@@ -10,7 +10,7 @@ from harness.reporting.tables import Tables, run_table, suite_tables
 from harness.store.files import write_atomically
 
 if TYPE_CHECKING:
-    from results.layout import Table
+    from results.table import Table
 
 EQUAL_QUALITY = "equal_quality.txt"
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from results.figures.learning_curves import LearningCurves
-    from results.layout import Table
+    from results.table import Table
 
 AUDIT = Path("audit", "audit.json")  # in the run's folder, where the sources were audited
 

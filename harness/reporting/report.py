@@ -20,7 +20,7 @@ from harness.store.fingerprint import canonical
 from results.report import Answer, Asked, Cost, Entry, Figure, RunPage, Task, findings, page
 
 if TYPE_CHECKING:
-    from results.layout import Table
+    from results.table import Table
 
 PAGE = "report.html"
 _SHORT = 16  # characters of a fingerprint that tell it from others

@@ -11,7 +11,7 @@ from harness.reporting.runs import ALL, PUBLISHED, Run, experiments, find_run, n
 if TYPE_CHECKING:
     import pandas as pd
 
-    from results.layout import Table
+    from results.table import Table
 
 _MANY = 12  # tasks that do not fit side by side
 
@@ -136,8 +136,8 @@ def suite_tables(run: Run) -> "dict[str, Table]":
 
 
 def _suite_table(run: Run, suite: str, noted: Mapping[str, Any], records: "pd.DataFrame") -> "Table":
-    from results.layout import Table
     from results.metrics import measure
+    from results.table import Table
     from results.tables import suite_table, transposed
 
     rows = list(run.methods)

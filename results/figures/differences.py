@@ -6,8 +6,9 @@ from typing import Any
 
 from results.errors import UnknownName
 from results.figures import style
-from results.layout import Cell, Table
+from results.layout import Cell
 from results.paper_numbers import AVERAGE
+from results.table import Table
 
 _ACROSS = 4  # panels beside each other
 

@@ -7,8 +7,8 @@ import numpy as np
 
 from results.errors import UnknownName, UserError
 from results.figures import style
-from results.layout import Table
 from results.paper_numbers import AVERAGE
+from results.table import Table
 
 
 def quality_figure(

@@ -15,8 +15,8 @@ from results.figures.audit import audit_figure, coverage_figure, selection_figur
 from results.figures.differences import differences_figure
 from results.figures.learning_curves import Curve, equal_quality, learning_curves
 from results.figures.quality import quality_figure
-from results.layout import Table
 from results.records import Record, read, write
+from results.table import Table
 from results.tables import main_table
 from tests.results.sample import curve, final
 

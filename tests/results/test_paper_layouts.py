@@ -13,10 +13,10 @@ import pytest
 
 from results.errors import UnknownName, UserError
 from results.formats import FORMATS, render, render_all
-from results.layout import Table
 from results.paper_layouts import BBH, COMMONSENSE, LAYOUTS, MULTIPL_E, comparison
 from results.paper_numbers import NAMES, load
 from results.records import Record, read, write
+from results.table import Table
 from tests.results.sample import final, scores
 
 ROLES = {"target": "SmolLM2", "OpenLLaMA-7B-v2": "OpenLLaMA-7B-v2", "Gemma": "Gemma"}

@@ -2,8 +2,9 @@
 
 import json
 
-from results.layout import Cell, Column, Table
+from results.layout import Cell, Column
 from results.report import findings, shown
+from results.table import Table
 from results.tables import main_table
 from tests.results.sample import final
 

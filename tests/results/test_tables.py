@@ -11,9 +11,11 @@ import pytest
 from rich.console import Console
 
 from results.errors import UnknownName, UserError
+from results.formats import plain_rich, plain_table, render, to_rich
 from results.layout import Cell, Column
 from results.records import Record, read, write
-from results.tables import AVERAGE, Table, main_table, plain_rich, plain_table, render, to_rich
+from results.table import Table
+from results.tables import AVERAGE, main_table
 from tests.results.sample import final
 
 AVERAGE_WITH_INTERVAL = "average of domains with an interval"
@@ -190,7 +192,8 @@ def test_order_and_duplication_of_files_change_no_byte(tmp_path: Path) -> None:
 def test_another_process_makes_the_same_bytes(tmp_path: Path) -> None:
     made = table(tmp_path, run())
     code = (
-        "import sys; from results.records import read; from results.tables import main_table, render; "
+        "import sys; from results.records import read; from results.formats import render; "
+        "from results.tables import main_table; "
         f"sys.stdout.write(render(main_table(read({str(tmp_path)!r}), {ORDER!r}), 'json'))"
     )
     out = subprocess.run(

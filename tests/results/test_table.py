@@ -1,0 +1,77 @@
+"""A table as an object: its data frame, how a notebook shows it, and what the package offers by name."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import results
+from results.errors import UnknownName
+from results.formats import render
+from results.layout import Cell, Column
+from results.paper_numbers import NAMES, paper_table
+from results.table import Table
+
+TABLE = Table(
+    title="a table",
+    rows=("CLM", "FuseLLM"),
+    columns=(Column("code"), Column("code")),  # two columns may have one label
+    cells=(
+        (Cell(0.5, n=20), Cell(None, note="not run")),
+        (Cell(0.25, (0.2, 0.3), difference=-0.25, verdict="better"), Cell(1 / 3)),
+    ),
+    higher_is_better=False,
+    digits=2,
+)
+
+
+def test_a_frame_has_the_values_at_full_precision() -> None:
+    frame = TABLE.to_frame()
+    assert list(frame.index) == ["CLM", "FuseLLM"] and frame.index.name == "method"
+    assert list(frame.columns) == ["code", "code"]
+    assert frame.dtypes.tolist() == ["float64", "float64"]
+    assert frame.iloc[1, 1] == 1 / 3 and pd.isna(frame.iloc[0, 1])
+
+
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [
+        ("difference", [[None, None], [-0.25, None]]),
+        ("verdict", [[None, None], ["better", None]]),
+        ("interval", [[None, None], [(0.2, 0.3), None]]),
+        ("note", [["", "not run"], ["", ""]]),
+    ],
+)
+def test_a_frame_has_any_field_of_the_cells(field: str, expected: list[list[object]]) -> None:
+    frame = TABLE.to_frame(field).astype(object)
+    assert frame.where(frame.notna(), None).values.tolist() == expected
+
+
+def test_an_unknown_field_is_refused_by_name() -> None:
+    with pytest.raises(UnknownName, match="There is no field of a cell 'values': there are value, interval, "):
+        TABLE.to_frame("values")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_frame_has_the_shape_of_its_table(name: str) -> None:
+    table = paper_table(name)
+    assert table.to_frame().shape == (len(table.rows), len(table.columns))
+
+
+def test_a_notebook_shows_what_the_formats_give() -> None:
+    assert TABLE._repr_html_() == render(TABLE, "html")
+    assert TABLE._repr_markdown_() == render(TABLE, "md")
+    assert repr(TABLE) == "<Table 'a table': 2 rows, 2 columns>"
+
+
+def test_every_public_name_is_there_and_nothing_heavy_is_imported_before_it_is_used() -> None:
+    assert all(getattr(results, name) is not None for name in results.__all__)
+    assert set(results.__all__) <= set(dir(results)) and set(results.__all__) == set(results._HOME)
+    with pytest.raises(AttributeError, match="no attribute 'tabel'"):
+        results.tabel  # noqa: B018
+    heavy = "{'numpy', 'pandas', 'scipy', 'matplotlib', 'pyarrow', 'rich'} & set(sys.modules)"
+    code = f"import sys, results; dir(results); print({heavy}); results.Table; print({heavy})"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parents[2])
+    assert done.stdout.split() == [b"set()", b"set()"]
