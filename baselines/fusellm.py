@@ -8,8 +8,7 @@ from pydantic import Field, model_validator
 from baselines.method import METHODS, Candidate, Context, Need, Parameters, Role
 from fusion.errors import UserError, did_you_mean
 from fusion.losses.specs import Fusion
-from fusion.types import PRESETS, Switches
-from fusion.vocabulary.maps import MAPS
+from fusion.switches import PRESETS, Switches
 
 # A preset names switches and nothing else; these are the two that are not fusion's own.
 MAP_PRESETS: Mapping[str, Mapping[str, str]] = {
@@ -19,7 +18,7 @@ MAP_PRESETS: Mapping[str, Mapping[str, str]] = {
 
 
 class FuseLLMParameters(Parameters):
-    """A preset, and any switch set alone over it (see `fusion.types.Switches` for what each one does)."""
+    """A preset, and any switch set alone over it (see `fusion.switches.Switches` for what each one does)."""
 
     preset: str = Field("corrected", description="corrected, or published: what the published code computes")
     lam: float = Field(0.9, ge=0, le=1, alias="lambda", description="weight of the CLM term (paper: 0.9)")
@@ -42,9 +41,8 @@ class FuseLLMParameters(Parameters):
 
     @model_validator(mode="after")
     def _switches_hold(self) -> "FuseLLMParameters":
-        self.switches()
         setting = self._setting(MAP_PRESETS, ["map", "map_on"])
-        MAPS.get(setting["map"])
+        self.fused(self.sources or ["all sources"])
         if self.sources and len(set(self.sources)) < len(self.sources):
             raise UserError(f"sources {self.sources} names one twice: give each source once.")
         if setting["map"] == "first_piece" and setting["map_on"] != "bytes":

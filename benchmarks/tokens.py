@@ -11,7 +11,7 @@ from benchmarks.material import SOURCE, TARGET, Material
 from benchmarks.page import Result
 from fusion.alignment.fuse import Source, fuse_sequence
 from fusion.alignment.pairing import ALIGNMENTS, same_end
-from fusion.types import PRESETS, Switches
+from fusion.switches import PRESETS, Switches
 from fusion.vocabulary.edit_distance import Targets, code_points, to_alphabet
 from fusion.vocabulary.maps import build_map
 from fusion.vocabulary.token_bytes import respace

@@ -18,10 +18,9 @@ from fusion.alignment.pairing import ALIGNMENTS
 from fusion.alignment.projection import fill_unaligned, project_entries
 from fusion.alignment.selection import FUSIONS, score_sources
 from fusion.errors import UserError
-from fusion.types import PRESETS, Predictions, Sparse, Switches
+from fusion.switches import Switches
+from fusion.types import Predictions, Sparse
 from fusion.vocabulary.token_bytes import Vocabulary
-
-__all__ = ["PRESETS", "FusedSequence", "Predictions", "Source", "Sparse", "Switches", "fuse_sequence"]
 
 UNPAIRED = -1
 """In `FusedSequence.chosen`: no source position is aligned, so the distribution is a one-hot."""

@@ -11,7 +11,8 @@ import numba
 import numpy as np
 
 from fusion.errors import UserError
-from fusion.types import Sparse, Switches
+from fusion.switches import Switches
+from fusion.types import Sparse
 
 MASS_SLACK = 0.01
 """By how much the entries of a position may exceed 1 before it is an error and not storage rounding."""

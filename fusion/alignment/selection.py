@@ -21,7 +21,8 @@ import numba
 import numpy as np
 
 from fusion.registry import Registry
-from fusion.types import Predictions, Sparse, Switches
+from fusion.switches import Switches
+from fusion.types import Predictions, Sparse
 
 MIXTURE = -2
 """In place of a selected source: the distribution is a mixture of several."""

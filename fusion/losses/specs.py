@@ -15,10 +15,11 @@ import numpy as np
 
 from fusion.alignment.fuse import FusedSequence, Source, fuse_sequence
 from fusion.alignment.pairing import ALIGNMENTS, same_end
-from fusion.alignment.selection import segment_of, segment_starts
+from fusion.alignment.selection import FUSIONS, segment_of, segment_starts
 from fusion.errors import UserError, did_you_mean
 from fusion.losses.divergences import ANY_TAIL, DIVERGENCES
-from fusion.types import Predictions, Switches
+from fusion.switches import Switches
+from fusion.types import Predictions
 from fusion.vocabulary.maps import MAPS, Unit
 from fusion.vocabulary.token_bytes import Vocabulary, same_ids
 
@@ -122,6 +123,11 @@ class Fusion:
     map_on: Unit
     switches: Switches
     k: int | None = None
+
+    def __post_init__(self) -> None:
+        MAPS.get(self.map)
+        ALIGNMENTS.get(self.switches.alignment)
+        FUSIONS.get(self.switches.fusion)
 
     def needs(self, target: str) -> Needs:
         sources = list(self.sources)

@@ -134,7 +134,7 @@ class PackedSequences(Dataset[dict[str, np.ndarray]]):
         if target not in readings:
             tokens = self._tokens(passage)
             ends = byte_ends(tokens[1:], self._vocabulary, self._passages.text(passage).encode("utf-8"))
-            readings[target] = Predictions.without(tokens, np.append(0, ends).astype(np.int32), 0)
+            readings[target] = Predictions.empty(tokens, np.append(0, ends).astype(np.int32), 0)
         return readings
 
     def _gold(self, tokens: np.ndarray, last: bool) -> np.ndarray:

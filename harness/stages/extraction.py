@@ -308,7 +308,7 @@ class Extraction:
         m, k = columns["ids"].shape
         if not m:
             ends = np.append(0, byte_ends(tokens[1:], self.vocabulary, text.encode("utf-8"))).astype(np.int32)
-            return Predictions.without(tokens, ends, self._k or k)
+            return Predictions.empty(tokens, ends, self._k or k)
         if len(tokens) != m:
             raise UserError(
                 f"{self._folder} holds {m} positions of {self._passages.name(passage)}, but the tokenizer now gives "

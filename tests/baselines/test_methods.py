@@ -12,7 +12,7 @@ from baselines.fusellm import FuseLLM, FuseLLMParameters
 from baselines.method import METHODS, Candidate, Parameters, Role, method, named_roles
 from fusion.errors import UserError
 from fusion.losses.specs import Fusion, Learning
-from fusion.types import PRESETS, Switches
+from fusion.switches import PRESETS, Switches
 
 
 class _Context:

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusion.alignment.fuse import FusedSequence, Predictions, Source, Switches, fuse_sequence
+from fusion.alignment.fuse import FusedSequence, Source, fuse_sequence
+from fusion.switches import Switches
+from fusion.types import Predictions
 from fusion.vocabulary.maps import build_map
 from fusion.vocabulary.token_bytes import Vocabulary, byte_ends, encode, prefix_id
 from tests.fusion.alignment.test_pairing import PASSAGES

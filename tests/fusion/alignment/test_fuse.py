@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusion.alignment.fuse import PRESETS, FusedSequence, Predictions, Source, Sparse, Switches, fuse_sequence
+from fusion.alignment.fuse import FusedSequence, Source, fuse_sequence
 from fusion.alignment.projection import project_entries
 from fusion.alignment.selection import FUSIONS, avgce, mince, mix, score_sources, to_bfloat16
 from fusion.errors import UserError
+from fusion.switches import PRESETS, Switches
+from fusion.types import Predictions, Sparse
 from fusion.vocabulary.token_bytes import Vocabulary
 
 # The target spells "abcd" in two tokens, the source in one, three or four; id 0 is the prefix of both.
@@ -310,7 +312,7 @@ def test_max_entries_keeps_the_most_probable_and_moves_the_rest_to_the_tail() ->
 )
 def test_unknown_switch_values_are_refused_with_what_there_is(switches: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Switches(**switches)
+        fuse(("other", READ), **switches)
 
 
 def test_presets_only_name_switches_and_mended_is_the_default() -> None:
@@ -480,7 +482,7 @@ def test_a_passage_is_fused_without_those_that_left_it_out(
     names = ["target", *(source.name for source in sources)]
     absent = [frozenset(names[s] for s in skipped[number]) for number in range(len(readings))]
     readings = [
-        {n: Predictions.without(r.tokens, r.ends, r.ids.shape[1]) if n in gone else r for n, r in passage.items()}
+        {n: Predictions.empty(r.tokens, r.ends, r.ids.shape[1]) if n in gone else r for n, r in passage.items()}
         for passage, gone in zip(readings, absent, strict=True)
     ]
     passage_of = np.repeat(np.arange(len(readings)), [len(passage["target"].tokens) for passage in readings])

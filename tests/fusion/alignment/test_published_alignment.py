@@ -7,10 +7,12 @@ from functools import cache
 import numpy as np
 import pytest
 
-from fusion.alignment.fuse import PRESETS, Predictions, Source, Sparse, Switches, fuse_sequence
+from fusion.alignment.fuse import Source, fuse_sequence
 from fusion.alignment.pairing import ALIGNMENTS
 from fusion.alignment.projection import project_entries
 from fusion.alignment.selection import FUSIONS, SourceScores
+from fusion.switches import PRESETS, Switches
+from fusion.types import Predictions, Sparse
 from fusion.vocabulary.token_bytes import Vocabulary
 from tests.shared import shared
 

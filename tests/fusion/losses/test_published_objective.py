@@ -12,7 +12,8 @@ from torch import Tensor
 from fusion.alignment.projection import fill_unaligned
 from fusion.alignment.selection import FUSIONS, SourceScores
 from fusion.losses.objective import Head, MixedLoss, mixed_loss
-from fusion.types import PRESETS, Sparse, Switches
+from fusion.switches import PRESETS, Switches
+from fusion.types import Sparse
 from tests.shared import shared
 
 RELATIVE = 2e-3  # the published code keeps probabilities in bfloat16, ours are float32

@@ -20,8 +20,8 @@ from fusion.types import Predictions
 from fusion.vocabulary.token_bytes import Vocabulary, same_ids
 from tests.fusion.alignment.test_fuse import MAP, OTHER, OWN, READ, TARGET, predictions
 
-BARE = Predictions.without(OWN.tokens, OWN.ends, 0)  # the target where nothing of it was extracted
-LEFT_OUT = Predictions.without(READ.tokens, READ.ends, 3)
+BARE = Predictions.empty(OWN.tokens, OWN.ends, 0)  # the target where nothing of it was extracted
+LEFT_OUT = Predictions.empty(READ.tokens, READ.ends, 3)
 TWIN = predictions(TARGET, ["ab", "cd"], [{"ab": 0.5, "b": 0.5}, {"cd": 0.25, "d": 0.25}, {"a": 1.0, "b": 0.0}])
 
 

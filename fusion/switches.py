@@ -1,0 +1,95 @@
+"""The switches of fusion: how distributions are aligned, projected and fused, and the presets that set them.
+
+Every defect of the published code is one switch with the published and the corrected behaviour as its values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_type_hints
+
+from fusion.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Switches:
+    """How the sources' distributions become one target distribution; the defaults are those of the preset `corrected`.
+
+    Names of registered parts (`alignment`, `fusion`) are looked up where they are used: by
+    `fusion.losses.fusion_loss.FusionLoss` when it is made, and by `fusion.alignment.fuse.fuse_sequence`.
+    Raises UserError for a value that a switch does not have.
+    """
+
+    alignment: str = "same_end"
+    """Which source position is paired with a target position; a name in the registry of alignments (`same_end`,
+    `dtw`)."""
+    unaligned: Literal["next", "current"] = "next"
+    """At a position without a partner the target distribution is a one-hot on the next or on the current token of the
+    target's own tokenization."""
+    unmapped: Literal["tail", "target"] = "tail"
+    """Where none of a source's entries has a target token: all mass goes to the tail, or the target's own distribution
+    takes its place."""
+    duplicates: Literal["sum", "first"] = "sum"
+    """Probabilities of entries that map to the same target token: their sum, or the first one's while the others' mass
+    is lost."""
+    tail: Literal["bucket", "renormalise", "gold"] = "bucket"
+    """Mass outside the kept entries: it is kept as one more outcome, removed by scaling the entries to 1, or added to
+    the gold next token."""
+    fusion: str = "mince"
+    """How the sources' distributions become one; a name in the registry of fusion functions (`mince`, `avgce`)."""
+    select_over: Literal["passage", "token", "sequence"] = "passage"
+    """The span of text over which cross-entropy is summed and one source is selected: a passage, a segment between byte
+    ends that all models share, or the whole packed sequence. At `token` the selection depends on the gold text that is
+    to be predicted, which moves the targets towards it and the loss towards plain language modelling."""
+    select_by: Literal["nats_per_byte", "mean_ce_bfloat16"] = "nats_per_byte"
+    """What MinCE compares: cross-entropy in nats per byte of text (float32, ties by the source's name), or exp(-CE) in
+    bfloat16 with CE in nats per token of the source's own tokenizer (ties by the order of the sources)."""
+    weights: Literal["nats_per_byte", "exp_ce"] = "nats_per_byte"
+    """Weights of AvgCE: softmax(-CE / weight_temperature) with CE in nats per byte, or the softmax of the exp(-CE) of
+    `mean_ce_bfloat16`, which is nearly uniform."""
+    weight_temperature: float = 1.0
+    """Temperature of AvgCE's weights in nats per byte; used with `weights: nats_per_byte`."""
+    loss_positions: Literal["with_next", "all"] = "with_next"
+    """Positions at which the fusion loss is taken: those with a next token in their passage, or all."""
+    include_target: bool = True
+    """True if the target's own predictions take part as one of the sources."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            value, allowed = getattr(self, field.name), get_args(hints[field.name])
+            if allowed and value not in allowed:
+                raise UserError(
+                    f"switch {field.name} is {value!r}{did_you_mean(value, allowed)}; it takes one of "
+                    f"{', '.join(allowed)}."
+                )
+        if not self.weight_temperature > 0:
+            raise UserError(f"switch weight_temperature is {self.weight_temperature}; it must be greater than 0.")
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "corrected": {
+        "alignment": "same_end",
+        "unaligned": "next",
+        "unmapped": "tail",
+        "duplicates": "sum",
+        "tail": "bucket",
+        "select_over": "passage",
+        "select_by": "nats_per_byte",
+        "weights": "nats_per_byte",
+        "loss_positions": "with_next",
+    },
+    "published": {
+        "alignment": "dtw",
+        "unaligned": "current",
+        "unmapped": "target",
+        "duplicates": "first",
+        "tail": "renormalise",
+        "select_over": "sequence",
+        "select_by": "mean_ce_bfloat16",
+        "weights": "exp_ce",
+        "loss_positions": "all",
+    },
+}
+"""Values of the switches by preset: `published` reproduces the published code, `corrected` repairs its defects."""
