@@ -88,7 +88,8 @@ def _parse(command: list[str]) -> None:
         assert set(arguments) <= set(targets), command
         return
     if program in ("torchrun", "deepspeed"):
-        arguments = arguments[arguments.index("harness") + 1 :]
+        assert {"--no-python", "--no_python"} & set(arguments), f"{command}: a folder harness/ would be imported instead"
+        arguments = arguments[arguments.index("fusellm") + 1 :]
     elif program != "fusellm":
         return
     # An unknown option is refused before help is given.
@@ -151,7 +152,8 @@ def test_what_is_wrong_is_found() -> None:
         "fusellm tables --formt md",
         "fusellm experiment run tabel1 --profile micro",
         "fusellm experiment run table1 table9 --profile micro",
-        "torchrun -m harness.cli experiment run main --profile pape",
+        "torchrun --no-python fusellm experiment run main --profile pape",
+        "torchrun -m harness experiment run main --profile paper",
         "fusellm audit main --set training.epoch=2",
         "make quikstart",
     ):

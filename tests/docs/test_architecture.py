@@ -1,0 +1,41 @@
+"""The page about the architecture names files and symbols that exist."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "architecture.md"
+ROWS = re.findall(r"^\| (.+?) \| `([\w/]+\.py)` \| `(\w+)` \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def _names(path: Path) -> set[str]:
+    """Every name that the module defines, assigns or imports, at any level."""
+    names = set[str]()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("question, file, name", ROWS, ids=[row[0] for row in ROWS])
+def test_where_is_what(question: str, file: str, name: str) -> None:
+    path = ROOT / file
+    assert path.is_file(), f"{file} does not exist: say in docs/architecture.md where {name} is now"
+    assert name in _names(path), f"{file} has no {name}: say in docs/architecture.md where it is now"
+
+
+def test_every_question_has_an_answer() -> None:
+    table = PAGE.read_text(encoding="utf-8").split("## Where is what")[1]
+    assert len(ROWS) == sum(line.startswith("| ") for line in table.splitlines()) - 2  # the heading and its rule
+    for topic in (
+        "paired", "projected", "AvgCE", "shard", "ULD", "ZeRO-3", "MultiPL-E stop", "Holm", "system calls", "lambda",
+        "progress bar", "`--set`",
+    ):  # fmt: skip
+        assert any(topic in question for question, *_ in ROWS), topic
