@@ -88,7 +88,9 @@ def _parse(command: list[str]) -> None:
         assert set(arguments) <= set(targets), command
         return
     if program in ("torchrun", "deepspeed"):
-        assert {"--no-python", "--no_python"} & set(arguments), f"{command}: a folder harness/ would be imported instead"
+        assert {"--no-python", "--no_python"} & set(arguments), (
+            f"{command}: a folder harness/ would be imported instead"
+        )
         arguments = arguments[arguments.index("fusellm") + 1 :]
     elif program != "fusellm":
         return
