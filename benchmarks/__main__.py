@@ -11,9 +11,10 @@ from benchmarks.material import Material
 from benchmarks.page import Result, page
 from fusion.errors import UserError
 from harness.config.loading import load
-from harness.experiment.context import TARGET, Experiment
+from harness.experiment.pipeline import TARGET, open_experiment
 from harness.runtime.memory import retain_heap
 from harness.runtime.progress import notify
+from harness.store.paths import MODELS
 
 WITHOUT_MODELS = {
     "maps": tokens.maps,
@@ -67,11 +68,12 @@ def measure(options: argparse.Namespace) -> tuple[list[Result], list[str]]:
     with tempfile.TemporaryDirectory() as scratch:
         max_bytes = 4_000 if options.quick else 16_000
         settings = [f"data.root={options.shared / 'data/hub'}", f"corpus.max_bytes={max_bytes}", "device=cpu"]
-        experiment = Experiment(load(options.experiment, overrides=settings), Path(scratch))
-        experiment.models_dir = options.root / "models"
+        (options.root / MODELS).mkdir(parents=True, exist_ok=True)
+        (Path(scratch) / MODELS).symlink_to((options.root / MODELS).absolute())
+        experiment = open_experiment(load(options.experiment, overrides=settings), Path(scratch))
         try:
             for role in (TARGET, *experiment.config.roles.sources):
-                experiment.model(role)
+                experiment.models.model(role)
         except UserError as error:
             return results, [f"{' and '.join(chosen)}: {error}"]
         prepared = models.prepare(experiment)

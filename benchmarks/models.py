@@ -24,10 +24,9 @@ from fusion.modeling.packing import Packing, attending_by_passage, check_packing
 from fusion.vocabulary.token_bytes import encode, prefix_id
 from harness.data.passages import Passages
 from harness.data.sequences import IGNORED, PackedSequences, collate
-from harness.experiment.context import TARGET, Experiment
+from harness.experiment.pipeline import TARGET, Experiment, loss_resources
 from harness.models.checkpoints import ResolvedModel, compute_dtype, load_model
 from harness.runtime.memory import PeakMemory, retain_heap
-from harness.stages import loss_resources
 from harness.stages.extraction import Extraction
 
 _KINDS = ("clm", "fusellm", "plain")
@@ -144,12 +143,10 @@ def prepare(experiment: Experiment) -> Prepared:
     """Extracts and maps what is not there yet."""
     fusion = FuseLLMParameters().fused(list(experiment.config.roles.sources))
     needs = fusion.needs(TARGET)
-    lesson, extractions = (
-        fusion.lesson(loss_resources.material(experiment, needs)),
-        loss_resources.readers(experiment, needs),
-    )
-    passages = Passages(experiment.passages[1])
-    tokenizer, vocabulary = experiment.tokenizer(TARGET)
+    resources, extractions = loss_resources(experiment, "FuseLLM", needs)
+    lesson = fusion.lesson(resources)
+    passages = Passages(experiment.corpora.passages[1])
+    tokenizer, vocabulary = experiment.models.tokenizer(TARGET)
     rows = PackedSequences(
         passages, tokenizer, vocabulary, experiment.config.training.sequence_length, lesson, extractions
     )
@@ -224,7 +221,7 @@ class _Stepper:
 def training(prepared: Prepared, *, quick: bool) -> list[Result]:
     """A FuseLLM step beside a CLM step on the same rows, and the data loader beside the step."""
     experiment, rows = prepared.experiment, prepared.rows
-    target = experiment.model(TARGET)
+    target = experiment.models.model(TARGET)
     batch = collate([rows[i] for i in range(min(experiment.config.training.micro_batch_size, len(rows)))])
     stepper = _Stepper(target)
     taken: dict[str, list[float]] = {kind: [] for kind in _KINDS}
@@ -311,7 +308,7 @@ def _loader(prepared: Prepared, step_seconds: float) -> Result:
     size = len(extractions[lesson.target].vocabulary)
     plainly = machine.seconds(lambda: plain.fuse(readings, pairs, images, lesson.target, size), repeat=1, warm=False)
     texts = [prepared.passages.text(p) for p in members]
-    tokenizers = [prepared.experiment.tokenizer(name)[0] for name in extractions]
+    tokenizers = [prepared.experiment.models.tokenizer(name)[0] for name in extractions]
     encoding = machine.seconds(lambda: [encode(t, text) for t in tokenizers for text in texts], repeat=5)
     return Result(
         f"the data loader, a row of {rows.sequence_length:,} positions",
@@ -338,9 +335,9 @@ def extraction(prepared: Prepared, *, quick: bool) -> list[Result]:
 
 def _extraction(prepared: Prepared, name: str, quick: bool) -> Result:
     experiment = prepared.experiment
-    role = experiment.role(name)
-    tokenizer, _ = experiment.tokenizer(name)
-    model = load_model(experiment.model(name), compute_dtype(role.dtype, "cpu"))
+    role = experiment.models.role(name)
+    tokenizer, _ = experiment.models.tokenizer(name)
+    model = load_model(experiment.models.model(name), compute_dtype(role.dtype, "cpu"))
     backbone, project = reader(model)
     prefix, k = prefix_id(tokenizer), experiment.config.extraction.k
     count = min(len(prepared.passages), 3 if quick else 6)
@@ -372,7 +369,7 @@ def _extraction(prepared: Prepared, name: str, quick: bool) -> Result:
     median = {kind: statistics.median(values) for kind, values in taken.items()}
     tokens = sum(map(len, sequences))
     return Result(
-        f"extraction with {experiment.model(name).name}",
+        f"extraction with {experiment.models.model(name).name}",
         "% of the rate of a forward pass",
         100 * median["forward"] / median["extraction"],
         80.0,

@@ -64,9 +64,9 @@ def baseline_build(
             f"{of} has no row and there is no method {name!r}{did_you_mean(name, known)}: there are {', '.join(known)}."
         )
     quiet_libraries()
-    from harness.experiment import run
+    from harness.experiment.candidates import build
 
-    for row in run.build(config, labels, root):
+    for row in build(config, labels, root):
         if distributed.is_main_process():
             folders = ", ".join(str(one.folder) for one in row.candidate.checkpoints)
             typer.echo(f"{row.label}{'' if row.seed is None else f' (seed {row.seed})'}: {folders}")

@@ -70,10 +70,10 @@ def experiment_run(
 
     configs = [load(one, profile=profile, overrides=settings, seeds=seeds) for one in chosen(names, profile)]
     quiet_libraries()
-    from harness.experiment import run
-
     if dry_run:
-        planned = {p.spec.fingerprint: p for config in configs for p in run.plan(config, root, flops=flops)}
+        from harness.experiment.plan import plan
+
+        planned = {p.spec.fingerprint: p for config in configs for p in plan(config, root, flops=flops)}
         if distributed.is_main_process():
             print_plan(list(planned.values()), root)
         return
@@ -132,8 +132,9 @@ def extract(
 
     config = load(name, profile=profile, overrides=settings)
     quiet_libraries()
-    from harness.experiment.context import TARGET, Experiment
+    from harness.experiment.pipeline import TARGET, open_experiment, predict, start
 
-    run = Experiment(config, root)
+    experiment = open_experiment(config, root)
+    start(experiment)
     for role in roles or [TARGET, *config.roles.sources]:
-        typer.echo(f"{role}: {run.extract(role)[1]}")
+        typer.echo(f"{role}: {predict(experiment, role)[1]}")

@@ -9,14 +9,13 @@ import numpy as np
 from fusion.errors import UserError
 from fusion.vocabulary.token_bytes import encode, prefix_id
 from harness.data.passages import Passages
-from harness.experiment.context import TARGET, Experiment
-from harness.models.checkpoints import count_parameters, load_config, load_tokenizer
+from harness.experiment.pipeline import TARGET, Experiment
+from harness.models.checkpoints import load_tokenizer
 from harness.runtime import distributed
 from harness.stages.sharding import check_usable
 from harness.store.artifacts import Planned
 
-_TINY = "tiny:"
-_LOOKED_AT = 256  # passages
+_LONGEST = 256  # passages that are encoded to find one that is too long
 
 
 def check_inputs(experiment: Experiment) -> None:
@@ -27,11 +26,17 @@ def check_inputs(experiment: Experiment) -> None:
     if training.deepspeed:
         check_usable(training.deepspeed)
     distributed.micro_batches(training.global_batch_size, training.micro_batch_size)
-    for name in _roles(experiment):
-        if not experiment.role(name).model.startswith(_TINY):
-            experiment.origin(name)
+    for name in experiment.models.names:
+        if not experiment.models.is_tiny(name):
+            experiment.models.base(name)
     check_sizes(experiment)
-    _ = experiment.documents
+    _ = experiment.corpora.test_documents
+
+
+def check_validation(dry: Experiment, experiment: Experiment) -> None:
+    """Refuses validation text that is trained or tested on, where a method has asked for it in the plan `dry`."""
+    if "validation" in dry.corpora.requested:
+        _ = experiment.corpora.validation
 
 
 def check_sizes(experiment: Experiment) -> None:
@@ -39,8 +44,8 @@ def check_sizes(experiment: Experiment) -> None:
     config = experiment.config
     k, window = config.extraction.k, config.suites.perplexity.window
     evaluated = {entry.get("role", TARGET) for entry in config.methods.values()}
-    for name in _roles(experiment):
-        vocabulary, context = _sizes(experiment, name)
+    for name in experiment.models.names:
+        vocabulary, context = experiment.models.limits(name)
         if vocabulary and k > vocabulary:
             raise UserError(f"extraction.k = {k} exceeds the vocabulary of {name}, {vocabulary}: lower it.")
         if context and window > context and name in evaluated:
@@ -48,16 +53,17 @@ def check_sizes(experiment: Experiment) -> None:
 
 
 def check_lengths(experiment: Experiment) -> None:
-    """Refuses passages that exceed a context or a row; looks at the longest ones only, for reading all takes hours."""
-    passages = Passages(experiment.passages[1])
-    longest = np.argsort(-passages.n_bytes, kind="stable")[:_LOOKED_AT].tolist()
-    for name in _roles(experiment):
-        if experiment.role(name).model.startswith(_TINY):  # not made yet, but to measure
+    """Refuses passages that exceed a context or a sequence; encodes the longest ones only, as all would take hours."""
+    passages = Passages(experiment.corpora.passages[1])
+    longest = np.argsort(-passages.n_bytes, kind="stable")[:_LONGEST].tolist()
+    models = experiment.models
+    for name in models.names:
+        if models.is_tiny(name):  # not made yet, and its recipe fits its text
             continue
-        tokenizer = load_tokenizer(experiment.origin(name))
+        tokenizer = load_tokenizer(models.base(name))
         prefix_id(tokenizer)
         lengths = [1 + len(encode(tokenizer, passages.text(passage))) for passage in longest]
-        limits = {f"the context of {name}": _sizes(experiment, name)[1]}
+        limits = {f"the context of {name}": models.limits(name)[1]}
         if name == TARGET:
             limits["training.sequence_length"] = experiment.config.training.sequence_length
         for what, limit in limits.items():
@@ -77,23 +83,3 @@ def check_space(planned: Sequence[Planned], root: Path) -> None:
             f"The run needs about {needed / 1e6:,.1f} MB on the disk of {root}, and {free / 1e6:,.1f} MB are free: "
             "make room (see `fusellm artifact gc`) or choose another --root."
         )
-
-
-def _roles(experiment: Experiment) -> list[str]:
-    return list(experiment.config.roles.named())
-
-
-def _sizes(experiment: Experiment, name: str) -> tuple[int | None, int | None]:
-    """Vocabulary and context of a role's model (tokens); None where it is not here or does not say."""
-    model = experiment.role(name).model
-    if model.startswith(_TINY):
-        from harness.models.tiny import tiny_recipe
-
-        tiny = tiny_recipe(experiment.config.profile).model(model.removeprefix(_TINY))
-        return tiny.vocabulary, tiny.context
-    resolved = experiment.origin(name)
-    if not resolved.folder.exists():  # in a plan
-        return None, None
-    count_parameters(resolved.folder)
-    config = load_config(resolved)
-    return config.vocab_size, getattr(config, "max_position_embeddings", None)

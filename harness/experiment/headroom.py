@@ -25,11 +25,10 @@ from fusion.losses.specs import Fusion
 from fusion.types import Predictions, Sparse
 from harness.config.loading import Config, method_parameters
 from harness.data.passages import Passages
-from harness.experiment.context import TARGET, Experiment
+from harness.experiment.pipeline import TARGET, Experiment, loss_resources, open_experiment, start
 from harness.experiment.run import run_folder
 from harness.reporting.figures import audited
 from harness.runtime.progress import track
-from harness.stages import loss_resources
 from harness.store.files import write_atomically
 
 LEAST_TAIL = 1e-6  # a tail is stored in float16; below this it is rounding and its logarithm means nothing
@@ -53,7 +52,8 @@ def audit(config: Config, root: Path) -> Audit:
     The sources, the map and the switches are those of the experiment's first FuseLLM row; passages are looked at one by
     one, so that under `level: row` a choice can differ from the training's. Raises UserError when it has none.
     """
-    experiment = Experiment(config, root)
+    experiment = open_experiment(config, root)
+    start(experiment)
     parameters = _fusellm(config)
     fusion = parameters.fused(parameters.sources or list(config.roles.sources))
     measures, skipped = _measures(experiment, fusion)
@@ -78,12 +78,10 @@ def _fusellm(config: Config) -> FuseLLMParameters:
 def _measures(experiment: Experiment, fusion: Fusion) -> tuple[pd.DataFrame, int]:
     """The measures over the passages that all models could read, and how many the others are."""
     needs = fusion.needs(TARGET)
-    sources, readers = (
-        fusion.lesson(loss_resources.material(experiment, needs)).sources,
-        loss_resources.readers(experiment, needs),
-    )
-    passages = Passages(experiment.passages[1])
-    target_vocabulary = experiment.tokenizer(TARGET)[1]
+    resources, readers = loss_resources(experiment, "audit", needs)
+    sources = fusion.lesson(resources).sources
+    passages = Passages(experiment.corpora.passages[1])
+    target_vocabulary = experiment.models.tokenizer(TARGET)[1]
     sizes = {name: len(reader.vocabulary) for name, reader in readers.items()}
     alone = replace(fusion.switches, include_target=False, tail="bucket", fusion="mince", unmapped="tail")
     rows: list[dict[str, Any]] = []
@@ -130,7 +128,7 @@ def _measures(experiment: Experiment, fusion: Fusion) -> tuple[pd.DataFrame, int
                 rows.append(row)
             rows.append(_chosen(together, own, {"domain": domain, "bytes": size, "passages": 1}, sizes[TARGET]))
     names = [TARGET, *(s.name for s in sources), CHOSEN]
-    return _by_domain(pd.DataFrame(rows), names, experiment.model(TARGET).name), skipped
+    return _by_domain(pd.DataFrame(rows), names, experiment.models.model(TARGET).name), skipped
 
 
 def _chosen(fused: Any, own: Predictions, row: dict[str, Any], vocabulary: int) -> dict[str, Any]:

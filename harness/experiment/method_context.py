@@ -11,11 +11,11 @@ from fusion.errors import UserError
 from fusion.losses.specs import Learning
 from harness.config.loading import PerplexityConfig
 from harness.evaluation import bits_per_byte
-from harness.experiment.context import TARGET, Experiment, plain_json
-from harness.models.checkpoints import ModelSpec, compute_dtype, find_entry, is_hub_id
+from harness.experiment.pipeline import TARGET, Experiment, evaluated_model, predict, train
+from harness.models.checkpoints import ModelSpec, find_entry, is_hub_id
 from harness.runtime.progress import track
 from harness.store.artifacts import Estimate, Spec
-from harness.store.fingerprint import fingerprint
+from harness.store.fingerprint import fingerprint, plain_json
 
 
 class MethodContext:
@@ -31,18 +31,18 @@ class MethodContext:
         return list(self._experiment.config.roles.sources)
 
     def model(self, role: str) -> Candidate:
-        named = self._experiment.config.roles.named()
-        if role not in named and (find_entry(role) or is_hub_id(role) or Path(role).expanduser().exists()):
-            model = self._experiment.resolve(ModelSpec(name=role))
+        models = self._experiment.models
+        if role not in models.names and (find_entry(role) or is_hub_id(role) or Path(role).expanduser().exists()):
+            model = models.resolve(ModelSpec(name=role))
         else:
-            model = self._experiment.model(role)
+            model = models.model(role)
         return Candidate(model.folder, model.fingerprint, seeded=False)
 
     def extract(self, role: str) -> Path:
-        return self._experiment.extract(role)[1]
+        return predict(self._experiment, role)[1]
 
-    def train(self, *, lam: float, learn: Learning | None = None) -> Candidate:
-        return self._experiment.train(self.label, self.seed, lam=lam, learn=learn)
+    def train(self, *, lam: float, learn: Learning | None = None, start: Candidate | None = None) -> Candidate:
+        return train(self._experiment, self.label, self.seed, lam=lam, loss=learn, start=start)
 
     @property
     def _section(self) -> PerplexityConfig:
@@ -53,12 +53,11 @@ class MethodContext:
     @property
     def held_out(self) -> str:
         experiment = self._experiment
-        documents, _ = experiment.validation
-        dtype = compute_dtype(experiment.role(TARGET).dtype, experiment.device)
+        documents, _ = experiment.corpora.validation
         return fingerprint(
             {
                 "documents": bits_per_byte.documents_fingerprint(documents),
-                "dtype": dtype,
+                "dtype": experiment.models.dtype(TARGET),
                 **self._section.model_dump(exclude={"documents"}),
             }
         )
@@ -67,9 +66,10 @@ class MethodContext:
         from harness.evaluation.perplexity import evaluate
 
         experiment = self._experiment
-        documents, n_bytes = experiment.validation
-        evaluated = experiment.evaluated(label or self.label, candidate, experiment.role(TARGET))
-        _, path = evaluate(self._section, documents, evaluated, experiment.store, experiment.costs, n_bytes)
+        workspace = experiment.workspace
+        documents, n_bytes = experiment.corpora.validation
+        evaluated = evaluated_model(experiment, label or self.label, candidate)
+        _, path = evaluate(self._section, documents, evaluated, workspace.store, workspace.costs, n_bytes)
         evaluated.release()
         if not path.exists():  # in a plan
             return math.nan
@@ -90,13 +90,16 @@ class MethodContext:
         scores: int = 0,
     ) -> Artifact:
         experiment = self._experiment
-        known = _nameable(params) if experiment.store.dry else params
+        workspace = experiment.workspace
+        known = _nameable(params) if workspace.store.dry else params
         spec = Spec(kind, self.label, version, dict(inputs), plain_json(known))
-        parameters = experiment.model_size(TARGET).parameters
-        seconds = experiment.costs.forward(parameters, scores * experiment.validation[1]).seconds if scores else 0.0
+        parameters = experiment.models.size(TARGET).parameters
+        seconds = 0.0
+        if scores:
+            seconds = workspace.costs.forward(parameters, scores * experiment.corpora.validation[1]).seconds
         # About a checkpoint of the target is what most methods make.
         estimate = Estimate(disk=4 * parameters, memory=8 * parameters, seconds=seconds)
-        return Artifact(experiment.store.ensure(spec, build, estimate), spec.fingerprint)
+        return Artifact(workspace.store.ensure(spec, build, estimate), spec.fingerprint)
 
     def progress(self, description: str, total: float, unit: str) -> AbstractContextManager[Callable[[float], None]]:
         return track(description, total, unit)
@@ -105,7 +108,7 @@ class MethodContext:
 def _nameable(value: Any) -> Any:
     """Parameters that a plan can give a fingerprint to: scores that are not known yet are null instead of NaN."""
     if isinstance(value, Mapping):
-        return {key: _nameable(one) for key, one in value.items()}
+        return {key: _nameable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_nameable(one) for one in value]
+        return [_nameable(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,98 +1,35 @@
-"""Running an experiment: plan, candidates and records."""
+"""Running an experiment: what is missing is made, and records, tables and figures are written."""
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from baselines.method import Candidate, Ensemble, method
-from harness.config.loading import Config, Role, method_parameters
+from baselines.method import Ensemble
+from harness.config.loading import Config
 from harness.data.passages import corpus_sentence, corpus_summary
 from harness.evaluation import bits_per_byte
 from harness.evaluation.records import note_suites, places, write_records
-from harness.evaluation.suite import SuiteResult
-from harness.experiment.checks import check_inputs, check_lengths, check_sizes, check_space
-from harness.experiment.context import TARGET, Experiment
-from harness.experiment.method_context import MethodContext
+from harness.evaluation.suite import EvaluatedModel, SuiteResult
+from harness.experiment.candidates import Row, candidates
+from harness.experiment.checks import check_inputs, check_lengths, check_space, check_validation
+from harness.experiment.identity import named, run_fingerprint
+from harness.experiment.pipeline import Experiment, evaluate, evaluated_model, open_experiment, start
+from harness.experiment.plan import plan_stages
 from harness.reporting.export import write_run
 from harness.reporting.runs import open_run
 from harness.runtime import distributed
 from harness.stages.training_log import tokens_seen
-from harness.store.artifacts import Planned, read_manifest
+from harness.store.artifacts import read_manifest
 from harness.store.files import exclusive_lock, write_json
 from harness.store.paths import PLAN_FILE, RUN_FILE, RUNS
 from harness.store.provenance import made_by
 from harness.store.run_files import read_run_file, record_hashes
 
 
-@dataclass(frozen=True)
-class Row:
-    """One candidate of the experiment: a method with a seed (None where the seed changes nothing)."""
-
-    label: str
-    seed: int | None
-    candidate: Candidate | Ensemble
-    role: Role
-
-
-def candidates(experiment: Experiment, labels: Sequence[str] | None = None) -> Iterator[Row]:
-    """Every row of the table (of those called so) built in turn, for every seed."""
-    config = experiment.config
-    for label in config.methods if labels is None else labels:
-        entry = config.methods[label]
-        kind = method(entry["method"])
-        built = kind(method_parameters(label, entry, kind.schema))
-        role = experiment.role(entry["role"]) if "role" in entry else experiment.role(TARGET)
-        for seed in config.seeds:
-            candidate = built.build(MethodContext(experiment, label, seed))
-            yield Row(label, seed if candidate.seeded else None, candidate, role)
-            if not candidate.seeded:
-                break
-
-
-def plan(config: Config, root: Path, *, flops: float | None = None) -> list[Planned]:
-    """All artifacts that the experiment needs, what is there of them, and what the others cost. Makes nothing.
-
-    flops: operations a second that models reach on the machine that is planned for; measured on this one without.
-    """
-    experiment = Experiment(config, root, dry=True)
-    if flops is not None:
-        experiment.costs.flops = flops
-    return _plan(experiment)
-
-
-def _plan(experiment: Experiment) -> list[Planned]:
-    check_sizes(experiment)
-    for row in candidates(experiment):
-        experiment.evaluate(row.label, row.candidate, row.role)
-        for suite in experiment.suites.values():
-            suite.measure(experiment.evaluated(row.label, row.candidate, row.role), experiment.store, experiment.costs)
-    return list(experiment.store.planned.values())
-
-
-def _check_validation(dry: Experiment, experiment: Experiment) -> None:
-    """Refuses validation text that is trained or tested on, where a method has asked for it in the plan."""
-    if "validation" in vars(dry):
-        _ = experiment.validation
-
-
-def build(config: Config, labels: Sequence[str], root: Path) -> Iterator[Row]:
-    """Makes the candidates of rows without evaluating them; what is there is not made again."""
-    experiment = Experiment(config, root)
-    check_inputs(experiment)
-    check_lengths(experiment)
-    dry = Experiment(config, root, dry=True)
-    for _ in candidates(dry, labels):
-        pass
-    _check_validation(dry, experiment)
-    check_space(list(dry.store.planned.values()), root)
-    yield from candidates(experiment, labels)
-
-
 def run_folder(experiment: Experiment, root: Path) -> Path:
     config = experiment.config
-    return root / RUNS / config.experiment / config.profile / experiment.run_fingerprint()[:16]
+    return root / RUNS / config.experiment / config.profile / run_fingerprint(experiment)[:16]
 
 
 def run(config: Config, root: Path) -> Path:
@@ -100,22 +37,23 @@ def run(config: Config, root: Path) -> Path:
 
     Of several ranks all walk through the stages, and the first one writes.
     """
-    experiment = Experiment(config, root)
+    experiment = open_experiment(config, root)
+    start(experiment)
     check_inputs(experiment)
-    dry = Experiment(config, root, dry=True)
-    planned = _plan(dry)
-    _check_validation(dry, experiment)
+    dry = open_experiment(config, root, dry=True)
+    planned = plan_stages(dry)
+    check_validation(dry, experiment)
     if any(p.state != "ready" for p in planned):
         check_space(planned, root)
         check_lengths(experiment)
     folder = run_folder(experiment, root)
     if not distributed.is_main_process():
         for row in candidates(experiment):
-            experiment.evaluate(row.label, row.candidate, row.role)
+            evaluate(experiment, evaluated_model(experiment, row.label, row.candidate, row.role))
         return folder
     (folder / "records").mkdir(parents=True, exist_ok=True)
     # What the plan has not asked for, naming the run has (the passages, where nothing is trained).
-    artifacts = {str(p.path.relative_to(root)) for p in [*planned, *experiment.store.planned.values()]}
+    artifacts = {str(p.path.relative_to(root)) for p in [*planned, *experiment.workspace.store.planned.values()]}
     with exclusive_lock(folder / ".lock", f"run {folder.name}"):
         # Known from the beginning, so that cleaning up spares what a run under way has made.
         before = read_run_file(folder / PLAN_FILE).get("artifacts", [])
@@ -124,24 +62,26 @@ def run(config: Config, root: Path) -> Path:
     files: set[str] = set()
     measured: dict[str, dict[str, SuiteResult]] = {name: {} for name in experiment.suites}
     notes: dict[str, None] = {}  # each sentence once, in order
-    passages_folder = experiment.passages[1]
-    if corpus_summary(passages_folder).limits:
-        notes[corpus_sentence(config.corpus, passages_folder)] = None
+    passages = experiment.corpora.passages[1]
+    if corpus_summary(passages).limits:
+        notes[corpus_sentence(config.corpus, passages)] = None
     for row in candidates(experiment):
         notes |= dict.fromkeys(_notes(experiment, row))
-        if found := experiment.evaluate(row.label, row.candidate, row.role):
-            spec, path = found
+        evaluated = evaluated_model(experiment, row.label, row.candidate, row.role)
+        if evaluation := evaluate(experiment, evaluated):
+            spec, path = evaluation
             files.add(_record(config, row, spec.fingerprint, path, folder))
-        files |= _record_suites(experiment, row, folder, measured)
+        files |= _record_suites(experiment, row, evaluated, folder, measured)
+        evaluated.release()  # before the next row is trained
     with exclusive_lock(folder / ".lock", f"run {folder.name}"):
         # Other seeds that were finished before, or meanwhile by another process, belong to the same table.
         before = read_run_file(folder / RUN_FILE)
         # What was made to find out what to make is known by now.
-        artifacts |= {str(p.path.relative_to(root)) for p in experiment.store.planned.values()}
+        artifacts |= {str(p.path.relative_to(root)) for p in experiment.workspace.store.planned.values()}
         note_suites(folder, experiment.suites, measured)
         description = {
             "configuration": config.model_dump(mode="json"),
-            "named": experiment.named(),
+            "named": named(experiment),
             **made_by(),
             "artifacts": sorted(artifacts.union(before.get("artifacts", []))),
             "records": {**before.get("records", {}), **record_hashes(folder, files)},
@@ -160,11 +100,11 @@ def _notes(experiment: Experiment, row: Row) -> Iterator[str]:
         shares = ", ".join(f"{member.role} {member.weight:.3f}" for member in row.candidate.members)
         yield f"{row.label} asks several models at once, with the weights {shares}."
         return
-    if role is not None and row.role.corpus is not None:
+    if role is not None and experiment.models.role(role).corpus is not None:
         tokens = tokens_seen(row.candidate.folder.parent) or 0
-        base = experiment.origin(role).name
+        base = experiment.models.base(role).name
         yield f"{row.label} is {base} continued on {tokens:,} tokens of its own text, which no other row counts."
-    made = experiment.store.planned.get(row.candidate.fingerprint)
+    made = experiment.workspace.store.planned.get(row.candidate.fingerprint)
     if made is not None and (note := read_manifest(made.path)["info"].get("note")):
         yield str(note)
 
@@ -207,13 +147,16 @@ def _record(config: Config, row: Row, evaluation: str, measured: Path, folder: P
 
 
 def _record_suites(
-    experiment: Experiment, row: Row, folder: Path, measured: dict[str, dict[str, SuiteResult]]
+    experiment: Experiment,
+    row: Row,
+    evaluated: EvaluatedModel,
+    folder: Path,
+    measured: dict[str, dict[str, SuiteResult]],
 ) -> set[str]:
     """Measures a row on the suites beside perplexity, adds that to `measured`, and gives its record files."""
-    config, files = experiment.config, set()
-    evaluated = experiment.evaluated(row.label, row.candidate, row.role)
+    config, workspace, files = experiment.config, experiment.workspace, set()
     for name, suite in experiment.suites.items():
-        found = measured[name][row.label] = suite.measure(evaluated, experiment.store, experiment.costs)
+        found = measured[name][row.label] = suite.measure(evaluated, workspace.store, workspace.costs)
         file = write_records(
             folder,
             name,
@@ -224,5 +167,4 @@ def _record_suites(
             seed=row.seed,
         )
         files |= {file} if file else set()
-    evaluated.release()  # before the next row is trained
     return files

@@ -1,72 +1,60 @@
-"""Models that a run makes for its roles: one model, continued on text of its own."""
+"""The stage of continued models: one model, trained on text of its own by causal language modelling."""
 
 from pathlib import Path
-from typing import Any
 
+from fusion.vocabulary.token_bytes import Vocabulary
 from harness.config.loading import TrainingConfig
 from harness.data.passages import Passages
-from harness.models.checkpoints import ResolvedModel, compute_dtype, load_config, load_model, load_tokenizer
-from harness.stages.sharding import zero_config
-from harness.store.artifacts import Estimate, Spec, Store
+from harness.models.checkpoints import ResolvedModel, load_config, load_model, load_tokenizer
+from harness.stages import training
+from harness.stages.training import initial_device, settings_identity, train_on_passages
+from harness.store.artifacts import Spec
+from harness.store.costs import BYTES_PER_TOKEN
+from harness.store.workspace import Workspace
 
 VERSION = 1
-SEED = 0  # whatever the seeds of the experiment: its models are the same for all of them
-NO_EFFECT = {"workers", "micro_batch_size", "save_every", "dtype"}
-"""Settings of a training that do not change its result, and the precision, which is made definite."""
+SEED = 0
+"""Of every continued model, whatever the seeds of the experiment are: they all start from the same models."""
 
 
 def continued_model_spec(
-    name: str, base: ResolvedModel, passages: Spec, settings: TrainingConfig, *, device: str, version: int
+    name: str, base: ResolvedModel, passages: Spec, settings: TrainingConfig, *, device: str
 ) -> Spec:
-    """What makes the continued model; `version` is the trainer's."""
-    zero = zero_config(settings.deepspeed) if settings.deepspeed else None
-    params: dict[str, Any] = {
-        "seed": SEED,
-        "dtype": compute_dtype(settings.dtype, device),
-        **settings.model_dump(mode="json", exclude=NO_EFFECT),
-        "deepspeed": zero,
-        "trainer": version,
-    }
+    """The key of `base` continued on the passages, called `name`."""
+    params = {"seed": SEED, **settings_identity(settings, device), "trainer": training.VERSION}
     return Spec("continued_model", name, VERSION, {"model": base.fingerprint, "passages": passages.fingerprint}, params)
 
 
 def make_continued_model(
-    store: Store,
+    workspace: Workspace,
     spec: Spec,
     base: ResolvedModel,
     passages_folder: Path,
     settings: TrainingConfig,
     *,
-    device: str,
-    estimate: Estimate,
+    parameters: float,
+    corpus_bytes: float,
 ) -> Path:
-    """`base` continued on the passages by plain language modelling, as an artifact that holds `model`.
+    """`base` continued on the passages, as an artifact that holds `model`.
 
-    Called by all ranks.
+    `parameters` of the model and `corpus_bytes` of the text are for the estimate. Called by all ranks.
     """
-    zero = zero_config(settings.deepspeed) if settings.deepspeed else None
+    device = workspace.device
 
     def build(folder: Path) -> None:
-        from transformers import set_seed
-
-        from fusion.vocabulary.token_bytes import Vocabulary
-        from harness.data.sequences import PackedSequences
-        from harness.stages.trainer import train
-
         tokenizer = load_tokenizer(base)
-        vocabulary = Vocabulary.from_tokenizer(tokenizer, load_config(base).vocab_size)
-        set_seed(SEED)
-        train(
-            load_model(base, "float32", "cpu" if zero and zero["zero_optimization"]["stage"] == 3 else device),
+        train_on_passages(
+            folder,
+            Passages(passages_folder),
             tokenizer,
-            PackedSequences(Passages(passages_folder), tokenizer, vocabulary, settings.sequence_length),
+            Vocabulary.from_tokenizer(tokenizer, load_config(base).vocab_size),
             settings,
-            lam=1.0,
+            load=lambda: load_model(base, "float32", initial_device(settings, device)),
             seed=SEED,
             device=device,
-            folder=folder,
             label=spec.label,
             card=f"# {spec.label}\n\n`{base.name}` continued by `fusellm-harness`; artifact `{spec.fingerprint}`.\n",
         )
 
-    return store.ensure(spec, build, estimate, on_all_ranks=True)
+    estimate = workspace.costs.training(parameters, corpus_bytes / BYTES_PER_TOKEN * settings.epochs)
+    return workspace.store.ensure(spec, build, estimate, on_all_ranks=True)

@@ -1,72 +1,82 @@
-"""What a training is given to learn from beside its text: stored readings, vocabularies, maps, models in memory."""
+"""What a loss is computed from beside the text: stored predictions, vocabularies, maps, and teachers in memory.
 
-from __future__ import annotations
+A plan knows the fingerprints of all of them and opens none; a training then opens what its loss requires.
+"""
 
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from fusion.errors import UserError
 from fusion.losses.specs import Material, Needs
-from fusion.vocabulary.token_bytes import same_ids
-from harness.models.checkpoints import compute_dtype
+from fusion.vocabulary.token_bytes import Vocabulary
+from harness.config.loading import ExtractionConfig
+from harness.data.passages import Passages
+from harness.models.checkpoints import ResolvedModel
+from harness.stages.extraction import Extraction
+from harness.stages.vocabulary_maps import read_map
+from harness.store.artifacts import Spec
 
-if TYPE_CHECKING:
-    from harness.experiment.context import Experiment
-    from harness.stages.extraction import Extraction
+TARGET = "target"
 
-_TARGET = "target"
+TokenizerOf = Callable[[str], tuple[Any, Vocabulary]]
+"""Loads the tokenizer and the vocabulary of a role's model."""
 
 
-def material(experiment: Experiment, needs: Needs) -> Material:
-    """Vocabularies and maps, for a lesson. Reads files: not for a plan."""
-    names = {_TARGET, *needs.extractions, *needs.models}
-    maps = {name: experiment.map(name, needs.map, needs.map_on)[1] / "map.npy" for name in needs.maps}
+@dataclass(frozen=True)
+class LossInputs:
+    """The artifacts and models that a loss is computed from, by role. In a plan they need not exist yet."""
+
+    predictions: Mapping[str, tuple[Spec, Path]] = field(default_factory=dict)
+    maps: Mapping[str, tuple[Spec, Path]] = field(default_factory=dict)
+    teachers: Mapping[str, tuple[ResolvedModel, str]] = field(default_factory=dict)
+    """Models that read along during the training, and their computing precision."""
+
+    def fingerprints(self) -> dict[str, Any]:
+        """What the key of a training holds of them; empty where the loss requires nothing."""
+        fingerprints: dict[str, Any] = {}
+        if self.predictions:
+            fingerprints["extractions"] = {name: spec.fingerprint for name, (spec, _) in self.predictions.items()}
+        if self.maps:
+            fingerprints["maps"] = {name: spec.fingerprint for name, (spec, _) in self.maps.items()}
+        if self.teachers:
+            fingerprints["models"] = {
+                name: {"model": model.fingerprint, "dtype": dtype} for name, (model, dtype) in self.teachers.items()
+            }
+        return fingerprints
+
+
+def check_stored(label: str, needs: Needs, settings: ExtractionConfig) -> None:
+    """Raises UserError where the row `label` needs a temperature or a k that the predictions are not stored at."""
+    temperatures = [1.0, *settings.temperatures]
+    if needs.temperature not in temperatures:
+        raise UserError(
+            f"{label} takes stored distributions at temperature {needs.temperature:g}, and those extracted are "
+            f"{', '.join(f'{t:g}' for t in temperatures)}: add it to extraction.temperatures."
+        )
+    if needs.k is not None and needs.k > settings.k:
+        raise UserError(
+            f"{label} uses k = {needs.k} entries a position, but only extraction.k = {settings.k} are stored: raise "
+            "that, or lower the row's k."
+        )
+
+
+def load_resources(needs: Needs, inputs: LossInputs, tokenizer_of: TokenizerOf) -> Material:
+    """The vocabularies and maps of the inputs. Reads files, so it is not for a plan."""
+    names = {TARGET, *needs.extractions, *needs.models}
     return Material(
-        _TARGET,
-        {name: experiment.tokenizer(name)[1] for name in names},
-        {name: np.load(path, allow_pickle=False) for name, path in maps.items()},
+        TARGET,
+        {name: tokenizer_of(name)[1] for name in names},
+        {name: read_map(folder) for name, (_, folder) in inputs.maps.items()},
     )
 
 
-def readers(experiment: Experiment, needs: Needs) -> dict[str, Extraction]:
-    """The extractions that a lesson needs, by role."""
-    return {name: experiment.reader(name, needs.temperature, needs.k) for name in needs.extractions}
-
-
-def made_of(experiment: Experiment, label: str, needs: Needs) -> dict[str, Any]:
-    """Fingerprints of what a lesson is made of. Raises UserError where it cannot be had."""
-    extracted = [1.0, *experiment.config.extraction.temperatures]
-    if needs.temperature not in extracted:
-        raise UserError(
-            f"{label} takes stored distributions at temperature {needs.temperature:g}, and those extracted are "
-            f"{', '.join(f'{t:g}' for t in extracted)}: add it to extraction.temperatures."
-        )
-    stored = experiment.config.extraction.k
-    if needs.k is not None and needs.k > stored:
-        raise UserError(
-            f"{label} uses k = {needs.k} entries a position, but only extraction.k = {stored} are stored: raise that, "
-            "or lower the row's k."
-        )
-    for name in needs.models:
-        # In a plan a model may not be here yet.
-        here = experiment.model(name).folder.exists() and experiment.model(_TARGET).folder.exists()
-        if here and not same_ids(experiment.tokenizer(name)[1], experiment.tokenizer(_TARGET)[1]):
-            raise UserError(
-                f"{label} has {name} read the target's tokens, but its tokenizer is another: choose a teacher with "
-                "the target's tokenizer, or set online to false."
-            )
-    inputs: dict[str, Any] = {}
-    if needs.extractions:
-        inputs["extractions"] = {name: experiment.extract(name)[0].fingerprint for name in needs.extractions}
-    if needs.maps:
-        inputs["maps"] = {n: experiment.map(n, needs.map, needs.map_on)[0].fingerprint for n in needs.maps}
-    if needs.models:
-        inputs["models"] = {
-            name: {
-                "model": experiment.model(name).fingerprint,
-                "dtype": compute_dtype(experiment.role(name).dtype, experiment.device),
-            }
-            for name in needs.models
-        }
-    return inputs
+def open_predictions(
+    needs: Needs, inputs: LossInputs, passages: Passages, tokenizer_of: TokenizerOf
+) -> dict[str, Extraction]:
+    """Readers of the stored predictions that a loss requires, by role, at its temperature and k."""
+    return {
+        name: Extraction(folder, passages, *tokenizer_of(name), needs.temperature, needs.k)
+        for name, (_, folder) in inputs.predictions.items()
+    }

@@ -1,41 +1,48 @@
-"""Making a tiny model: its text, its tokenizer and its weights, with the trainer that trains everything else."""
+"""The stage of tiny models: text, tokenizer and weights made on the spot, with the trainer of everything else."""
 
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from fusion.errors import UserError
+from fusion.vocabulary.token_bytes import Vocabulary
 from harness.config.loading import TrainingConfig
 from harness.data.corpus import Document
 from harness.data.passages import Passages, write_passages
-from harness.models.tiny.recipe import build_model, make_tokenizer, tiny_recipe, training_documents
+from harness.models.tiny.recipe import TinyModel, build_model, make_tokenizer, tiny_recipe, training_documents
 from harness.runtime import distributed
-from harness.store.artifacts import Estimate, Spec, Store
+from harness.stages.training import train_on_passages
+from harness.store.artifacts import Estimate, Spec
+from harness.store.workspace import Workspace
 
 VERSION = 1
+PREFIX = "tiny:"
+"""What the name of a role's model starts with when it is a tiny model."""
 
 
-def make_tiny(store: Store, name: str, profile: str, device: str) -> tuple[Spec, Path]:
-    """The tiny model `name` of a profile's recipe, as an artifact that holds `model`."""
+def tiny_name(model: str) -> str | None:
+    """The name of the tiny model that a role's `model` stands for; None where it is another model."""
+    return model.removeprefix(PREFIX) if model.startswith(PREFIX) else None
+
+
+def make_tiny(workspace: Workspace, name: str, profile: str) -> tuple[Spec, Path]:
+    """The tiny model `name` of a profile's recipe, as an artifact that holds `model`.
+
+    Raises UserError for a name that the recipe does not have, and under several ranks.
+    """
     recipe = tiny_recipe(profile)
     model = recipe.model(name)
     # The text is the running Python's own, so its release stands for it.
     python = ".".join(str(part) for part in sys.version_info[:3])
     corpus = {"max_bytes": recipe.corpus.max_bytes, "max_document_bytes": recipe.corpus.max_document_bytes}
-    made = {key: value for key, value in asdict(model).items() if value is not None}
-    spec = Spec("tiny", name, VERSION, {"python": python}, {**made, "corpus": corpus})
+    settings = {key: value for key, value in asdict(model).items() if value is not None}
+    spec = Spec("tiny", name, VERSION, {"python": python}, {**settings, "corpus": corpus})
 
     def build(folder: Path) -> None:
         if distributed.world_size() > 1:
             raise UserError(
                 "Tiny models are made by one process: run the experiment once without torchrun or deepspeed."
             )
-        from transformers import set_seed
-
-        from fusion.vocabulary.token_bytes import Vocabulary
-        from harness.data.sequences import PackedSequences
-        from harness.stages.trainer import train
-
         documents = recipe.corpus.documents()
         tokenizer = make_tokenizer(model, documents)
         texts = [Document(d.name, d.domain, d.text, "") for d in training_documents(model, documents)]
@@ -43,32 +50,33 @@ def make_tiny(store: Store, name: str, profile: str, device: str) -> tuple[Spec,
         passages.mkdir(exist_ok=True)
         # A byte is a token at most, and each passage has a prefix.
         write_passages(passages, texts, model.sequence_length - 1)
-        rows = PackedSequences(
-            Passages(passages), tokenizer, Vocabulary.from_tokenizer(tokenizer, model.vocabulary), model.sequence_length
-        )
-        settings = TrainingConfig(
-            sequence_length=model.sequence_length,
-            global_batch_size=model.global_batch_size,
-            micro_batch_size=model.global_batch_size,
-            learning_rate=model.learning_rate,
-            warmup_ratio=model.warmup_ratio,
-            epochs=model.epochs,
-            dtype="float32",
-            save_every=100,
-        )
-        set_seed(model.seed)
-        train(
-            build_model(model, tokenizer),
+        train_on_passages(
+            folder,
+            Passages(passages),
             tokenizer,
-            rows,
-            settings,
-            lam=1.0,
+            Vocabulary.from_tokenizer(tokenizer, model.vocabulary),
+            _training(model),
+            load=lambda: build_model(model, tokenizer),
             seed=model.seed,
-            device=device,
-            folder=folder,
+            device=workspace.device,
             label=name,
             card=f"# {name}\n\nA model of a few hundred thousand parameters made on the spot: plumbing.\n",
         )
 
     tokens = model.train_bytes / 3 * model.epochs
-    return spec, store.ensure(spec, build, Estimate(disk=1e7, memory=1e9, seconds=tokens / 10_000))
+    estimate = Estimate(disk=1e7, memory=1e9, seconds=tokens / 10_000)
+    return spec, workspace.store.ensure(spec, build, estimate)
+
+
+def _training(model: TinyModel) -> TrainingConfig:
+    """How a tiny model is trained, by its recipe."""
+    return TrainingConfig(
+        sequence_length=model.sequence_length,
+        global_batch_size=model.global_batch_size,
+        micro_batch_size=model.global_batch_size,
+        learning_rate=model.learning_rate,
+        warmup_ratio=model.warmup_ratio,
+        epochs=model.epochs,
+        dtype="float32",
+        save_every=100,
+    )

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from harness.config.loading import load
-from harness.experiment.context import Experiment
+from harness.experiment.pipeline import Experiment, open_experiment
 
 Table = Mapping[str, Mapping[str, float]]
 
@@ -104,4 +104,4 @@ def experiment(
     }
     path = folder / "bigrams.yaml"
     path.write_text(yaml.safe_dump(raw, sort_keys=False))
-    return Experiment(load(str(path), overrides=settings), folder / "root")
+    return open_experiment(load(str(path), overrides=settings), folder / "root")

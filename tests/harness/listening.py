@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from harness.data.sequences import PackedSequences
-from harness.experiment import context
-from harness.experiment.run import candidates
-from harness.stages import trainer
+from harness.experiment.candidates import candidates
+from harness.experiment.pipeline import Experiment
+from harness.stages import trainer, training
 
 
 class _Caught(Exception):
     pass
 
 
-def rows_of(experiment: context.Experiment, monkeypatch: pytest.MonkeyPatch) -> PackedSequences:
+def rows_of(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> PackedSequences:
     """The rows that the experiment's first training would be given."""
 
     def train(model: Any, tokenizer: Any, rows: PackedSequences, *args: Any, **kwargs: Any) -> None:
@@ -31,11 +31,11 @@ def rows_of(experiment: context.Experiment, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def trained(
-    experiment: context.Experiment, monkeypatch: pytest.MonkeyPatch
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """What the one step of the experiment's one training logged, and the gradient[name] of all its rows, unclipped."""
     gradients: dict[str, torch.Tensor] = {}
-    load_model = context.load_model
+    load_model = training.load_model
 
     def listening(*args: Any, **kwargs: Any) -> Any:
         model = load_model(*args, **kwargs)
@@ -47,7 +47,7 @@ def trained(
         return model
 
     with monkeypatch.context() as patch:
-        patch.setattr(context, "load_model", listening)
+        patch.setattr(training, "load_model", listening)
         (row,) = candidates(experiment)
     assert row.candidate.training is not None
     (step,) = [e for e in json.loads((row.candidate.training / "log.json").read_text()) if "tokens" in e]

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from baselines.method import Candidate
 from harness.config.loading import Config, load
-from harness.experiment.context import Experiment
-from harness.experiment.run import candidates
+from harness.experiment.candidates import candidates
+from harness.experiment.pipeline import open_experiment, start
 from harness.runtime import distributed
 from harness.stages import trainer
 
@@ -71,8 +71,10 @@ class Watched:
 def train(config: Config, root: Path, label: str, at_step: Mapping[int, Any] = {}) -> tuple[Candidate, Gradients]:
     """The row's candidate, and the gradients of its training's first step."""
     only = config.model_copy(update={"methods": {label: config.methods[label]}})
+    experiment = open_experiment(only, root)
+    start(experiment)
     with Watched(at_step) as watched:
-        (row,) = candidates(Experiment(only, root))
+        (row,) = candidates(experiment)
     gc.collect()
     assert watched.model() is None, "a finished training holds its model's memory"
     return row.candidate, watched.gradients

@@ -17,6 +17,7 @@ from harness.evaluation.lm_eval import tasks
 from harness.evaluation.suite import EvaluatedModel, SuiteResult
 from harness.evaluation.vote import choices, voted
 from harness.experiment import run
+from harness.experiment.plan import plan
 from harness.models.checkpoints import ModelSpec, count_parameters, resolve
 from harness.store.artifacts import Store
 from harness.store.costs import Costs
@@ -291,7 +292,7 @@ def test_an_experiment_with_ensembles(experiment_file: Path, tmp_path: Path) -> 
     ]
     drop = [f"methods.{name}=null" for name in load(str(experiment_file)).methods if name != "CLM"]
     config = load(str(experiment_file), overrides=[*overrides, *drop])
-    assert any("perplexity" in p.spec.kind for p in run.plan(config, tmp_path))
+    assert any("perplexity" in p.spec.kind for p in plan(config, tmp_path))
     folder = run.run(config, tmp_path)
     from harness.reporting.runs import open_run
     from harness.reporting.tables import run_table

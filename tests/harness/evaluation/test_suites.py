@@ -405,6 +405,7 @@ def test_perplexity_is_the_experiments(made: Path, models: dict[str, Path], tmp_
 def test_suites_are_a_stage_of_an_experiment(experiment_file: Path, rows: Path, tmp_path: Path) -> None:
     from harness.config.loading import load
     from harness.experiment import run
+    from harness.experiment.plan import plan
     from harness.store.cleanup import unused
     from results.records import read
 
@@ -413,7 +414,7 @@ def test_suites_are_a_stage_of_an_experiment(experiment_file: Path, rows: Path, 
     plain = run.run(load(str(experiment_file), overrides=settings), tmp_path)
     more = ["suites.commonsense.tasks=[boolq,arc_easy]", "suites.commonsense.limit=3", "suites.bbh={tasks: [navigate]}"]
     config = load(str(experiment_file), overrides=[*settings, *more, "suites.generative=null"])
-    planned = run.plan(config, tmp_path)
+    planned = plan(config, tmp_path)
     assert sum(p.spec.kind == "commonsense" and p.state == "missing" for p in planned) == 4  # CLM is the target itself
     folder = run.run(config, tmp_path)
     assert folder != plain

@@ -28,7 +28,10 @@ from fusion.vocabulary.token_bytes import encode
 from harness import cli
 from harness.config.loading import load
 from harness.evaluation import bits_per_byte
-from harness.experiment import context, run
+from harness.experiment import run
+from harness.experiment.identity import VERSIONS
+from harness.experiment.pipeline import open_experiment, read_predictions
+from harness.experiment.plan import plan
 from harness.runtime import progress
 from harness.stages import extraction, trainer
 from harness.store.artifacts import Store, read_manifest
@@ -267,10 +270,10 @@ def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_there_is_an_artifact_of_every_kind(micro: Path) -> None:
-    assert {p.name for p in (micro / "artifacts").iterdir()} == {*context.VERSIONS, "tiny"}
+    assert {p.name for p in (micro / "artifacts").iterdir()} == {*VERSIONS, "tiny"}
 
 
-@pytest.mark.parametrize("kind", [*context.VERSIONS, "tiny"])
+@pytest.mark.parametrize("kind", [*VERSIONS, "tiny"])
 def test_damaged_artifacts_are_refused_by_name(kind: str, micro: Path, tmp_path: Path) -> None:
     generator = random.Random(kind)
     root = tmp_path / "root"
@@ -410,12 +413,12 @@ def test_a_tokenizer_changed_after_the_extraction_is_noticed(
     """Its file makes another model of it; its library, where it splits otherwise, is refused."""
     folder = Path(shutil.copytree(made / "llama", tmp_path / "llama"))
     config = load(str(experiment_file), overrides=[f"roles.target.model={folder}"])
-    assert {p.state for p in run.plan(config, again)} == {"ready"}
+    assert {p.state for p in plan(config, again)} == {"ready"}
     with (folder / "tokenizer.json").open("a") as file:
         file.write("\n")
-    todo = {p.spec.label for p in run.plan(config, again) if p.state == "missing"}
+    todo = {p.spec.label for p in plan(config, again) if p.state == "missing"}
     assert todo >= {"llama", "CLM-seed0", "FuseLLM-seed0"} and "neox" not in todo
-    reader = context.Experiment(load(str(experiment_file)), again).reader("neox")
+    reader = read_predictions(open_experiment(load(str(experiment_file)), again), "neox")
     monkeypatch.setattr(extraction, "encode", lambda tokenizer, text: encode(tokenizer, text)[:-1])
     with pytest.raises(UserError, match="but the tokenizer now gives"):
         reader.predictions(0)

@@ -10,8 +10,10 @@ import pytest
 
 from fusion.errors import UserError
 from harness.config.loading import Config, load
-from harness.experiment import context, run
+from harness.experiment import run
 from harness.experiment.headroom import audit
+from harness.experiment.pipeline import open_experiment, predict, read_predictions
+from harness.experiment.plan import plan
 from harness.stages import extraction
 from harness.store.artifacts import Store
 from harness.store.cleanup import unused
@@ -86,15 +88,15 @@ def test_a_second_run_makes_nothing_and_gives_the_same_bytes(finished: tuple[Con
 
 def test_plan_knows_what_is_there(finished: tuple[Config, Path, Path], tmp_path: Path) -> None:
     config, root, _ = finished
-    assert {p.state for p in run.plan(config, root)} == {"ready"}
-    fresh = run.plan(config, tmp_path)
+    assert {p.state for p in plan(config, root)} == {"ready"}
+    fresh = plan(config, tmp_path)
     assert {p.state for p in fresh} == {"missing"}
     assert not (tmp_path / "artifacts").exists()
     assert sum(p.spec.kind == "train" for p in fresh) == 3
     # Another lambda extracts nothing again.
     other = config.model_copy(deep=True)
     other.methods["FuseLLM"]["lambda"] = 0.7
-    todo = [p.spec for p in run.plan(other, root) if p.state == "missing"]
+    todo = [p.spec for p in plan(other, root) if p.state == "missing"]
     assert sorted(s.kind for s in todo) == ["perplexity", "train"]
 
 
@@ -130,8 +132,9 @@ def test_a_stored_reading_is_what_the_model_says(finished: tuple[Config, Path, P
     from harness.models.checkpoints import load_model
 
     config, root, _ = finished
-    small = context.Experiment(config, root)
-    model, reader, passages = load_model(small.model("neox")), small.reader("neox"), Passages(small.passages[1])
+    small = open_experiment(config, root)
+    model, passages = load_model(small.models.model("neox")), Passages(small.corpora.passages[1])
+    reader = read_predictions(small, "neox")
     for passage in range(0, len(passages), 7):
         reading = reader.predictions(passage)
         with torch.no_grad():
@@ -167,7 +170,7 @@ def _interrupted_extraction(config: Config, root: Path, monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         _interrupt(patch, extraction, "write_shard", 2)
         with pytest.raises(_Killed):
-            context.Experiment(config, root).extract("neox")
+            predict(open_experiment(config, root), "neox")
     (begun,) = Store(root / "artifacts").leftovers()
     return begun
 
@@ -182,7 +185,7 @@ def test_a_resumed_extraction_has_the_same_bytes(
     config, root, _ = finished
     begun = _interrupted_extraction(config, tmp_path, monkeypatch)
     assert len(list(begun.glob("shard-*"))) == 2
-    spec, resumed = context.Experiment(config, tmp_path).extract("neox")
+    spec, resumed = predict(open_experiment(config, tmp_path), "neox")
     assert _bytes(resumed) == _bytes(Store(root / "artifacts").path(spec))
     assert len(_bytes(resumed)) > 3
 
@@ -197,7 +200,7 @@ def test_a_damaged_shard_of_an_interrupted_extraction_is_refused(
     raw[-3] ^= 1
     shard.write_bytes(raw)
     with pytest.raises(UserError, match="does not match its checksum"):
-        context.Experiment(config, tmp_path).extract("neox")
+        predict(open_experiment(config, tmp_path), "neox")
 
 
 def test_a_resumed_training_is_bit_identical(

@@ -200,16 +200,18 @@ def test_the_deepspeed_launcher_does_as_well(experiment_file: Path, tmp_path: Pa
 FAILING = """
 import torch
 from fusion.errors import UserError
-from harness import cli, experiment, ranks
+from harness import cli
+from harness.experiment import run as running
+from harness.runtime import distributed
 
 def run(config, root):
-    ranks.join("cpu")
-    if ranks.first():
+    distributed.initialize("cpu")
+    if distributed.is_main_process():
         torch.distributed.barrier()
     raise UserError("the second rank has failed.")
 
-ranks._GRACE = 3
-experiment.run = run
+distributed._GRACE = 3
+running.run = run
 cli.main()
 """
 

@@ -15,8 +15,9 @@ from fusion.errors import UserError
 from fusion.registry import Part
 from harness.config.loading import Config, load
 from harness.experiment import run
-from harness.experiment.context import Experiment
 from harness.experiment.method_context import MethodContext
+from harness.experiment.pipeline import open_experiment
+from harness.experiment.plan import plan
 from harness.store.artifacts import read_manifest
 from harness.store.cleanup import unused
 from tests.harness.tiny_models import save_corpus
@@ -82,7 +83,7 @@ def test_siblings_are_made_once_and_their_tokens_shown(finished: tuple[Config, P
     config, root, folder = finished
     continued_models = _manifests(root, "continued_model")
     assert continued_models.keys() == {"one", "two"}
-    fingerprint = Experiment(config, root).model("target").fingerprint
+    fingerprint = open_experiment(config, root).models.model("target").fingerprint
     assert all(manifest["inputs"]["model"] == fingerprint for manifest in continued_models.values())
     assert config.roles.sources["one"].corpus is not None and config.roles.sources["one"].corpus.first_bytes == 400
     table = json.loads((folder / "table.json").read_text(encoding="utf-8"))
@@ -117,16 +118,16 @@ def test_a_plan_makes_nothing_and_knows_siblings_and_merges(
     finished: tuple[Config, Path, Path], tmp_path: Path
 ) -> None:
     config, root, _ = finished
-    assert {p.state for p in run.plan(config, root)} == {"ready"}
-    fresh = [(p.spec.kind, p.spec.label) for p in run.plan(config, tmp_path)]
+    assert {p.state for p in plan(config, root)} == {"ready"}
+    fresh = [(p.spec.kind, p.spec.label) for p in plan(config, tmp_path)]
     assert ("continued_model", "one") in fresh and ("merge", "Tuned") in fresh and not (tmp_path / "artifacts").exists()
     # Other trials, another search; other seeds, the same continued models.
     config.methods["Tuned"]["trials"] = 4
-    todo = [p.spec.label for p in run.plan(config, root) if p.state == "missing"]
+    todo = [p.spec.label for p in plan(config, root) if p.state == "missing"]
     config.methods["Tuned"]["trials"] = 3
     assert todo == ["Tuned", "Tuned"]
     seeds = config.model_copy(update={"seeds": [7]})
-    todo = [p.spec.kind for p in run.plan(seeds, root) if p.state == "missing"]
+    todo = [p.spec.kind for p in plan(seeds, root) if p.state == "missing"]
     assert "continued_model" not in todo and "merge" not in todo and "train" in todo
 
 
@@ -159,15 +160,15 @@ def test_a_method_from_scores_plans_and_runs(
     config = load(str(file), overrides=["methods.Probe.method=probe", "reference=Probe"])
     config.methods = {"Probe": config.methods["Probe"]}
     # Nothing is known yet: the plan does not open what is not there.
-    assert ("probe", "Probe") in [(p.spec.kind, p.spec.label) for p in run.plan(config, tmp_path)]
+    assert ("probe", "Probe") in [(p.spec.kind, p.spec.label) for p in plan(config, tmp_path)]
     _, root, _ = finished
     folder = run.run(config, root)
     (scores,) = (json.loads(p.read_text()) for p in (root / "artifacts" / "probe").glob("*/scores.json"))
-    context = MethodContext(Experiment(config, root), "again", 0)
+    context = MethodContext(open_experiment(config, root), "again", 0)
     for name, score in scores.items():
         assert math.isfinite(score) and context.score(context.model(name)) == score
     assert json.loads((folder / "table.json").read_text())["rows"] == ["Probe"]
-    assert {p.state for p in run.plan(config, root)} == {"ready"}
+    assert {p.state for p in plan(config, root)} == {"ready"}
 
 
 def test_a_score_is_the_validation_texts_nats_per_byte(finished: tuple[Config, Path, Path]) -> None:
@@ -177,9 +178,9 @@ def test_a_score_is_the_validation_texts_nats_per_byte(finished: tuple[Config, P
     from harness.models.checkpoints import load_model, load_tokenizer
 
     config, root, _ = finished
-    small = Experiment(config, root)
+    small = open_experiment(config, root)
     context = MethodContext(small, "row", 0)
-    model, tokenizer = load_model(small.model("one"), "float32"), load_tokenizer(small.model("one"))
+    model, tokenizer = load_model(small.models.model("one"), "float32"), load_tokenizer(small.models.model("one"))
     nats = n_bytes = 0.0
     assert config.validation is not None
     for document in documents(config.validation, None):
@@ -194,7 +195,7 @@ def test_a_score_is_the_validation_texts_nats_per_byte(finished: tuple[Config, P
 
 def test_any_model_can_be_asked_for_by_name(finished: tuple[Config, Path, Path], made: Path) -> None:
     config, root, _ = finished
-    context = MethodContext(Experiment(config, root), "row", 0)
+    context = MethodContext(open_experiment(config, root), "row", 0)
     assert context.model(str(made / "neox")).folder == made / "neox"
     with pytest.raises(UserError, match=r"no role 'on' .did you mean 'one'.*: roles are target, one, two"):
         context.model("on")

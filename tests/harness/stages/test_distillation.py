@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from fusion.errors import UserError
 from harness.data.passages import Passages
 from harness.experiment import run as running
-from harness.experiment.context import Experiment
-from harness.experiment.run import candidates, plan
+from harness.experiment.candidates import candidates
+from harness.experiment.identity import run_fingerprint
+from harness.experiment.pipeline import Experiment, open_experiment, predict, read_predictions
+from harness.experiment.plan import plan
 from results.records import read
 from tests.harness.bigrams import Bigrams, experiment, other
 from tests.harness.listening import rows_of, trained
@@ -69,7 +71,10 @@ def test_online_is_offline_with_the_whole_vocabulary(line: Line, divergence: str
     small = line.experiment(row)
     sums = 0.0
     for passage in range(3):
-        tokens = [small.tokenizer("target")[1].tokens[i] for i in small.reader("target").predictions(passage).tokens]
+        tokens = [
+            small.models.tokenizer("target")[1].tokens[i]
+            for i in read_predictions(small, "target").predictions(passage).tokens
+        ]
         for token in tokens[:-1]:
             p, q = (_powered(model, token, temperature) for model in (TEACHER, TARGET))
             sums += temperature**2 * _DENSE[divergence](p, q)
@@ -96,7 +101,7 @@ _DENSE = {
 
 def _tokens(small: Experiment) -> int:
     """What the sums are divided by: every next token, and an end after each text."""
-    return sum(len(small.reader("target").predictions(passage).tokens) for passage in range(3))
+    return sum(len(read_predictions(small, "target").predictions(passage).tokens) for passage in range(3))
 
 
 @pytest.mark.parametrize("online", [True, False])
@@ -131,7 +136,7 @@ def test_sorted_probabilities_of_another_tokenizer(line: Line) -> None:
     small = line.experiment({"method": "uld"}, teacher=source)
     sums = 0.0
     for passage in range(3):
-        ours, theirs = (small.reader(name).predictions(passage) for name in ("target", "s"))
+        ours, theirs = (read_predictions(small, name).predictions(passage) for name in ("target", "s"))
         for i, end in list(enumerate(ours.ends))[:-1]:
             at = [j for j, other_end in enumerate(theirs.ends) if other_end == end]
             if at:
@@ -148,7 +153,7 @@ def test_likelihoods_of_the_same_bytes(line: Line) -> None:
     small = line.experiment({"method": "alm"}, teacher=source)
     sums, chunks = 0.0, 0
     for passage in range(3):
-        spelled = [(small.reader(n).predictions(passage), m) for n, m in (("s", source), ("target", TARGET))]
+        spelled = [(read_predictions(small, n).predictions(passage), m) for n, m in (("s", source), ("target", TARGET))]
         common = sorted(set(spelled[0][0].ends.tolist()) & set(spelled[1][0].ends.tolist()))
         for start, end in pairwise(common):
             logs = []
@@ -200,21 +205,21 @@ def test_rows_of_a_table(line: Line) -> None:
 def test_a_whole_distribution_is_stored_at_other_temperatures(line: Line) -> None:
     settings = ("extraction.k=3", FLOAT32, "extraction.temperatures=[2]")
     small = line.experiment({"method": "clm"}, *settings)
-    predictions = small.reader("s", 2).predictions(0)
+    predictions = read_predictions(small, "s", 2).predictions(0)
     for i, token in enumerate(predictions.tokens):
         p = _powered(TEACHER, TEACHER.tokens[token], 2)
         np.testing.assert_allclose(np.exp(predictions.log_p[i]), p[predictions.ids[i]], rtol=1e-5)
         assert predictions.tail[i] == pytest.approx(1 - p[predictions.ids[i]].sum(), abs=1e-6)
-    np.testing.assert_array_equal(predictions.nats, small.reader("s").predictions(0).nats)
+    np.testing.assert_array_equal(predictions.nats, read_predictions(small, "s").predictions(0).nats)
 
 
 def test_what_came_later_changes_no_fingerprint_at_its_default(line: Line) -> None:
     plain = line.experiment({"method": "clm"})
-    assert set(plain.extract("s")[0].params) == {"k", "dtype", "passages_per_shard"}
+    assert set(predict(plain, "s")[0].params) == {"k", "dtype", "passages_per_shard"}
     for setting in (FLOAT32, "extraction.temperatures=[2]"):
         changed = line.experiment({"method": "clm"}, setting)
-        assert plain.extract("s")[0].fingerprint != changed.extract("s")[0].fingerprint
-        assert plain.run_fingerprint() != changed.run_fingerprint()
+        assert predict(plain, "s")[0].fingerprint != predict(changed, "s")[0].fingerprint
+        assert run_fingerprint(plain) != run_fingerprint(changed)
 
 
 def test_an_empty_row_teaches_nothing(line: Line) -> None:
@@ -262,12 +267,14 @@ def test_passages_of_which_nothing_is_known_teach_nothing(line: Line) -> None:
         if row.get("online"):
             continue
         small = line.experiment(row, *settings)
-        weights = small.model("s").folder / "model.safetensors"
+        weights = small.models.model("s").folder / "model.safetensors"
         tensors = load_file(weights)
         tensors["model.embed_tokens.weight"][list(TEACHER.tokens).index("d")] = math.nan
         save_file(tensors, weights, {"format": "pt"})
-        again = Experiment(small.config, line.folder / row["method"])
-        assert any(again.reader("s").predictions(p).skipped for p in range(len(Passages(again.passages[1]))))
+        again = open_experiment(small.config, line.folder / row["method"])
+        assert any(
+            read_predictions(again, "s").predictions(p).skipped for p in range(len(Passages(again.corpora.passages[1])))
+        )
         (candidate,) = (r.candidate for r in candidates(again))
         (step,) = [e for e in json.loads((candidate.training / "log.json").read_text()) if "tokens" in e]
         assert math.isfinite(step["fusion_nats_per_token"]) and step["fusion_nats_per_token"] > 0

@@ -20,9 +20,10 @@ from fusion.errors import UserError
 from harness.config.loading import load
 from harness.data.passages import Passages
 from harness.data.sequences import PackedSequences
-from harness.experiment import context
 from harness.experiment.headroom import audit
-from harness.stages import extraction, loss_resources
+from harness.experiment.identity import run_fingerprint
+from harness.experiment.pipeline import loss_resources, open_experiment, predict, read_predictions
+from harness.stages import extraction
 from harness.store.artifacts import Spec, Store
 from harness.store.leases import Leases
 from tests.harness.experiment.test_run import _bytes, _interrupted_extraction
@@ -30,7 +31,7 @@ from tests.harness.experiment.test_run import _bytes, _interrupted_extraction
 # `fusellm extract`, which says when it has read a shard and stops there for a while before it writes it.
 SLOW_WORKER = """
 import sys, time
-from harness import extraction
+from harness.stages import extraction
 from harness.cli import app
 write = extraction.write_shard
 def slowly(path, *args, **options):
@@ -45,7 +46,7 @@ app(["extract", *sys.argv[2:]])
 @pytest.fixture(scope="module")
 def alone(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The extraction of one process."""
-    return context.Experiment(load(str(experiment_file)), tmp_path_factory.mktemp("alone")).extract("neox")[1]
+    return predict(open_experiment(load(str(experiment_file)), tmp_path_factory.mktemp("alone")), "neox")[1]
 
 
 def _start(experiment_file: Path, root: Path, pause: float) -> "subprocess.Popen[str]":
@@ -115,10 +116,10 @@ def test_a_model_that_reads_otherwise_on_resume_is_refused(
 
     monkeypatch.setattr(harness.models.checkpoints, "load_model", otherwise)
     if fits:
-        assert context.Experiment(config, tmp_path).extract("neox")[1].exists()
+        assert predict(open_experiment(config, tmp_path), "neox")[1].exists()
         return
     with pytest.raises(UserError, match=r"neox reads .* otherwise than when .*shard-000000.* where 0\.001 are allowed"):
-        context.Experiment(config, tmp_path).extract("neox")
+        predict(open_experiment(config, tmp_path), "neox")
     assert len(_bytes(begun)) == 2
 
 
@@ -133,27 +134,27 @@ def test_damage_to_any_finished_shard_is_refused_by_name(
     raw[len(raw) // 2] ^= 16
     shard.write_bytes(raw[:-9] if damage == "truncated" else raw)
     with pytest.raises(UserError, match=r"shard-000001\.safetensors does not match its checksum"):
-        context.Experiment(config, tmp_path).extract("neox")
+        predict(open_experiment(config, tmp_path), "neox")
     shard.unlink()
-    assert _bytes(context.Experiment(config, tmp_path).extract("neox")[1]) == _bytes(alone)
+    assert _bytes(predict(open_experiment(config, tmp_path), "neox")[1]) == _bytes(alone)
 
 
 def test_both_packings_are_one_artifact_with_the_same_numbers(
     alone: Path, experiment_file: Path, tmp_path: Path
 ) -> None:
     config = load(str(experiment_file), overrides=["extraction.compression=none"])
-    plain = context.Experiment(config, tmp_path)
-    packed = context.Experiment(load(str(experiment_file)), alone.parents[2])
-    assert plain.extract("neox")[1].name == alone.name
-    assert plain.run_fingerprint() == packed.run_fingerprint()
-    readers = plain.reader("neox"), packed.reader("neox")
+    plain = open_experiment(config, tmp_path)
+    packed = open_experiment(load(str(experiment_file)), alone.parents[2])
+    assert predict(plain, "neox")[1].name == alone.name
+    assert run_fingerprint(plain) == run_fingerprint(packed)
+    readers = read_predictions(plain, "neox"), read_predictions(packed, "neox")
     for passage in range(len(Passages(plain.passages[1]))):
         one, other = (vars(reader.predictions(passage)) for reader in readers)
         for name in ("tokens", "ends", "ids", "log_p", "tail", "nats"):
             assert one[name].dtype == other[name].dtype
             np.testing.assert_array_equal(one[name], other[name])
     np.testing.assert_array_equal(*(reader.occurring_ids() for reader in readers))
-    assert sum(map(len, _bytes(alone).values())) < sum(map(len, _bytes(plain.extract("neox")[1]).values()))
+    assert sum(map(len, _bytes(alone).values())) < sum(map(len, _bytes(predict(plain, "neox")[1]).values()))
 
 
 @pytest.fixture(scope="module")
@@ -180,15 +181,15 @@ def spoilt(experiment_file: Path, made: Path, tmp_path_factory: pytest.TempPathF
 
 
 def test_too_many_passages_without_finite_logits_end_the_run(spoilt: Path, tmp_path: Path) -> None:
-    small = context.Experiment(load(str(spoilt)), tmp_path)
-    small.extract("target")  # one passage may always be left out
+    small = open_experiment(load(str(spoilt)), tmp_path)
+    predict(small, "target")  # one passage may always be left out
     with pytest.raises(
         UserError, match=r"neox about 2 of \d+ passages are not finite \(first 100.txt .*max_skipped_fraction"
     ):
-        small.extract("neox")
-    strict = context.Experiment(load(str(spoilt), overrides=["extraction.max_skipped_fraction=0"]), tmp_path / "strict")
+        predict(small, "neox")
+    strict = open_experiment(load(str(spoilt), overrides=["extraction.max_skipped_fraction=0"]), tmp_path / "strict")
     with pytest.raises(UserError, match=r"llama about 1 of \d+ passages .*max_skipped_fraction = 0 allows"):
-        strict.extract("target")
+        predict(strict, "target")
 
 
 def test_what_was_left_out_before_an_interruption_counts(
@@ -198,13 +199,13 @@ def test_what_was_left_out_before_an_interruption_counts(
     settings = ["extraction.passages_per_shard=1"]
     with monkeypatch.context() as patch:
         patch.setattr(extraction, "_check_left_out", lambda *_: None)
-        patch.setattr(context.Store, "_complete", _killed)
+        patch.setattr(Store, "_complete", _killed)
         with pytest.raises(KeyboardInterrupt):
-            context.Experiment(load(str(spoilt), overrides=settings), tmp_path).extract("neox")
+            predict(open_experiment(load(str(spoilt), overrides=settings), tmp_path), "neox")
     with pytest.raises(UserError, match="neox about 2 of"):
-        context.Experiment(load(str(spoilt), overrides=settings), tmp_path).extract("neox")
+        predict(open_experiment(load(str(spoilt), overrides=settings), tmp_path), "neox")
     more = load(str(spoilt), overrides=[*settings, "extraction.max_skipped_fraction=0.1"])
-    assert context.Experiment(more, tmp_path).extract("neox")[1].exists()
+    assert predict(open_experiment(more, tmp_path), "neox")[1].exists()
 
 
 def _killed(*_: object) -> None:
@@ -215,16 +216,17 @@ def test_passages_without_finite_logits_are_named_counted_and_fused_without(
     spoilt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = load(str(spoilt), overrides=["extraction.max_skipped_fraction=0.1"])
-    small = context.Experiment(config, tmp_path)
-    manifest = json.loads((small.extract("neox")[1] / "manifest.json").read_text(encoding="utf-8"))
+    small = open_experiment(config, tmp_path)
+    manifest = json.loads((predict(small, "neox")[1] / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["info"]["skipped"] == ["100.txt (bytes from 0)", "101.txt (bytes from 0)"]
     told = " ".join(capsys.readouterr().err.split())
     assert "neox: its logits about 100.txt (bytes from 0) are not finite; the passage is left out." in told
     assert "neox: 2 of" in told
     fusion = FuseLLMParameters().fused(["neox"])
     needs = fusion.needs("target")
-    lesson, readers = fusion.lesson(loss_resources.material(small, needs)), loss_resources.readers(small, needs)
-    passages, (tokenizer, vocabulary) = Passages(small.passages[1]), small.tokenizer("target")
+    resources, readers = loss_resources(small, "audit", needs)
+    lesson = fusion.lesson(resources)
+    passages, (tokenizer, vocabulary) = Passages(small.corpora.passages[1]), small.models.tokenizer("target")
     chosen = {}
     for passage in range(len(passages)):
         row = fuse_sequence(

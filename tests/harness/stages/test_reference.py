@@ -17,7 +17,7 @@ import yaml
 from harness.config.loading import Config, load
 from harness.data.passages import Passages
 from harness.data.sequences import pack
-from harness.experiment import context
+from harness.experiment.pipeline import open_experiment, read_predictions
 from tests.fusion.tokenizers_for_tests import byte_level, sentencepiece_bpe
 from tests.harness import reference
 from tests.harness.listening import rows_of, trained
@@ -166,15 +166,15 @@ def test_loss_and_gradient_are_those_of_the_plain_implementation(
 ) -> None:
     method, met = CASES[case]
     config = experiment_of(models, *names, {"lambda": 0.9, **method})
-    experiment = context.Experiment(config, models / f"onto-{names[0]}")
+    experiment = open_experiment(config, models / f"onto-{names[0]}")
     rows = rows_of(experiment, monkeypatch)
     step, gradients = trained(experiment, monkeypatch)
 
     target, source = reader(models, "target", names[0]), reader(models, names[1], names[1])
-    passages = Passages(experiment.passages[1])
+    passages = Passages(experiment.corpora.passages[1])
     texts = [passages.text(p) for p in range(len(passages))]
     own, theirs = (
-        [read(model, text, experiment.reader(model.name).predictions(p)) for p, text in enumerate(texts)]
+        [read(model, text, read_predictions(experiment, model.name).predictions(p)) for p, text in enumerate(texts)]
         for model in (target, source)
     )
     if method["preset"] == "published":

@@ -1,0 +1,48 @@
+"""What names a run: everything that its numbers come from, except the seeds."""
+
+from typing import Any
+
+from harness.data import corpus, passages
+from harness.evaluation import bits_per_byte
+from harness.experiment.pipeline import Experiment
+from harness.stages import extraction, training, vocabulary_maps
+from harness.store.fingerprint import fingerprint
+
+VERSIONS = {
+    "passages": passages.VERSION,
+    "predictions": extraction.VERSION,
+    "map": vocabulary_maps.VERSION,
+    "train": training.VERSION,
+    "perplexity": bits_per_byte.VERSION,
+}
+"""The version of each stage, by the kind of artifact that it makes."""
+_NO_EFFECT: Any = {
+    "seeds": True,  # runs with other seeds belong together, in one table
+    "device": True,
+    "threads": True,
+    "extraction": {"compression", "max_skipped_fraction"},
+}
+"""Settings that change no number."""
+
+
+def run_fingerprint(experiment: Experiment) -> str:
+    """The fingerprint that names a run's folder: that of the configuration and of what it only names."""
+    config = experiment.config.model_dump(mode="json", exclude=_NO_EFFECT)
+    return fingerprint({"config": config, **named(experiment)})
+
+
+def named(experiment: Experiment) -> dict[str, Any]:
+    """What the configuration only names: hashes of texts and models, computing precision, versions of stages."""
+    config, models, corpora = experiment.config, experiment.models, experiment.corpora
+    identity: dict[str, Any] = {
+        "versions": VERSIONS,
+        "passages": corpora.passages[0].fingerprint,
+        "documents": bits_per_byte.documents_fingerprint(corpora.test[0]),
+        "models": {name: models.fingerprint(name) for name in models.names},
+        "dtypes": {name: models.dtype(name) for name in models.names},
+    }
+    if config.validation is not None:
+        identity["validation"] = corpus.content_fingerprint(config.validation, corpora.data_root)
+    if experiment.suites:
+        identity["suites"] = {name: suite.identity() for name, suite in experiment.suites.items()}
+    return identity

@@ -1,0 +1,241 @@
+"""The stages of an experiment: the parts that every stage works with, and each stage applied to them.
+
+Everything goes through the store, so that nothing is made twice. With a dry workspace the same functions only plan.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from baselines.method import Candidate, Ensemble
+from fusion.errors import UserError
+from fusion.losses.specs import Learning, Material, Needs
+from fusion.vocabulary.token_bytes import Vocabulary, encode_alike, same_ids
+from harness.config.loading import Config
+from harness.data.passages import Passages
+from harness.evaluation import bits_per_byte
+from harness.evaluation.joint_model import joint_subject
+from harness.evaluation.suite import EvaluatedModel, Suite, suite
+from harness.experiment.corpora import Corpora
+from harness.experiment.model_pool import ModelPool
+from harness.models.checkpoints import ResolvedModel, load_config, load_tokenizer
+from harness.runtime import distributed
+from harness.stages.extraction import Extraction, extraction_spec, make_extraction
+from harness.stages.loss_resources import TARGET, LossInputs, check_stored, load_resources, open_predictions
+from harness.stages.shards import position_bytes
+from harness.stages.training import MODEL_FOLDER, HeldOutCurve, Training, make_training, model_card
+from harness.stages.vocabulary_maps import make_map, map_spec
+from harness.store.artifacts import Spec
+from harness.store.workspace import Workspace, open_workspace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The parts of one experiment in one workspace."""
+
+    config: Config
+    workspace: Workspace
+    models: ModelPool
+    corpora: Corpora
+    suites: Mapping[str, Suite]
+    """The suites beside perplexity, whose data are prepared once for all candidates."""
+
+
+def open_experiment(config: Config, root: Path, *, dry: bool = False, flops: float | None = None) -> Experiment:
+    """The parts of an experiment below `root`. Makes nothing: models and texts are looked at when they are needed.
+
+    `dry` is for a plan; `flops` are the operations a second that it estimates with (default: measured when needed).
+    """
+    info = {"configuration": config.model_dump(mode="json")}
+    workspace = open_workspace(root, config.device, dry=dry, info=info, flops=flops)
+    corpora = Corpora(workspace.store, config)
+    suites = {name: suite(name)(section, config.data.folder) for name, section in config.suites.others.items()}
+    return Experiment(config, workspace, ModelPool(workspace, config, corpora), corpora, suites)
+
+
+def start(experiment: Experiment) -> None:
+    """Connects the ranks and sets the number of CPU threads: for the entry of every command that computes."""
+    if not experiment.workspace.store.dry:
+        distributed.initialize(experiment.workspace.device)
+    if experiment.config.threads is not None:
+        import torch
+
+        torch.set_num_threads(experiment.config.threads)
+
+
+def predict(experiment: Experiment, role: str) -> tuple[Spec, Path]:
+    """The artifact of the predictions that a role's model makes about the training corpus."""
+    models, corpora, settings = experiment.models, experiment.corpora, experiment.config.extraction
+    model, size, workspace = models.model(role), models.size(role), experiment.workspace
+    passages, folder = corpora.passages
+    spec = extraction_spec(
+        model, passages, settings, dtype=models.dtype(role), batch_tokens=models.role(role).batch_tokens
+    )
+    per_token = position_bytes(settings.k, size.vocabulary, settings.store_dtype, len(settings.temperatures))
+    estimate = workspace.costs.forward(size.parameters, corpora.n_bytes, disk_per_token=per_token)
+    path = make_extraction(workspace.store, spec, model, folder, settings, device=workspace.device, estimate=estimate)
+    return spec, path
+
+
+def read_predictions(experiment: Experiment, role: str, temperature: float = 1.0) -> Extraction:
+    """The predictions of a role's model, passage by passage; made where they are not there."""
+    passages = Passages(experiment.corpora.passages[1])
+    return Extraction(predict(experiment, role)[1], passages, *experiment.models.tokenizer(role), temperature)
+
+
+def vocabulary_map(
+    experiment: Experiment, source: str, kind: str, on: Literal["bytes", "strings"]
+) -> tuple[Spec, Path]:
+    """The artifact of the map of a source's vocabulary onto the target's, for the tokens that its predictions hold."""
+    models = experiment.models
+    spec = map_spec(source, predict(experiment, source)[0], models.model(TARGET), kind, on)
+    path = make_map(
+        experiment.workspace.store,
+        spec,
+        lambda: read_predictions(experiment, source),
+        lambda: models.tokenizer(TARGET),
+        vocabulary_size=models.size(source).vocabulary,
+    )
+    return spec, path
+
+
+def loss_inputs(experiment: Experiment, label: str, needs: Needs) -> LossInputs:
+    """What the loss of the row `label` is computed from, made where it is not there.
+
+    Raises UserError where it cannot be had.
+    """
+    models = experiment.models
+    check_stored(label, needs, experiment.config.extraction)
+    for name in needs.models:
+        # In a plan a model may not be here yet.
+        here = models.model(name).folder.exists() and models.model(TARGET).folder.exists()
+        if here and not same_ids(models.tokenizer(name)[1], models.tokenizer(TARGET)[1]):
+            raise UserError(
+                f"{label} has {name} read the target's tokens, but its tokenizer is another: choose a teacher with "
+                "the target's tokenizer, or set online to false."
+            )
+    return LossInputs(
+        {name: predict(experiment, name) for name in needs.extractions},
+        {name: vocabulary_map(experiment, name, needs.map, needs.map_on) for name in needs.maps},
+        {name: (models.model(name), models.dtype(name)) for name in needs.models},
+    )
+
+
+def loss_resources(experiment: Experiment, label: str, needs: Needs) -> tuple[Material, dict[str, Extraction]]:
+    """What a loss is bound to (vocabularies and maps), and the predictions that its features are computed from."""
+    inputs, tokenizer_of = loss_inputs(experiment, label, needs), experiment.models.tokenizer
+    passages = Passages(experiment.corpora.passages[1])
+    return load_resources(needs, inputs, tokenizer_of), open_predictions(needs, inputs, passages, tokenizer_of)
+
+
+def train(
+    experiment: Experiment,
+    label: str,
+    seed: int,
+    *,
+    lam: float,
+    loss: Learning | None = None,
+    start: Candidate | None = None,
+) -> Candidate:
+    """The target trained with lam * CLM + (1 - lam) * loss on the training corpus, as the row `label`.
+
+    The training starts from the candidate `start` (default: from the target). Raises UserError where `start` has
+    another tokenizer than the target, and where the loss cannot be computed.
+    """
+    config, models, corpora = experiment.config, experiment.models, experiment.corpora
+    if lam == 1:
+        loss = None  # it would have no weight, and plain continued training may be there already
+    needs = Needs() if loss is None else loss.needs(TARGET)
+    training = Training(
+        label,
+        seed,
+        models.model(TARGET) if start is None else _checkpoint(experiment, label, start),
+        corpora.passages,
+        config.training,
+        _curve(experiment),
+        lam,
+        loss,
+        LossInputs() if loss is None else loss_inputs(experiment, label, needs),
+    )
+    spec, path = make_training(
+        experiment.workspace,
+        training,
+        models.tokenizer,
+        card=partial(model_card, label, config=config),
+        parameters=models.size(TARGET).parameters,
+        teacher_parameters={name: models.size(name).parameters for name in needs.models},
+        corpus_bytes=corpora.n_bytes,
+    )
+    return Candidate(path / MODEL_FOLDER, spec.fingerprint, True, path)
+
+
+def _checkpoint(experiment: Experiment, label: str, candidate: Candidate) -> ResolvedModel:
+    """A candidate as a training starts from it. Raises UserError where its tokenizer is not the target's."""
+    models = experiment.models
+    spec = models.spec(TARGET, str(candidate.folder))
+    model = ResolvedModel(candidate.folder, candidate.folder.name, candidate.fingerprint, spec)
+    if candidate.folder.exists():  # else in a plan
+        tokenizer = load_tokenizer(model)
+        vocabulary = Vocabulary.from_tokenizer(tokenizer, load_config(model).vocab_size)
+        target_tokenizer, target_vocabulary = models.tokenizer(TARGET)
+        if not (same_ids(vocabulary, target_vocabulary) and encode_alike(tokenizer, target_tokenizer)):
+            raise UserError(
+                f"{label} starts from a candidate with another tokenizer than the target's: start from one that has "
+                "the target's tokenizer."
+            )
+    return model
+
+
+def _curve(experiment: Experiment) -> HeldOutCurve:
+    """The held-out text that is measured during every training of the experiment."""
+    settings, section = experiment.config.curve, experiment.config.suites.perplexity
+    documents, n_bytes = experiment.corpora.curve
+    batch_tokens = experiment.models.role(TARGET).batch_tokens
+
+    def measure(model: "PreTrainedModel", tokenizer: Any) -> list[dict[str, Any]]:
+        return bits_per_byte.measure(model, tokenizer, documents, section, batch_tokens=batch_tokens)
+
+    identity = {
+        "curve": {"points": settings.points, "documents": bits_per_byte.documents_fingerprint(documents)},
+        "perplexity": section.model_dump(exclude={"documents"}),
+    }
+    return HeldOutCurve(settings.points, identity, n_bytes, measure if documents else None)
+
+
+def evaluated_model(
+    experiment: Experiment, label: str, candidate: Candidate | Ensemble, role: str = TARGET
+) -> EvaluatedModel:
+    """The candidate as suites see it, which is loaded when it is first needed; `role` says how it is run."""
+    if isinstance(candidate, Ensemble):
+        members = [
+            (evaluated_model(experiment, member.role, member.candidate, member.role), member.weight)
+            for member in candidate.members
+        ]
+        return joint_subject(label, candidate, members)
+    models, workspace = experiment.models, experiment.workspace
+    return EvaluatedModel(
+        label=label,
+        fingerprint=candidate.fingerprint,
+        spec=models.spec(role, str(candidate.folder)),
+        dtype=models.dtype(role),
+        device=workspace.device,
+        batch_tokens=models.role(role).batch_tokens,
+        parameters=models.size(role).parameters,
+        models_dir=workspace.models,
+    )
+
+
+def evaluate(experiment: Experiment, evaluated: EvaluatedModel) -> tuple[Spec, Path] | None:
+    """The candidate's nats and bytes on every test document; None for one that only votes over answers."""
+    from harness.evaluation.perplexity import evaluate
+
+    if evaluated.votes:
+        return None
+    documents, n_bytes = experiment.corpora.test
+    section, workspace = experiment.config.suites.perplexity, experiment.workspace
+    return evaluate(section, documents, evaluated, workspace.store, workspace.costs, n_bytes)

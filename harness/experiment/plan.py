@@ -1,0 +1,32 @@
+"""The plan of an experiment: all artifacts that it needs, in the order in which they are made, and what they cost."""
+
+from pathlib import Path
+
+from harness.config.loading import Config
+from harness.experiment.candidates import candidates
+from harness.experiment.checks import check_sizes
+from harness.experiment.pipeline import Experiment, evaluate, evaluated_model, open_experiment, start
+from harness.store.artifacts import Planned
+
+
+def plan(config: Config, root: Path, *, flops: float | None = None) -> list[Planned]:
+    """All artifacts that the experiment needs, what is there of them, and what the others cost. Makes nothing.
+
+    `flops` are the floating-point operations a second that models reach on the machine that is planned for (default:
+    measured on this machine).
+    """
+    experiment = open_experiment(config, root, dry=True, flops=flops)
+    start(experiment)
+    return plan_stages(experiment)
+
+
+def plan_stages(dry: Experiment) -> list[Planned]:
+    """The stages of an experiment that was opened to plan, each once, in the order in which a run makes them."""
+    check_sizes(dry)
+    workspace = dry.workspace
+    for row in candidates(dry):
+        evaluated = evaluated_model(dry, row.label, row.candidate, row.role)
+        evaluate(dry, evaluated)
+        for suite in dry.suites.values():
+            suite.measure(evaluated, workspace.store, workspace.costs)
+    return list(workspace.store.planned.values())

@@ -1,0 +1,231 @@
+"""The train stage: a model continued on packed passages, as an artifact that holds a Hugging Face checkpoint.
+
+The trained rows of an experiment, its continued models and the tiny models are all trained by `train_on_passages`.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusion.losses.specs import Learning, Lesson, Needs
+from fusion.vocabulary.token_bytes import Vocabulary
+from harness.config.loading import Config, TrainingConfig
+from harness.data.passages import Passages
+from harness.models.checkpoints import ResolvedModel, compute_dtype, find_entry, is_hub_id, load_model
+from harness.runtime import distributed
+from harness.stages.extraction import Extraction
+from harness.stages.loss_resources import TARGET, LossInputs, TokenizerOf, load_resources, open_predictions
+from harness.stages.sharding import zero_config
+from harness.store.artifacts import Estimate, Spec
+from harness.store.costs import BYTES_PER_TOKEN
+from harness.store.fingerprint import canonical, plain_json
+from harness.store.workspace import Workspace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from harness.stages.trainer import Curve
+
+VERSION = 4
+MODEL_FOLDER = "model"
+"""Where the checkpoint lies in the artifact of a training."""
+_NO_EFFECT = {"workers", "micro_batch_size", "save_every", "dtype"}
+"""Settings that do not change the weights, and the precision, which is made definite."""
+
+
+def settings_identity(settings: TrainingConfig, device: str) -> dict[str, Any]:
+    """The settings that change the weights of a training on `device`."""
+    return {
+        "dtype": compute_dtype(settings.dtype, device),
+        **settings.model_dump(mode="json", exclude=_NO_EFFECT),
+        "deepspeed": zero_config(settings.deepspeed) if settings.deepspeed else None,
+    }
+
+
+def initial_device(settings: TrainingConfig, device: str) -> str:
+    """Where the model is loaded before it is trained: what ZeRO-3 partitions may be more than one GPU holds."""
+    zero = zero_config(settings.deepspeed) if settings.deepspeed else None
+    return "cpu" if zero and zero["zero_optimization"]["stage"] == 3 else device
+
+
+def train_on_passages(
+    folder: Path,
+    passages: Passages,
+    tokenizer: Any,
+    vocabulary: Vocabulary,
+    settings: TrainingConfig,
+    *,
+    load: Callable[[], "PreTrainedModel"],
+    seed: int,
+    device: str,
+    label: str,
+    card: str,
+    lam: float = 1.0,
+    lesson: Lesson | None = None,
+    predictions: Mapping[str, Extraction] = {},
+    load_teachers: Callable[[], "Mapping[str, PreTrainedModel]"] = dict,
+    curve: "Curve | None" = None,
+) -> None:
+    """Packs the passages into sequences and trains what `load` gives on them (see `harness.stages.trainer.train`).
+
+    The random state is set to `seed` before `load` is called, so that a model may be initialised there. Called by all
+    ranks.
+    """
+    from transformers import set_seed
+
+    from harness.data.sequences import PackedSequences
+    from harness.stages.trainer import train
+
+    sequences = PackedSequences(passages, tokenizer, vocabulary, settings.sequence_length, lesson, predictions)
+    set_seed(seed)
+    with redirect_stdout(sys.stderr):  # DeepSpeed prints, and standard output is for tables
+        train(
+            load(),
+            tokenizer,
+            sequences,
+            settings,
+            lam=lam,
+            lesson=lesson,
+            teachers=load_teachers(),
+            seed=seed,
+            device=device,
+            folder=folder,
+            label=label,
+            card=card,
+            curve=curve,
+        )
+
+
+@dataclass(frozen=True)
+class HeldOutCurve:
+    """Held-out text that is measured during a training, as the training's key knows it."""
+
+    points: int
+    identity: Mapping[str, Any]
+    """What the measurements depend on: the documents and how they are measured."""
+    n_bytes: float
+    """Bytes of the documents, for the estimate of the time."""
+    measure: "Callable[[PreTrainedModel, Any], list[dict[str, Any]]] | None"
+    """One record a document, of a model and its tokenizer; None where there are no documents."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of the target: everything that its weights and its curve come from."""
+
+    label: str
+    seed: int
+    base: ResolvedModel
+    """The model that it starts from: the target, or the candidate of another row."""
+    passages: tuple[Spec, Path]
+    settings: TrainingConfig
+    curve: HeldOutCurve
+    lam: float = 1.0
+    """The weight of the CLM term; the loss has the rest."""
+    loss: Learning | None = None
+    inputs: LossInputs = field(default_factory=LossInputs)
+    """What the loss is computed from."""
+
+    @property
+    def needs(self) -> Needs:
+        return Needs() if self.loss is None else self.loss.needs(TARGET)
+
+    def spec(self, device: str) -> Spec:
+        """The key of the training on `device`."""
+        params: dict[str, Any] = {
+            "lambda": self.lam,
+            "seed": self.seed,
+            **self.curve.identity,
+            **settings_identity(self.settings, device),
+        }
+        inputs: dict[str, Any] = {"model": self.base.fingerprint, "passages": self.passages[0].fingerprint}
+        if self.loss is not None:
+            params |= self.loss.identity()
+            inputs |= self.inputs.fingerprints()
+        # The number of ranks is not part of the key: like the size of a micro batch it only changes rounding.
+        info = {"ranks": distributed.world_size()}
+        return Spec("train", f"{self.label}-seed{self.seed}", VERSION, plain_json(inputs), plain_json(params), info)
+
+
+def make_training(
+    workspace: Workspace,
+    training: Training,
+    tokenizer_of: TokenizerOf,
+    *,
+    card: Callable[[Spec], str],
+    parameters: float,
+    teacher_parameters: Mapping[str, float],
+    corpus_bytes: float,
+) -> tuple[Spec, Path]:
+    """The artifact of a training, with the checkpoint in `model`, the log and the curve.
+
+    `card` gives the text of the model card. The numbers of parameters and the bytes of the corpus are for the estimate.
+    Called by all ranks. Raises UserError where the training cannot be done (see `harness.stages.trainer.train`).
+    """
+    settings, curve, device = training.settings, training.curve, workspace.device
+    spec = training.spec(device)
+
+    def build(folder: Path) -> None:
+        from harness.stages.trainer import Curve
+
+        tokenizer, vocabulary = tokenizer_of(TARGET)
+        passages, needs = Passages(training.passages[1]), training.needs
+        lesson = None
+        if training.loss is not None:
+            lesson = training.loss.lesson(load_resources(needs, training.inputs, tokenizer_of))
+        measure = curve.measure
+        train_on_passages(
+            folder,
+            passages,
+            tokenizer,
+            vocabulary,
+            settings,
+            load=lambda: load_model(training.base, "float32", initial_device(settings, device)),
+            seed=training.seed,
+            device=device,
+            label=f"{training.label} (seed {training.seed})",
+            card=card(spec),
+            lam=training.lam,
+            lesson=lesson,
+            predictions=open_predictions(needs, training.inputs, passages, tokenizer_of),
+            load_teachers=lambda: {
+                name: load_model(model, dtype, device)  # type: ignore[arg-type]
+                for name, (model, dtype) in training.inputs.teachers.items()
+            },
+            curve=None if measure is None else Curve(curve.points, lambda model: measure(model, tokenizer)),
+        )
+
+    costs = workspace.costs
+    whole = costs.training(parameters, corpus_bytes / BYTES_PER_TOKEN * settings.epochs)
+    measured = costs.forward(parameters, curve.n_bytes * (curve.points + 1))
+    teachers = [costs.forward(size, corpus_bytes * settings.epochs) for size in teacher_parameters.values()]
+    estimate = Estimate(
+        whole.disk,
+        whole.memory + sum(teacher.memory for teacher in teachers),
+        whole.seconds + measured.seconds + sum(teacher.seconds for teacher in teachers),
+    )
+    return spec, workspace.store.ensure(spec, build, estimate, on_all_ranks=True)
+
+
+def model_card(label: str, spec: Spec, config: Config) -> str:
+    """The model card (README.md) of a trained row: what it was made from, and the resolved configuration.
+
+    `base_model` is named where the target has a hub id; a model that is not on the hub has none to name.
+    """
+    import yaml
+
+    target = config.roles.target.model
+    entry = find_entry(target)
+    hub_id = entry[1].hub if entry else target if is_hub_id(target) and not Path(target).exists() else None
+    configuration = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return (
+        "---\n" + (f"base_model: {hub_id}\n" if hub_id else "") + f"library_name: transformers\n---\n\n"
+        f"# {label}\n\n`{target}` trained by `fusellm-harness`, experiment "
+        f"`{config.experiment}`, profile `{config.profile}`; artifact `{spec.fingerprint}`.\n"
+        + (f"\n**{config.banner}**\n" if config.banner else "")
+        + f"\n## Made from\n\n```json\n{canonical(spec.identity())}\n```\n"
+        f"\n## Resolved configuration\n\n```yaml\n{configuration}```\n"
+    )
