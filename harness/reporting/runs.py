@@ -18,7 +18,7 @@ PUBLISHED = "paper/"
 ALL = "all"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A finished run of an experiment, or of `fusellm eval`: opened once, its record files checked, and passed on."""
 
@@ -29,6 +29,9 @@ class Run:
     """By suite: its tasks with the metric shown for each, why methods have no numbers in a task, and notes."""
     records: "pd.DataFrame"
     """One row an example, method, seed and metric (see `results.records`)."""
+
+    def __repr__(self) -> str:
+        return f"<Run {self.experiment} ({self.profile}): {len(self.records)} records in {self.folder}>"
 
     @property
     def configuration(self) -> Mapping[str, Any]:

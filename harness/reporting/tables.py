@@ -117,12 +117,18 @@ def _reference(run: Run) -> str:
     return run.reference
 
 
-def printed_tables(run: Run) -> "dict[str, Table]":
-    """The tables that a finished run is summed up by: its main table, and those of its suites where that shows none."""
+def printed_tables(run: Run, *, reference: str | None = None, with_paper: bool = False) -> "dict[str, Table]":
+    """The tables that a finished run is summed up by: its main table, and those of its suites where that shows none.
+
+    reference, with_paper: of the main table, as for `run_table`. The evaluation of one model has no main table.
+    """
     from results.paper_layouts import LAYOUTS
 
     suites = {} if run.experiment in LAYOUTS else suite_tables(run)  # the paper's tables show their suites themselves
-    return {"table": run_table(run), **{f"table-{name}": table for name, table in suites.items()}}
+    if run.reference is None and reference is None and not with_paper:
+        return {f"table-{name}": table for name, table in suites.items()}
+    main = run_table(run, reference=reference, with_paper=with_paper)
+    return {"table": main, **{f"table-{name}": table for name, table in suites.items()}}
 
 
 def suite_tables(run: Run) -> "dict[str, Table]":

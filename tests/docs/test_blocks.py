@@ -54,6 +54,7 @@ def _follow(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     suite("perplexity")  # the harness' own register themselves, and stay; a page's do not
     monkeypatch.setattr(SUITES, "_parts", dict(SUITES._parts))
     printed = ""
+    names: dict[str, object] = {}
     for block in BLOCK.finditer(page.read_text(encoding="utf-8")):
         language, title, text = block["language"], block["title"], block["text"]
         if title:
@@ -65,6 +66,8 @@ def _follow(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             }
         elif language == "yaml":
             assert yaml.safe_load(text), text
+        elif language == "python":
+            exec(compile(text, page.name, "exec"), names)
         else:
             assert language == "bash", f"{page.name}: a block of {language!r} is neither a file nor commands"
             for command in _commands(text):

@@ -1,0 +1,49 @@
+import json
+from typing import ClassVar
+
+from pydantic import BaseModel, Field
+
+from harness.evaluation.suite import Example, Section, SuiteResult
+from harness.store.artifacts import Spec
+from harness.store.files import write_atomically
+from harness.store.fingerprint import fingerprint
+
+
+class NextCharacterSection(Section):
+    texts: list[str] = Field(["the quick brown fox", "to be or not to be"], description="texts to continue")
+
+
+class NextCharacter:
+    """Is the first character that the model would write the next one of the text?"""
+
+    name = "next_character"
+    schema: ClassVar[type[BaseModel]] = NextCharacterSection
+
+    def __init__(self, section, data_root):
+        self.section = section
+
+    def shown(self):
+        return {"characters": "acc"}
+
+    def identity(self):
+        return {"version": 1, "texts": fingerprint(self.section.texts)}
+
+    def measure(self, evaluated, store, costs):
+        inputs = {"model": evaluated.fingerprint, **self.identity()}
+        spec = Spec(self.name, evaluated.label, 1, inputs, {"dtype": evaluated.dtype})
+
+        def build(folder):
+            lines = []
+            for text in self.section.texts:
+                ids = evaluated.tokenizer(text[:-1], return_tensors="pt")["input_ids"]
+                answer = evaluated.tokenizer.decode(evaluated.model(ids).logits[0, -1].argmax())
+                lines.append(json.dumps({"text": text, "right": answer[:1] == text[-1]}))
+            write_atomically(folder / "answers.jsonl", "\n".join(lines))
+
+        path = store.ensure(spec, build, costs.forward(evaluated.parameters, 1000))
+
+        def examples():
+            for line in map(json.loads, (path / "answers.jsonl").read_text().splitlines()):
+                yield Example("characters", line["text"], "acc", float(line["right"]))
+
+        return SuiteResult(examples, {"characters": path}, {"characters": spec.fingerprint})
