@@ -4,29 +4,33 @@ The paper's KD (arXiv 2401.10491, table 6) is a larger model of the target's fam
 `{method: distillation, teachers: [teacher], online: true, lambda: 0.9}`.
 """
 
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from baselines.method import METHODS, Candidate, Context, Need, Parameters, Role
+from baselines.method import Candidate, Context, Parameters, Role
+from baselines.registry import method
 from fusion.errors import UserError
 from fusion.losses.specs import Distillation, Learning, OnlineDistillation
 
-OFFLINE = ("map", "map_on", "alignment", "tail")
+# Parameters of stored distributions; teachers in memory have none of these choices.
+_OFFLINE = ("map", "map_on", "alignment", "tail")
 
 
 class TeacherParameters(Parameters):
-    """From whom is learnt, and how much."""
+    """The teachers and the weight of the language-modelling term: what all distillation methods share."""
 
     lam: float = Field(0.9, ge=0, le=1, alias="lambda", description="weight of the CLM term")
-    teachers: list[Role] | None = Field(None, min_length=1, description="roles that teach; all sources without")
+    teachers: list[Role] | None = Field(None, min_length=1, description="roles of the teachers; null: all sources")
 
-    def taught_by(self, context: Context) -> list[str]:
+    def teacher_roles(self, context: Context) -> list[str]:
+        """The roles that teach: those named, or every source of the experiment."""
         return list(context.sources) if self.teachers is None else self.teachers
 
 
 class DistillationParameters(TeacherParameters):
+    """The divergence and its temperature, and how stored distributions reach the target's vocabulary."""
+
     divergence: str = Field("forward_kl", description="forward_kl, reverse_kl or jensen_shannon")
     temperature: float = Field(1.0, gt=0, description="of both sides; offline one of extraction.temperatures")
     online: bool = Field(False, description="teachers in memory, the whole vocabulary, the target's own tokenizer")
@@ -38,30 +42,25 @@ class DistillationParameters(TeacherParameters):
     )
 
     @model_validator(mode="after")
-    def _asks_for_what_there_is(self) -> "DistillationParameters":
-        if self.online and (given := [name for name in OFFLINE if getattr(self, name) is not None]):
+    def _check_loss(self) -> "DistillationParameters":
+        if self.online and (given := [name for name in _OFFLINE if getattr(self, name) is not None]):
             raise UserError(f"{given[0]} is about stored distributions: leave it out, or set online to false.")
-        self.learning(self.teachers or ["all sources"])
+        self.loss(self.teachers or ["all sources"])
         return self
 
-    def learning(self, teachers: list[str]) -> Learning:
-        """What these parameters ask for."""
+    def loss(self, teachers: list[str]) -> Learning:
+        """The loss of these parameters with the given teachers."""
         if self.online:
             return OnlineDistillation(teachers, self.divergence, self.temperature)
-        given = {name: value for name in OFFLINE if (value := getattr(self, name)) is not None}
+        given = {name: value for name in _OFFLINE if (value := getattr(self, name)) is not None}
         return Distillation(teachers, self.divergence, self.temperature, **given)
 
 
-@METHODS.register("distillation", reference="arXiv 1503.02531; as KD in arXiv 2401.10491, table 6")
-class DistillationMethod:
+@method(
+    "distillation",
+    needs=("training", "teacher"),
+    reference="arXiv 1503.02531; as KD in arXiv 2401.10491, table 6",
+)
+def distillation(context: Context, parameters: DistillationParameters) -> Candidate:
     """The target trained on lambda * CLM + (1 - lambda) * divergence from the teachers."""
-
-    schema: ClassVar[type[Parameters]] = DistillationParameters
-    needs: ClassVar[Sequence[Need]] = ("training", "teacher")
-
-    def __init__(self, parameters: DistillationParameters) -> None:
-        self.parameters = parameters
-
-    def build(self, context: Context) -> Candidate:
-        teachers = self.parameters.taught_by(context)
-        return context.train(lam=self.parameters.lam, learn=self.parameters.learning(teachers))
+    return context.train(lam=parameters.lam, learn=parameters.loss(parameters.teacher_roles(context)))

@@ -1,4 +1,4 @@
-"""Several models asked together: at every token, or for their answers, of which the most given one counts."""
+"""Several models that answer together: their distributions averaged at every token, or a vote over their answers."""
 
 import hashlib
 import json
@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from baselines.method import METHODS, Context, Ensemble, Member, Need, Parameters, Role
+from baselines.method import Context, Ensemble, Member, Parameters, Role
+from baselines.registry import method
 from fusion.errors import UserError
 from fusion.vocabulary.maps import MAPS
 
@@ -18,24 +19,29 @@ VERSION = 2
 
 
 class EnsembleParameters(Parameters):
-    models: list[Role] | None = Field(None, description="the roles that take part; all sources without")
+    """The members, how their answers are combined and what each weighs."""
+
+    models: list[Role] | None = Field(None, description="the roles that take part; null: all sources")
     combine: Literal["probabilities", "logits", "vote"] = Field(
         "probabilities", description="mean of probabilities, mean of logits (one tokenizer), or vote over answers"
     )
-    weights: Literal["uniform", "held_out"] | list[float] = Field(
+    weights: Literal["uniform", "validation"] | list[float] = Field(
         "uniform",
-        description="uniform; one number a model; or held_out: the more, the likelier validation text is to it",
+        description="uniform; one number a model; or validation: more weight for a lower loss on validation text",
     )
     weight_temperature: float = Field(
-        0.25, gt=0, description="held_out: softmax of -nats per byte / this (PackLLM's 1 a token is about 0.25 a byte)"
+        0.25,
+        gt=0,
+        description="validation: softmax of -nats per byte / this (PackLLM's 1 a token is about 0.25 a byte)",
     )
     pivot: str | None = Field(
-        None, description="model whose tokens are read and written; the target if it takes part, else the first by name"
+        None,
+        description="member whose tokens are read and written; null: the target if it is one, else the first by name",
     )
     map: str = Field("first_piece", description="other tokenizers: vocabulary map onto the pivot (on bytes)")
 
     @model_validator(mode="after")
-    def _holds(self) -> "EnsembleParameters":
+    def _check(self) -> "EnsembleParameters":
         MAPS.get(self.map)
         if self.models is not None:
             check_models(self.models)
@@ -46,55 +52,49 @@ class EnsembleParameters(Parameters):
             if self.pivot is not None and self.pivot not in self.models:
                 raise UserError(f"pivot = {self.pivot!r} is none of the models {', '.join(self.models)}: name one.")
         if isinstance(self.weights, list):
-            normalised(self.weights)
+            normalise(self.weights)
         return self
 
 
-@METHODS.register("ensemble", reference="PackLLM, arXiv 2404.11531, for other tokenizers; table 7 of arXiv 2401.10491")
-class EnsembleMethod:
+@method(
+    "ensemble",
+    version=VERSION,
+    reference="PackLLM, arXiv 2404.11531, for other tokenizers; table 7 of arXiv 2401.10491",
+)
+def ensemble(context: Context, parameters: EnsembleParameters) -> Ensemble:
     """The models of several roles, each as it is; nothing is trained."""
-
-    schema: ClassVar[type[Parameters]] = EnsembleParameters
-    needs: ClassVar[Sequence[Need]] = ()
-
-    def __init__(self, parameters: EnsembleParameters) -> None:
-        self.parameters = parameters
-
-    def build(self, context: Context) -> Ensemble:
-        """Weights by held-out text are known by that text: in a plan nothing has been read yet."""
-        parameters = self.parameters
-        names = parameters.models or list(context.sources)
-        check_models(names, context.label)
-        candidates = {name: context.model(name) for name in names}
-        if parameters.combine == "logits":
-            # In a plan some are not there yet.
-            folders = {name: one.folder for name, one in candidates.items() if one.folder.exists()}
-            check_one_tokenizer(folders, context.label)
-        weights = [1.0] * len(names)
-        chosen_by: dict[str, Any] = {}
-        if parameters.weights == "held_out":
-            chosen_by = {"held_out": context.held_out, "temperature": parameters.weight_temperature}
-            nats = [context.score(candidates[name], name) for name in names]
-            if all(map(math.isfinite, nats)):
-                weights = [math.exp((min(nats) - n) / parameters.weight_temperature) for n in nats]
-        elif parameters.weights != "uniform":
-            weights = list(parameters.weights)
-        if len(weights) != len(names):
-            raise UserError(
-                f"{context.label} has {len(weights)} weights for {len(names)} models ({', '.join(names)}): give one "
-                "each."
-            )
-        return ensemble(
-            [Member(name, candidates[name], w) for name, w in zip(names, normalised(weights), strict=True)],
-            pivot=parameters.pivot or ("target" if "target" in names else min(names)),
-            combine=parameters.combine,
-            map=parameters.map,
-            label=context.label,
-            chosen_by=chosen_by,
+    names = parameters.models or list(context.sources)
+    check_models(names, context.label)
+    candidates = {name: context.model(name) for name in names}
+    if parameters.combine == "logits":
+        # In a plan some are not there yet.
+        folders = {name: candidate.folder for name, candidate in candidates.items() if candidate.folder.exists()}
+        check_one_tokenizer(folders, context.label)
+    weights = [1.0] * len(names)
+    chosen_by: dict[str, Any] = {}
+    if parameters.weights == "validation":
+        # Weights that follow from a text are identified by that text: in a plan nothing has been measured yet.
+        chosen_by = {"validation": context.validation_fingerprint, "temperature": parameters.weight_temperature}
+        nll = [context.validation_nll(candidates[name], name) for name in names]
+        if all(map(math.isfinite, nll)):
+            weights = [math.exp((min(nll) - n) / parameters.weight_temperature) for n in nll]
+    elif parameters.weights != "uniform":
+        weights = list(parameters.weights)
+    if len(weights) != len(names):
+        raise UserError(
+            f"{context.label} has {len(weights)} weights for {len(names)} models ({', '.join(names)}): give one each."
         )
+    return make_ensemble(
+        [Member(name, candidates[name], w) for name, w in zip(names, normalise(weights), strict=True)],
+        pivot=parameters.pivot or ("target" if "target" in names else min(names)),
+        combine=parameters.combine,
+        map=parameters.map,
+        label=context.label,
+        chosen_by=chosen_by,
+    )
 
 
-def ensemble(
+def make_ensemble(
     members: Sequence[Member],
     *,
     pivot: str,
@@ -148,7 +148,7 @@ def check_one_tokenizer(folders: Mapping[str, Path], label: str) -> None:
             )
 
 
-def normalised(weights: Sequence[float]) -> list[float]:
+def normalise(weights: Sequence[float]) -> list[float]:
     """The weights divided by their sum. Raises UserError where one is negative or they do not sum to more than 0."""
     if negative := [weight for weight in weights if not weight >= 0]:
         raise UserError(f"A weight of an ensemble is {negative[0]:g}: give each member a number of 0 or more.")

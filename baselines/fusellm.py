@@ -1,11 +1,12 @@
 """FuseLLM: the target learns from the aligned, fused distributions of the sources (arXiv 2401.10491)."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from baselines.method import METHODS, Candidate, Context, Need, Parameters, Role
+from baselines.method import Candidate, Context, Parameters, Role
+from baselines.registry import method
 from fusion.errors import UserError, did_you_mean
 from fusion.losses.specs import Fusion
 from fusion.switches import PRESETS, Switches
@@ -66,20 +67,12 @@ class FuseLLMParameters(Parameters):
         return Fusion(sources=sources, switches=self.switches(), k=self.k, **setting)
 
 
-@METHODS.register("fusellm", reference="arXiv 2401.10491")
-class FuseLLM:
+@method("fusellm", needs=("training",), reference="arXiv 2401.10491")
+def fusellm(context: Context, parameters: FuseLLMParameters) -> Candidate:
     """The target trained on lambda * CLM + (1 - lambda) * fusion."""
-
-    schema: ClassVar[type[Parameters]] = FuseLLMParameters
-    needs: ClassVar[Sequence[Need]] = ("training",)
-
-    def __init__(self, parameters: FuseLLMParameters) -> None:
-        self.parameters = parameters
-
-    def build(self, context: Context) -> Candidate:
-        sources = self.parameters.sources or list(context.sources)
-        if unknown := sorted(set(sources) - set(context.sources)):
-            raise UserError(
-                f"{context.label} names the source {unknown[0]!r}; the experiment's are {', '.join(context.sources)}."
-            )
-        return context.train(lam=self.parameters.lam, learn=self.parameters.fused(sources))
+    sources = parameters.sources or list(context.sources)
+    if unknown := sorted(set(sources) - set(context.sources)):
+        raise UserError(
+            f"{context.label} names the source {unknown[0]!r}; the experiment's are {', '.join(context.sources)}."
+        )
+    return context.train(lam=parameters.lam, learn=parameters.fused(sources))

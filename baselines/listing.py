@@ -1,28 +1,29 @@
-"""What methods there are, what each needs and what can be set: for people, and read from the methods themselves."""
+"""The methods, what each needs and what can be set, as read from the registry and the parameters' schemas."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
-from pydantic.fields import FieldInfo
-
-from baselines.method import METHODS, Role, method, method_names
+from baselines.registry import METHODS, get_method, schema_of
 from fusion.errors import UserError
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One parameter of a method."""
+    """One parameter of a method, in the words of a configuration file."""
 
     name: str
     type: str
+    """Its type, or its choices, such as `number` or `bucket or renormalise`."""
     default: str
+    """`required` where there is none; where presets differ, their values follow in parentheses."""
     description: str
 
 
 @dataclass(frozen=True)
-class Listed:
-    """One method; `refused` says why a package's method cannot be used, and is empty where it can."""
+class MethodDescription:
+    """One method. `refused` says why a package's method cannot be used, and is empty otherwise."""
 
     name: str
     summary: str = ""
@@ -32,42 +33,58 @@ class Listed:
     refused: str = ""
 
 
-def listed(name: str) -> Listed:
-    """A method of that name. Raises UserError where there is none, or importing it fails."""
-    kind = method(name)
-    fields = kind.schema.model_fields
-    return Listed(
+def describe(name: str) -> MethodDescription:
+    """The method of that name. Raises UserError when there is none, or it cannot be imported."""
+    part = get_method(name)
+    schema = schema_of(part).model_json_schema(by_alias=True)
+    required = schema.get("required", [])
+    return MethodDescription(
         name=name,
-        summary=(kind.__doc__ or "").strip().partition("\n")[0],
-        needs=tuple(getattr(kind, "needs", ())),
-        settings=tuple(_setting(field.alias or key, field) for key, field in fields.items()),
-        reference=METHODS.reference(name),
+        summary=(part.value.__doc__ or "").strip().partition("\n")[0],
+        needs=part.needs,
+        settings=tuple(_setting(key, field, schema, key in required) for key, field in schema["properties"].items()),
+        reference=part.reference,
     )
 
 
-def all_listed() -> list[Listed]:
-    """Every registered method; one that cannot be imported is named and says why, and the others are there."""
-    found = []
-    for name in method_names():
+def describe_all() -> list[MethodDescription]:
+    """Every registered method; for one that cannot be imported the reason, so that the others are still listed."""
+    descriptions = []
+    for name in METHODS.names():
         try:
-            found.append(listed(name))
+            descriptions.append(describe(name))
         except UserError as error:
-            found.append(Listed(name, refused=str(error)))
-    return found
+            descriptions.append(MethodDescription(name, refused=str(error)))
+    return descriptions
 
 
-def _setting(name: str, field: FieldInfo) -> Setting:
-    default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
-    return Setting(name, _type(field.annotation), default, field.description or "")
+def _setting(name: str, field: Mapping[str, Any], schema: Mapping[str, Any], required: bool) -> Setting:
+    default = "required" if required else _written(field.get("default"))
+    presets: Mapping[str, Mapping[str, Any]] = schema.get("presets", {})
+    others = [
+        f"{preset}: {_written(values[name])}"
+        for preset, values in presets.items()
+        if name in values and values[name] != field.get("default")
+    ]
+    if others:
+        default += f" ({', '.join(others)})"
+    return Setting(name, _type(field, schema.get("$defs", {})), default, field.get("description", ""))
 
 
-def _type(annotation: Any) -> str:
-    """A type as a configuration would have it."""
-    parts = [part for part in get_args(annotation) if part is not type(None)]
-    if get_origin(annotation) is Literal:
-        return " or ".join(str(part) for part in parts)
-    if get_origin(annotation) in (Union, UnionType):
-        return " or ".join(_type(part) for part in parts)
-    if parts:
-        return str(annotation).replace(str(Role), "str").replace("typing.", "")
-    return str(annotation.__name__)
+def _written(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _type(field: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
+    """A JSON schema in words: its choices, or the name of its type, with the types of a list's items."""
+    if "$ref" in field:
+        return _type(definitions[field["$ref"].rpartition("/")[2]], definitions)
+    if "anyOf" in field:
+        return " or ".join(_type(option, definitions) for option in field["anyOf"])
+    if "enum" in field:
+        return " or ".join(map(_written, field["enum"]))
+    if "const" in field:
+        return _written(field["const"])
+    if field.get("type") == "array":
+        return f"list of {_type(field.get('items', {}), definitions)}"
+    return str(field.get("format") or {"object": "mapping"}.get(field.get("type", ""), field.get("type", "any")))

@@ -1,137 +1,155 @@
-"""What a method is: something that turns an experiment's roles into a candidate that can be evaluated.
+"""The protocol of a method: what it is given (`Context`, `Parameters`) and what it returns (`Candidate`, `Ensemble`).
 
-A method imports nothing of the harness. It asks its context for what is expensive (training, extraction, scores), and
-the context decides whether that is there already. The same `build` therefore also serves to plan: under a dry run the
-context answers with artifacts that do not exist yet, so a method must not open what it is given.
+A method is a function of (context, parameters), registered by the decorator `baselines.registry.method`. It imports
+nothing of the harness. Everything expensive (training, predictions, validation loss) it asks of its context, which
+finds it in the store or makes it. The same function therefore also plans: in a dry run the context returns artifacts
+that do not exist yet, so a method must not open files outside of `Context.make`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol, get_args
+from typing import Annotated, Any, Literal, Protocol, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler
 
-from fusion.errors import UserError
 from fusion.losses.specs import Learning
-from fusion.registry import Registry
+
+Need = Literal["training", "same tokenizer", "same architecture", "teacher"]
+"""What a method requires of the experiment and its models."""
 
 
 class Parameters(BaseModel):
-    """Base of every method's parameters: unknown keys are refused."""
+    """Base class of every method's parameters. Unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
 
-Role = Annotated[str, "role"]
-"""A parameter that names a role of the experiment: that there is one is checked before anything is run."""
+@dataclass(frozen=True)
+class Reference:
+    """Marks a parameter whose value names something of the experiment, here of which kind."""
+
+    kind: Literal["role"]
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(schema), "format": self.kind}
+
+
+Role = Annotated[str, Reference("role")]
+"""A parameter that names a role of the experiment; that the role exists is checked before anything is run."""
 
 
 def named_roles(parameters: BaseModel) -> list[str]:
-    """What is named by parameters of type `Role`, alone or in a list."""
-    found: list[str] = []
-    for name, field in type(parameters).model_fields.items():
-        if "role" in field.metadata or _has_role(field.annotation):
-            given = getattr(parameters, name)
-            found += [given] if isinstance(given, str) else given or []
-    return found
+    """The values of all parameters of type `Role`, alone or in a list."""
+    names: list[str] = []
+    for key, field in type(parameters).model_fields.items():
+        if any(isinstance(part, Reference) for part in [*field.metadata, *_metadata(field.annotation)]):
+            value = getattr(parameters, key)
+            names += [value] if isinstance(value, str) else value or []
+    return names
 
 
-def _has_role(annotation: Any) -> bool:
-    return annotation == Role or any(map(_has_role, get_args(annotation)))
+def _metadata(annotation: Any) -> Iterator[Any]:
+    """The metadata of all `Annotated` types inside an annotation."""
+    yield from getattr(annotation, "__metadata__", ())
+    for part in get_args(annotation):
+        yield from _metadata(part)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What can be evaluated: a checkpoint folder, known by the fingerprint of what made it."""
+    """A model that can be evaluated: a checkpoint folder, identified by the fingerprint of what made it."""
 
     folder: Path
     fingerprint: str
     seeded: bool
-    """Whether another seed would give another candidate."""
+    """True if it depends on the seed, so that its row is made once per seed."""
     training: Path | None = None
-    """The training artifact, which holds the held-out curve."""
+    """The training artifact, which holds the validation curve; None for a model that was not trained."""
 
     @property
     def checkpoints(self) -> "Sequence[Candidate]":
+        """The one checkpoint."""
         return [self]
-
-
-Need = Literal["training", "same tokenizer", "same architecture", "teacher"]
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A folder that is complete, or will be when a plan is carried out, and the fingerprint of what made it."""
-
-    folder: Path
-    fingerprint: str
 
 
 @dataclass(frozen=True)
 class Member:
-    """A model of an ensemble; its role says how it is run."""
+    """A model of an ensemble, with its weight."""
 
     role: str
+    """The role whose precision, batch size and loading options the model is run with."""
     candidate: Candidate
     weight: float
 
 
 @dataclass(frozen=True)
 class Ensemble:
-    """What can be evaluated, too: models that answer together, of which there is no one checkpoint."""
+    """Models that answer together and are evaluated as one; there is no single checkpoint."""
 
     members: tuple[Member, ...]
-    """The first is the pivot, whose tokens are read and written; the weights sum to 1."""
+    """The first is the pivot, in whose tokens text is read and written; the weights sum to 1."""
     combine: Literal["probabilities", "logits", "vote"]
     map: str
-    """The vocabulary map of members with other tokenizers than the pivot's."""
+    """Kind of the vocabulary map for members whose tokenizer differs from the pivot's."""
     fingerprint: str
     seeded: bool
     training: None = None
 
     @property
     def checkpoints(self) -> Sequence[Candidate]:
+        """The members' checkpoints, the pivot's first."""
         return [member.candidate for member in self.members]
 
 
+@dataclass(frozen=True)
+class Artifact:
+    """A folder of the store, complete (in a plan: not there yet), and the fingerprint of what made it."""
+
+    folder: Path
+    fingerprint: str
+
+
 class Context(Protocol):
-    """What a method is given. Everything it makes is an artifact: made once, shared by all who ask."""
+    """What a method is given. Everything it makes is an artifact: made once and shared by all rows that ask for it."""
 
     seed: int
     label: str
+    """The label of the row."""
 
     @property
     def sources(self) -> Sequence[str]:
         """Names of the experiment's sources, in its order."""
 
     def model(self, role: str) -> Candidate:
-        """The model of a role as it is: `target`, `teacher` or a source's name; or any other model by its own name.
+        """The unchanged model of a role (`target`, `teacher` or a source's name), or any other model by its own name.
 
-        UserError for a name that is neither.
+        Raises UserError for a name that is neither.
         """
 
     def extract(self, role: str) -> Path:
-        """The stored extraction of a role's model on the training corpus."""
+        """The stored predictions of a role's model on the training corpus."""
 
     def train(self, *, lam: float, learn: Learning | None = None) -> Candidate:
-        """The target trained on the corpus with lam * CLM + (1 - lam) * what is learnt besides (`fusion.losses.specs`).
+        """The target trained on lam * CLM + (1 - lam) * loss, CLM alone without a loss.
 
-        The same rows in the same order for every method. UserError where what it needs cannot be had.
+        Every method trains on the same sequences in the same order. Raises UserError when the loss needs what the
+        experiment cannot provide.
         """
 
     @property
-    def held_out(self) -> str:
-        """Fingerprint of the text that `score` reads and of how: an input of what is chosen by scores.
+    def validation_fingerprint(self) -> str:
+        """Fingerprint of the validation text and of how it is measured: an input of what is chosen by `validation_nll`.
 
-        UserError where the experiment has no validation text.
+        Raises UserError when the experiment has no validation text.
         """
 
-    def score(self, candidate: Candidate, label: str = "") -> float:
-        """Nats per byte on validation text, on which nothing is trained and which no suite measures; lower is better.
+    def validation_nll(self, candidate: Candidate, label: str = "") -> float:
+        """Negative log-likelihood of the validation text in nats per byte; lower is better.
 
-        `label` names the candidate in progress bars. In a plan NaN, where it was not measured before.
+        Nothing is trained on that text and no suite measures it. label: name of the candidate in progress bars.
+        Returns NaN in a plan when it has not been measured yet. Raises UserError when it is not finite.
         """
 
     def make(
@@ -142,55 +160,15 @@ class Context(Protocol):
         version: int,
         inputs: Mapping[str, str],
         params: Mapping[str, Any],
-        scores: int = 0,
+        validations: int = 0,
     ) -> Artifact:
-        """What `build(folder)` writes into a folder, made once; `params` is all that can change it beside `inputs`.
+        """An artifact of the method's own, which `build(folder)` writes unless it exists.
 
-        `inputs` are fingerprints; `version` is raised when `build` itself changes. `build` may find what an interrupted
-        run left there. What it returns is kept in the manifest; a sentence under "note" is printed below tables.
-        `scores` says how often it asks for `score`, for estimates.
+        kind, inputs (fingerprints), params and version identify it: everything that can change it must be among them;
+        version is raised when `build` itself changes. After an interruption `build` gets the folder as it was left.
+        What `build` returns is kept in the manifest; a sentence under "note" is printed below the tables.
+        validations: how many times `build` calls `validation_nll`, for the estimate of a plan.
         """
 
     def progress(self, description: str, total: float, unit: str) -> AbstractContextManager[Callable[[float], None]]:
-        """A progress bar: gives `advance(amount)`."""
-
-
-class Method(Protocol):
-    """One row of a table. Registered in `METHODS` or by the entry-point group `fusellm.methods`."""
-
-    schema: ClassVar[type[Parameters]]
-    needs: ClassVar[Sequence[Need]]
-    """What the models must have in common, and what else the experiment must offer."""
-
-    def __init__(self, parameters: Any) -> None: ...
-
-    def build(self, context: Context) -> Candidate | Ensemble: ...
-
-
-METHODS: Registry[type[Method]] = Registry("method", "fusellm.methods")
-
-
-def method(name: str) -> type[Method]:
-    """The registered method of that name; imports the ones that come with the project first.
-
-    Raises UserError where there is none, its package cannot be imported, or what it offers is no method.
-    """
-    _register_own()
-    kind = METHODS.get(name)
-    schema = getattr(kind, "schema", None)
-    if not (isinstance(schema, type) and issubclass(schema, Parameters) and hasattr(kind, "build")):
-        raise UserError(
-            f"The method {name!r} is no class with a schema (of baselines.method.Parameters) and build: correct or "
-            "uninstall the package that offers it."
-        )
-    return kind
-
-
-def method_names() -> list[str]:
-    """The names of all methods; those of other packages are read without importing them."""
-    _register_own()
-    return METHODS.names()
-
-
-def _register_own() -> None:
-    from baselines import alm, as_is, clm, distillation, ensemble, fusellm, merge, uld  # noqa: F401  they register themselves
+        """A progress bar over `total` units; yields `advance(amount)`."""

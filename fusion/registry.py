@@ -8,7 +8,7 @@ name, version and parameters, which belong in the fingerprint of everything that
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -35,6 +35,8 @@ class Part(Generic[T]):
     """The schema of its parameters; None for a part without any."""
     reference: str = ""
     """Where the idea is from: a paper, a section, a table."""
+    needs: tuple[str, ...] = ()
+    """What must be there for it to be used, in the words of its registry."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,13 @@ class Registry(Generic[T]):
         self._read_from: tuple[str, ...] | None = None
 
     def register(
-        self, name: str, *, version: int = 1, parameters: type[BaseModel] | None = None, reference: str = ""
+        self,
+        name: str,
+        *,
+        version: int = 1,
+        parameters: type[BaseModel] | None = None,
+        reference: str = "",
+        needs: Sequence[str] = (),
     ) -> Callable[[T], T]:
         """A decorator that registers its function or class under `name` (see `Part` for the rest).
 
@@ -85,7 +93,7 @@ class Registry(Generic[T]):
         def decorate(value: T) -> T:
             if name in self._parts and not _same(self._parts[name].value, value):
                 raise UserError(f"The {self.noun} {name!r} is registered twice: give one of the two another name.")
-            self._parts[name] = Part(name, value, version, parameters, reference)
+            self._parts[name] = Part(name, value, version, parameters, reference, tuple(needs))
             return value
 
         return decorate

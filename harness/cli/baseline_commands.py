@@ -15,11 +15,11 @@ baselines = typer.Typer(help="What FuseLLM is compared with: list, show and buil
 @baselines.command("list")
 def baseline_list(form: FormatOption = None) -> None:
     """Every method, those of installed packages included: what it needs, what can be set, where it is from."""
-    from baselines.listing import all_listed
+    from baselines.listing import describe_all
 
     rows = []
     between = "\n" if form is None else ", "  # in a terminal one below the other
-    for one in all_listed():
+    for one in describe_all():
         settings = between.join(f"{s.name}: {s.type} = {s.default}" for s in one.settings)
         rows.append([one.name, one.refused or one.summary, ", ".join(one.needs), settings, one.reference])
     print_rows(["method", "what it is", "needs", "parameters", "reference"], rows, form)
@@ -30,9 +30,9 @@ def baseline_show(
     name: Annotated[str, typer.Argument(help="A method's name (see `baseline list`).")], form: FormatOption = None
 ) -> None:
     """The parameters of a method."""
-    from baselines.listing import listed
+    from baselines.listing import describe
 
-    one = listed(name)
+    one = describe(name)
     print_rows(["parameter", "type", "default", "what it is"], [list(vars(s).values()) for s in one.settings], form)
     if form is None:
         typer.echo(f"{one.summary} Needs: {', '.join(one.needs) or 'nothing more'}. Reference: {one.reference or '-'}")
@@ -51,15 +51,15 @@ def baseline_build(
 
     Where the experiment has no row of the method, it is given one with the name of the method and its defaults.
     """
-    from baselines.method import method_names
+    from baselines.registry import METHODS
     from harness.config.loading import load, rows_of
 
-    own = name in method_names() and not rows_of(load(of, profile=profile), name)
+    own = name in METHODS.names() and not rows_of(load(of, profile=profile), name)
     added = [f"methods.{name}.method={name}"] if own else []
     config = load(of, profile=profile, overrides=[*added, *settings], seeds=seeds)
     labels = rows_of(config, name)
     if not labels:
-        known = [*config.methods, *method_names()]
+        known = [*config.methods, *METHODS.names()]
         raise UserError(
             f"{of} has no row and there is no method {name!r}{did_you_mean(name, known)}: there are {', '.join(known)}."
         )

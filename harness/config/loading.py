@@ -166,7 +166,7 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _methods_hold(self) -> "Config":
-        from baselines.method import method
+        from baselines.registry import get_method, schema_of
 
         if len(set(self.seeds)) != len(self.seeds):
             raise UserError(f"seeds {self.seeds} names one twice: give each seed once.")
@@ -176,14 +176,14 @@ class Config(Strict):
         for label, entry in self.methods.items():
             if not isinstance(entry.get("method"), str):
                 raise UserError(f"methods.{label} does not say which method it is: add `method: NAME`.")
-            kind = method(entry["method"])
-            parameters = method_parameters(label, entry, kind.schema)
+            method = get_method(entry["method"])
+            parameters = method_parameters(label, entry, schema_of(method))
             # What a parameter was read from (a file) may change; the resolved configuration says what it held.
             self.methods[label] = {
                 "method": entry["method"],
                 **parameters.model_dump(mode="json", by_alias=True, exclude_unset=True),
             }
-            self._check_roles(label, kind, parameters)
+            self._check_roles(label, method.needs, parameters)
         if self.training.global_batch_size % self.training.micro_batch_size:
             raise UserError(
                 f"training.global_batch_size = {self.training.global_batch_size} is no multiple of "
@@ -194,12 +194,12 @@ class Config(Strict):
             raise UserError(f"reference {self.reference!r} is no row{hint}: rows are {', '.join(self.methods)}.")
         return self
 
-    def _check_roles(self, label: str, kind: Any, parameters: BaseModel) -> None:
+    def _check_roles(self, label: str, needs: Sequence[str], parameters: BaseModel) -> None:
         """Raises UserError where a method names a role that is not there, or needs one."""
         from baselines.method import named_roles
 
         roles, named = list(self.roles.named()), named_roles(parameters)
-        if "teacher" in getattr(kind, "needs", ()) and not hasattr(parameters, "teachers"):
+        if "teacher" in needs and not hasattr(parameters, "teachers"):
             named.append("teacher")
         for name in named:
             if name == "teacher" and self.roles.teacher is None:

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from baselines.method import Candidate, Ensemble, method
+from baselines.method import Candidate, Ensemble
+from baselines.registry import get_method, schema_of
 from harness.config.loading import Config, method_parameters
 from harness.experiment.checks import check_inputs, check_lengths, check_space, check_validation
 from harness.experiment.method_context import MethodContext
@@ -29,10 +30,10 @@ def candidates(experiment: Experiment, labels: Sequence[str] | None = None) -> I
     config = experiment.config
     for label in config.methods if labels is None else labels:
         entry = config.methods[label]
-        kind = method(entry["method"])
-        instance = kind(method_parameters(label, entry, kind.schema))
+        method = get_method(entry["method"])
+        parameters = method_parameters(label, entry, schema_of(method))
         for seed in config.seeds:
-            candidate = instance.build(MethodContext(experiment, label, seed))
+            candidate = method.value(MethodContext(experiment, label, seed), parameters)
             yield Row(label, seed if candidate.seeded else None, candidate, entry.get("role", TARGET))
             if not candidate.seeded:
                 break

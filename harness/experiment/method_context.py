@@ -51,7 +51,7 @@ class MethodContext:
         return config.suites.perplexity.model_copy(update={"documents": config.validation})
 
     @property
-    def held_out(self) -> str:
+    def validation_fingerprint(self) -> str:
         experiment = self._experiment
         documents, _ = experiment.corpora.validation
         return fingerprint(
@@ -62,7 +62,7 @@ class MethodContext:
             }
         )
 
-    def score(self, candidate: Candidate, label: str = "") -> float:
+    def validation_nll(self, candidate: Candidate, label: str = "") -> float:
         from harness.evaluation.perplexity import evaluate
 
         experiment = self._experiment
@@ -87,7 +87,7 @@ class MethodContext:
         version: int,
         inputs: Mapping[str, str],
         params: Mapping[str, Any],
-        scores: int = 0,
+        validations: int = 0,
     ) -> Artifact:
         experiment = self._experiment
         workspace = experiment.workspace
@@ -95,8 +95,8 @@ class MethodContext:
         spec = Spec(kind, self.label, version, dict(inputs), plain_json(known))
         parameters = experiment.models.size(TARGET).parameters
         seconds = 0.0
-        if scores:
-            seconds = workspace.costs.forward(parameters, scores * experiment.corpora.validation[1]).seconds
+        if validations:
+            seconds = workspace.costs.forward(parameters, validations * experiment.corpora.validation[1]).seconds
         # About a checkpoint of the target is what most methods make.
         estimate = Estimate(disk=4 * parameters, memory=8 * parameters, seconds=seconds)
         return Artifact(workspace.store.ensure(spec, build, estimate), spec.fingerprint)

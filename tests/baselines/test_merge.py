@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from baselines.merge import Merge, MergeParameters, check_mergeable, merge, search_shares
+from baselines.merge import MergeParameters, merge, run_mergekit, search_shares
+from baselines.merge_checks import check_mergeable
 from baselines.method import Artifact, Candidate
 from fusion.errors import UserError
 from tests.harness.tiny_models import save_model
@@ -46,22 +47,22 @@ class _Context:
     seed = 3
     label = "Merged"
     sources = ("a", "b")
-    held_out = "text"
+    validation_fingerprint = "text"
 
-    def __init__(self, folders: Mapping[str, Path], root: Path, score: Callable[[Path], float] | None = None) -> None:
+    def __init__(self, folders: Mapping[str, Path], root: Path, nll: Callable[[Path], float] | None = None) -> None:
         self.folders = folders
         self.root = root
-        self.scored: list[str] = []
+        self.measured: list[str] = []
         self.made: dict[str, Any] = {}
-        self._score = score
+        self._nll = nll
 
     def model(self, role: str) -> Candidate:
         return Candidate(self.folders["base" if role == "target" else role], f"fingerprint of {role}", seeded=False)
 
-    def score(self, candidate: Candidate, label: str = "") -> float:
-        assert self._score is not None
-        self.scored.append(label)
-        return self._score(candidate.folder)
+    def validation_nll(self, candidate: Candidate, label: str = "") -> float:
+        assert self._nll is not None
+        self.measured.append(label)
+        return self._nll(candidate.folder)
 
     def make(self, kind: str, build: Callable[[Path], Any], **identity: Any) -> Artifact:
         self.root.mkdir(exist_ok=True)
@@ -75,7 +76,7 @@ class _Context:
 
 def _merged(families: dict[str, dict[str, Path]], kind: str, out: Path, **parameters: Any) -> dict[str, torch.Tensor]:
     context: Any = _Context(families[kind], out)
-    candidate = Merge(MergeParameters(**parameters)).build(context)
+    candidate = merge(context, MergeParameters(**parameters))
     return load_file(candidate.folder / "model.safetensors")
 
 
@@ -120,7 +121,7 @@ def test_dare_draws_by_the_seed_and_ties_does_not(families: dict[str, dict[str, 
         for seed in (3, 4):
             context: Any = _Context(families["llama"], tmp_path / f"{algorithm}{seed}")
             context.seed = seed
-            candidate = Merge(MergeParameters(merge_method=algorithm)).build(context)
+            candidate = merge(context, MergeParameters(merge_method=algorithm))
             assert candidate.seeded == seeded and (context.made["params"]["seed"] == seed) == seeded
             made.append(load_file(candidate.folder / "model.safetensors")["model.norm.weight"])
             made.append(load_file(candidate.folder / "model.safetensors")["model.layers.0.mlp.up_proj.weight"])
@@ -142,30 +143,30 @@ def test_a_mergekit_configuration_is_taken_as_it_is(families: dict[str, dict[str
 
 def test_what_makes_a_merge_does_not_depend_on_names(families: dict[str, dict[str, Path]], tmp_path: Path) -> None:
     context: Any = _Context(families["llama"], tmp_path)
-    Merge(MergeParameters()).build(context)
+    merge(context, MergeParameters())
     written = str(context.made["params"])
     assert "fingerprint of a" in written and "'a'" not in written and str(tmp_path) not in written
 
 
 def test_tuned_weights_find_the_better_model(families: dict[str, dict[str, Path]], tmp_path: Path) -> None:
-    """Scores fall towards b: its share grows, no trial is left behind, and a second start scores nothing again."""
+    """The loss falls towards b: its share grows, no trial is left behind, a second start measures nothing again."""
     target = load_file(families["llama"]["b"] / "model.safetensors")["lm_head.weight"]
 
-    def score(folder: Path) -> float:
+    def nll(folder: Path) -> float:
         return float((load_file(folder / "model.safetensors")["lm_head.weight"] - target).norm())
 
     parameters = MergeParameters(weights="tuned", trials=6)
-    context: Any = _Context(families["llama"], tmp_path / "made", score)
-    folder = Merge(parameters).build(context).folder
-    assert context.scored == [f"Merged, trial {i} of 6" for i in range(1, 7)]
-    assert context.made["inputs"]["held_out"] == "text" and context.made["scores"] == 6
+    context: Any = _Context(families["llama"], tmp_path / "made", nll)
+    folder = merge(context, parameters).folder
+    assert context.measured == [f"Merged, trial {i} of 6" for i in range(1, 7)]
+    assert context.made["inputs"]["validation"] == "text" and context.made["validations"] == 6
     uniform = 0.5 * (load_file(families["llama"]["a"] / "model.safetensors")["lm_head.weight"] + target)
-    assert score(folder) < 0.5 * float((uniform - target).norm())
+    assert nll(folder) < 0.5 * float((uniform - target).norm())
     assert "the best of 6 merges" in context.made["found"]["note"]
     assert not (tmp_path / "made" / "trial").exists()
-    again: Any = _Context(families["llama"], tmp_path / "made", score)
-    Merge(parameters).build(again)
-    assert again.scored == []
+    again: Any = _Context(families["llama"], tmp_path / "made", nll)
+    merge(again, parameters)
+    assert again.measured == []
 
 
 def test_the_search_keeps_to_its_budget_and_to_shares(tmp_path: Path) -> None:
@@ -227,7 +228,7 @@ def test_layers_can_be_stacked(families: dict[str, dict[str, Path]], tmp_path: P
             {"sources": [{"model": "b", "layer_range": [1, 2]}]},
         ],
     }
-    merge(stacked, families["llama"], tmp_path / "made")
+    run_mergekit(stacked, families["llama"], tmp_path / "made")
     made = load_file(tmp_path / "made" / "model.safetensors")
     b = load_file(families["llama"]["b"] / "model.safetensors")
     name = "mlp.up_proj.weight"

@@ -1,5 +1,7 @@
 """Methods: their parameters and what they ask of the context."""
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baselines.fusellm import FuseLLM, FuseLLMParameters
-from baselines.method import METHODS, Candidate, Parameters, Role, method, named_roles
+from baselines.clm import clm
+from baselines.fusellm import FuseLLMParameters, fusellm
+from baselines.listing import Setting, describe
+from baselines.method import Candidate, Context, Parameters, Role, named_roles
+from baselines.registry import METHODS, get_method, method, schema_of
 from fusion.errors import UserError
 from fusion.losses.specs import Fusion, Learning
 from fusion.switches import PRESETS, Switches
@@ -37,8 +42,8 @@ class _Context:
 
 
 def _asked(**parameters: Any) -> tuple[float, Fusion]:
-    context = _Context()
-    FuseLLM(FuseLLMParameters(**parameters)).build(context)
+    context: Any = _Context()
+    fusellm(context, FuseLLMParameters(**parameters))
     ((lam, fusion),) = context.asked
     assert isinstance(fusion, Fusion)
     return lam, fusion
@@ -46,9 +51,9 @@ def _asked(**parameters: Any) -> tuple[float, Fusion]:
 
 def test_the_methods_of_the_main_job_are_registered() -> None:
     for name in ("as_is", "clm", "fusellm"):
-        assert method(name).schema
+        assert issubclass(schema_of(get_method(name)), Parameters)
     with pytest.raises(UserError, match="did you mean 'fusellm'"):
-        method("fusellmm")
+        get_method("fusellmm")
     assert set(METHODS.names()) >= {"as_is", "clm", "fusellm"}
 
 
@@ -80,12 +85,82 @@ def test_a_switch_set_alone_goes_before_the_preset(preset: str, tail: str) -> No
 
 
 def test_clm_is_lambda_one_without_fusion() -> None:
-    context = _Context()
-    kind = method("clm")
-    kind(kind.schema()).build(context)
+    context: Any = _Context()
+    clm(context, Parameters())
     assert context.asked == [(1.0, None)]
 
 
 def test_an_unknown_source_is_named() -> None:
     with pytest.raises(UserError, match="names the source 'c'; the experiment's are a, b"):
         _asked(sources=["a", "c"])
+
+
+def test_a_decorated_function_is_a_method_and_stays_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(METHODS, "_parts", dict(METHODS._parts))
+
+    class Settings(Parameters):
+        role: Role = "target"
+
+    @method("probe", needs=("teacher",), reference="nowhere", version=3)
+    def probe(context: Context, parameters: Settings) -> Candidate:
+        """Takes a role's model.
+
+        And more.
+        """
+        return context.model(parameters.role)
+
+    part = get_method("probe")
+    assert part.value is probe and schema_of(part) is Settings
+    assert (part.needs, part.reference, part.version) == (("teacher",), "nowhere", 3)
+    context: Any = _Context()
+    assert probe(context, Settings(role="a")) == context.model("a")
+    described = describe("probe")
+    assert (described.summary, described.needs) == ("Takes a role's model.", ("teacher",))
+    assert described.settings == (Setting("role", "role", "target", ""),)
+
+
+def _no_annotation(context, parameters):  # type: ignore[no-untyped-def]
+    return context.model("target")
+
+
+def _other_schema(context: Context, parameters: dict[str, int]) -> Candidate:
+    return context.model("target")
+
+
+def _three_arguments(context: Context, parameters: Parameters, more: int) -> Candidate:
+    return context.model("target")
+
+
+def _unknown_annotation(context: Context, parameters: "Nowhere") -> Candidate:  # type: ignore[name-defined]  # noqa: F821
+    return context.model("target")
+
+
+@pytest.mark.parametrize("wrong", [_no_annotation, _other_schema, _three_arguments, _unknown_annotation, 1, Parameters])
+def test_what_is_no_function_of_context_and_parameters_is_refused(wrong: Any) -> None:
+    with pytest.raises(UserError, match=r"method 'wrong' must be a function of .context, parameters. whose second"):
+        method("wrong")(wrong)
+    assert "wrong" not in METHODS.names()
+
+
+def test_listing_reads_types_choices_and_defaults_from_the_schema() -> None:
+    def settings(name: str) -> dict[str, Setting]:
+        return {setting.name: setting for setting in describe(name).settings}
+
+    merge = settings("merge")
+    assert merge["merge_method"].type == "linear or slerp or task_arithmetic or ties or dare_ties"
+    assert merge["weights"].type == "uniform or tuned or list of number"
+    assert (merge["models"].type, merge["models"].default) == ("list of role or null", "null")
+    assert (merge["mergekit"].type, merge["scale"].type, merge["scale"].default) == ("mapping or null", "number", "1.0")
+    assert settings("alm").keys() >= {"lambda", "teachers", "temperature"}
+    for name in set(METHODS.names()) - {"fusellm"}:
+        assert all(setting.type and setting.default and setting.description for setting in describe(name).settings), (
+            name
+        )
+
+
+def test_listing_the_names_imports_no_method() -> None:
+    code = (
+        "import sys; from baselines.registry import METHODS; METHODS.names(); "
+        "sys.exit(bool({'baselines.merge', 'baselines.fusellm', 'torch'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

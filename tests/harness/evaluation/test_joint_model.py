@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from baselines.ensemble import EnsembleMethod, EnsembleParameters, ensemble
+from baselines.ensemble import EnsembleParameters, ensemble, make_ensemble
 from baselines.method import Candidate, Ensemble, Member
 from fusion.errors import UserError
 from harness.config.loading import load, method_parameters, suite_section
@@ -76,7 +76,7 @@ def together(
 ) -> JointModel:
     """The members by role, the first of which is the pivot."""
     alone = {role: evaluated(folder, root, role) for role, folder in members.items()}
-    made = ensemble(
+    made = make_ensemble(
         [
             Member(role, Candidate(members[role], one.fingerprint, False), (weights or {}).get(role, 1 / len(members)))
             for role, one in alone.items()
@@ -208,7 +208,7 @@ class _Context:
     seed = 0
     label = "E"
     sources = ("a", "b")
-    held_out = "text"
+    validation_fingerprint = "text"
 
     def __init__(self, folders: dict[str, Path] | None = None) -> None:
         self._folders = folders or {}
@@ -216,13 +216,13 @@ class _Context:
     def model(self, role: str) -> Candidate:
         return Candidate(self._folders.get(role, Path("not", "made")), f"fingerprint of {role}", False)
 
-    def score(self, candidate: Candidate, label: str = "") -> float:
+    def validation_nll(self, candidate: Candidate, label: str = "") -> float:
         return {"a": 0.7, "b": 0.9, "target": 0.8}[label]
 
 
 def build(folders: dict[str, Path] | None = None, **parameters: Any) -> Ensemble:
     checked: Any = method_parameters("E", parameters, EnsembleParameters)
-    return EnsembleMethod(checked).build(_Context(folders))  # type: ignore[arg-type]
+    return ensemble(_Context(folders), checked)  # type: ignore[arg-type]
 
 
 def test_an_ensemble_does_not_depend_on_the_order() -> None:
@@ -235,14 +235,14 @@ def test_an_ensemble_does_not_depend_on_the_order() -> None:
     assert [m.role for m in build(weights=[0, 1], pivot="b").members] == ["b"]
 
 
-def test_weights_by_held_out_text() -> None:
+def test_weights_by_validation_text() -> None:
     from math import exp
 
-    found = build(weights="held_out", weight_temperature=0.5)
+    found = build(weights="validation", weight_temperature=0.5)
     assert {m.role: m.weight for m in found.members} == pytest.approx(
         {"a": 1 / (1 + exp(-0.4)), "b": exp(-0.4) / (1 + exp(-0.4))}
     )
-    assert found.fingerprint != build(weights="held_out").fingerprint
+    assert found.fingerprint != build(weights="validation").fingerprint
 
 
 @pytest.mark.parametrize(

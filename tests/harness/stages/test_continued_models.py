@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from baselines.method import METHODS, Artifact, Candidate, Context, Parameters
+from baselines.method import Artifact, Candidate, Context, Parameters
+from baselines.registry import METHODS
 from fusion.errors import UserError
 from fusion.registry import Part
 from harness.config.loading import Config, load
@@ -131,47 +132,45 @@ def test_a_plan_makes_nothing_and_knows_siblings_and_merges(
     assert "continued_model" not in todo and "merge" not in todo and "train" in todo
 
 
-class _Probe:
-    """A method that takes the better of two sources, as a plug-in would: from scores alone."""
+def _probe(context: Context, parameters: Parameters) -> Candidate:
+    """A method that takes the better of two sources, as a plug-in would: from validation losses alone."""
+    losses = {name: context.validation_nll(context.model(name), name) for name in context.sources}
 
-    schema = Parameters
+    def build(folder: Path) -> Mapping[str, Any]:
+        (folder / "losses.json").write_text(json.dumps(losses), encoding="utf-8")
+        return {"note": "probed"}
 
-    def __init__(self, parameters: Parameters) -> None:
-        pass
-
-    def build(self, context: Context) -> Candidate:
-        scores = {name: context.score(context.model(name), name) for name in context.sources}
-
-        def build(folder: Path) -> Mapping[str, Any]:
-            (folder / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
-            return {"note": "probed"}
-
-        made = context.make(
-            "probe", build, version=1, inputs={"held_out": context.held_out}, params={"scores": scores}, scores=2
-        )
-        assert isinstance(made, Artifact)
-        return context.model(min(scores, key=lambda name: scores[name]))
+    artifact = context.make(
+        "probe",
+        build,
+        version=1,
+        inputs={"validation": context.validation_fingerprint},
+        params={"losses": losses},
+        validations=2,
+    )
+    assert isinstance(artifact, Artifact)
+    return context.model(min(losses, key=lambda name: losses[name]))
 
 
-def test_a_method_from_scores_plans_and_runs(
+def test_a_method_from_validation_losses_plans_and_runs(
     finished: tuple[Config, Path, Path], file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(METHODS._parts, "probe", Part("probe", _Probe))
+    monkeypatch.setitem(METHODS._parts, "probe", Part("probe", _probe, parameters=Parameters))
     config = load(str(file), overrides=["methods.Probe.method=probe", "reference=Probe"])
     config.methods = {"Probe": config.methods["Probe"]}
     # Nothing is known yet: the plan does not open what is not there.
     assert ("probe", "Probe") in [(p.spec.kind, p.spec.label) for p in plan(config, tmp_path)]
     _, root, _ = finished
     folder = run.run(config, root)
-    (scores,) = (json.loads(p.read_text()) for p in (root / "artifacts" / "probe").glob("*/scores.json"))
+    (losses,) = (json.loads(p.read_text()) for p in (root / "artifacts" / "probe").glob("*/losses.json"))
     context = MethodContext(open_experiment(config, root), "again", 0)
-    for name, score in scores.items():
-        assert math.isfinite(score) and context.score(context.model(name)) == score
+    for name, nll in losses.items():
+        assert math.isfinite(nll) and context.validation_nll(context.model(name)) == nll
     assert json.loads((folder / "table.json").read_text())["rows"] == ["Probe"]
     assert {p.state for p in plan(config, root)} == {"ready"}
 
 
-def test_a_score_is_the_validation_texts_nats_per_byte(finished: tuple[Config, Path, Path]) -> None:
+def test_validation_nll_is_the_validation_texts_nats_per_byte(finished: tuple[Config, Path, Path]) -> None:
     import torch
 
     from harness.data.corpus import documents
@@ -190,7 +189,7 @@ def test_a_score_is_the_validation_texts_nats_per_byte(finished: tuple[Config, P
             log_q = model(ids[:, :-1]).logits.log_softmax(-1)
         nats -= float(log_q.gather(-1, ids[:, 1:, None]).sum())
         n_bytes += len(document.text.encode())
-    assert context.score(context.model("one")) == pytest.approx(nats / n_bytes, rel=1e-5)
+    assert context.validation_nll(context.model("one")) == pytest.approx(nats / n_bytes, rel=1e-5)
 
 
 def test_any_model_can_be_asked_for_by_name(finished: tuple[Config, Path, Path], made: Path) -> None:
