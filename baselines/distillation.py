@@ -4,14 +4,18 @@ The paper's KD (arXiv 2401.10491, table 6) is a larger model of the target's fam
 `{method: distillation, teachers: [teacher], online: true, lambda: 0.9}`.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from baselines.method import Candidate, Context, Parameters, Role
 from baselines.registry import method
+from fusion.alignment.pairing import ALIGNMENTS
 from fusion.errors import UserError
+from fusion.losses.divergences import DIVERGENCES
 from fusion.losses.specs import Distillation, Learning, OnlineDistillation
+from fusion.registry import Registered
+from fusion.vocabulary.maps import MAPS
 
 # Parameters of stored distributions; teachers in memory have none of these choices.
 _OFFLINE = ("map", "map_on", "alignment", "tail")
@@ -31,14 +35,20 @@ class TeacherParameters(Parameters):
 class DistillationParameters(TeacherParameters):
     """The divergence and its temperature, and how stored distributions reach the target's vocabulary."""
 
-    divergence: str = Field("forward_kl", description="forward_kl, reverse_kl or jensen_shannon")
+    divergence: Annotated[str, Registered(DIVERGENCES)] = Field(
+        "forward_kl", description="divergence from the teacher's to the target's distribution"
+    )
     temperature: float = Field(1.0, gt=0, description="of both sides; offline one of extraction.temperatures")
     online: bool = Field(False, description="teachers in memory, the whole vocabulary, the target's own tokenizer")
-    map: str | None = Field(None, description="offline: mined, em or first_piece (as for fusellm)")
-    map_on: Literal["bytes", "strings"] | None = Field(None, description="offline: what the map compares")
-    alignment: str | None = Field(None, description="offline: same_end or dtw")
+    map: Annotated[str, Registered(MAPS)] | None = Field(
+        None, description="offline: kind of the vocabulary map; null: mined"
+    )
+    map_on: Literal["bytes", "strings"] | None = Field(None, description="offline: what the map compares; null: bytes")
+    alignment: Annotated[str, Registered(ALIGNMENTS)] | None = Field(
+        None, description="offline: which teacher position is paired with a target position; null: same_end"
+    )
     tail: Literal["bucket", "renormalise", "gold"] | None = Field(
-        None, description="offline: the mass outside the top k; bucket without, and with all but forward_kl"
+        None, description="offline: mass outside the top k; null: bucket, which all divergences but forward_kl require"
     )
 
     @model_validator(mode="after")

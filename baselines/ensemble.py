@@ -6,13 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from baselines.method import Context, Ensemble, Member, Parameters, Role
 from baselines.registry import method
 from fusion.errors import UserError
+from fusion.registry import Registered
 from fusion.vocabulary.maps import MAPS
 
 VERSION = 2
@@ -38,11 +39,12 @@ class EnsembleParameters(Parameters):
         None,
         description="member whose tokens are read and written; null: the target if it is one, else the first by name",
     )
-    map: str = Field("first_piece", description="other tokenizers: vocabulary map onto the pivot (on bytes)")
+    map: Annotated[str, Registered(MAPS)] = Field(
+        "first_piece", description="other tokenizers: vocabulary map onto the pivot (on bytes)"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "EnsembleParameters":
-        MAPS.get(self.map)
         if self.models is not None:
             check_models(self.models)
             if isinstance(self.weights, list) and len(self.weights) != len(self.models):

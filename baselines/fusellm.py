@@ -1,70 +1,117 @@
 """FuseLLM: the target learns from the aligned, fused distributions of the sources (arXiv 2401.10491)."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from baselines.method import Candidate, Context, Parameters, Role
 from baselines.registry import method
+from fusion.alignment.pairing import ALIGNMENTS
+from fusion.alignment.selection import FUSIONS
+from fusion.docstrings import field_docstrings
 from fusion.errors import UserError, did_you_mean
 from fusion.losses.specs import Fusion
+from fusion.registry import Registered
 from fusion.switches import PRESETS, Switches
+from fusion.vocabulary.maps import MAPS, Unit
 
-# A preset names switches and nothing else; these are the two that are not fusion's own.
-MAP_PRESETS: Mapping[str, Mapping[str, str]] = {
+_MAP_PRESETS: Mapping[str, Mapping[str, str]] = {
     "corrected": {"map": "mined", "map_on": "bytes"},
     "published": {"map": "mined", "map_on": "strings"},
 }
+_PRESETS: Mapping[str, Mapping[str, Any]] = {name: {**_MAP_PRESETS[name], **PRESETS[name]} for name in PRESETS}
+"""All that a preset sets: the vocabulary map, which is made before a training, and the switches of fusion."""
 
 
-class FuseLLMParameters(Parameters):
-    """A preset, and any switch set alone over it (see `fusion.switches.Switches` for what each one does)."""
+class _PresetParameters(Parameters):
+    """The parameters of FuseLLM beside the switches of fusion."""
 
-    preset: str = Field("corrected", description="corrected, or published: what the published code computes")
+    model_config = ConfigDict(json_schema_extra={"presets": {name: dict(values) for name, values in _PRESETS.items()}})
+
+    preset: Literal["corrected", "published"] = Field(
+        "corrected",
+        description="values of all switches that are not set: corrected, or published as in the published code",
+    )
     lam: float = Field(0.9, ge=0, le=1, alias="lambda", description="weight of the CLM term (paper: 0.9)")
-    sources: list[Role] | None = Field(None, min_length=1, description="the sources that take part; all without")
-    k: int | None = Field(None, gt=0, description="use only so many of the entries stored a position; all without")
-    map: str | None = Field(None, description="vocabulary map: mined, em or first_piece")
-    map_on: Literal["bytes", "strings"] | None = Field(None, description="what the map compares")
-    alignment: str | None = None
-    unaligned: str | None = None
-    unmapped: str | None = None
-    duplicates: str | None = None
-    tail: str | None = None
-    fusion: str | None = None
-    select_over: str | None = None
-    select_by: str | None = None
-    weights: str | None = None
-    weight_temperature: float | None = None
-    loss_positions: str | None = None
-    include_target: bool | None = None
+    sources: list[Role] | None = Field(
+        None, min_length=1, description="the sources that take part; null: all of the experiment"
+    )
+    k: int | None = Field(
+        None, gt=0, description="entries used per position, at most those stored; null: all that are stored"
+    )
+    map: Annotated[str, Registered(MAPS)] = Field("mined", description="kind of the vocabulary map")
+    map_on: Unit = Field(
+        "bytes", description="what the map compares: the bytes that tokens stand for, or their strings"
+    )
+
+
+def _switch_fields() -> dict[str, Any]:
+    """A field for every switch of fusion, with its type, its default and its description."""
+    registries = {"alignment": ALIGNMENTS, "fusion": FUSIONS}
+    types, descriptions = get_type_hints(Switches), field_docstrings(Switches)
+    definitions = {}
+    for switch in fields(Switches):
+        name, annotation = switch.name, types[switch.name]
+        if name in registries:
+            annotation = Annotated[annotation, Registered(registries[name])]
+        elif get_args(annotation):
+            annotation = Annotated[annotation, BeforeValidator(_check_switch(name))]
+        definitions[name] = (annotation, Field(switch.default, description=descriptions.get(name)))
+    return definitions
+
+
+def _check_switch(name: str) -> Callable[[Any], Any]:
+    """A validator with the sentence of `Switches` for a value that the switch does not have."""
+
+    def check(value: Any) -> Any:
+        Switches(**{name: value})
+        return value
+
+    return check
+
+
+if TYPE_CHECKING:
+    _SwitchParameters = _PresetParameters
+else:
+    _SwitchParameters = create_model("_SwitchParameters", __base__=_PresetParameters, **_switch_fields())
+
+
+class FuseLLMParameters(_SwitchParameters):
+    """A preset and every switch of fusion; after validation each holds its effective value.
+
+    A switch that is not given, or given as null, has the value of the preset.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        preset = given.get("preset", "corrected")
+        if not isinstance(preset, str) or preset not in _PRESETS:
+            hint = did_you_mean(preset, _PRESETS)
+            raise UserError(f"there is no preset {preset!r}{hint}: presets are {', '.join(_PRESETS)}.")
+        null = {name for name in [*_PRESETS[preset], *Switches.__dataclass_fields__] if given.get(name) is None}
+        return {**_PRESETS[preset], **{key: value for key, value in given.items() if key not in null}}
 
     @model_validator(mode="after")
-    def _switches_hold(self) -> "FuseLLMParameters":
-        setting = self._setting(MAP_PRESETS, ["map", "map_on"])
-        self.fused(self.sources or ["all sources"])
+    def _check(self) -> "FuseLLMParameters":
+        self.switches()
         if self.sources and len(set(self.sources)) < len(self.sources):
             raise UserError(f"sources {self.sources} names one twice: give each source once.")
-        if setting["map"] == "first_piece" and setting["map_on"] != "bytes":
+        if self.map == "first_piece" and self.map_on != "bytes":
             raise UserError("the map first_piece compares bytes: set map_on to bytes.")
         return self
 
-    def _setting(self, presets: Mapping[str, Mapping[str, Any]], names: list[str]) -> dict[str, Any]:
-        if self.preset not in presets:
-            hint = did_you_mean(self.preset, presets)
-            raise UserError(f"there is no preset {self.preset!r}{hint}: presets are {', '.join(presets)}.")
-        own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return {**presets[self.preset], **own}
-
     def switches(self) -> Switches:
-        """The preset's switches with those set alone over them."""
-        return Switches(**self._setting(PRESETS, list(Switches.__dataclass_fields__)))
+        """The effective values of the switches of fusion."""
+        return Switches(**{switch.name: getattr(self, switch.name) for switch in fields(Switches)})
 
-    def fused(self, sources: list[str]) -> Fusion:
-        """How these parameters fuse the given sources."""
-        setting = self._setting(MAP_PRESETS, ["map", "map_on"])
-        return Fusion(sources=sources, switches=self.switches(), k=self.k, **setting)
+    def loss(self, sources: list[str]) -> Fusion:
+        """The fusion loss of these parameters over the given sources."""
+        return Fusion(sources=sources, switches=self.switches(), k=self.k, map=self.map, map_on=self.map_on)
 
 
 @method("fusellm", needs=("training",), reference="arXiv 2401.10491")
@@ -75,4 +122,4 @@ def fusellm(context: Context, parameters: FuseLLMParameters) -> Candidate:
         raise UserError(
             f"{context.label} names the source {unknown[0]!r}; the experiment's are {', '.join(context.sources)}."
         )
-    return context.train(lam=parameters.lam, learn=parameters.fused(sources))
+    return context.train(lam=parameters.lam, learn=parameters.loss(sources))

@@ -141,7 +141,7 @@ class Prepared:
 
 def prepare(experiment: Experiment) -> Prepared:
     """Extracts and maps what is not there yet."""
-    fusion = FuseLLMParameters().fused(list(experiment.config.roles.sources))
+    fusion = FuseLLMParameters().loss(list(experiment.config.roles.sources))
     needs = fusion.needs(TARGET)
     resources, extractions = loss_resources(experiment, "FuseLLM", needs)
     lesson = fusion.lesson(resources)

@@ -59,6 +59,28 @@ class Choice(Generic[T]):
         return {"name": self.part.name, "version": self.part.version, **({"parameters": settings} if settings else {})}
 
 
+@dataclass(frozen=True)
+class Registered:
+    """Annotates a pydantic field with the registry whose names it takes: `kind: Annotated[str, Registered(MAPS)]`.
+
+    Validation raises the registry's UserError for an unknown name; the JSON schema lists the names.
+    """
+
+    registry: Registry[Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        from pydantic_core import core_schema
+
+        def check(name: str) -> str:
+            self.registry.get(name)
+            return name
+
+        return core_schema.no_info_after_validator_function(check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return {**handler(schema), "enum": self.registry.names()}
+
+
 class Registry(Generic[T]):
     """The parts registered under a noun ("map", "method"): our own, and those that installed packages offer.
 

@@ -55,7 +55,7 @@ def audit(config: Config, root: Path) -> Audit:
     experiment = open_experiment(config, root)
     start(experiment)
     parameters = _fusellm(config)
-    fusion = parameters.fused(parameters.sources or list(config.roles.sources))
+    fusion = parameters.loss(parameters.sources or list(config.roles.sources))
     measures, skipped = _measures(experiment, fusion)
     sentence = _sentence(measures)
     if skipped:

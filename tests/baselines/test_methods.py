@@ -1,8 +1,10 @@
 """Methods: their parameters and what they ask of the context."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from baselines.fusellm import FuseLLMParameters, fusellm
 from baselines.listing import Setting, describe
 from baselines.method import Candidate, Context, Parameters, Role, named_roles
 from baselines.registry import METHODS, get_method, method, schema_of
+from fusion.docstrings import field_docstrings
 from fusion.errors import UserError
 from fusion.losses.specs import Fusion, Learning
 from fusion.switches import PRESETS, Switches
@@ -152,7 +155,7 @@ def test_listing_reads_types_choices_and_defaults_from_the_schema() -> None:
     assert (merge["models"].type, merge["models"].default) == ("list of role or null", "null")
     assert (merge["mergekit"].type, merge["scale"].type, merge["scale"].default) == ("mapping or null", "number", "1.0")
     assert settings("alm").keys() >= {"lambda", "teachers", "temperature"}
-    for name in set(METHODS.names()) - {"fusellm"}:
+    for name in METHODS.names():
         assert all(setting.type and setting.default and setting.description for setting in describe(name).settings), (
             name
         )
@@ -164,3 +167,25 @@ def test_listing_the_names_imports_no_method() -> None:
         "sys.exit(bool({'baselines.merge', 'baselines.fusellm', 'torch'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_listing_gives_every_switch_its_choices_defaults_and_meaning() -> None:
+    settings = {setting.name: setting for setting in describe("fusellm").settings}
+    descriptions = field_docstrings(Switches)
+    assert list(settings)[:2] == ["preset", "lambda"] and settings["preset"].type == "corrected or published"
+    for switch in fields(Switches):
+        setting, published = settings[switch.name], PRESETS["published"].get(switch.name)
+        assert setting.description == descriptions[switch.name]
+        assert setting.default == json.dumps(switch.default).strip('"') + (
+            f" (published: {published})" if published else ""
+        )
+    assert settings["tail"].type == "bucket or renormalise or gold"
+    assert settings["alignment"].type == "dtw or same_end" and settings["map"].type == "em or first_piece or mined"
+
+
+def test_parameters_hold_the_effective_value_of_every_switch() -> None:
+    """Under a preset, and again when they are read from what was written."""
+    published = FuseLLMParameters(preset="published", tail="gold", unmapped=None)
+    expected = {**PRESETS["published"], "tail": "gold", "map": "mined", "map_on": "strings"}
+    assert expected.items() <= published.model_dump(exclude_unset=True).items()
+    assert FuseLLMParameters.model_validate(published.model_dump(mode="json", by_alias=True)) == published

@@ -222,7 +222,7 @@ def test_passages_without_finite_logits_are_named_counted_and_fused_without(
     told = " ".join(capsys.readouterr().err.split())
     assert "neox: its logits about 100.txt (bytes from 0) are not finite; the passage is left out." in told
     assert "neox: 2 of" in told
-    fusion = FuseLLMParameters().fused(["neox"])
+    fusion = FuseLLMParameters().loss(["neox"])
     needs = fusion.needs("target")
     resources, readers = loss_resources(small, "audit", needs)
     lesson = fusion.lesson(resources)
