@@ -13,7 +13,7 @@ from fusion.alignment.selection import FUSIONS
 from fusion.docstrings import field_docstrings
 from fusion.errors import UserError, did_you_mean
 from fusion.losses.specs import Fusion
-from fusion.registry import Registered
+from fusion.registry import Registered, Registry
 from fusion.switches import PRESETS, Switches
 from fusion.vocabulary.maps import MAPS, Unit
 
@@ -49,7 +49,7 @@ class _PresetParameters(Parameters):
 
 def _switch_fields() -> dict[str, Any]:
     """A field for every switch of fusion, with its type, its default and its description."""
-    registries = {"alignment": ALIGNMENTS, "fusion": FUSIONS}
+    registries: dict[str, Registry[Any]] = {"alignment": ALIGNMENTS, "fusion": FUSIONS}
     types, descriptions = get_type_hints(Switches), field_docstrings(Switches)
     definitions = {}
     for switch in fields(Switches):

@@ -99,7 +99,7 @@ def test_an_unknown_source_is_named() -> None:
 
 
 def test_a_decorated_function_is_a_method_and_stays_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(METHODS, "_parts", dict(METHODS._parts))
+    monkeypatch.setattr(METHODS, "_parts", dict(METHODS._parts))  # nothing of ours is imported in this test
 
     class Settings(Parameters):
         role: Role = "target"
