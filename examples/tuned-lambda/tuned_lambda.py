@@ -1,22 +1,16 @@
 from typing import Annotated
 from pydantic import Field
-from baselines.fusellm import FuseLLM, FuseLLMParameters
+from baselines.fusellm import FuseLLMParameters, fusellm
 from baselines.method import Candidate, Context, Parameters
+from baselines.registry import method
 
 
-class Settings(Parameters):
-    lambdas: list[Annotated[float, Field(ge=0, le=1)]] = [0.5, 0.9]
+class TunedLambdaParameters(Parameters):
+    lambdas: list[Annotated[float, Field(ge=0, le=1)]] = Field([0.5, 0.9], description="values that are tried")
 
 
-class TunedLambda:
+@method("tuned_lambda", needs=("training",))
+def tuned_lambda(context: Context, parameters: TunedLambdaParameters) -> Candidate:
     """FuseLLM with the lambda that is best on validation text."""
-
-    schema = Settings
-    needs = ("training",)
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-
-    def build(self, context: Context) -> Candidate:
-        trained = [FuseLLM(FuseLLMParameters(lam=lam)).build(context) for lam in self.settings.lambdas]
-        return min(trained, key=context.score)
+    trained = [fusellm(context, FuseLLMParameters(lam=lam)) for lam in parameters.lambdas]
+    return min(trained, key=context.validation_nll)
