@@ -9,17 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fusion.errors import UserError
-from harness.evaluation.lm_eval.suites import Bbh, BbhConfig, Commonsense, LmEvalConfig, LmSuite
+from harness.evaluation.lm_eval.suites import Bbh, BbhConfig, Commonsense
+from harness.evaluation.lm_eval.task_suite import LmEvalConfig, LmEvalSuite
 from harness.evaluation.lm_eval.tasks import _include
 from harness.evaluation.suite import EvaluatedModel
-from harness.models.checkpoints import ModelSpec, ResolvedModel, count_parameters, resolve
+from harness.models.resolution import ModelSpec, ResolvedModel, count_parameters, resolve
 from harness.store.artifacts import Store
 from harness.store.costs import Costs
 
 BBH_TASKS = ["boolean_expressions", "causal_judgement", "navigate", "sports_understanding"]
 
 
-def theirs(suite: LmSuite, model: Path, limit: int) -> dict[str, dict[str, float]]:
+def theirs(suite: LmEvalSuite, model: Path, limit: int) -> dict[str, dict[str, float]]:
     """Every metric of every task, as the command's results file has it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -34,7 +35,7 @@ def theirs(suite: LmSuite, model: Path, limit: int) -> dict[str, dict[str, float
     return {task: results[source.name] for task, source in suite._sources.items()}
 
 
-def ours(suite: LmSuite, model: ResolvedModel, root: Path) -> dict[tuple[str, str], float]:
+def ours(suite: LmEvalSuite, model: ResolvedModel, root: Path) -> dict[tuple[str, str], float]:
     """The mean of every task's metrics, in the first of lm-eval's ways to clean an answer."""
     evaluated = EvaluatedModel(
         label=model.name,

@@ -27,7 +27,7 @@ def facts() -> list[tuple[str, str]]:
     import psutil
     import torch
 
-    from harness.models.checkpoints import compute_dtype
+    from harness.runtime.device import compute_dtype
 
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _LIBRARIES)
     return [

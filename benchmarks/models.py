@@ -23,11 +23,13 @@ from fusion.modeling.heads import fused_forward
 from fusion.modeling.packing import Packing, attending_by_passage, check_packing, own_forward, packed_inputs
 from fusion.vocabulary.token_bytes import encode, prefix_id
 from harness.data.passages import Passages
+from harness.data.predictions import PredictionsReader
 from harness.data.sequences import IGNORED, PackedSequences, collate
 from harness.experiment.pipeline import TARGET, Experiment, loss_resources
-from harness.models.checkpoints import ResolvedModel, compute_dtype, load_model
+from harness.models.checkpoints import load_model
+from harness.models.resolution import ResolvedModel
+from harness.runtime.device import compute_dtype
 from harness.runtime.memory import PeakMemory, retain_heap
-from harness.stages.extraction import Extraction
 
 _KINDS = ("clm", "fusellm", "plain")
 _LAMBDA = 0.9
@@ -135,7 +137,7 @@ class Prepared:
     experiment: Experiment
     passages: Passages
     lesson: FusedLesson
-    extractions: dict[str, Extraction]
+    extractions: dict[str, PredictionsReader]
     rows: PackedSequences
 
 

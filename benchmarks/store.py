@@ -14,7 +14,7 @@ from benchmarks.material import SOURCE, TARGET, Material
 from benchmarks.page import Result
 from fusion.inference.top_k import TopKPredictions
 from fusion.types import Predictions
-from harness.stages.shards import Compression, Shard, write_shard
+from harness.data.shards import Compression, Shard, write_shard
 
 _CASES: tuple[tuple[str, str, Compression, float], ...] = (
     ("below 65,536 ids", TARGET, "none", 48.0),

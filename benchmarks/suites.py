@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
-from harness.models.checkpoints import ModelSpec, load_model, load_tokenizer, resolve
+from harness.models.checkpoints import load_model, load_tokenizer
+from harness.models.resolution import ModelSpec, resolve
 from harness.runtime.progress import notify
 
 GOALS = {"bbh": 3.0, "hellaswag": 2.0, "multipl_e": 3.0}
@@ -46,7 +47,8 @@ def cases(
     """BBH (all tasks without `bbh_tasks`), every commonsense task and MultiPL-E, `limit` rows a task or language."""
     from lm_eval.api.instance import Instance
 
-    from harness.evaluation.lm_eval.suites import Bbh, BbhConfig, Commonsense, LmEvalConfig
+    from harness.evaluation.lm_eval.suites import Bbh, BbhConfig, Commonsense
+    from harness.evaluation.lm_eval.task_suite import LmEvalConfig
     from harness.evaluation.multipl_e.code_suite import MultiplE, MultiplEConfig
 
     found = []

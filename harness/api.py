@@ -67,8 +67,8 @@ def evaluate(
     from harness.config.loading import suite_section
     from harness.evaluation import standalone
     from harness.evaluation.suite import suite
-    from harness.models.checkpoints import ModelSpec
-    from harness.runtime.distributed import usable_device
+    from harness.models.resolution import ModelSpec
+    from harness.runtime.device import usable_device
 
     settings: Mapping[str, Mapping[str, Any]] = suites if isinstance(suites, Mapping) else {name: {} for name in suites}
     folder = None if data_root is None else Path(data_root)

@@ -1,6 +1,7 @@
 """What a metric's stored numerator and denominator mean: the one place that turns them into the printed value."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -88,8 +89,25 @@ def metric_of(name: str) -> Metric:
 
 
 def measure(name: str) -> Metric:
-    """The metric that records call `name`, with `@k` at another k; one not registered is a score, higher is better."""
+    """The metric that records call `name`.
+
+    `NAME@K` is a registered metric at another k. `NAME:higher` and `NAME:lower` are means of arbitrary numbers of which
+    higher or lower ones are better. Any other name that is not registered is a score from 0 to 1.
+    """
     base, _, k = name.partition("@")
     if k.isdecimal() and base in METRICS:
         return METRICS[base].at(int(k))
+    base, _, direction = name.partition(",")[0].partition(":")
+    if direction in ("higher", "lower"):
+        label = name.replace(f":{direction}", "", 1)
+        return Metric(name, f"{label}, {direction} is better", direction == "higher", 1.0, 4, "example")
     return METRICS.get(name) or _score(name, f"{name}, percent")
+
+
+def comparable(metrics: Mapping[str, str]) -> list[dict[str, str]]:
+    """The metric of each task, in groups that one table can show: one direction, one scale, one kind of number."""
+    groups: dict[tuple[bool, float, bool], dict[str, str]] = {}
+    for task, name in metrics.items():
+        metric = measure(name)
+        groups.setdefault((metric.higher_is_better, metric.scale, metric.bounds is None), {})[task] = name
+    return list(groups.values())

@@ -8,6 +8,7 @@ import typer
 from fusion.errors import UserError
 from harness.cli.console import print_rows
 from harness.cli.options import DEFAULT_ROOT, FormatOption, Root
+from harness.store.paths import ARTIFACTS
 
 artifacts = typer.Typer(help="Artifacts below --root: list, verify, clean up.", no_args_is_help=True)
 
@@ -63,4 +64,4 @@ def _store(root: Path) -> Any:
 
     if not root.is_dir():  # a misspelt one would look like an empty one
         raise UserError(f"There is no folder {root}: give the --root that a run was given.")
-    return Store(root / "artifacts")
+    return Store(root / ARTIFACTS)

@@ -13,7 +13,7 @@ import typer
 from fusion.errors import UserError
 from harness.cli.console import print_rows
 from harness.cli.options import DEFAULT_ROOT, Root
-from harness.store.paths import SOURCE
+from harness.store.paths import SOURCE, TOOLCHAINS
 
 _NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numba")
 _LATER = ("lm-eval", "mergekit", "deepspeed")
@@ -38,7 +38,7 @@ def check(root: Path, *, gpu: bool) -> tuple[list[Row], bool]:
     import psutil
     import torch
 
-    from harness.models.checkpoints import compute_dtype
+    from harness.runtime.device import compute_dtype
 
     rows: list[Row] = [("Python", sys.version.split()[0], "yes" if sys.version_info >= (3, 11) else "no")]
     for name in (*_NEEDED, *_LATER):
@@ -53,7 +53,7 @@ def check(root: Path, *, gpu: bool) -> tuple[list[Row], bool]:
     rows.append(("computing precision on the CPU", compute_dtype("auto", "cpu"), "yes"))
     cuda = torch.cuda.is_available()
     rows.append(("CUDA devices", str(torch.cuda.device_count()) if cuda else "none", "yes" if cuda else "-"))
-    rows += _toolchains(root / "toolchains")
+    rows += _toolchains(root / TOOLCHAINS)
     if gpu:
         rows.append(_gpu_tests(cuda))
     return rows, not any(found == "no" for *_, found in rows)

@@ -7,6 +7,7 @@ import typer
 
 from harness.cli.console import print_rows, quiet_libraries
 from harness.cli.options import DEFAULT_ROOT, FormatOption, Root
+from harness.store.paths import MODELS
 
 models = typer.Typer(help="Models known by name: list, fetch, convert.", no_args_is_help=True)
 
@@ -14,9 +15,9 @@ models = typer.Typer(help="Models known by name: list, fetch, convert.", no_args
 @models.command("list")
 def model_list(form: FormatOption = None, root: Root = DEFAULT_ROOT) -> None:
     """The models known by name, and where each can be had."""
-    from harness.models.checkpoints import catalogue_rows
+    from harness.models.catalogue import catalogue_rows
 
-    rows = catalogue_rows(root / "models")
+    rows = catalogue_rows(root / MODELS)
     print_rows(list(rows[0]), [list(r.values()) for r in rows], form)
 
 
@@ -33,7 +34,7 @@ def model_fetch(
     from harness.models.download import fetch
 
     for name in names:
-        typer.echo(f"{name}: {fetch(name, root / 'models', revision=revision)}")
+        typer.echo(f"{name}: {fetch(name, root / MODELS, revision=revision)}")
 
 
 @models.command("convert")
@@ -47,4 +48,4 @@ def model_convert(
     from harness.models.convert import convert
     from harness.runtime.progress import notify
 
-    typer.echo(str(convert(path, out or root / "models" / path.stem, notify=notify)))
+    typer.echo(str(convert(path, out or root / MODELS / path.stem, notify=notify)))

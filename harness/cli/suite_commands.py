@@ -8,6 +8,7 @@ import typer
 from fusion.errors import UserError
 from harness.cli.console import print_rows, print_table, quiet_libraries
 from harness.cli.options import COMPUTING, DEFAULT_ROOT, FILES, FormatOption, Root, Unsafe
+from harness.store.paths import TOOLCHAINS
 
 multipl_e = typer.Typer(help="MultiPL-E: execute generated programs in the sandbox.", no_args_is_help=True)
 
@@ -56,7 +57,10 @@ def evaluate(
     form: FormatOption = None,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Measure one model on suites; what an earlier call finished is not computed again."""
+    """Measure one model on suites; what an earlier call finished is not computed again.
+
+    The exit status is 1 where nothing could be measured.
+    """
     if execute is not None:
         multipl_e_execute(execute, unsafe=unsafe, form=form, root=root)
         return
@@ -64,10 +68,10 @@ def evaluate(
         raise UserError("fusellm eval needs a model and --suite, or --execute with a file of completions.")
     quiet_libraries()
     from harness.evaluation import standalone
-    from harness.models.checkpoints import ModelSpec
+    from harness.models.resolution import ModelSpec
     from harness.reporting.export import write_evaluation
     from harness.reporting.runs import open_run
-    from harness.runtime.distributed import usable_device
+    from harness.runtime.device import usable_device
 
     common = {"limit": limit, "samples": samples, "seed": seed, "batch_size": batch_size}
     common |= {"execute": not generate_only, "sandbox": not unsafe}
@@ -76,13 +80,17 @@ def evaluate(
     )
     spec = ModelSpec(name=model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     folder = standalone.evaluate(spec, chosen, root, device=usable_device(device, dry=False))
-    for table in write_evaluation(open_run(folder)).values():
+    run = open_run(folder)
+    for table in write_evaluation(run).values():
         if table.columns or not generate_only:
             print_table(table, form)
     for line in standalone.generated(folder) if generate_only else []:
         typer.echo(line)
     if form is None:
         typer.echo(f"Tables and records: {folder}", err=True)
+    if run.records.empty and not generate_only:
+        typer.echo("fusellm: nothing was measured: every task was left out, for the reasons above.", err=True)
+        raise typer.Exit(1)
 
 
 @multipl_e.command("execute")
@@ -104,7 +112,7 @@ def multipl_e_execute(
     for problem in read_generations(generations):
         scores.pass_at_k(len(problem.programs), 0, k)  # too few samples should not be found out at the end
     done = execute.execute(
-        generations, out or execute.results_path(generations), cache=root / "toolchains", workers=workers, unsafe=unsafe
+        generations, out or execute.results_path(generations), cache=root / TOOLCHAINS, workers=workers, unsafe=unsafe
     )
     rows = scores.summary(scores.read_results(done.results), done.not_run, k)
     print_rows([column.format(k=k) for column in scores.COLUMNS], rows, form)

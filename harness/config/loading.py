@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fusion.errors import UserError, did_you_mean
 from harness.data.corpus import CorpusConfig
-from harness.models.checkpoints import DType
+from harness.runtime.device import DType
 from harness.store.paths import EXAMPLE_ROWS, PRESETS
 
 ALL = "all"

@@ -16,7 +16,7 @@ from fusion.losses.specs import Lesson
 from fusion.types import Predictions
 from fusion.vocabulary.token_bytes import Vocabulary, byte_ends, encode, prefix_id
 from harness.data.passages import Passages
-from harness.stages.extraction import Extraction
+from harness.data.predictions import PredictionsReader
 
 IGNORED = -100  # what the Trainer does not count as a token
 
@@ -61,7 +61,7 @@ class PackedSequences(Dataset[dict[str, np.ndarray]]):
         vocabulary: Vocabulary,
         sequence_length: int,
         lesson: Lesson | None = None,
-        extractions: Mapping[str, Extraction] = {},
+        extractions: Mapping[str, PredictionsReader] = {},
     ) -> None:
         self._passages = passages
         self._tokenizer = tokenizer

@@ -1,11 +1,11 @@
 """A corpus that every Python carries: the text of its own standard library, in three domains that differ strongly.
 
-`code`        the statements of a module, written out by `ast.unparse`: no comment and no docstring
+`code`        the statements of a module, written by `ast.unparse`: no comment and no docstring
 `docstrings`  the docstrings of a module, and nothing else of it
-`manual`      the language reference as `help()` shows it (`pydoc_data.topics`), a document a section
+`manual`      the language reference that `help()` shows (`pydoc_data.topics`), one document a section
 
 The same patch version of Python gives the same documents. Folders that some distributions leave out or change (`test`,
-`idlelib`, `distutils`, ...) are never read, so that a Python from a distribution gives nearly what the original gives.
+`idlelib`, `distutils`, ...) are not read, so that a distribution's Python gives nearly the same text as the original.
 """
 
 import ast
@@ -55,11 +55,11 @@ class LibraryDocument:
 def library_documents(
     max_bytes: int | None = None, *, max_document_bytes: int = MAX_DOCUMENT_BYTES, min_test: int = 20
 ) -> tuple[LibraryDocument, ...]:
-    """The documents of the running Python, by name, no two with the same text.
+    """The documents of the running Python, in order of their names, no two with the same text.
 
     About 80, 10 and 10 % of a domain are `train`, `validation` and `test`, by a hash of the name. `max_bytes` is the
-    size of each domain in bytes of UTF-8, shared out in the same way and overstepped by less than a document a split
-    (None: all there is, some 3.5 MB in all); which documents it keeps follows from their names, too.
+    size of each domain (bytes of UTF-8), divided in the same ratio and exceeded by less than a document a split.
+    Default: all text, some 3.5 MB. The choice of documents also follows from their names.
     Raises UserError where a domain has fewer than `min_test` test documents, or no validation or training document.
     """
     domains = {domain: _Domain(domain, max_bytes) for domain in DOMAINS}
@@ -113,7 +113,7 @@ def standard_library(name: str) -> StandardLibrary:
 
 
 class _Domain:
-    """Collects the documents of one domain until each split has its share of `max_bytes`."""
+    """Collects the documents of one domain until each split has its part of `max_bytes`."""
 
     def __init__(self, name: str, max_bytes: int | None) -> None:
         self.name = name
@@ -123,10 +123,11 @@ class _Domain:
 
     @property
     def full(self) -> bool:
+        """True if every split has its part."""
         return all(left <= 0 for left in self.left.values())
 
     def add(self, name: str, text: str) -> None:
-        """Takes the document, unless it is too short, has lone surrogates (no UTF-8), is there or its split is full."""
+        """Takes a document unless it is too short, a duplicate, not encodable as UTF-8, or its split is full."""
         name = f"{self.name}/{name}"
         split = _split(name)
         text = text.strip("\n") + "\n"
@@ -139,6 +140,7 @@ class _Domain:
             self.documents.append(LibraryDocument(name=name, domain=self.name, split=split, text=text))
 
     def check(self, min_test: int) -> None:
+        """Raises UserError where a split has too few documents."""
         count = Counter(document.split for document in self.documents)
         if count["test"] < min_test or not count["validation"] or not count["train"]:
             raise UserError(
@@ -158,7 +160,7 @@ def _split(name: str) -> Split:
 
 
 def _modules() -> Iterator[tuple[str, ast.Module]]:
-    """(path below the library, syntax tree) of every module, by hash of the path; parsed when it is asked for."""
+    """(path below the library, syntax tree) of every module, by hash of the path; parsed lazily."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = []
     for path in root.rglob("*.py"):
@@ -182,7 +184,7 @@ def _docstring_owners(
 
 
 def _docstrings(module: ast.Module, seen: set[str]) -> list[str]:
-    """The docstrings of a module in the order of `ast.walk`; those in `seen` are left out, the others join it."""
+    """The docstrings of a module in the order of `ast.walk`, without those in `seen`, to which they are added."""
     texts = dict.fromkeys(ast.get_docstring(node) or "" for node in _docstring_owners(module))
     fresh = [text for text in texts if text not in seen]
     seen.update(fresh)
@@ -190,7 +192,7 @@ def _docstrings(module: ast.Module, seen: set[str]) -> list[str]:
 
 
 def _statements(module: ast.Module) -> Iterator[str]:
-    """The module's statements without docstrings, which are taken out of `module` (it holds no comments)."""
+    """The source of the module's statements without docstrings, which are removed from `module` itself."""
     for node in _docstring_owners(module):
         del node.body[0]
         if not node.body and not isinstance(node, ast.Module):
@@ -201,7 +203,7 @@ def _statements(module: ast.Module) -> Iterator[str]:
 
 
 def _first_parts(parts: Iterable[str], between: str, max_bytes: int) -> str:
-    """The first parts, as many as fit whole; empty where the first one does not."""
+    """As many of the first parts as fit whole into `max_bytes`; empty where the first does not fit."""
     taken: list[str] = []
     size = 0
     for part in parts:
@@ -215,8 +217,8 @@ def _first_parts(parts: Iterable[str], between: str, max_bytes: int) -> str:
 def _manual(section_bytes: int) -> list[tuple[str, str]]:
     """(topic/number, text) of the language reference, by hash of the name, cut near `section_bytes`.
 
-    Topics overlap (`typesseq` has all of `typesmutable`): a paragraph is kept where it comes first, so that
-    no test document stands in a training document.
+    Topics overlap (`typesseq` contains all of `typesmutable`): a paragraph is kept only where it comes first, so that
+    no test document is contained in a training document.
     """
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics

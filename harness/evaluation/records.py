@@ -7,7 +7,7 @@ from pathlib import Path
 from harness.evaluation.suite import Suite, SuiteResult
 from harness.store.files import write_json
 from harness.store.fingerprint import fingerprint
-from harness.store.paths import SUITES_FILE
+from harness.store.paths import RECORDS, SUITES_FILE, place_of_artifact
 
 
 def write_records(
@@ -34,13 +34,13 @@ def write_records(
         "evaluations": result.fingerprints,
         "artifacts": places(result.artifacts),
     }
-    write(folder / "records" / file, records, provenance)
+    write(folder / RECORDS / file, records, provenance)
     return file
 
 
 def places(artifacts: Mapping[str, Path]) -> dict[str, str]:
     """Paths of artifacts relative to the root folder, for the provenance of records."""
-    return {name: path.relative_to(path.parents[2]).as_posix() for name, path in artifacts.items()}
+    return {name: place_of_artifact(path) for name, path in artifacts.items()}
 
 
 def note_suites(folder: Path, suites: Mapping[str, Suite], results: Mapping[str, Mapping[str, SuiteResult]]) -> None:

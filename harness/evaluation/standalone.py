@@ -9,13 +9,14 @@ from fusion.errors import UserError
 from harness.config.loading import load, suite_section
 from harness.evaluation.records import note_suites, write_records
 from harness.evaluation.suite import EvaluatedModel, Suite, SuiteResult, suite
-from harness.models.checkpoints import ModelSpec, compute_dtype, count_parameters, resolve
+from harness.models.resolution import ModelSpec, count_parameters, resolve
+from harness.runtime.device import compute_dtype
 from harness.runtime.progress import notify
 from harness.store.artifacts import Store
 from harness.store.costs import Costs
 from harness.store.files import write_json
 from harness.store.fingerprint import fingerprint
-from harness.store.paths import EVALUATIONS, RUN_FILE
+from harness.store.paths import ARTIFACTS, MODELS, RECORDS, RUN_FILE, evaluation_path, root_of_evaluation
 from harness.store.provenance import made_by
 from harness.store.run_files import read_run_file, record_hashes
 
@@ -75,7 +76,7 @@ def evaluate(
     spec: ModelSpec, suites: Mapping[str, Suite], root: Path, *, device: str, batch_tokens: int = 2048
 ) -> Path:
     """Measures one model on the suites; the folder with records and tables. What is there is not computed again."""
-    resolved = resolve(spec, root / "models")
+    resolved = resolve(spec, root / MODELS)
     dtype = compute_dtype(spec.dtype, device)
     evaluated = EvaluatedModel(
         label=resolved.name,
@@ -85,19 +86,19 @@ def evaluate(
         device=device,
         batch_tokens=batch_tokens,
         parameters=count_parameters(resolved.folder),
-        models_dir=root / "models",
+        models_dir=root / MODELS,
     )
     parts = {name: {"section": one.section.model_dump(mode="json"), **one.identity()} for name, one in suites.items()}
     identity = {"model": resolved.fingerprint, "dtype": dtype, "suites": parts}
-    folder = root / EVALUATIONS / resolved.name / fingerprint(identity)[:16]
-    (folder / "records").mkdir(parents=True, exist_ok=True)
+    folder = evaluation_path(root, resolved.name, fingerprint(identity))
+    (folder / RECORDS).mkdir(parents=True, exist_ok=True)
     costs = Costs(device)
-    plan = Store(root / "artifacts", dry=True)
+    plan = Store(root / ARTIFACTS, dry=True)
     for one in suites.values():
         one.measure(evaluated, plan, costs)
     # Known from the beginning, so that cleaning up spares what is under way.
     _describe(folder, identity, evaluated, plan, root, [])
-    store = Store(root / "artifacts", info={"configuration": identity})
+    store = Store(root / ARTIFACTS, info={"configuration": identity})
     files: list[str] = []
     results: dict[str, dict[str, SuiteResult]] = {}
     for name, one in suites.items():
@@ -142,6 +143,6 @@ def generated(folder: Path) -> list[str]:
     from harness.evaluation.multipl_e.code_suite import COMPLETIONS
 
     description = read_run_file(folder / RUN_FILE)
-    root = folder.parents[2]
+    root = root_of_evaluation(folder)
     files = (root / name / COMPLETIONS for name in description["artifacts"])
     return [str(path) for path in files if path.exists()]

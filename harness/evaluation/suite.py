@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict
 
 from fusion.errors import UserError, did_you_mean
 from fusion.registry import Registry
-from harness.models.checkpoints import ModelSpec, ResolvedModel, load_model, load_tokenizer, resolve
+from harness.models.checkpoints import load_model, load_tokenizer
+from harness.models.resolution import ModelSpec, ResolvedModel, resolve
 from harness.store.artifacts import Estimate, Spec, Store
 from harness.store.costs import Costs
 from harness.store.files import whole_lines, write_atomically
@@ -158,15 +159,22 @@ class Suite(Protocol):
         """Evaluates what is missing. Under a dry store only notes it, and must not open the candidate."""
 
 
-SUITES: Registry[type[Suite]] = Registry("suite", "fusellm.suites")
+SUITES: Registry[type[Suite]] = Registry(
+    "suite",
+    "fusellm.suites",
+    own={
+        "perplexity": "harness.evaluation.perplexity",
+        "bbh": "harness.evaluation.lm_eval.suites",
+        "commonsense": "harness.evaluation.lm_eval.suites",
+        "generative": "harness.evaluation.lm_eval.suites",
+        "lm_eval": "harness.evaluation.lm_eval.suites",
+        "multipl_e": "harness.evaluation.multipl_e.code_suite",
+    },
+)
 
 
 def suite(name: str) -> type[Suite]:
-    """The registered suite of that name; imports the ones that come with the project first."""
-    import harness.evaluation.lm_eval.suites
-    import harness.evaluation.multipl_e.code_suite
-    import harness.evaluation.perplexity  # noqa: F401  they register themselves
-
+    """The registered suite of that name. Raises UserError with the nearest spelling where there is none."""
     return SUITES.get(name)
 
 

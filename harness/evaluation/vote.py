@@ -1,4 +1,4 @@
-"""Votes over answers: of what several models answered to an example, the answer with the greatest weight counts."""
+"""Majority votes over the answers of several models: the answer with the greatest total weight counts."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,16 +13,17 @@ Answers = Callable[[Line], Mapping[str, Any]]
 
 
 def choices(line: Line) -> dict[str, Any]:
-    """The choice by each of lm-eval's metrics that choose one: the likeliest, as it is and by its length."""
+    """The chosen option by metric: the likeliest one (acc), and the likeliest one a byte of its text (acc_norm)."""
     log_p = [answer[0] for answer in line["answer"]]
     by_length = [p / max(len(choice), 1) for p, choice in zip(log_p, line["choices"], strict=True)]
     return {"acc": log_p.index(max(log_p)), "acc_norm": by_length.index(max(by_length))}
 
 
 def voted(task: str, members: Sequence[tuple[Sequence[Line], float]], answers: Answers) -> Iterator[Example]:
-    """By example and metric, the score of the answer with the greatest weight behind it.
+    """The score, by example and metric, of the answer with the greatest total weight.
 
-    Where several have it: what a draw among them gives on average. `members`: their lines and weights.
+    Where several answers tie, it is the mean of their scores. `members` are the stored lines of each model, and its
+    weight.
     """
     by_example = [({line["example"]: line for line in lines}, weight) for lines, weight in members]
     for example in sorted(by_example[0][0], key=str):

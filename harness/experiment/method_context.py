@@ -12,7 +12,8 @@ from fusion.losses.specs import Learning
 from harness.config.loading import PerplexityConfig
 from harness.evaluation import bits_per_byte
 from harness.experiment.pipeline import TARGET, Experiment, evaluated_model, predict, train
-from harness.models.checkpoints import ModelSpec, find_entry, is_hub_id
+from harness.models.catalogue import find_entry, is_hub_id
+from harness.models.resolution import ModelSpec
 from harness.runtime.progress import track
 from harness.store.artifacts import Estimate, Spec
 from harness.store.fingerprint import fingerprint, plain_json

@@ -15,19 +15,22 @@ from fusion.losses.specs import Learning, Material, Needs
 from fusion.vocabulary.token_bytes import Vocabulary, encode_alike, same_ids
 from harness.config.loading import Config
 from harness.data.passages import Passages
+from harness.data.predictions import PredictionsReader
+from harness.data.shards import position_bytes
 from harness.evaluation import bits_per_byte
 from harness.evaluation.joint_model import joint_subject
 from harness.evaluation.suite import EvaluatedModel, Suite, suite
 from harness.experiment.corpora import Corpora
 from harness.experiment.model_pool import ModelPool
-from harness.models.checkpoints import ResolvedModel, load_config, load_tokenizer
+from harness.models.checkpoints import load_config, load_tokenizer
+from harness.models.resolution import ResolvedModel
 from harness.runtime import distributed
-from harness.stages.extraction import Extraction, extraction_spec, make_extraction
+from harness.stages.extraction import extraction_spec, make_extraction
 from harness.stages.loss_resources import TARGET, LossInputs, check_stored, load_resources, open_predictions
-from harness.stages.shards import position_bytes
-from harness.stages.training import MODEL_FOLDER, HeldOutCurve, Training, make_training, model_card
+from harness.stages.training import HeldOutCurve, Training, make_training, model_card
 from harness.stages.vocabulary_maps import make_map, map_spec
 from harness.store.artifacts import Spec
+from harness.store.paths import MODEL_FOLDER
 from harness.store.workspace import Workspace, open_workspace
 
 if TYPE_CHECKING:
@@ -82,10 +85,10 @@ def predict(experiment: Experiment, role: str) -> tuple[Spec, Path]:
     return spec, path
 
 
-def read_predictions(experiment: Experiment, role: str, temperature: float = 1.0) -> Extraction:
+def read_predictions(experiment: Experiment, role: str, temperature: float = 1.0) -> PredictionsReader:
     """The predictions of a role's model, passage by passage; made where they are not there."""
     passages = Passages(experiment.corpora.passages[1])
-    return Extraction(predict(experiment, role)[1], passages, *experiment.models.tokenizer(role), temperature)
+    return PredictionsReader(predict(experiment, role)[1], passages, *experiment.models.tokenizer(role), temperature)
 
 
 def vocabulary_map(
@@ -126,7 +129,7 @@ def loss_inputs(experiment: Experiment, label: str, needs: Needs) -> LossInputs:
     )
 
 
-def loss_resources(experiment: Experiment, label: str, needs: Needs) -> tuple[Material, dict[str, Extraction]]:
+def loss_resources(experiment: Experiment, label: str, needs: Needs) -> tuple[Material, dict[str, PredictionsReader]]:
     """What a loss is bound to (vocabularies and maps), and the predictions that its features are computed from."""
     inputs, tokenizer_of = loss_inputs(experiment, label, needs), experiment.models.tokenizer
     passages = Passages(experiment.corpora.passages[1])
@@ -166,7 +169,7 @@ def train(
         experiment.workspace,
         training,
         models.tokenizer,
-        card=partial(model_card, label, config=config),
+        card=partial(model_card, label, config=config, base=models.base(TARGET)),
         parameters=models.size(TARGET).parameters,
         teacher_parameters={name: models.size(name).parameters for name in needs.models},
         corpus_bytes=corpora.n_bytes,

@@ -22,14 +22,14 @@ from harness.runtime import distributed
 from harness.stages.training_log import tokens_seen
 from harness.store.artifacts import read_manifest
 from harness.store.files import exclusive_lock, write_json
-from harness.store.paths import PLAN_FILE, RUN_FILE, RUNS
+from harness.store.paths import PLAN_FILE, RECORDS, RUN_FILE, run_path
 from harness.store.provenance import made_by
 from harness.store.run_files import read_run_file, record_hashes
 
 
 def run_folder(experiment: Experiment, root: Path) -> Path:
     config = experiment.config
-    return root / RUNS / config.experiment / config.profile / run_fingerprint(experiment)[:16]
+    return run_path(root, config.experiment, config.profile, run_fingerprint(experiment))
 
 
 def run(config: Config, root: Path) -> Path:
@@ -51,7 +51,7 @@ def run(config: Config, root: Path) -> Path:
         for row in candidates(experiment):
             evaluate(experiment, evaluated_model(experiment, row.label, row.candidate, row.role))
         return folder
-    (folder / "records").mkdir(parents=True, exist_ok=True)
+    (folder / RECORDS).mkdir(parents=True, exist_ok=True)
     # What the plan has not asked for, naming the run has (the passages, where nothing is trained).
     artifacts = {str(p.path.relative_to(root)) for p in [*planned, *experiment.workspace.store.planned.values()]}
     with exclusive_lock(folder / ".lock", f"run {folder.name}"):
@@ -142,7 +142,7 @@ def _record(config: Config, row: Row, evaluation: str, measured: Path, folder: P
         "method": config.methods[row.label],
         "artifacts": places({bits_per_byte.SUITE: measured}),
     }
-    write(folder / "records" / name, records, provenance)
+    write(folder / RECORDS / name, records, provenance)
     return name
 
 

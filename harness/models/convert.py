@@ -1,12 +1,11 @@
-"""Makes a model folder (safetensors, fast tokenizer, manifest) of a GGUF file or a pickle checkpoint, once.
+"""Converts a GGUF file or a pickle checkpoint to a model folder (safetensors, fast tokenizer, manifest), once.
 
-Nothing is executed: GGUF is data, and pickles are read by the weights-only loader, which builds tensors and nothing
-else. What was written is loaded afresh and compared before it gets its name, so a folder
-that exists is whole and right.
+No code of the model is executed: GGUF is data, and pickles are read by the weights-only loader, which only builds
+tensors. The result is loaded again and compared with the original before it gets its name, so that a folder that exists
+is complete and equal to the original.
 """
 
 import gc
-import importlib.metadata
 import json
 import pickle
 import shutil
@@ -16,17 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
 from fusion.modeling.loading import check_loading
-from harness.models.checkpoints import (
-    MANIFEST,
-    PICKLE_FILES,
-    SLOW_TOKENIZER_FILES,
-    ModelSpec,
-    ResolvedModel,
-    check_config_file,
-    load_model,
-    load_tokenizer,
-    read_manifest,
-)
+from harness.models.checkpoints import load_model, load_tokenizer
+from harness.models.manifest import read_model_manifest, write_model_manifest
+from harness.models.resolution import PICKLE_FILES, SLOW_TOKENIZER_FILES, ModelSpec, ResolvedModel, check_config_file
 from harness.store.files import disk_errors, write_atomically
 from harness.store.fingerprint import file_sha256
 
@@ -34,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 
 # Texts on which tokenizers that look alike come apart: spaces at both ends, runs of spaces and line ends, digits,
 # scripts with and without spaces, combining marks, joined emoji, compatibility characters, control characters.
@@ -63,13 +54,15 @@ _DIGITS_THEN_GPT2_SPLIT = {"smollm", "starcoder", "refact", "command-r", "codesh
 
 
 def convert(
-    path: Path, out: Path, *, source: Mapping[str, Any] | None = None, licence: str = "", notify: Say | None = None
+    path: Path, out: Path, *, source: Mapping[str, Any] | None = None, licence: str = "", notify: Notify | None = None
 ) -> Path:
     """Converts a .gguf file or a checkpoint folder to the model folder `out`, and returns `out`.
 
-    GGUF is de-quantised to float32; 16-bit floats are stored where they hold every weight exactly. A pickle keeps its
-    dtype. Logits are those of the original. `source` replaces what the manifest says of the origin. Raises
-    UserError when `out` is taken by another model, or the original cannot be reproduced exactly.
+    GGUF is de-quantised to float32, and stored as 16-bit floats where these hold every weight exactly. A pickle keeps
+    its dtype. The logits are those of the original. `source` replaces the description of the origin in the manifest.
+
+    Raises:
+        UserError: `out` holds another model, or the original cannot be reproduced exactly.
     """
     from filelock import FileLock
 
@@ -83,7 +76,7 @@ def convert(
         if source is None:
             source = _describe(path, is_gguf)
         if out.exists():
-            if read_manifest(out).get("source") == dict(source):
+            if read_model_manifest(out).get("source") == dict(source):
                 tell(f"{out} is there already.")
                 return out
             raise UserError(f"{out} exists already and holds something else: choose another name, or delete it.")
@@ -98,26 +91,11 @@ def convert(
                 else:
                     tell(f"Converting {path} to safetensors ...")
                     _convert_folder(path, beside)
-            write_manifest(beside, source=source, licence=licence)
+            write_model_manifest(beside, source=source, licence=licence)
             beside.rename(out)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     return out
-
-
-def write_manifest(folder: Path, *, source: Mapping[str, Any], licence: str) -> None:
-    """Writes where a model is from, under which licence, what made the folder, and the SHA-256 of each file in it."""
-    manifest = {
-        "source": dict(source),
-        "licence": licence,
-        "made_by": {name: importlib.metadata.version(name) for name in ("fusellm-harness", "transformers", "torch")},
-        "files": {
-            file.relative_to(folder).as_posix(): file_sha256(file)
-            for file in sorted(folder.rglob("*"))
-            if file.is_file() and file.name != MANIFEST
-        },
-    }
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
 def _describe(path: Path, is_gguf: bool) -> dict[str, Any]:
@@ -150,7 +128,7 @@ def _convert_gguf(path: Path, out: Path) -> None:
 
 
 def _gguf_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
-    """The tokenizer that a GGUF file describes, with the split before merging that it names."""
+    """The tokenizer that a GGUF file describes, with the pre-tokenizer that it names."""
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
@@ -181,11 +159,11 @@ def _gguf_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
             )
     elif kind == "llama":
         _spell_spaces_exactly(tokenizer, prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", True)))
-    return _only_what_the_file_says(tokenizer, metadata)
+    return _without_default_tokens(tokenizer, metadata)
 
 
-def _only_what_the_file_says(tokenizer: "PreTrainedTokenizerFast", metadata: Mapping[str, Any]) -> Any:
-    """Without the tokens and roles that the library's class adds by default: they have no embedding, or no meaning."""
+def _without_default_tokens(tokenizer: "PreTrainedTokenizerFast", metadata: Mapping[str, Any]) -> Any:
+    """Removes the tokens and roles that the library's class adds by default, which the model does not have."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -202,7 +180,7 @@ def _only_what_the_file_says(tokenizer: "PreTrainedTokenizerFast", metadata: Map
 
 
 def _spell_spaces_exactly(tokenizer: "PreTrainedTokenizerFast", *, prefix: bool) -> None:
-    """Writes spaces as SentencePiece does: Metaspace drops the space before text that begins with one."""
+    """Writes spaces as SentencePiece does: Metaspace drops the space before a text that begins with one."""
     from tokenizers import normalizers, pre_tokenizers
 
     backend = tokenizer.backend_tokenizer
@@ -245,7 +223,7 @@ def _unsafe(folder: Path) -> UserError:
 
 
 def _pickle_dtype(folder: Path) -> "torch.dtype":
-    """The one float type of the checkpoint; float32 where there are several. config.json may say another."""
+    """The float type of the checkpoint, which config.json may state wrongly; float32 where there are several."""
     import torch
 
     found = set()
@@ -262,7 +240,7 @@ def _pickle_dtype(folder: Path) -> "torch.dtype":
 
 
 def _folder_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
-    """The folder's fast tokenizer, or one made of its slow one that splits every sample as the slow one does."""
+    """The folder's fast tokenizer, or one made from its slow one that splits every sample equally."""
     if (folder / "tokenizer.json").is_file():
         return load_tokenizer(_as_resolved(folder))
     passages = sorted(folder.glob("*.model"))
@@ -307,7 +285,7 @@ def _as_resolved(folder: Path) -> ResolvedModel:
 
 
 def _exact_dtype(model: "PreTrainedModel") -> "torch.dtype":
-    """The smallest float type that holds every weight as it is."""
+    """The smallest float type that holds every weight exactly."""
     import torch
 
     weights = list(model.state_dict().values())
@@ -327,9 +305,9 @@ def _logits(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> "
 
 
 def _save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", out: Path) -> None:
-    """Saves, loads afresh and compares: tokens of every sample, special tokens, weights (exactly) and logits.
+    """Saves the model, loads it again and compares tokens of every sample, special tokens, weights and logits.
 
-    The loaded model is given up half-way, so that one copy at a time is in memory.
+    The original is freed half-way, so that one copy at a time is in memory. Raises UserError for any difference.
     """
     import torch
     from safetensors import safe_open

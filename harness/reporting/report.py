@@ -17,6 +17,7 @@ from harness.reporting.tables import held_out_table, run_table, suite_tables
 from harness.store.artifacts import read_manifest
 from harness.store.files import write_atomically
 from harness.store.fingerprint import canonical
+from harness.store.paths import RECORDS, root_of_run
 from results.report import Answer, Asked, Cost, Entry, Figure, RunPage, Task, findings, page
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def read(run: Run, *, examples: int) -> RunPage:
     description, configuration = run.description, run.configuration
     artifacts = description.get("artifacts", [])
     main = run_table(run)
-    root = run.folder.resolve().parents[3]
+    root = root_of_run(run.folder)
     manifests = {m["fingerprint"]: (path, m) for path, m in _manifests(root, artifacts)}
     order = list(run.methods)
     evaluated = sorted(
@@ -111,7 +112,7 @@ def _evaluated(folder: Path, files: Mapping[str, str]) -> Iterator[_Evaluated]:
     import pyarrow.parquet as pq
 
     for name in sorted(files):
-        path = folder / "records" / name
+        path = folder / RECORDS / name
         if path.suffix != ".parquet" or not path.exists():
             continue
         beside = path.with_suffix(".json")
@@ -175,16 +176,17 @@ def _tasks(
 
 def _answers(manifests: _Manifests, fingerprint: str, metric: str) -> Iterator[tuple[str, str, str, Answer]]:
     """Example, prompt, target and answer from a suite's artifact; nothing where it keeps none in a form known here."""
-    from harness.evaluation.lm_eval import suites
+    from harness.evaluation.lm_eval.examples import EXAMPLES
     from harness.evaluation.multipl_e import code_suite
+    from harness.evaluation.suite import read_lines
 
     path, _ = manifests[fingerprint]
-    if (path / suites.EXAMPLES).exists():
-        for line in suites.read_lines(path / suites.EXAMPLES):
+    if (path / EXAMPLES).exists():
+        for line in read_lines(path / EXAMPLES):
             if metric in line["scores"]:
                 yield str(line["example"]), *_of_lm_eval(line, metric)
     elif (path / code_suite.RESULTS).exists():
-        for line in suites.read_lines(path / code_suite.RESULTS):
+        for line in read_lines(path / code_suite.RESULTS):
             passing = [bool(r["strict"] if metric == "passed" else r["exit_code"] == 0) for r in line["results"]]
             first = line["results"][0]
             text = f"{first['program'].removeprefix(line['prompt']).removesuffix(line['tests']).strip()}"

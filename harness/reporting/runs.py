@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UnknownName, UserError
 from harness.store.fingerprint import file_sha256
-from harness.store.paths import PRESETS, RUN_FILE, RUNS, SUITES_FILE
+from harness.store.paths import PRESETS, RECORDS, RUN_FILE, RUNS, SUITES_FILE, experiment_of
 from harness.store.run_files import read_run_file
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def open_run(folder: Path) -> Run:
         raise UserError(f"{folder} was made by another version of fusellm-harness: run the experiment again.")
     paths = []
     for name, sha256 in sorted(hashes.items()):
-        path = folder / "records" / name
+        path = folder / RECORDS / name
         records = path.with_suffix(".parquet")  # its provenance lies beside it
         if not records.exists():
             continue
@@ -153,7 +153,7 @@ def run_folder(root: Path, name: str, profile: str | None) -> Path:
 
 def newest_runs(root: Path, profile: str | None) -> list[Path]:
     """The folder of the newest finished run of every experiment. Raises UserError when there is none at all."""
-    names = sorted({path.parents[2].name for path in (root / RUNS).glob(f"*/{profile or '*'}/*/{RUN_FILE}")})
+    names = sorted({experiment_of(path) for path in (root / RUNS).glob(f"*/{profile or '*'}/*/{RUN_FILE}")})
     if not names:
         raise no_runs(root)
     return [find_run(root, name, profile) for name in names]

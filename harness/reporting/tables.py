@@ -1,6 +1,6 @@
 """The tables of finished runs: every table that the harness prints or writes is built here, from records alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,15 +134,21 @@ def printed_tables(run: Run, *, reference: str | None = None, with_paper: bool =
 def suite_tables(run: Run) -> "dict[str, Table]":
     """The table of every suite that the run measured: a row a method, a column a task, and their average.
 
-    Where there are many tasks they are the rows. Averages are compared with those of the run's reference row.
+    Where there are many tasks they are the rows. Averages are compared with those of the run's reference row. A suite
+    whose metrics have no common average, since they differ in direction or scale, has a table for each kind, of which
+    those after the first are called SUITE-2, SUITE-3 and so on.
     """
     records = run.records
     final = records[records["tokens"].isna() & records["method"].isin(list(run.methods))]
-    return {name: _suite_table(run, name, noted, final[final["suite"] == name]) for name, noted in run.suites.items()}
+    return {
+        name if number == 1 else f"{name}-{number}": table
+        for name, noted in run.suites.items()
+        for number, table in enumerate(_tables_of_suite(run, name, noted, final[final["suite"] == name]), 1)
+    }
 
 
-def _suite_table(run: Run, suite: str, noted: Mapping[str, Any], records: "pd.DataFrame") -> "Table":
-    from results.metrics import measure
+def _tables_of_suite(run: Run, suite: str, noted: Mapping[str, Any], records: "pd.DataFrame") -> "Iterator[Table]":
+    from results.metrics import comparable, measure
     from results.table import Table
     from results.tables import suite_table, transposed
 
@@ -159,13 +165,15 @@ def _suite_table(run: Run, suite: str, noted: Mapping[str, Any], records: "pd.Da
         if task not in shown:
             why = sorted({reasons[task] for reasons in noted["missing"].values() if task in reasons}) or ["not run"]
             notes.append(f"Left out, also of the average: {task}: {'; '.join(why)}.")
-    labels = dict.fromkeys(measure(metric).label for metric in shown.values())
-    title = f"{run.title}: {suite} ({'; '.join(labels)})"
     if not shown:
-        return Table(title, tuple(rows), (), ((),) * len(rows), True, 2, banner=run.banner, notes=tuple(notes))
+        title = f"{run.title}: {suite}"
+        yield Table(title, tuple(rows), (), ((),) * len(rows), True, 2, banner=run.banner, notes=tuple(notes))
     reasons = {key: reason for key, reason in run.reasons.items() if key[1] == suite}
-    table = suite_table(
-        records, rows, shown, run.reference, suite=suite, title=title, banner=run.banner, reasons=reasons
-    )
-    table = replace(table, notes=(*table.notes, *notes))
-    return transposed(table) if len(shown) > _MANY else table
+    for group in comparable(shown):
+        labels = dict.fromkeys(measure(metric).label for metric in group.values())
+        title = f"{run.title}: {suite} ({'; '.join(labels)})"
+        table = suite_table(
+            records, rows, group, run.reference, suite=suite, title=title, banner=run.banner, reasons=reasons
+        )
+        table = replace(table, notes=(*table.notes, *notes))
+        yield transposed(table) if len(group) > _MANY else table

@@ -1,8 +1,8 @@
 """Several processes as one run: torchrun or deepspeed starts one for each GPU and numbers them in the environment.
 
-All ranks walk through the same stages. What is made by one process alone (passages, maps, evaluations, records, tables)
-the first rank makes, and the others sleep until it is there: they watch the file system, since no collective call is
-meant to be waited in for hours. What is made together (a training) they enter together. Only the first rank speaks.
+All ranks go through the same stages. What one process makes (passages, maps, evaluations, records, tables) is made by
+rank 0, and the others watch the file system until it exists, since collective calls are not made to be waited in for
+hours. A training is entered by all ranks together. Only rank 0 prints messages.
 """
 
 import os
@@ -12,7 +12,6 @@ from datetime import timedelta
 from typing import Any
 
 from fusion.errors import UserError
-from harness.runtime.memory import retain_heap
 
 COMMAND = "torchrun --nproc_per_node N -m harness experiment run ..."
 _PATIENCE = timedelta(days=7)  # a rank that is gone is noticed by the launcher; one that is busy is waited for
@@ -22,27 +21,30 @@ _GRACE = 10.0  # seconds in which a launcher has ended all other ranks after one
 
 
 def launched() -> bool:
-    """Whether a launcher started this process, be it as the only rank."""
+    """True if a launcher started this process, even as the only rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def world_size() -> int:
-    """How many ranks there are."""
+    """The number of ranks."""
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
 def local_rank() -> int:
-    """Which of this machine's ranks this is, and so which of its GPUs is its own."""
+    """The number of this rank among those of this machine, and so of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0")) if launched() else 0
 
 
 def is_main_process() -> bool:
-    """Whether this is rank 0 of all: the one that makes what is not distributed, and that speaks."""
+    """True for rank 0 of all, which makes everything that is not distributed and prints messages."""
     return not launched() or int(os.environ["RANK"]) == 0
 
 
 def initialize(device: str) -> None:
-    """Connects the ranks; does nothing where there is no launcher. Raises UserError for a launcher that only began."""
+    """Connects the ranks on `device`; does nothing without a launcher.
+
+    Raises UserError where a launcher has started several processes without numbering them.
+    """
     if not launched():
         # What `accelerate launch --cpu --num_processes 2` does: one process, as if it were all.
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 or {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= os.environ.keys():
@@ -67,7 +69,7 @@ def check_world(size: int, seen_by: str) -> None:
 
 
 def micro_batches(global_batch_size: int, micro_batch_size: int) -> int:
-    """How often a rank reads `micro_batch_size` rows in one optimiser step. Raises UserError for a remainder."""
+    """The number of micro-batches of a rank in one optimiser step. Raises UserError for a remainder."""
     if global_batch_size % (world_size() * micro_batch_size):
         raise UserError(
             f"training.global_batch_size = {global_batch_size} is no multiple of {world_size()} ranks with "
@@ -77,7 +79,7 @@ def micro_batches(global_batch_size: int, micro_batch_size: int) -> int:
 
 
 def broadcast(number: int) -> int:
-    """The first rank's number, on all ranks: to be called by all of them."""
+    """Rank 0's number, on all ranks; a collective call."""
     if world_size() == 1:
         return number
     import torch
@@ -88,38 +90,16 @@ def broadcast(number: int) -> int:
 
 
 def wait_until(there: Callable[[], bool]) -> None:
-    """Sleeps until `there` answers yes; when that cannot come true any more, the launcher ends this rank."""
+    """Sleeps until the condition is true; when it cannot become true any more, the launcher ends this rank."""
     while not there():
         time.sleep(_POLL)
 
 
 def report_root_cause(understood: bool) -> None:
-    """To be called by a rank that has failed, before it says so.
+    """Delays the error message of a failed rank, so that the launcher shows the message of the rank that failed first.
 
-    Often it has failed because another has, or as all do. The rank with the better explanation says it and goes, and
-    the launcher ends the rest in their sleep: the first rank that knows what is wrong, then any other that knows.
+    A rank often fails because another has failed. The rank with the better explanation reports it and exits, and the
+    launcher ends the others while they sleep: first rank 0 if its error is understood, then any other whose error is.
     """
     if world_size() > 1 and not (understood and is_main_process()):
         time.sleep(_GRACE if understood else 2 * _GRACE)
-
-
-def usable_device(device: str, *, dry: bool) -> str:
-    """The device of this process, ready to use, by the configuration's word for it. UserError where there is none."""
-    import torch
-
-    if device != "cpu" and torch.cuda.is_available():
-        n, own = torch.cuda.device_count(), local_rank()
-        if own >= n:
-            raise UserError(f"This machine has {n} CUDA devices, but its rank {own} needs one more: start {n} ranks.")
-        if n > 1 and not launched() and not dry:
-            raise UserError(
-                f"A process uses one GPU and {n} are visible: start one for each with {COMMAND}, or set "
-                "CUDA_VISIBLE_DEVICES to one of them."
-            )
-        return f"cuda:{own}" if launched() else "cuda"
-    if device == "cuda":
-        raise UserError("device is cuda, but this machine has no CUDA device that torch can use: set device=cpu.")
-    # DeepSpeed would look for an accelerator by itself and warn on standard output, where tables go.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    retain_heap()
-    return "cpu"

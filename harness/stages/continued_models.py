@@ -5,7 +5,8 @@ from pathlib import Path
 from fusion.vocabulary.token_bytes import Vocabulary
 from harness.config.loading import TrainingConfig
 from harness.data.passages import Passages
-from harness.models.checkpoints import ResolvedModel, load_config, load_model, load_tokenizer
+from harness.models.checkpoints import load_config, load_model, load_tokenizer
+from harness.models.resolution import ResolvedModel
 from harness.stages import training
 from harness.stages.training import initial_device, settings_identity, train_on_passages
 from harness.store.artifacts import Spec

@@ -13,8 +13,8 @@ from fusion.losses.specs import Material, Needs
 from fusion.vocabulary.token_bytes import Vocabulary
 from harness.config.loading import ExtractionConfig
 from harness.data.passages import Passages
-from harness.models.checkpoints import ResolvedModel
-from harness.stages.extraction import Extraction
+from harness.data.predictions import PredictionsReader
+from harness.models.resolution import ResolvedModel
 from harness.stages.vocabulary_maps import read_map
 from harness.store.artifacts import Spec
 
@@ -74,9 +74,9 @@ def load_resources(needs: Needs, inputs: LossInputs, tokenizer_of: TokenizerOf) 
 
 def open_predictions(
     needs: Needs, inputs: LossInputs, passages: Passages, tokenizer_of: TokenizerOf
-) -> dict[str, Extraction]:
+) -> dict[str, PredictionsReader]:
     """Readers of the stored predictions that a loss requires, by role, at its temperature and k."""
     return {
-        name: Extraction(folder, passages, *tokenizer_of(name), needs.temperature, needs.k)
+        name: PredictionsReader(folder, passages, *tokenizer_of(name), needs.temperature, needs.k)
         for name, (_, folder) in inputs.predictions.items()
     }

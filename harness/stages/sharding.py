@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError, did_you_mean
-from harness.models.checkpoints import json_object
 from harness.runtime import distributed
+from harness.store.files import read_json_object
 from harness.store.paths import PRESETS
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def zero_config(name: str) -> dict[str, Any]:
             f"training.deepspeed = {name!r} is no JSON file and none of {', '.join(shipped)}"
             f"{did_you_mean(name, shipped)}: correct it."
         )
-    config = json_object(Path(str(file)), "correct it, or training.deepspeed")
+    config = read_json_object(Path(str(file)), "correct it, or training.deepspeed")
     zero = config.get("zero_optimization")
     if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
         raise UserError(f"{file} does not say which stage of ZeRO it is: set zero_optimization.stage to 1, 2 or 3.")

@@ -28,15 +28,15 @@ from fusion.modeling.heads import fused_forward, split
 from fusion.modeling.packing import Packing, attending_by_passage, check_packing
 from harness.config.loading import TrainingConfig
 from harness.data.sequences import PackedSequences, collate
-from harness.models.checkpoints import compute_dtype
 from harness.runtime import distributed
+from harness.runtime.device import compute_dtype
 from harness.runtime.progress import notify, track
 from harness.stages.sharding import release, whole_weights, without_own_ops, zero_config
 from harness.stages.training_log import CURVE_FILE, LOG_FILE
 from harness.store.files import read_json, write_atomically, write_json
 from harness.store.fingerprint import file_sha256
+from harness.store.paths import MODEL_FOLDER
 
-MODEL_FOLDER = "model"
 _COMPLETE = "complete"
 
 

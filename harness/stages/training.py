@@ -14,9 +14,12 @@ from fusion.losses.specs import Learning, Lesson, Needs
 from fusion.vocabulary.token_bytes import Vocabulary
 from harness.config.loading import Config, TrainingConfig
 from harness.data.passages import Passages
-from harness.models.checkpoints import ResolvedModel, compute_dtype, find_entry, is_hub_id, load_model
+from harness.data.predictions import PredictionsReader
+from harness.models.card import card_metadata
+from harness.models.checkpoints import load_model
+from harness.models.resolution import ResolvedModel
 from harness.runtime import distributed
-from harness.stages.extraction import Extraction
+from harness.runtime.device import compute_dtype
 from harness.stages.loss_resources import TARGET, LossInputs, TokenizerOf, load_resources, open_predictions
 from harness.stages.sharding import zero_config
 from harness.store.artifacts import Estimate, Spec
@@ -30,8 +33,6 @@ if TYPE_CHECKING:
     from harness.stages.trainer import Curve
 
 VERSION = 4
-MODEL_FOLDER = "model"
-"""Where the checkpoint lies in the artifact of a training."""
 _NO_EFFECT = {"workers", "micro_batch_size", "save_every", "dtype"}
 """Settings that do not change the weights, and the precision, which is made definite."""
 
@@ -65,7 +66,7 @@ def train_on_passages(
     card: str,
     lam: float = 1.0,
     lesson: Lesson | None = None,
-    predictions: Mapping[str, Extraction] = {},
+    predictions: Mapping[str, PredictionsReader] = {},
     load_teachers: Callable[[], "Mapping[str, PreTrainedModel]"] = dict,
     curve: "Curve | None" = None,
 ) -> None:
@@ -210,20 +211,14 @@ def make_training(
     return spec, workspace.store.ensure(spec, build, estimate, on_all_ranks=True)
 
 
-def model_card(label: str, spec: Spec, config: Config) -> str:
-    """The model card (README.md) of a trained row: what it was made from, and the resolved configuration.
-
-    `base_model` is named where the target has a hub id; a model that is not on the hub has none to name.
-    """
+def model_card(label: str, spec: Spec, config: Config, base: ResolvedModel) -> str:
+    """The model card (README.md) of a row trained from `base`: metadata, what it was made from, the configuration."""
     import yaml
 
-    target = config.roles.target.model
-    entry = find_entry(target)
-    hub_id = entry[1].hub if entry else target if is_hub_id(target) and not Path(target).exists() else None
     configuration = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     return (
-        "---\n" + (f"base_model: {hub_id}\n" if hub_id else "") + f"library_name: transformers\n---\n\n"
-        f"# {label}\n\n`{target}` trained by `fusellm-harness`, experiment "
+        card_metadata(base, corpus=config.corpus.path, tags=["knowledge-fusion"])
+        + f"\n# {label}\n\n`{config.roles.target.model}` trained by `fusellm-harness`, experiment "
         f"`{config.experiment}`, profile `{config.profile}`; artifact `{spec.fingerprint}`.\n"
         + (f"\n**{config.banner}**\n" if config.banner else "")
         + f"\n## Made from\n\n```json\n{canonical(spec.identity())}\n```\n"

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import numpy as np
 
 from fusion.vocabulary.token_bytes import Vocabulary, encode
-from harness.models.checkpoints import ResolvedModel
+from harness.data.predictions import PredictionsReader
+from harness.models.resolution import ResolvedModel
 from harness.runtime.progress import track
-from harness.stages.extraction import Extraction
 from harness.store.artifacts import Estimate, Spec, Store
 
 VERSION = 1
@@ -25,7 +25,7 @@ def map_spec(source: str, predictions: Spec, target: ResolvedModel, kind: str, o
 def make_map(
     store: Store,
     spec: Spec,
-    source: Callable[[], Extraction],
+    source: Callable[[], PredictionsReader],
     target: Callable[[], tuple[Any, Vocabulary]],
     *,
     vocabulary_size: int,

@@ -19,9 +19,9 @@ from harness.runtime.memory import PeakMemory, trim_heap
 from harness.store.files import disk_errors, exclusive_lock, read_json, write_json
 from harness.store.fingerprint import file_sha256, fingerprint
 from harness.store.leases import Leases, in_use
+from harness.store.paths import MANIFEST
 from harness.store.provenance import made_by
 
-MANIFEST = "manifest.json"
 _IDENTITY = ("kind", "version", "inputs", "params")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.store.artifacts import Store
-from harness.store.paths import ARTIFACTS, EVALUATIONS, PLAN_FILE, RUN_FILE, RUNS
+from harness.store.paths import ARTIFACTS, PLAN_FILE, RUN_FILE, run_files
 from harness.store.run_files import read_run_file
 
 
@@ -18,9 +18,9 @@ def unused(root: Path) -> Iterator[tuple[Path, int]]:
     store = Store(root / ARTIFACTS)
     used = {
         root / name
-        for pattern in (RUN_FILE, PLAN_FILE)
-        for run in [*(root / RUNS).glob(f"*/*/*/{pattern}"), *(root / EVALUATIONS).glob(f"*/*/{pattern}")]
-        for name in read_run_file(run)["artifacts"]
+        for file_name in (RUN_FILE, PLAN_FILE)
+        for run_file in run_files(root, file_name)
+        for name in read_run_file(run_file)["artifacts"]
     }
     for path in [*store.leftovers(), *(p for p in store.artifacts() if p not in used)]:
         yield path, _size(path)

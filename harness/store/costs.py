@@ -1,16 +1,17 @@
-"""What a stage will cost: disk, memory and time, from parameter counts and a quick look at the machine.
+"""The expected cost of a stage: disk, memory and time, from parameter counts and a short measurement of the machine.
 
-Estimates for a plan, not measurements: 2 floating-point operations a parameter and token forward, 6 in training, and a
-rate of matrix products measured for a moment (arXiv 2001.08361, section 2.1).
+These are estimates for a plan: 2 floating-point operations a parameter and token forward, 6 in training, and the rate
+of matrix products (arXiv 2001.08361, section 2.1).
 """
 
 import time
 from functools import cached_property
 
+from harness.runtime.device import compute_dtype
 from harness.store.artifacts import Estimate
 
 BYTES_PER_TOKEN = 4.0  # of text, typical for vocabularies of 32k and more
-_EFFICIENCY = 0.5  # share of the plain product's rate that a whole model reaches
+_EFFICIENCY = 0.5  # fraction of the rate of a matrix product that a whole model reaches
 
 
 class Costs:
@@ -21,10 +22,8 @@ class Costs:
 
     @cached_property
     def flops(self) -> float:
-        """Floating-point operations a second that a model reaches here (all visible GPUs together)."""
+        """Floating-point operations a second that a model reaches here, on all visible GPUs together."""
         import torch
-
-        from harness.models.checkpoints import compute_dtype
 
         size = 4096 if self.device.startswith("cuda") else 1024
         dtype = getattr(torch, compute_dtype("auto", self.device))
@@ -39,7 +38,10 @@ class Costs:
         return rate * devices * _EFFICIENCY
 
     def forward(self, parameters: float, n_bytes: float, *, disk_per_token: float = 0, batch: int = 2048) -> Estimate:
-        """One reading of `n_bytes` of text by a model; `disk_per_token` bytes are stored a position."""
+        """The cost of one forward pass of a model over `n_bytes` of text.
+
+        `parameters`: number of parameters; `disk_per_token`: bytes stored a position; `batch`: tokens a batch.
+        """
         tokens = n_bytes / BYTES_PER_TOKEN
         return Estimate(
             disk=tokens * disk_per_token,
@@ -48,5 +50,5 @@ class Costs:
         )
 
     def training(self, parameters: float, tokens: float) -> Estimate:
-        """A whole training: weights, gradients and two moments in float32; the finished checkpoint on disk."""
+        """The cost of a training on `tokens` tokens: float32 weights, gradients and moments; a checkpoint on disk."""
         return Estimate(disk=4 * parameters, memory=18 * parameters, seconds=6 * parameters * tokens / self.flops)

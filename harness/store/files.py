@@ -39,6 +39,17 @@ def whole_lines(path: Path) -> list[str]:
     return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
+def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError, ending in `remedy`, for anything else than a JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is no JSON object in UTF-8: {remedy}.")
+    return value
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON object together with its own checksum (see `read_json`)."""
     checksum = fingerprint(json.loads(json.dumps(value)))

@@ -1,9 +1,12 @@
-"""Who makes which part: claims that processes on any number of machines lay in a folder which they share.
+"""Leases: how processes on any number of machines divide the parts of one artifact, through a folder that they share.
 
-A claim is a file that only one process can create, and that its owner touches while it is at work. An owner that has
-ended is noticed at once on its own machine and by its silence from another. Locks of the operating system would say it
-sooner, but not every shared file system passes them on. Where two come to hold one claim all the same (one of them was
-suspended, or both took over at one moment), a part is made twice: whoever uses claims must bear that.
+A lease is a file that only one process can create, and that its owner touches while it is at work. An owner that has
+ended is detected at once on its own machine, and by the age of the file from another. Locks of the operating system
+would tell it sooner, but not every shared file system passes them on. Two processes can come to hold the same lease
+(one was suspended, or both took over at the same moment), and a part is then made twice: callers must tolerate that.
+
+`filelock.SoftFileLease` has the same protocol but starts a thread for every lease held, and takes over a lease of
+another machine only after having watched it itself for the whole timeout, even if its owner has been silent for hours.
 """
 
 import json
@@ -16,21 +19,21 @@ from functools import cache
 from pathlib import Path
 
 HEARTBEAT_S = 10.0
-LEASE_TIMEOUT_S = 180.0  # a file server's clients may believe for a minute that nothing has changed
+LEASE_TIMEOUT_S = 180.0  # clients of a file server may see a state that is a minute old
 
 
 @cache
-def _place() -> str:
+def _machine() -> str:
     """Where a process id means one process: a machine since its start, and the container on it."""
     parts = [socket.gethostname()]
-    with suppress(OSError):  # only Linux tells
+    with suppress(OSError):  # only Linux has these files
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
         parts.append(str(Path("/proc/self/ns/pid").stat().st_ino))
     return "/".join(parts)
 
 
 def _started(pid: int) -> float | None:
-    """When the process was started (seconds since the epoch); None when it does not run."""
+    """The start of a running process (seconds since the epoch); None where it does not run."""
     import psutil
 
     with suppress(psutil.Error):
@@ -41,36 +44,36 @@ def _started(pid: int) -> float | None:
 
 
 def _is_dead(lease: Path) -> bool:
-    """Whether the claim's owner has ended or been silent for too long. A claim that is gone is not dead."""
+    """True if the owner of the lease has ended or has been silent for too long; False if the lease does not exist."""
     now = lease.parent / "now"
-    now.touch()  # the file server's clock is the one that counts
+    now.touch()  # ages are measured by the clock of the file server
     try:
-        with lease.open(encoding="utf-8") as file:  # opening asks a file server for its present state
+        with lease.open(encoding="utf-8") as file:  # opening makes the client ask the file server for the present state
             owner, beat = file.read(), os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
         return False
     if now.stat().st_mtime - beat > LEASE_TIMEOUT_S:
         return True
     try:
-        place, pid, started = json.loads(owner)
+        machine, pid, started = json.loads(owner)
     except ValueError:  # its owner is just writing it
         return False
-    if place != _place():
+    if machine != _machine():
         return False
     running = _started(pid)
-    return running is None or abs(running - started) > 1  # else another process with its number
+    return running is None or abs(running - started) > 1  # otherwise another process has got its number
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a process is at work with the claims in `folder`."""
+    """True if any process that holds a lease in `folder` is running."""
     return any(not _is_dead(lease) for lease in folder.glob("*.lease"))
 
 
 class Leases:
-    """One process' claims in a folder, to be used in a `with` block, whose end gives them all back.
+    """The leases that one process holds in a folder; a context manager that gives all of them back at its end.
 
-    A process makes one part at a time: to take the next is to have finished the one before, whose claim stays, so that
-    nobody makes it again who does not see the part yet.
+    A process makes one part at a time: taking the next lease implies that the part before is finished. The leases of
+    finished parts are kept, so that no process that does not see the part yet makes it again.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -79,7 +82,7 @@ class Leases:
         self._ended = threading.Event()
 
     def __enter__(self) -> "Leases":
-        self.take(uuid.uuid4().hex)  # a part of its own that says: somebody is here, between two parts too
+        self.take(uuid.uuid4().hex)  # marks the folder as in use, also between two parts
         threading.Thread(target=self._beat, daemon=True).start()
         return self
 
@@ -89,20 +92,21 @@ class Leases:
             lease.unlink(missing_ok=True)
 
     def _beat(self) -> None:
+        """Touches the lease of the folder and that of the part under way every `HEARTBEAT_S` seconds."""
         while not self._ended.wait(HEARTBEAT_S):
             for lease in {self._taken[0], self._taken[-1]}:
                 with suppress(OSError):
                     os.utime(lease)
 
     def take(self, part: str) -> bool:
-        """Whether the part is ours to make. Raises FileNotFoundError when the folder is gone."""
+        """True if this process got the lease of a part. Raises FileNotFoundError when the folder is gone."""
         lease = self.folder / f"{part}.lease"
         if lease.exists() and _is_dead(lease):
             lease.unlink(missing_ok=True)
         try:
             with lease.open("x", encoding="utf-8") as file:
                 self._taken.append(lease)
-                json.dump([_place(), os.getpid(), _started(os.getpid())], file)
+                json.dump([_machine(), os.getpid(), _started(os.getpid())], file)
         except FileExistsError:
             return False
         return True

@@ -1,8 +1,8 @@
-"""What made a number: command, commit and package versions, and in what two runs differ.
+"""The provenance of a number: command, commit and package versions, and the differences between two runs.
 
-The chain is stored where it cannot come apart. A table's cell names its evaluations; a record file's provenance beside
-it names the evaluation and its artifacts; an artifact's manifest holds inputs (hashes of texts, models and rows),
-parameters, resolved configuration, versions, commit and command; a run's `run.json` holds them for the run.
+The chain is stored in three places. A table's cell names its evaluations. The provenance beside a file of records names
+the evaluation and its artifacts. An artifact's manifest holds inputs (hashes of texts, models and rows), parameters,
+resolved configuration, versions, commit and command; a run's `run.json` holds them for the run.
 """
 
 import importlib.metadata
@@ -20,7 +20,7 @@ ABSENT = "—"
 
 
 def made_by() -> dict[str, Any]:
-    """The command line of this process, the commit of the harness, and the versions that it computes with."""
+    """The command line of this process, the commit of the harness, and the versions of the libraries."""
     return {"command": sys.argv, "commit": commit(), "libraries": versions()}
 
 
@@ -32,8 +32,8 @@ def commit() -> str | None:
         return None
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+        process = subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True, check=True)
+        return process.stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
@@ -43,21 +43,21 @@ def commit() -> str | None:
 
 @cache
 def versions() -> dict[str, str]:
-    """Of Python, of the harness and of every package that it needs to compute."""
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    needed = [one for one in importlib.metadata.requires(DISTRIBUTION) or [] if 'extra == "dev"' not in one]
-    for name in [DISTRIBUTION, *(re.split(r"[^\w.-]", one)[0] for one in needed)]:
+    """The versions of Python, of the harness and of every package that it depends on."""
+    installed = {"python": ".".join(map(str, sys.version_info[:3]))}
+    requirements = [r for r in importlib.metadata.requires(DISTRIBUTION) or [] if 'extra == "dev"' not in r]
+    for name in [DISTRIBUTION, *(re.split(r"[^\w.-]", requirement)[0] for requirement in requirements)]:
         try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # what an extra would bring
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # a package of an extra
             continue
-    return found
+    return installed
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Every key (with dots between its parts) in which two runs' descriptions differ, and its two values.
+    """Every key (dotted) in which the descriptions of two runs differ, and its two values.
 
-    What two runs always differ in, being two, is left out: when they finished, and where their records lie.
+    Times and the places of records and artifacts, which always differ, are left out.
     """
     flat = [dict(_flat(run)) for run in (one, other)]
     for key in dict.fromkeys([*flat[0], *flat[1]]):
@@ -67,10 +67,10 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[tu
 
 
 def _flat(value: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for key, one in value.items():
+    for key, entry in value.items():
         if not before and key in ("finished", "records", "artifacts"):
             continue
-        if isinstance(one, Mapping):
-            yield from _flat(one, f"{before}{key}.")
+        if isinstance(entry, Mapping):
+            yield from _flat(entry, f"{before}{key}.")
         else:
-            yield before + key, one
+            yield before + key, entry

@@ -6,6 +6,7 @@ from typing import Any
 
 from harness.store.files import read_json
 from harness.store.fingerprint import file_sha256
+from harness.store.paths import RECORDS
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
@@ -20,5 +21,5 @@ def read_run_file(path: Path) -> dict[str, Any]:
 
 def record_hashes(folder: Path, files: Iterable[str]) -> dict[str, str]:
     """SHA-256 of the record files of the run in `folder`, and of the provenance file beside each, by file name."""
-    paths = [path.with_suffix(end) for path in (folder / "records" / f for f in files) for end in (".parquet", ".json")]
+    paths = [path.with_suffix(end) for path in (folder / RECORDS / f for f in files) for end in (".parquet", ".json")]
     return {path.name: file_sha256(path) for path in paths}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.runtime.distributed import usable_device
+from harness.runtime.device import usable_device
 from harness.store.artifacts import Store
 from harness.store.costs import Costs
 from harness.store.paths import ARTIFACTS, MODELS

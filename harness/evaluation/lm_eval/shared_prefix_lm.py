@@ -1,7 +1,7 @@
-"""lm-eval's HFLM with what prompts have in common read once: the same answers, sooner.
+"""lm-eval's HFLM with cached prompt prefixes: the same answers in less time.
 
-Every lm-eval task profits: it is handed to lm-eval like any other LM. Where the model cannot be read that way, HFLM's
-own methods answer, and the user is told.
+lm-eval's tasks use it like any other LM. For a model whose attention cache cannot be shared this way, a notice is
+printed and HFLM's own methods are used.
 """
 
 import hashlib
@@ -45,9 +45,9 @@ BatchSize = int | Literal["auto"]
 
 
 def _totals(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 log of the summed exponentials, and the greatest, of each of logits[n, V]; some rows at a time.
+    """Log of the summed exponentials and the maximum of each row of logits[n, V], float32[n] both, some rows at a time.
 
-    Unlike HFLM's log_softmax in float32, which is off by some 4e-5 nats a token where V is 150,000.
+    This is more exact than HFLM's log_softmax in float32, whose error is some 4e-5 nats a token for V of 150,000.
     """
     totals, bests = [], []
     for part in logits.split(_CACHED):
@@ -65,7 +65,7 @@ class _Sampling:
     random: random.Random
 
     def draw(self, logits: Tensor) -> int:
-        """One token by logits[V]: temperature, then the top k, then the nucleus, in the order of transformers."""
+        """Draws one token from logits[V]: temperature, then top k, then top p, in the order of transformers."""
         n = self.top_k or 64
         while True:
             top = logits.topk(min(n, len(logits)))
@@ -85,7 +85,7 @@ class _Sampling:
 
 @dataclass
 class _Row:
-    """One answer in the making."""
+    """One answer that is being generated."""
 
     request: Instance
     prompt: list[int]
@@ -99,7 +99,7 @@ class _Row:
     new: list[int] = field(default_factory=list)
 
     def choose(self, logits: Tensor, greedy: int) -> int:
-        """The next token by logits[V], of which `greedy` is the best."""
+        """The next token by logits[V], whose maximum is at `greedy`."""
         if self.processors:
             read = torch.tensor([[*self.prompt, *self.new]], device=logits.device)
             logits = self.processors(read, logits[None].float())[0]  # type: ignore[arg-type]  # declared a LongTensor
@@ -107,16 +107,16 @@ class _Row:
         return greedy if self.sampling is None else self.sampling.draw(logits)
 
     def ended(self, tail: str) -> bool:
-        """`tail` is the text of the last `lookback` tokens."""
+        """True if the answer is complete; `tail` is the text of its last `lookback` tokens."""
         over = self.new[-1] in self.ends or len(self.new) >= self.limit
         return over or any(stop in tail for stop in self.until)
 
 
 class SharedPrefixLM(HFLM):
-    """A model and its tokenizer as lm-eval's LM. Differences from HFLM:
+    """A model and its tokenizer as lm-eval's LM. It differs from HFLM in three points.
 
-    A prompt that does not fit the context is refused with UserError, not cut. A sampled answer depends on `seed`, its
-    prompt and its number alone. Log-probabilities are computed in float32 whatever the model's dtype.
+    A prompt that does not fit the context is refused with UserError instead of being cut. A sampled answer depends
+    only on `seed`, its prompt and its number. Log-probabilities are computed in float32 whatever the model's dtype is.
     """
 
     def __init__(
@@ -131,9 +131,11 @@ class SharedPrefixLM(HFLM):
         joint: PrefixCachedEnsemble | None = None,
         context: int | None = None,
     ) -> None:
-        """`batch_size`: sequences decoded at one time; `batch_tokens`: tokens of prompts read at one time.
+        """Wraps a loaded model. Raises UserError where the tokenizer has no end-of-text token.
 
-        `joint`: the models that answer as one, `model` among them; with it `context` is the shortest of theirs.
+        `batch_size` is the number of sequences decoded at one time, `batch_tokens` the number of prompt tokens read at
+        one time. `joint` are the models of an ensemble, with `model` among them, and `context` is then the shortest of
+        theirs.
         """
         if tokenizer.eos_token_id is None:
             raise UserError(
@@ -162,7 +164,7 @@ class SharedPrefixLM(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        """Of every (anything, context, continuation): the continuation's log-probability, and whether it is greedy."""
+        """Log-probability (nats) of each (_, context, continuation), and True where the continuation is greedy."""
         for _, context, branching in requests:
             self._check_window(len(context) + len(branching) - 1, 0)
         if self.reader is None:
@@ -195,7 +197,7 @@ class SharedPrefixLM(HFLM):
         requests: Sequence[tuple[Any, list[int], list[int]]],
         answers: list[tuple[float, bool]],
     ) -> None:
-        """Fills in the answers of the requests whose continuations are the runs' branches."""
+        """Fills in the answers of the requests whose continuations are the branches of the batches."""
         assert self.reader is not None
         wide = -(-self._batch_tokens * self.reader.widest // _LOGITS)
         # A call is bounded by its tokens and by its logits alike.
@@ -264,7 +266,7 @@ class SharedPrefixLM(HFLM):
         return answers
 
     def _plain_config(self, kwargs: dict[str, Any]) -> GenerationConfig | None:
-        """What `generate` would make of the kwargs and the model's own defaults; None for more than we do ourselves."""
+        """The settings of `generate` for these kwargs; None where they need more than greedy, top-k or top-p."""
         given = {name: v for name, v in kwargs.items() if name != "temperature" or kwargs["do_sample"]}
         config, others = self.model._prepare_generation_config(None, **given)
         mode = config.get_generation_mode()
@@ -300,7 +302,7 @@ class SharedPrefixLM(HFLM):
         )
 
     def _decode(self, rows: dict[int, _Row], answers: list[str]) -> None:
-        """Fills in the answers of the rows, each under its request's index."""
+        """Fills in the answers of the rows, each under the index of its request."""
         assert self.reader is not None
         indices = list(rows)
 
@@ -331,7 +333,7 @@ class SharedPrefixLM(HFLM):
         )
 
     def _room(self, length: int) -> int:
-        """How many sequences of `length` tokens are decoded at one time: half of the free memory is theirs at most."""
+        """The number of sequences of `length` tokens decoded at one time, which use half of the free memory at most."""
         if self._rows != "auto":
             return self._rows
         assert self.reader is not None

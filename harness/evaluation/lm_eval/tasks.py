@@ -1,7 +1,7 @@
-"""lm-eval's tasks as they are, on the rows of this machine.
+"""lm-eval's tasks as they are, on the data of this machine.
 
-A small YAML file includes lm-eval's own and names the local files; nothing else of the task is touched. Only the files
-that are needed are read, since looking through all 14,000 of lm-eval takes longer than many a task.
+A small YAML file includes the task's own and names the local files; nothing else of the task is changed. Only the files
+that are needed are read, since reading all 14,000 YAML files of lm-eval takes longer than many a task.
 """
 
 import importlib.metadata
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
-from harness.store.fingerprint import file_sha256
+from harness.store.fingerprint import file_sha256, fingerprint
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -40,7 +40,7 @@ class Overrides:
 
 @dataclass(frozen=True)
 class Source:
-    """One task of lm-eval: its YAML file, and where its rows are."""
+    """One task of lm-eval: its YAML file, and where its data are."""
 
     name: str
     yaml: Path
@@ -48,15 +48,28 @@ class Source:
     files: dict[str, Path] = field(compare=False)
     """By split, on this machine; empty where only the hub has them."""
     overrides: Overrides
+    expected: tuple[Path, ...] = field(default=(), compare=False)
+    """The files below `data.root` (or relative to it) that would hold the data, where they are not on this machine."""
 
     @property
     def hub(self) -> str:
+        """The data set and its configuration, for messages."""
         return f"{self.config.get('dataset_path')} ({self.config.get('dataset_name') or 'default'})"
 
+    @property
+    def names_own_files(self) -> bool:
+        """True if the task's YAML names its data files itself."""
+        return bool((self.config.get("dataset_kwargs") or {}).get("data_files"))
+
     def identity(self) -> dict[str, Any]:
-        """What decides the prompts and targets, in hashes and names."""
-        data = {split: file_sha256(path) for split, path in self.files.items()} or f"hub:{self.hub}"
+        """Everything that the prompts and targets depend on, as hashes and names. Raises UserError for absent files."""
+        if absent := [path for path in self.files.values() if not path.is_file()]:
+            data: Any = f"absent:{absent[0].name}"
+        else:
+            data = {split: file_sha256(path) for split, path in self.files.items()} or f"hub:{self.hub}"
+        own = {} if self.yaml.is_relative_to(task_folder()) else {"definition": _definition(self)}
         return {
+            **own,
             "task": self.name,
             "version": str((self.config.get("metadata") or {}).get("version", "")),
             "lm_eval": lm_eval_version(),
@@ -64,6 +77,13 @@ class Source:
             "num_fewshot": self.overrides.num_fewshot,
             "max_new_tokens": self.overrides.max_new_tokens,
         }
+
+
+def _definition(source: Source) -> str:
+    """SHA-256 of a task of the user's own: its configuration with all includes, and the Python files beside it."""
+    folder = source.yaml.parent
+    config = json.dumps(source.config, sort_keys=True, default=str).replace(json.dumps(str(folder))[1:-1], "")
+    return fingerprint({"config": config, **{path.name: file_sha256(path) for path in sorted(folder.glob("*.py"))}})
 
 
 @dataclass(frozen=True)
@@ -76,41 +96,80 @@ class Prepared:
 
 
 def lm_eval_version() -> str:
+    """The version of the installed lm-eval."""
     return importlib.metadata.version("lm_eval")
 
 
 def task_folder() -> Path:
-    """lm-eval's folder of tasks; found without importing it."""
-    found = importlib.util.find_spec("lm_eval")
-    assert found is not None and found.origin is not None
-    return Path(found.origin).parent / "tasks"
+    """lm-eval's folder of tasks, without importing it."""
+    spec = importlib.util.find_spec("lm_eval")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent / "tasks"
 
 
 @cache
 def task_index() -> dict[str, tuple[str, Path]]:
-    """Every name of lm-eval: whether it is a task, a group or a tag, and a YAML file that says so."""
+    """Every name of lm-eval: its kind (task, group or tag), and a YAML file that defines it."""
+    return index_tasks(task_folder())
+
+
+def index_tasks(folder: Path) -> dict[str, tuple[str, Path]]:
+    """Every name that a YAML file in the folder, or below it, defines: its kind (task, group or tag), and the file."""
     index: dict[str, tuple[str, Path]] = {}
-    for folder, _, names in os.walk(task_folder()):
-        for name in names:
-            if name.endswith(".yaml"):
-                path = Path(folder, name)
-                for kind, value in _TASK_LINE.findall(path.read_bytes()):
-                    index.setdefault(value.decode(), (kind.decode(), path))
+    for parent, _, names in os.walk(folder):
+        for name in sorted(names):
+            if name.endswith((".yaml", ".yml")):
+                for task, definition in index_tasks_of_file(Path(parent, name)).items():
+                    index.setdefault(task, definition)
     return index
 
 
-def find_source(name: str, yaml: Path, data_root: Path | None, overrides: Overrides) -> Source:
-    """A task and where its rows are. Raises UserError when `data_root` has the data set but not a split it needs."""
-    from lm_eval.tasks._yaml_loader import load_yaml
+def index_tasks_of_file(path: Path) -> dict[str, tuple[str, Path]]:
+    """Every name that one YAML file defines, as `index_tasks` gives it."""
+    return {value.decode(): (kind.decode(), path) for kind, value in _TASK_LINE.findall(path.read_bytes())}
 
-    config = load_yaml(yaml, resolve_func=False)
+
+def find_source(name: str, yaml: Path, data_root: Path | None, overrides: Overrides) -> Source:
+    """A task and where its data are.
+
+    Raises UserError when the YAML file cannot be read, and when `data_root` has the data set but not a split that the
+    task needs.
+    """
+    from lm_eval.tasks._yaml_loader import load_yaml
+    from yaml import YAMLError
+
+    try:
+        config = load_yaml(yaml, resolve_func=False)
+    except (YAMLError, OSError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{yaml} does not define a task of lm-eval ({reason}): correct the file.") from None
+    if (config.get("dataset_kwargs") or {}).get("data_files"):
+        return Source(name, yaml, config, _own_files(config, yaml), overrides)
     hub, configuration = str(config.get("dataset_path")), config.get("dataset_name")
-    files = {
-        split: local_split(hub, configuration, split, data_root, f"the task {name}")
-        for split in _needed_splits(config, overrides)
-    }
+    splits = _needed_splits(config, overrides)
+    files = {split: local_split(hub, configuration, split, data_root, f"the task {name}") for split in splits}
     here = {split: path for split, path in files.items() if path is not None}
-    return Source(name, yaml, config, here, overrides)
+    folder = (data_root.expanduser() if data_root else Path()) / hub / (configuration or "default")
+    expected = () if here else tuple(folder / f"{split}.parquet" for split in splits)
+    return Source(name, yaml, config, here, overrides, expected)
+
+
+def _own_files(config: dict[str, Any], yaml: Path) -> dict[str, Path]:
+    """The data files that a task's YAML names, by split; relative ones are beside the YAML or in the current folder.
+
+    Raises UserError for several files a split, which are not supported.
+    """
+    named = config["dataset_kwargs"]["data_files"]
+    by_split = named if isinstance(named, dict) else {"train": named}
+    files: dict[str, Path] = {}
+    for split, value in by_split.items():
+        several = value if isinstance(value, list) else [value]
+        if len(several) != 1 or any(sign in str(several[0]) for sign in ("*", "?", "://")):
+            raise UserError(f"{yaml} names data_files = {value!r} for {split}: name one local file a split.")
+        path = Path(str(several[0])).expanduser()
+        beside = yaml.parent / path
+        files[str(split)] = beside if beside.exists() or not path.exists() else path.absolute()
+    return files
 
 
 def local_split(hub: str, configuration: str | None, split: str, data_root: Path | None, reader: str) -> Path | None:
@@ -122,10 +181,10 @@ def local_split(hub: str, configuration: str | None, split: str, data_root: Path
     if folder is None or not folder.is_dir():
         return None
     files = [folder / (configuration or "default") / f"{split}{suffix}" for suffix in _FORMATS]
-    found = next((path for path in files if path.exists()), None)
-    if found is None:
+    existing = next((path for path in files if path.exists()), None)
+    if existing is None:
         raise UserError(f"{files[0]} (or .jsonl) is missing, which {reader} reads: put it there, or leave that out.")
-    return found
+    return existing
 
 
 def load_rows(hub: str, configuration: str, split: str, path: Path | None) -> list[dict[str, Any]]:
@@ -161,9 +220,12 @@ def _needed_splits(config: dict[str, Any], overrides: Overrides) -> list[str]:
 
 
 def _include(source: Source) -> dict[str, Any]:
-    """The YAML that includes lm-eval's own and changes what must be changed."""
+    """The YAML that includes the task's own and changes what must be changed."""
     changed: dict[str, Any] = {"include": str(source.yaml), "task": source.name}
-    if source.files:
+    if source.names_own_files:
+        data_files = {split: str(path) for split, path in source.files.items()}
+        changed["dataset_kwargs"] = {**source.config["dataset_kwargs"], "data_files": data_files}
+    elif source.files:
         kinds = {_FORMATS[path.suffix] for path in source.files.values()}
         if len(kinds) > 1:
             raise UserError(f"The splits of {source.hub} are partly Parquet, partly JSON: give all in one format.")
@@ -184,14 +246,18 @@ def _include(source: Source) -> dict[str, Any]:
 
 
 def prepare(sources: Sequence[Source], limit: int | None) -> tuple[dict[str, Prepared], dict[str, str]]:
-    """The tasks with the requests of their first `limit` rows, and of those that cannot be had why not, by name.
+    """By name, the tasks with the requests of their first `limit` rows, and the reasons why others are not available.
 
-    Raises UserError for rows on this machine that do not hold what the task reads.
+    Raises UserError for data on this machine that do not hold what the task reads.
     """
     from lm_eval.tasks import TaskManager
 
-    found: dict[str, Prepared] = {}
+    prepared: dict[str, Prepared] = {}
     missing: dict[str, str] = {}
+    for source in sources:
+        if absent := [path for path in source.files.values() if not path.is_file()]:
+            missing[source.name] = f"its data file {absent[0]} does not exist"
+    sources = [source for source in sources if source.name not in missing]
     with tempfile.TemporaryDirectory() as folder, quietly():
         for number, source in enumerate(sources):
             # JSON is YAML, and quotes everything.
@@ -200,7 +266,7 @@ def prepare(sources: Sequence[Source], limit: int | None) -> tuple[dict[str, Pre
         for source in sources:
             try:
                 with offline_unless_reachable(bool(source.files)):
-                    found[source.name] = _prepared(source, manager.load([source.name])["tasks"][source.name], limit)
+                    prepared[source.name] = _prepared(source, manager.load([source.name])["tasks"][source.name], limit)
             except Exception as error:  # whatever a task's own code raises
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 if source.files:
@@ -209,8 +275,18 @@ def prepare(sources: Sequence[Source], limit: int | None) -> tuple[dict[str, Pre
                         f"The task {source.name} cannot use the rows of {listed} ({reason}): give them the columns of "
                         f"{source.hub}."
                     ) from None
-                missing[source.name] = f"its rows, {source.hub}, cannot be had ({reason})"
-    return found, missing
+                missing[source.name] = _unavailable(source, reason)
+    return prepared, missing
+
+
+def _unavailable(source: Source, reason: str) -> str:
+    """Why the data of a task cannot be had, and the file that is expected."""
+    text = f"its data, {source.hub}, are neither on this machine nor on the hub ({reason})"
+    if not source.expected:
+        return text
+    path = source.expected[0]
+    where = f"put them into {path}" if path.is_absolute() else f"set data.root to a folder that holds {path}"
+    return f"{text}; {where}"
 
 
 def _prepared(source: Source, task: Any, limit: int | None) -> Prepared:
@@ -227,7 +303,7 @@ def _prepared(source: Source, task: Any, limit: int | None) -> Prepared:
 
 @contextmanager
 def offline_unless_reachable(local: bool) -> Iterator[None]:
-    """Where the hub does not answer nobody should wait for every data set anew; what is cached is found offline."""
+    """Goes offline where the hub does not answer, so that each data set is looked up in the cache without waiting."""
     import datasets
     from huggingface_hub import constants
 
@@ -257,7 +333,7 @@ def _hub_answers() -> bool:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Bars and advice of lm-eval and datasets would tear our own bars apart; templates are compiled once, not a row."""
+    """Silences progress bars and advice of lm-eval and datasets; compiles each template once instead of once a row."""
     import datasets
     from lm_eval import utils
 

@@ -1,7 +1,7 @@
-"""MultiPL-E: what a candidate writes where the problems of ten languages leave off, and whether it runs.
+"""The suite MultiPL-E: a model completes the problems of ten languages, and the completions are executed.
 
-Samples are an artifact of their own, apart from their execution (`execute`), so that one machine can write
-them and another run them. They are kept in the fields of MultiPL-E's own tools.
+Samples are an artifact of their own, separate from their execution (`execute`), so that one machine can write them and
+another execute them. They are stored in the format of MultiPL-E's own tools.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from fusion.errors import UserError
-from harness.evaluation.lm_eval.suites import answer
+from harness.evaluation.lm_eval.requests import answer_requests
 from harness.evaluation.lm_eval.tasks import load_rows, local_split
 from harness.evaluation.multipl_e.languages import LANGUAGES
 from harness.evaluation.suite import (
@@ -33,6 +33,7 @@ from harness.store.artifacts import Estimate, Spec, Store
 from harness.store.costs import BYTES_PER_TOKEN, Costs
 from harness.store.files import write_atomically
 from harness.store.fingerprint import file_sha256
+from harness.store.paths import TOOLCHAINS
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -53,19 +54,22 @@ Sample = tuple[str, str, int]
 
 
 class MultiplEConfig(Section):
-    tasks: list[str] | None = Field(None, min_length=1, description="only these languages; all ten without")
-    limit: int | None = Field(None, gt=0, description="only the first so many problems of each language")
+    """The configuration of the suite `multipl_e`."""
+
+    tasks: list[str] | None = Field(None, min_length=1, description="only these languages. Default: all ten")
+    limit: int | None = Field(None, gt=0, description="only the first LIMIT problems of each language")
     samples: int = Field(20, gt=0, description="completions a problem")
-    greedy: bool = Field(False, description="one completion a problem, the likeliest token at every step")
+    greedy: bool = Field(False, description="one completion a problem, decoded greedily")
     k: int = Field(1, gt=0, description="the k of pass@k that is shown")
     max_new_tokens: int = Field(1024, gt=0, description="longest completion (tokens)")
     batch_size: int | Literal["auto"] = Field("auto", description="completions generated at one time")
-    seed: int = Field(0, ge=0, description="of the samples")
-    execute: bool = Field(True, description="run the completions; otherwise only write them")
-    sandbox: bool = Field(True, description="without it generated programs do what you may do")
+    seed: int = Field(0, ge=0, description="seed of the samples")
+    execute: bool = Field(True, description="execute the completions. False: only write them")
+    sandbox: bool = Field(True, description="False: generated programs run with all your rights")
 
     @property
     def n(self) -> int:
+        """The number of completions of a problem."""
         return 1 if self.greedy else self.samples
 
     @model_validator(mode="after")
@@ -77,7 +81,7 @@ class MultiplEConfig(Section):
 
 @SUITES.register("multipl_e", reference="Cassano et al. 2023, arXiv 2208.08227")
 class MultiplE:
-    """HumanEval in ten languages."""
+    """HumanEval in ten languages, scored by pass@k (arXiv 2107.03374, equation 1)."""
 
     name = "multipl_e"
     schema: ClassVar[type[BaseModel]] = MultiplEConfig
@@ -158,7 +162,7 @@ class MultiplE:
     def _generate(
         self, evaluated: EvaluatedModel, store: Store, costs: Costs
     ) -> tuple[dict[str, Path], dict[str, str]]:
-        """The samples by language, and of the languages whose problems cannot be had or do not fit, why not."""
+        """The samples by language, and the reason for every language whose problems are unavailable or do not fit."""
         specs = {language: self._spec(evaluated, language) for language in self._languages}
         missing: dict[str, str] = {}
         if not store.dry:
@@ -191,7 +195,7 @@ class MultiplE:
         )
 
     def _place(self, language: str) -> tuple[str, str, str]:
-        """The hub's data set, configuration and split with the language's problems."""
+        """The hub's data set, configuration and split that hold the problems of a language."""
         if language == "python":
             return "openai/openai_humaneval", "openai_humaneval", "test"
         return "nuprl/MultiPL-E", f"humaneval-{language}", "test"
@@ -204,7 +208,7 @@ class MultiplE:
         return file_sha256(path) if path else f"hub:{' '.join(self._place(language))}"
 
     def problems(self, language: str) -> list[dict[str, Any]]:
-        """The language's problems: name, prompt, tests, stop_tokens. Raises UserError where they cannot be had."""
+        """The problems of a language: name, prompt, tests, stop_tokens. Raises UserError where they are unavailable."""
         if language not in self._problems:
             rows = load_rows(*self._place(language), self._file(language))[: self.section.limit]
             self._problems[language] = [_problem(language, row) for row in rows]
@@ -229,7 +233,7 @@ class MultiplE:
         return None
 
     def _write(self, evaluated: EvaluatedModel, folders: Mapping[str, Path]) -> None:
-        """Writes what is missing of several languages' samples, then all of each in MultiPL-E's form."""
+        """Generates the missing samples of several languages, then writes each file in MultiPL-E's format."""
         done: dict[Sample, str] = {}
         pending: dict[Sample, list[Instance]] = {}
         for language, folder in folders.items():
@@ -246,7 +250,9 @@ class MultiplE:
                 advance(1)
 
             if pending:
-                answer(evaluated.lm(batch_size=self.section.batch_size, seed=self.section.seed), pending, finished)
+                answer_requests(
+                    evaluated.lm(batch_size=self.section.batch_size, seed=self.section.seed), pending, finished
+                )
         for language, folder in folders.items():
             lines = [
                 {
@@ -264,7 +270,7 @@ class MultiplE:
     def _requests(
         self, language: str, problem: Mapping[str, Any], done: Mapping[Sample, str]
     ) -> "dict[Sample, list[Instance]]":
-        """What lm-eval's LM is asked for each of a problem's samples that is not there."""
+        """The requests to lm-eval's LM for those samples of the problems that do not exist yet."""
         from lm_eval.api.instance import Instance
 
         kwargs = {
@@ -300,11 +306,11 @@ def _problem(language: str, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _toolchains(store: Store) -> Path:
-    return store.root.parent / "toolchains"
+    return store.root.parent / TOOLCHAINS
 
 
 def _examples(language: str, folder: Path) -> Iterator[Example]:
-    """Per problem how many samples pass, strictly and by exit status alone."""
+    """The number of passing samples of every problem, strictly and by exit status alone."""
     from harness.evaluation.multipl_e.scores import read_results
 
     for problem in read_results(folder / RESULTS):

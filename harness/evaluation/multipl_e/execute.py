@@ -1,7 +1,7 @@
 """Executes a file of generations: identical programs once, on all cores, each in the sandbox.
 
-Every result is written as soon as it is there, to a journal beside the results; a second start goes on from there. The
-results themselves are whole or absent, and do not depend on the order in which programs ended.
+Every result is appended to a journal beside the results as soon as it is known, and a second start goes on from there.
+The file of results is complete or absent, and does not depend on the order in which programs ended.
 """
 
 import json
@@ -32,7 +32,7 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class Executed:
-    """What an execution left: the results, how many programs were run for them now, and by language why it was not."""
+    """The outcome of an execution: results, number of programs run, and the reason for every language not run."""
 
     results: Path
     ran: int
@@ -54,9 +54,12 @@ def execute(
 ) -> Executed:
     """Runs every completion of `generations` and writes `out` (formats: harness.evaluation.multipl_e.generations).
 
-    `cache` keeps what makes toolchains fast. Languages whose toolchain is missing are left out of `out` and named.
-    Raises UserError where there is no sandbox, unless `unsafe`; where `out` holds results of other completions; and
-    where a toolchain disappears, with everything kept that was finished.
+    `cache` keeps the prepared toolchains. Languages whose toolchain is missing are left out of `out` and named in the
+    result.
+
+    Raises:
+        UserError: There is no sandbox (unless `unsafe`), `out` holds results of other completions, or a toolchain has
+            disappeared meanwhile; finished results are kept.
     """
     from filelock import FileLock, Timeout
 
@@ -121,7 +124,7 @@ def _execute(problems: list[Problem], out: Path, cache: Path, workers: int, limi
 def _run_all(
     todo: Mapping[Key, Problem], found: Mapping[str, Toolchain], workers: int, limits: Limits, unsafe: bool
 ) -> Generator[dict[str, Any], None, None]:
-    """The results, in the order in which programs end."""
+    """Yields the results in the order in which programs end."""
     roots = [root for toolchain in found.values() for root in toolchain.roots]
     boxes: queue.SimpleQueue[Sandbox] = queue.SimpleQueue()
 
@@ -143,9 +146,9 @@ def _run_all(
 
 
 def _refuse_broken(used: Mapping[str, str], journal: Path, cache: Path, limits: Limits, unsafe: bool) -> None:
-    """Raises UserError, and drops the results, where a toolchain no longer works as it did when the run began.
+    """Raises UserError, and drops its results, where a toolchain no longer works as it did when the run began.
 
-    Otherwise what an upgrade, notify, has left incomplete would count against the completions.
+    Otherwise a toolchain that an upgrade has left incomplete, for instance, would count against the completions.
     """
     found, not_run = available(sorted(used), cache, unsafe=unsafe)
     changed = [name for name in used if name not in found or _identity(found[name], limits, unsafe) != used[name]]
@@ -159,13 +162,13 @@ def _refuse_broken(used: Mapping[str, str], journal: Path, cache: Path, limits: 
 
 
 def _identity(toolchain: Toolchain, limits: Limits, unsafe: bool) -> str:
-    """Everything beside the program that a verdict may depend on."""
+    """Everything beside the program on which a verdict may depend."""
     bounds = f"{limits.cpu} s of processor, {limits.wall:g} s, {limits.memory >> 20} MiB, {limits.processes} processes"
     return f"{toolchain.version}; {bounds}{'; no sandbox' if unsafe else ''}; version {VERSION}"
 
 
 def _run(toolchain: Toolchain, key: Key, tests: str, sandbox: Sandbox) -> dict[str, Any]:
-    """The result of one program; raises UserError where its toolchain is gone, which is no failure of the program."""
+    """The result of one program. Raises UserError where its toolchain is gone, which is no failure of the program."""
     kind, program = key
     nonce = secrets.token_hex(16)
     language = toolchain.language
@@ -186,7 +189,7 @@ def _run(toolchain: Toolchain, key: Key, tests: str, sandbox: Sandbox) -> dict[s
 
 
 def _old_lines(out: Path, problems: list[Problem]) -> dict[tuple[str, str], dict[str, Any]]:
-    """The lines of earlier results by problem; raises UserError where they are of other completions."""
+    """The lines of earlier results by problem. Raises UserError where they belong to other completions."""
     if not out.exists():
         return {}
     by_key = {problem.key: problem for problem in problems}
@@ -204,7 +207,7 @@ def _old_lines(out: Path, problems: list[Problem]) -> dict[tuple[str, str], dict
 
 
 def _finished(journal: Path, lines: Iterable[Mapping[str, Any]]) -> dict[Key, dict[str, Any]]:
-    """What needs not be run again: the journal of an interrupted execution, and earlier results."""
+    """The results that need not be computed again: the journal of an interrupted execution, and earlier results."""
     kept = whole_lines(journal)
     if journal.exists():
         write_atomically(journal, "".join(kept))  # without the line that a kill has torn

@@ -1,9 +1,9 @@
 """Generations and results as JSON lines, one problem a line, with the fields that MultiPL-E's own tools use.
 
 Generations: name, language, prompt, tests, stop_tokens, completions. Results: the same without completions, and
-`results`, one a completion: program, stdout, stderr, exit_code, status, timestamp; and beside these `strict` (whether
-it also reached the end of the tests), `cpu_ms` and `toolchain`. What else a line holds (temperature, top_p, max_tokens)
-is carried along.
+`results`, one a completion: program, stdout, stderr, exit_code, status, timestamp; and beside these `strict` (True if
+it also reached the end of the tests), `cpu_ms` and `toolchain`. Other keys of a line (temperature, top_p, max_tokens)
+are copied.
 """
 
 import json
@@ -20,7 +20,7 @@ _TEXTS, _LISTS = ("name", "language", "prompt", "tests"), ("stop_tokens", "compl
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: its row, as it was read but for the completions, and a program for each of these."""
+    """One problem: its row as it was read, without the completions, and a program for each completion."""
 
     language: Language
     name: str
@@ -29,11 +29,12 @@ class Problem:
 
     @property
     def key(self) -> tuple[str, str]:
+        """Language and name, which identify the problem."""
         return self.language.name, self.name
 
 
 def read_generations(path: Path) -> list[Problem]:
-    """The problems of a file of generations; raises UserError naming the line that cannot be used."""
+    """The problems of a file of generations. Raises UserError naming the line that cannot be used."""
     problems: list[Problem] = []
     seen: set[tuple[str, str]] = set()
     for number, row in json_lines(path):
@@ -70,10 +71,10 @@ def _problem(row: dict[str, Any]) -> Problem:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a file with their line numbers; raises UserError for a line that is none.
+    """The objects of a file with their line numbers. Raises UserError for a line that is no JSON object.
 
-    Bytes that are no UTF-8 become lone surrogates, which the sandbox writes as these bytes again: they are the
-    program's affair.
+    Bytes that are not UTF-8 become lone surrogates, which the sandbox writes as the same bytes again: the compiler
+    decides whether they are an error.
     """
     if not path.is_file():
         raise UserError(f"There is no file {path}.")

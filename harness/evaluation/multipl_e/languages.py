@@ -1,9 +1,9 @@
-"""The ten languages: how a program is put together, how it is scored, and which command runs it.
+"""The ten languages: how a program is assembled, how it is scored, and which command runs it.
 
-A completion passes by exit status (`exit_code == 0`), as MultiPL-E has it, and strictly: it must also have printed a
-nonce that is put after the last test, inside the function that holds the tests where the language needs it. So a
-completion that ends the program before the tests does not pass. Whoever reads the own source can still print the
-nonce: this finds accidents, not fraud.
+A completion passes by exit status (`exit_code == 0`), as in MultiPL-E, and passes strictly if it has also printed a
+nonce by a statement after the last test, inside the function that holds the tests where the language requires that. A
+completion that ends the program before the tests therefore does not pass strictly. A program that reads its own source
+could still print the nonce: the check detects accidents, not fraud.
 """
 
 import re
@@ -21,7 +21,7 @@ _OTHER_NAMES = {"go_test.go": "go", "py": "python"}
 
 @dataclass(frozen=True)
 class Language:
-    """One language: its file, its Debian packages, where the nonce goes and what a refusal to compile looks like."""
+    """One language: its file, its Debian packages, where the nonce goes and how a compile error is recognised."""
 
     name: str
     title: str
@@ -32,7 +32,7 @@ class Language:
     syntax_error: str | None = None  # what the output shows; None where the compiler's exit status tells
 
     def with_nonce(self, program: str, tests: str, nonce: str) -> str:
-        """The program with the statement that prints `nonce` after its last test; raises UserError where none fits."""
+        """The program with a statement that prints `nonce` after the last test. Raises UserError where none fits."""
         statement = self.nonce.format(nonce)
         if self.end is None:
             return f"{program}\n{statement}\n"
@@ -80,7 +80,7 @@ LANGUAGES = {language.name: language for language in _LANGUAGES}
 
 
 def language_of(name: str) -> Language:
-    """The language that a row names; raises UserError with the nearest spelling."""
+    """The language that a row names. Raises UserError with the nearest spelling."""
     name = _OTHER_NAMES.get(name, name)
     if name not in LANGUAGES:
         raise UnknownName("language", name, LANGUAGES)
@@ -88,10 +88,11 @@ def language_of(name: str) -> Language:
 
 
 def cut(completion: str, stop_tokens: Sequence[str]) -> str:
-    """The completion up to the first stop token, which is left out."""
+    """The completion up to its first stop token, without that."""
     found = [at for token in stop_tokens if token and (at := completion.find(token)) >= 0]
     return completion[: min(found, default=len(completion))]
 
 
 def program_of(prompt: str, completion: str, tests: str, stop_tokens: Sequence[str]) -> str:
+    """Prompt, completion up to the first stop token, and tests, as one program."""
     return f"{prompt}{cut(completion, stop_tokens)}\n{tests}"

@@ -1,4 +1,4 @@
-"""From results to numbers: pass@k, strictly and by exit status, over all problems that were run."""
+"""From results to pass@k, strictly and by exit status, over all problems that were executed."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ COLUMNS = ("language", "problems", "samples", "pass@{k}", "pass@{k} by exit stat
 
 @dataclass(frozen=True)
 class Example:
-    """One problem's result: of `samples` completions so many pass strictly, and so many by exit status alone."""
+    """The result of one problem: the number of samples, of those that pass strictly, and by exit status alone."""
 
     language: str
     name: str
@@ -24,12 +24,12 @@ class Example:
 
     @property
     def unsolvable(self) -> bool:
-        """Whether the row cannot be solved as published; it counts all the same."""
+        """True if the problem cannot be solved as published; it is counted all the same."""
         return any(self.name.startswith(f"HumanEval_{n}_") for n in UNSOLVABLE.get(self.language, ()))
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """The unbiased estimate of the chance that one of k completions passes (Chen et al. 2021, arXiv 2107.03374, 2.1).
+    """The unbiased estimate of the probability that one of k completions passes (arXiv 2107.03374, equation 1).
 
     Raises UserError where there are fewer samples than k.
     """
@@ -39,7 +39,7 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
 
 
 def read_results(path: Path) -> list[Example]:
-    """What was found for every problem that was run; raises UserError for a file that is no result."""
+    """The result of every problem that was executed. Raises UserError for a file that holds no results."""
     examples = []
     for number, row in json_lines(path):
         try:
@@ -53,7 +53,7 @@ def read_results(path: Path) -> list[Example]:
 
 
 def summary(examples: Sequence[Example], not_run: Mapping[str, str], k: int) -> list[list[object]]:
-    """One row (COLUMNS) a language, means over problems; a language that was not run has no numbers, but a reason."""
+    """One row (COLUMNS) a language, means over problems; a language that was not run has a reason and no numbers."""
     rows: list[list[object]] = []
     for name, language in LANGUAGES.items():
         ours = [example for example in examples if example.language == name]

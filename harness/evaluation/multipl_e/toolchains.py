@@ -1,7 +1,7 @@
-"""The toolchains of the ten languages: found, made fast, and tried in the sandbox before anything is counted.
+"""The toolchains of the ten languages: located, prepared for speed, and checked in the sandbox before they are used.
 
-What costs the most processor time, the same for every program, is done once a machine and kept: a precompiled header
-for C++, an archive of the compiler's classes for Java, a build cache for Go.
+The most expensive work that is the same for every program is done once a machine and kept: a precompiled header for
+C++, an archive of the compiler's classes for Java, a build cache for Go.
 """
 
 import hashlib
@@ -77,8 +77,10 @@ _SAMPLES = {
 
 @dataclass(frozen=True)
 class Toolchain:
-    """The commands of one language on this machine. `roots`: the folders that they read; `needs`: the files without
-    which no program can run."""
+    """The commands of one language on this machine.
+
+    `roots` are the folders that they read, `needs` the files without which no program can run.
+    """
 
     language: Language
     version: str
@@ -89,14 +91,15 @@ class Toolchain:
     needs: Sequence[Path] = ()
 
     def program(self, text: str, watch: str) -> Program:
+        """The program of that text, whose standard output is searched for `watch`."""
         return Program({self.language.file: text}, self.run, self.compile, self.env, watch)
 
     def lacking(self) -> Path | None:
-        """A file that was there when the toolchain was found and is no more."""
+        """A file of the toolchain that existed when it was located and does not exist any more; else None."""
         return next((path for path in self.needs if not path.exists()), None)
 
     def check(self, sandbox: Sandbox) -> None:
-        """Raises UserError, with the way to mend it, unless a program that is right passes."""
+        """Raises UserError, with the remedy, unless a correct program passes in the sandbox."""
         nonce = secrets.token_hex(16)
         sample = _SAMPLES[self.language.name]
         outcome = sandbox.run(self.program(self.language.with_nonce(sample, sample, nonce), nonce))
@@ -106,14 +109,14 @@ class Toolchain:
 
 
 def find(name: str, cache: Path) -> Toolchain:
-    """The toolchain of a language, made fast in the folder `cache`; raises UserError with the way to install it."""
+    """The toolchain of a language, prepared in the folder `cache`. Raises UserError with the way to install it."""
     return _FINDERS[name](LANGUAGES[name], cache)
 
 
 def available(
     names: Sequence[str], cache: Path, *, unsafe: bool = False
 ) -> tuple[dict[str, Toolchain], dict[str, str]]:
-    """The toolchains that work, and of the others why not, each tried once."""
+    """The toolchains that work, and the reason for every other, each checked once."""
 
     def tried(slot: int, name: str) -> Toolchain | str:
         try:
@@ -142,7 +145,7 @@ def _which(language: Language, command: str) -> str:
 
 
 def _ask(language: Language, *command: str) -> list[str]:
-    """The lines that a tool answers; asked where it lies, because the command found may be a version manager's."""
+    """The output lines of a tool, called where it is installed, since the command may be a version manager's shim."""
     done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
@@ -151,7 +154,7 @@ def _ask(language: Language, *command: str) -> list[str]:
 
 
 def _prepared(language: Language, cache: Path, version: str, make: Callable[[Path], None]) -> Path:
-    """A folder made once for a version of a toolchain, beside its place and renamed when it is whole."""
+    """A folder that is made once for a version of a toolchain, beside its place, and renamed when complete."""
     from filelock import FileLock
 
     key = hashlib.sha256(f"{version}\n{_SAMPLES[language.name]}".encode()).hexdigest()[:16]
@@ -280,7 +283,7 @@ def _php(language: Language, cache: Path) -> Toolchain:
 
 
 def _python(language: Language, cache: Path) -> Toolchain:
-    """The system's interpreter of the harness's version, which starts fastest, else the harness's own."""
+    """The system's interpreter of the harness's Python version, which starts fastest, else the harness's own."""
     system = shutil.which(f"python3.{sys.version_info.minor}", path="/usr/local/bin:/usr/bin")
     python = Path(system or str(getattr(sys, "_base_executable", sys.executable))).resolve()
     prefix, version = _ask(language, str(python), "-I", "-c", "import sys; print(sys.prefix, sys.version, sep='\\n')")[

@@ -1,7 +1,7 @@
-"""Runs programs that nobody has read: one at a time a sandbox, in bubblewrap, without network, bounded in everything.
+"""Runs untrusted programs in bubblewrap, without network, with bounded time, memory, processes, disk and output.
 
 A program sees the machine's /usr and its toolchain, all read-only, a temporary folder of bounded size, and nothing
-else: no other file, process, socket or environment. When it ends, or is ended, nothing of it is left.
+else: no other file, process, socket or environment variable. Nothing of it remains when it ends or is stopped.
 """
 
 import json
@@ -25,8 +25,11 @@ _MiB = 1 << 20
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use. The processor counts, so that a verdict does not depend on what else the machine does;
-    time by the clock, which stops a sleeping program, is counted anew after compiling."""
+    """The resources that one program may use.
+
+    Processor time is limited, so that a verdict does not depend on the machine's load; wall-clock time, which stops a
+    sleeping program, is counted anew after compiling.
+    """
 
     cpu: int = 15  # seconds of one process
     wall: float = 30.0  # seconds
@@ -50,7 +53,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended. `cpu` is in seconds and covers compiler and sandbox, but nothing that was ended by force."""
+    """How a program ended. `cpu` (seconds) covers compiler and sandbox, but no process that was killed."""
 
     exit_code: int  # the compiler's where it failed; 128 + n for signal n; -1 where the program was stopped
     stdout: str
@@ -62,14 +65,15 @@ class Outcome:
 
 
 class Sandbox:
-    """Runs programs one after another, for one thread; others may run beside it, each (`slot`) on a core of its own."""
+    """Runs programs one after another, for one thread. Several may run side by side, each (`slot`) on its own core."""
 
     def __init__(
         self, roots: Iterable[Path] = (), limits: Limits | None = None, *, slot: int = 0, unsafe: bool = False
     ) -> None:
-        """`roots` are the folders outside /usr that programs may read. `unsafe`: no sandbox, only limits of a process.
+        """Starts the supervisor. Raises UserError where bubblewrap is not installed.
 
-        Raises UserError where bubblewrap is not installed.
+        `roots` are the folders outside /usr that programs may read. With `unsafe` there is no sandbox, only the limits
+        of a process.
         """
         bwrap = shutil.which("bwrap")
         if bwrap is None and not unsafe:
@@ -92,7 +96,7 @@ class Sandbox:
         )
 
     def run(self, program: Program) -> Outcome:
-        """Raises UserError where the sandbox itself fails; whatever the program does is an Outcome."""
+        """Runs one program; whatever it does is an Outcome. Raises UserError where the sandbox itself fails."""
         assert self._process.stdin
         assert self._process.stdout
         try:
@@ -112,7 +116,7 @@ class Sandbox:
         return Outcome(**reply)
 
     def close(self) -> None:
-        """Ends the program that runs, if any."""
+        """Ends the running program, if any."""
         assert self._process.stdin
         assert self._process.stdout
         with suppress(BrokenPipeError):
@@ -128,7 +132,7 @@ class Sandbox:
 
 
 def refusal() -> str | None:
-    """Why programs cannot be run in the sandbox here, in one sentence; None where they can."""
+    """The reason, in one sentence, why programs cannot be run in the sandbox here; None where they can."""
     try:
         with Sandbox() as sandbox:
             outcome = sandbox.run(Program({}, ["/bin/sh", "-c", "echo works"]))

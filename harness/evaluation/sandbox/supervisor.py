@@ -1,9 +1,9 @@
 """Runs programs one after another in bubblewrap: a small process of its own, which imports nothing of the project.
 
-A process of its own because it gives up root before bubblewrap starts (the kernel counts no processes of uid 0), adopts
-and ends whatever a program leaves behind (a subreaper), and must not fork a harness that holds a model. It reads jobs
-as JSON lines from standard input and answers each with one JSON line; at end of file, so also when the harness was
-killed, it ends the program that runs and itself.
+It is a process of its own because it gives up root before bubblewrap starts (the kernel does not count the processes of
+uid 0), because it adopts and ends whatever a program leaves behind (a subreaper), and because a harness that holds a
+model must not be forked. It reads jobs as JSON lines from standard input and answers each with one JSON line. At the
+end of its input, and so also when the harness was killed, it ends the running program and itself.
 """
 
 import ctypes
@@ -44,6 +44,7 @@ _REFUSED_CALLS = {
 
 
 def main() -> None:
+    """Reads jobs from standard input and writes their outcomes to standard output until the input ends."""
     config = json.loads(sys.argv[1])
     # The script's descriptor is kept taken, so that no other file ever gets its number.
     null = fcntl.fcntl(os.open(os.devnull, os.O_RDWR), fcntl.F_DUPFD_CLOEXEC, _STAGE + 1)
@@ -69,7 +70,7 @@ def main() -> None:
 
 
 def _staged(libc: ctypes.CDLL, roots: list[str]) -> dict[str, str]:
-    """Where each root can be read without root's rights: bind mounts that only this process and its children see."""
+    """Paths at which each root can be read without root's rights: bind mounts that only this process sees."""
 
     def mount(source: str, target: str, kind: str, flags: int) -> None:
         if libc.mount(source.encode(), target.encode(), kind.encode(), flags, None):
@@ -91,7 +92,7 @@ def _staged(libc: ctypes.CDLL, roots: list[str]) -> dict[str, str]:
 
 
 def _drop_root() -> None:
-    """Takes a uid that nobody has, so that no file, signal or count of processes is shared with anyone."""
+    """Takes an unused uid, so that no file, signal or count of processes is shared with another user."""
     mapped = Path("/proc/self/uid_map").read_text(encoding="utf-8").splitlines()
     highest = max(int(first) + int(count) - 1 for first, _, count in map(str.split, mapped))
     uid = min(highest, 2**31 - 2) - 1 - os.getpid() % 4096
@@ -134,7 +135,7 @@ def _run(job: dict[str, Any], config: dict[str, Any], places: dict[str, str], nu
 
 
 class _Running:
-    """One running program: its output as far as it is kept, and how it ends."""
+    """One running program: its output, as far as it is kept, and how it ends."""
 
     def __init__(self, child: int, out: int, err: int, stage: int, *, watch: bytes, cap: int) -> None:
         self.child, self.out, self.err, self.stage = child, out, err, stage
@@ -186,6 +187,7 @@ class _Running:
         self.reached += os.read(self.stage, 2)
 
     def reply(self, compiles: bool, cpu: float) -> dict[str, Any]:
+        """The outcome, as the harness reads it."""
         code = self.status if self.status >= 0 else 128 - self.status
         # The limit counts ticks, which on a busy machine come to more than the time that is reported.
         if not self.stopped and code and self.cpu > 0.75 * cpu:
@@ -202,7 +204,7 @@ class _Running:
         }
 
     def _keep(self, descriptor: int, data: bytes) -> None:
-        """Keeps the first bytes; in standard output all bytes are searched, however many there are."""
+        """Keeps the first bytes of an output; all bytes of standard output are searched for the watched text."""
         room = self.cap - len(self.kept[descriptor])
         self.kept[descriptor] += data[: max(0, room)]
         if descriptor == self.out and self.watch and not self.seen:
@@ -234,7 +236,7 @@ def _children(pid: int) -> list[int]:
 
 
 def _namespace(bwrap: int) -> int:
-    """The process namespace of the sandbox; 0 where it is not there yet, or no more."""
+    """The process namespace of the sandbox; 0 where it does not exist yet, or any more."""
     try:
         own = Path("/proc/self/ns/pid").stat().st_ino
         found = [Path(f"/proc/{child}/ns/pid").stat().st_ino for child in _children(bwrap)]
@@ -244,7 +246,7 @@ def _namespace(bwrap: int) -> int:
 
 
 def _memory(namespace: int) -> int:
-    """Bytes that the processes of the namespace hold: their private pages, and shared mappings that no file bounds."""
+    """Bytes that the processes of the namespace hold: private pages, and shared mappings that no file bounds."""
     pages = 0
     shared: dict[bytes, int] = {}
     for process in Path("/proc").iterdir():
@@ -264,7 +266,7 @@ def _memory(namespace: int) -> int:
 
 
 def _sandboxed(job: dict[str, Any], config: dict[str, Any], places: dict[str, str], lent: list[int]) -> list[str]:
-    """The bubblewrap command; what it must inherit is added to `lent`."""
+    """The bubblewrap command; descriptors that it must inherit are added to `lent`."""
     limits = config["limits"]
     # --unshare-user is part of --unshare-all, but --disable-userns wants to hear it.
     args = ["--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent"]
@@ -291,13 +293,13 @@ def _sandboxed(job: dict[str, Any], config: dict[str, Any], places: dict[str, st
 
 
 def _parents(path: str) -> list[str]:
-    """Options that make the folders above a mount; those that bubblewrap makes by itself can only be read by root."""
+    """Options that make the folders above a mount; those that bubblewrap makes itself are readable by root only."""
     above = path.split("/")[1:-1]
     return [o for n in range(len(above)) for o in ("--perms", "0755", "--dir", "/" + "/".join(above[: n + 1]))]
 
 
 def _script(job: dict[str, Any], limits: dict[str, Any]) -> str:
-    """Sets the limits of a process, compiles and runs, and says on its own descriptor how far it got."""
+    """A shell script that sets the limits, compiles and runs, and reports its progress on its own descriptor."""
     kib = limits["memory"] // 1024
     lines = [
         f"{{ ulimit -u {limits['processes']} 2>/dev/null || ulimit -p {limits['processes']}; }}",  # bash, dash
@@ -317,7 +319,7 @@ def _environment(job: dict[str, Any], home: str) -> dict[str, str]:
 
 
 def _bytes(text: str) -> bytes:
-    """UTF-8; what is no character (a lone surrogate) becomes bytes that are no UTF-8, and the compiler's affair."""
+    """UTF-8; a lone surrogate becomes a byte that is not UTF-8, which is for the compiler to judge."""
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -333,7 +335,7 @@ def _in_memory(data: bytes) -> int:
 
 
 def _filter() -> bytes:
-    """A BPF program (linux/seccomp.h) that answers the refused calls with EPERM and ends programs of another kind."""
+    """A BPF program (linux/seccomp.h) that answers refused calls with EPERM and kills programs of another ABI."""
     if platform.machine() not in _REFUSED_CALLS:
         raise OSError(f"it is made for {' and '.join(_REFUSED_CALLS)}, not for {platform.machine()}")
     architecture, numbers = _REFUSED_CALLS[platform.machine()]

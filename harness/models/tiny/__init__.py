@@ -1,4 +1,4 @@
-"""What the profiles `tiny` and `micro` are made of: text every Python carries, and models trained on it on the spot."""
+"""The tiny models of the profiles `tiny` and `micro`: tokenizers and models that are trained on the spot."""
 
 from harness.models.tiny.recipe import (
     TinyModel,

@@ -1,8 +1,7 @@
-"""The tiny models: a target that has seen a little of everything, and two sources that know one side of it better.
+"""The tiny models: a target that is trained on all domains, and two sources that are each trained on one side of them.
 
-These three differ in architecture and tokenizer; a teacher is a larger model of the target's family that has seen more
-of the same, with the target's tokenizer. They are plumbing, not a result: what they show is that every stage
-does its work on real text in minutes.
+The three differ in architecture and tokenizer. The teacher is a larger model with the target's tokenizer, trained on
+more of the same text. They show that every stage does its work on real text in minutes; they are no result.
 """
 
 import hashlib
@@ -22,10 +21,11 @@ Architecture = Literal["llama", "qwen2", "gemma3_text"]
 
 @dataclass(frozen=True)
 class TinyModel:
-    """How one model is made; every number a choice for two cores.
+    """How one model is made, in sizes that suit two cores.
 
-    `mix` is the share of each domain in its `train_bytes` (UTF-8) of text, which is read `epochs` times in rows of
-    `sequence_length` tokens, `global_batch_size` to an optimiser step, with a cosine schedule from `learning_rate`.
+    `mix` is the fraction of each domain in its `train_bytes` (bytes of UTF-8) of text, which is read `epochs` times in
+    sequences of `sequence_length` tokens, `global_batch_size` of them an optimiser step, with a cosine schedule from
+    `learning_rate`.
     """
 
     name: str
@@ -62,7 +62,7 @@ class TinyRecipe:
     corpus: StandardLibrary
 
     def model(self, name: str) -> TinyModel:
-        """Raises UserError for a name that is not in the recipe."""
+        """The model of that name. Raises UserError for a name that is not in the recipe."""
         for model in self.models:
             if model.name == name:
                 return model
@@ -88,7 +88,7 @@ _TINY = TinyRecipe(
 
 
 def _micro(model: TinyModel) -> TinyModel:
-    """The same model of a size that is made in a fraction of a second."""
+    """The same model in a size that is trained in a fraction of a second."""
     return replace(
         model,
         vocabulary={"gpt2": 320, "qwen2": 300, "gemma": 384}[model.tokenizer],
@@ -120,10 +120,11 @@ def tiny_recipe(name: str = "tiny") -> TinyRecipe:
 
 
 def training_documents(model: TinyModel, documents: Sequence[LibraryDocument]) -> list[LibraryDocument]:
-    """The training documents of `documents` that the model reads, in the order in which it reads them.
+    """The training documents that the model reads, in the order in which it reads them.
 
-    Each domain gives its share of `train_bytes`, overstepped by less than a document, or all it has; the choice and the
-    order follow from the model's name and the documents' names, so that any beginning has about the same mix.
+    Each domain contributes its fraction of `train_bytes`, exceeded by less than a document, or all its text. The
+    choice and the order follow from the names of the model and of the documents, so that every beginning has about the
+    same mix.
     """
 
     def rank(document: LibraryDocument) -> bytes:
@@ -141,7 +142,7 @@ def training_documents(model: TinyModel, documents: Sequence[LibraryDocument]) -
 
 
 def make_tokenizer(model: TinyModel, documents: Sequence[LibraryDocument]) -> "PreTrainedTokenizerFast":
-    """The model's tokenizer, trained on the text that the model (of that family) is trained on.
+    """The model's tokenizer, trained on the text that the model (or the model of its family) is trained on.
 
     Raises UserError for too little text.
     """
@@ -150,7 +151,7 @@ def make_tokenizer(model: TinyModel, documents: Sequence[LibraryDocument]) -> "P
 
 
 def build_model(model: TinyModel, tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedModel":
-    """The model before training, float32; its weights follow from `model.seed`, PyTorch's own random state is kept."""
+    """The untrained model in float32. Its weights follow from `model.seed`; torch's random state is not changed."""
     import torch
     from transformers import AutoModelForCausalLM
 

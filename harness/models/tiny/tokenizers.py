@@ -1,7 +1,7 @@
-"""Tokenizers of three families, trained on the spot: they split the same text differently and write it differently.
+"""Tokenizers of three families, trained on the spot, which split the same text differently.
 
-The same texts give the same tokenizer: the alphabet is fixed before the trainer sees it (the trainer's own choice
-among equally rare characters is random), and merges of equal count are ordered by token id.
+The same texts give the same tokenizer: the alphabet is fixed before training (the trainer's own choice among equally
+rare characters is random), and merges of equal count are ordered by token id.
 """
 
 import json
@@ -26,12 +26,12 @@ _SPACE = "▁"
 
 
 def build_tokenizer(kind: TokenizerKind, texts: Sequence[str], size: int) -> "PreTrainedTokenizerFast":
-    """A tokenizer of `size` ids, the control tokens among them, trained on `texts`.
+    """A tokenizer of `size` ids, including the control tokens, trained on `texts`.
 
     `gpt2`   byte-level BPE with `<|bos|>`, `<|eos|>` and `<|pad|>`
-    `qwen2`  byte-level BPE of NFC-normalised text, digits one by one, `<|endoftext|>` at its end and no bos
-    `gemma`  BPE over characters with "▁" for a space, `<0xNN>` for the bytes of rare characters, and a bos that it puts
-             before the text by itself
+    `qwen2`  byte-level BPE of NFC-normalised text, digits one by one, with `<|endoftext|>` at its end and no bos
+    `gemma`  BPE over characters with "▁" for a space, `<0xNN>` for the bytes of rare characters, and a bos that the
+             tokenizer puts before the text itself
 
     Raises UserError where the texts are too few for so many ids.
     """

@@ -392,7 +392,7 @@ FILES: list[tuple[Prepare, list[str], str]] = [
     (
         cut("llama/model.safetensors"),
         run(),
-        r"model.safetensors has [\d,]+ bytes and not the [\d,]+ that its header says",
+        r"model.safetensors has [\d,]+ bytes, which is not the size that its header states",
     ),
     (write("neox/model.safetensors", ""), run(), "neox/model.safetensors is no safetensors file"),
     (write("llama/model.safetensors.index.json", "{"), run(), "index.json is no JSON object in UTF-8"),

@@ -18,7 +18,7 @@ from harness.evaluation.suite import EvaluatedModel, SuiteResult
 from harness.evaluation.vote import choices, voted
 from harness.experiment import run
 from harness.experiment.plan import plan
-from harness.models.checkpoints import ModelSpec, count_parameters, resolve
+from harness.models.resolution import ModelSpec, count_parameters, resolve
 from harness.store.artifacts import Store
 from harness.store.costs import Costs
 from tests.harness.evaluation.test_suites import completions, lines

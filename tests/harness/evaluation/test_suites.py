@@ -13,12 +13,14 @@ import yaml
 from fusion.errors import UserError
 from harness.config.loading import suite_section
 from harness.evaluation import standalone, suite
-from harness.evaluation.lm_eval import suites, tasks
+from harness.evaluation.lm_eval import task_suite, tasks
+from harness.evaluation.lm_eval.examples import EXAMPLES
+from harness.evaluation.lm_eval.requests import answer_requests, too_long
 from harness.evaluation.lm_eval.tasks import task_folder
 from harness.evaluation.multipl_e import code_suite
 from harness.evaluation.multipl_e.code_suite import COMPLETIONS
 from harness.evaluation.suite import EvaluatedModel, SuiteResult, append_line, read_lines
-from harness.models.checkpoints import ModelSpec, count_parameters, resolve
+from harness.models.resolution import ModelSpec, count_parameters, resolve
 from harness.reporting.export import write_evaluation
 from harness.reporting.runs import open_run
 from harness.store.artifacts import Store
@@ -65,7 +67,7 @@ def measure(name: str, section: dict[str, Any], model: Path, root: Path, data: P
 def lines(measured: SuiteResult) -> dict[str, list[dict[str, Any]]]:
     """By task, what is kept of every example, in the order of the rows."""
     return {
-        task: sorted(read_lines(path / suites.EXAMPLES), key=lambda line: line["example"])
+        task: sorted(read_lines(path / EXAMPLES), key=lambda line: line["example"])
         for task, path in measured.artifacts.items()
     }
 
@@ -195,7 +197,7 @@ def test_a_kill_costs_only_what_was_under_way(
 ) -> None:
     section = {**BBH, "tasks": ["navigate"], "batch_size": 1}
     whole = lines(measure("bbh", section, models["one"], tmp_path / "whole", rows))
-    own, written = suites.append_line, 0
+    own, written = task_suite.append_line, 0
 
     def until_killed(path: Path, value: dict[str, Any]) -> None:
         nonlocal written
@@ -205,10 +207,10 @@ def test_a_kill_costs_only_what_was_under_way(
         own(path, value)
         written += 1
 
-    monkeypatch.setattr(suites, "append_line", until_killed)
+    monkeypatch.setattr(task_suite, "append_line", until_killed)
     with pytest.raises(KeyboardInterrupt):
         measure("bbh", section, models["one"], tmp_path / "killed", rows)
-    monkeypatch.setattr(suites, "append_line", own)
+    monkeypatch.setattr(task_suite, "append_line", own)
     asked.clear()
     resumed = measure("bbh", section, models["one"], tmp_path / "killed", rows)
     assert len(asked) == 3
@@ -226,8 +228,6 @@ def test_tasks_that_do_not_fit_are_found_before_the_run(
     assert "do not fit the context of 256" in measured.missing["navigate"]
     assert "navigate is left out" in " ".join(capsys.readouterr().err.split())
     # One token more or less decides.
-    from harness.evaluation.lm_eval.suites import too_long
-
     (prepared,) = tasks.prepare(
         [tasks.find_source("triviaqa", task_folder() / "triviaqa/default.yaml", rows, tasks.Overrides(0, 10))], 1
     )[0].values()
@@ -473,6 +473,6 @@ def test_equal_questions_have_one_answer_unless_it_is_drawn(sampled: bool) -> No
             assert finished == ([] if sampled else ["0", "1", "2"])
             return [str(n) if sampled else "0" for n in range(len(requests))]
 
-    suites.answer(Lm(), examples, finished.append)
+    answer_requests(Lm(), examples, finished.append)
     assert finished == ["0", "1", "2"]
     assert [requests[0].resps for requests in examples.values()] == ([["0"], ["1"], ["2"]] if sampled else [["0"]] * 3)

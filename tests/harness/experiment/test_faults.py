@@ -27,13 +27,14 @@ from fusion.errors import UserError
 from fusion.vocabulary.token_bytes import encode
 from harness import cli
 from harness.config.loading import load
+from harness.data import predictions
 from harness.evaluation import bits_per_byte
 from harness.experiment import run
 from harness.experiment.identity import VERSIONS
 from harness.experiment.pipeline import open_experiment, read_predictions
 from harness.experiment.plan import plan
 from harness.runtime import progress
-from harness.stages import extraction, trainer
+from harness.stages import trainer
 from harness.store.artifacts import Store, read_manifest
 from harness.store.cleanup import unused
 from harness.store.files import exclusive_lock
@@ -419,7 +420,7 @@ def test_a_tokenizer_changed_after_the_extraction_is_noticed(
     todo = {p.spec.label for p in plan(config, again) if p.state == "missing"}
     assert todo >= {"llama", "CLM-seed0", "FuseLLM-seed0"} and "neox" not in todo
     reader = read_predictions(open_experiment(load(str(experiment_file)), again), "neox")
-    monkeypatch.setattr(extraction, "encode", lambda tokenizer, text: encode(tokenizer, text)[:-1])
+    monkeypatch.setattr(predictions, "encode", lambda tokenizer, text: encode(tokenizer, text)[:-1])
     with pytest.raises(UserError, match="but the tokenizer now gives"):
         reader.predictions(0)
 

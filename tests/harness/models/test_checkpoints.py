@@ -10,19 +10,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fusion.errors import UserError
-from harness.models import checkpoints as catalogue_module
-from harness.models.checkpoints import (
-    MANIFEST,
-    ModelSpec,
-    catalogue,
-    catalogue_rows,
-    compute_dtype,
-    count_parameters,
-    find_entry,
-    load_model,
-    load_tokenizer,
-    resolve,
-)
+from harness.models import resolution
+from harness.models.catalogue import catalogue, catalogue_rows, find_entry
+from harness.models.checkpoints import load_model, load_tokenizer
+from harness.models.manifest import MANIFEST
+from harness.models.resolution import ModelSpec, count_parameters, resolve
+from harness.runtime.device import compute_dtype
 
 
 def make_tokenizer(folder: Path) -> int:
@@ -102,7 +95,8 @@ def test_the_module_imports_no_heavy_library() -> None:
     import subprocess
 
     code = (
-        "import sys, harness.models.checkpoints, harness.models.download, harness.models.convert; "
+        "import sys, harness.models.checkpoints, harness.models.resolution, harness.models.download; "
+        "import harness.models.convert, harness.models.card; "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -145,7 +139,7 @@ def test_hashes_are_not_computed_again(tiny: Path, tmp_path: Path, monkeypatch: 
     def fail(path: Path) -> str:
         raise AssertionError(f"{path} hashed again")
 
-    monkeypatch.setattr(catalogue_module, "file_sha256", fail)
+    monkeypatch.setattr(resolution, "file_sha256", fail)
     assert resolve(ModelSpec(name=str(tiny)), tmp_path / "models") == first
     os.utime(tiny / "model.safetensors", ns=(1, 1))
     with pytest.raises(AssertionError, match="hashed again"):
@@ -159,9 +153,9 @@ def test_a_damaged_side_car_is_made_again(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_a_file_that_differs_from_the_manifest_is_refused_by_name(tiny: Path, tmp_path: Path) -> None:
-    from harness.models.convert import write_manifest
+    from harness.models.manifest import write_model_manifest
 
-    write_manifest(tiny, source={"kind": "gguf"}, licence="")
+    write_model_manifest(tiny, source={"kind": "gguf"}, licence="")
     resolve(ModelSpec(name=str(tiny)), tmp_path)
     weights = load_file(tiny / "model.safetensors")
     weights["model.norm.weight"] += 1

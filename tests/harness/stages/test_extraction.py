@@ -1,4 +1,4 @@
-"""The extraction stage: several processes on one folder, passages left out, other numbers on resume, both packings."""
+"""The extraction stage: several processes on one folder, skipped passages, other numbers on resume, both packings."""
 
 import json
 import shutil
@@ -148,7 +148,7 @@ def test_both_packings_are_one_artifact_with_the_same_numbers(
     assert predict(plain, "neox")[1].name == alone.name
     assert run_fingerprint(plain) == run_fingerprint(packed)
     readers = read_predictions(plain, "neox"), read_predictions(packed, "neox")
-    for passage in range(len(Passages(plain.passages[1]))):
+    for passage in range(len(Passages(plain.corpora.passages[1]))):
         one, other = (vars(reader.predictions(passage)) for reader in readers)
         for name in ("tokens", "ends", "ids", "log_p", "tail", "nats"):
             assert one[name].dtype == other[name].dtype
@@ -182,7 +182,7 @@ def spoilt(experiment_file: Path, made: Path, tmp_path_factory: pytest.TempPathF
 
 def test_too_many_passages_without_finite_logits_end_the_run(spoilt: Path, tmp_path: Path) -> None:
     small = open_experiment(load(str(spoilt)), tmp_path)
-    predict(small, "target")  # one passage may always be left out
+    predict(small, "target")  # one passage may always be skipped
     with pytest.raises(
         UserError, match=r"neox about 2 of \d+ passages are not finite \(first 100.txt .*max_skipped_fraction"
     ):
@@ -220,7 +220,7 @@ def test_passages_without_finite_logits_are_named_counted_and_fused_without(
     manifest = json.loads((predict(small, "neox")[1] / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["info"]["skipped"] == ["100.txt (bytes from 0)", "101.txt (bytes from 0)"]
     told = " ".join(capsys.readouterr().err.split())
-    assert "neox: its logits about 100.txt (bytes from 0) are not finite; the passage is left out." in told
+    assert "neox: its logits about 100.txt (bytes from 0) are not finite; the passage is skipped." in told
     assert "neox: 2 of" in told
     fusion = FuseLLMParameters().loss(["neox"])
     needs = fusion.needs("target")

@@ -14,7 +14,7 @@ from harness.store import leases
 from harness.store.leases import Leases, in_use
 
 
-def _claim(folder: Path, part: str, owner: list[object], *, silent_s: float = 0) -> None:
+def _write_lease(folder: Path, part: str, owner: list[object], *, silent_s: float = 0) -> None:
     path = folder / f"{part}.lease"
     path.write_text(json.dumps(owner), encoding="utf-8")
     beat = time.time() - silent_s
@@ -33,7 +33,7 @@ def test_one_of_several_has_a_part_and_gives_it_back(tmp_path: Path) -> None:
         assert three.take("a")
 
 
-def test_a_process_that_was_killed_has_no_claims(tmp_path: Path) -> None:
+def test_a_process_that_was_killed_has_no_leases(tmp_path: Path) -> None:
     code = (
         "import sys, time, pathlib; from harness.store.leases import Leases\n"
         "with Leases(pathlib.Path(sys.argv[1])) as c: c.take('a'); print('taken', flush=True); time.sleep(600)"
@@ -52,13 +52,13 @@ def test_a_process_that_was_killed_has_no_claims(tmp_path: Path) -> None:
     [
         (["another machine", 1, 0.0], 0, False),
         (["another machine", 1, 0.0], leases.LEASE_TIMEOUT_S + 60, True),
-        ([leases._place(), os.getpid(), leases._started(os.getpid())], 0, False),
-        ([leases._place(), os.getpid(), 1e9], 0, True),  # an earlier process had our number
-        ([leases._place(), os.getpid(), leases._started(os.getpid())], leases.LEASE_TIMEOUT_S + 60, True),
+        ([leases._machine(), os.getpid(), leases._started(os.getpid())], 0, False),
+        ([leases._machine(), os.getpid(), 1e9], 0, True),  # an earlier process had our number
+        ([leases._machine(), os.getpid(), leases._started(os.getpid())], leases.LEASE_TIMEOUT_S + 60, True),
     ],
 )
 def test_who_is_dead(tmp_path: Path, owner: list[object], silent_s: float, taken: bool) -> None:
-    _claim(tmp_path, "a", owner, silent_s=silent_s)
+    _write_lease(tmp_path, "a", owner, silent_s=silent_s)
     with Leases(tmp_path) as ours:
         assert ours.take("a") is taken
 
@@ -78,7 +78,7 @@ def test_the_living_are_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_folder_that_is_gone_says_so(tmp_path: Path) -> None:
-    folder = tmp_path / "claims"
+    folder = tmp_path / "leases"
     folder.mkdir()
     with Leases(folder) as ours:
         shutil.rmtree(folder)

@@ -1,9 +1,9 @@
-"""The files of an extraction: each holds what a model said about some passages, and is there whole or not at all.
+"""The files of stored predictions. A shard holds a model's predictions on some passages and is complete or absent.
 
 A shard is a safetensors file of the columns `ids`, `log_p`, `tail`, `nats` and `steps` (and `log_z` where temperatures
-were asked for), all passages' positions one after the other, and of the passages' `offsets` in them. Compressed, the
-columns are empty and say only what they are made of; `zstd` holds a frame for each passage, so that a passage is read
-without its neighbours, and `frames` their offsets.
+were asked for), with the positions of all passages concatenated, and of the passages' `offsets` in them. In a
+compressed shard the columns are empty and only give types and shapes; `zstd` holds one frame a passage, so that each
+is read without its neighbours, and `frames` the offsets of the frames.
 """
 
 import hashlib
@@ -27,11 +27,16 @@ _FLOATS = ("log_p", "tail", "nats", "log_z")
 _COLUMNS = ("ids", "log_p", "tail", "nats", "steps", "log_z")
 
 
-def position_bytes(k: int, vocabulary: int, dtype: StoreDType = "float16", temperatures: int = 0) -> int:
-    """Bytes a position takes: ids, log-probabilities and tail in `dtype`, float32 nats, uint16 step in bytes, and a
-    float32 for each temperature.
+def shard_path(folder: Path, index: int) -> Path:
+    """The file of a shard in the artifact of the predictions."""
+    return folder / f"shard-{index:06d}.safetensors"
 
-    Compressed, of real models' top 10 in float16, it is about 35 of 48 (vocabulary of at most 65,536) and 37 of 68.
+
+def position_bytes(k: int, vocabulary: int, dtype: StoreDType = "float16", temperatures: int = 0) -> int:
+    """Bytes of one position: ids, log-probabilities and tail in `dtype`, float32 nats, uint16 step, float32 log_z.
+
+    Compressed with real models' top 10 in float16, a position takes about 35 of 48 bytes (vocabulary of at most
+    65,536) and 37 of 68 bytes (larger vocabularies).
     """
     return k * (2 if vocabulary <= 65536 else 4) + np.dtype(dtype).itemsize * (k + 1) + 4 + 2 + 4 * temperatures
 
@@ -46,7 +51,20 @@ def write_shard(
     compression: Compression,
     dtype: StoreDType = "float16",
 ) -> None:
-    """Writes to `beside` and renames. `ends` are the passages' `byte_ends`; a result of no positions is left out."""
+    """Writes a shard to `beside` and renames it to `path`.
+
+    Args:
+        path: The shard.
+        beside: A temporary file on the same file system.
+        results: The predictions of each passage; a skipped passage has none.
+        ends: The `byte_ends` of each passage's tokens.
+        wide: Ids are stored as uint32 instead of uint16.
+        compression: `zstd` or `none`; the numbers are the same.
+        dtype: Type of log-probabilities and tails.
+
+    Raises:
+        UserError: A token id does not fit, or a token stands for more than 65,534 bytes of text.
+    """
     from safetensors.numpy import save
 
     steps = [_steps(passage_ends) for result, passage_ends in zip(results, ends, strict=True) if len(result.nats)]
@@ -77,7 +95,7 @@ def write_shard(
 
 
 def _steps(ends: np.ndarray) -> np.ndarray:
-    """uint16[M], the bytes from each position to the next, of a passage's `byte_ends`[M - 1]."""
+    """uint16[M], the bytes from each position to the next, by a passage's `byte_ends`[M - 1]."""
     steps = np.diff(ends, prepend=0).astype(np.int64)
     if steps[ends >= 0].max(initial=0) >= int(LOST):
         raise UserError("a token stands for more than 65,534 bytes of text: the store cannot hold it.")
@@ -103,9 +121,9 @@ def _compressed(tensors: Columns) -> Columns:
 
 
 def _joined(columns: Columns) -> bytes:
-    """All columns' bytes, turned so that they compress well: floats lie first byte by first byte, last by last.
+    """The bytes of all columns, rearranged so that they compress well: floats are stored byte plane by byte plane.
 
-    From a position's first entry to its last the bits of log p grow by little, so that only by how much is kept.
+    The bits of log p grow little from a position's first entry to its last, so that only the differences are stored.
     """
     parts = []
     for name, column in columns.items():
@@ -119,7 +137,7 @@ def _joined(columns: Columns) -> bytes:
 
 
 def _parted(raw: memoryview, positions: int, empty: Columns) -> Columns:
-    """The inverse of `_joined`; `empty` are columns of no positions."""
+    """The inverse of `_joined`; `empty` are the columns with no positions, which give types and shapes."""
     columns, start = {}, 0
     for name, like in empty.items():
         shape = (positions, *like.shape[1:])
@@ -144,7 +162,7 @@ def _digest(tensors: Columns) -> str:
 
 
 class Shard:
-    """An open, memory-mapped shard."""
+    """An open, memory-mapped shard. `offsets` int64[passages + 1] are the passages' first positions."""
 
     def __init__(self, path: Path) -> None:
         from safetensors import safe_open
@@ -159,7 +177,7 @@ class Shard:
             self._empty = {name: self._file.get_tensor(name) for name in self._names}
 
     def columns(self, passage: int) -> Columns:
-        """The passage's columns as they are stored: ids[M, k], log_p[M, k], tail[M], nats[M], steps[M], log_z[M, n]."""
+        """The stored columns of a passage: ids[M, k], log_p[M, k], tail[M], nats[M], steps[M], log_z[M, n]."""
         start, end = self.offsets[passage : passage + 2].tolist()
         if start == end:
             return {name: self._file.get_tensor(name)[:0] for name in self._names}
@@ -174,7 +192,7 @@ class Shard:
 
 
 def checked(path: Path) -> Shard:
-    """An open shard whose bytes are those that were written. Raises UserError when they are not."""
+    """An open shard, after its bytes were compared with their checksum. Raises UserError where they differ."""
     from safetensors import SafetensorError, safe_open
 
     try:

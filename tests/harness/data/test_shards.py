@@ -9,7 +9,7 @@ import pytest
 
 from fusion.errors import UserError
 from fusion.inference.top_k import TopKPredictions
-from harness.stages.shards import Compression, Shard, checked, position_bytes, write_shard
+from harness.data.shards import Compression, Shard, checked, position_bytes, write_shard
 from tests.shared import shared
 
 LOSSY = np.array([2, 2, 700, -1, -1], np.int32)  # byte ends, the last two unknown

@@ -1,0 +1,107 @@
+"""Stored predictions of a model, read passage by passage from memory-mapped shards."""
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusion.errors import UserError
+from fusion.types import Predictions
+from fusion.vocabulary.token_bytes import Vocabulary, byte_ends, encode, prefix_id
+from harness.data.passages import Passages
+from harness.data.shards import LOST, Shard, shard_path
+from harness.store.artifacts import read_manifest
+
+_OPEN_SHARDS = 128  # file handles kept open; they hold no memory, since passages are read from the map
+
+
+class PredictionsReader:
+    """The predictions of one model on all passages, as the extraction stage stored them.
+
+    Token ids are not stored but computed by the tokenizer, and `predictions` refuses a passage whose number of tokens
+    is not the stored one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        passages: Passages,
+        tokenizer: Any,
+        vocabulary: Vocabulary,
+        temperature: float = 1.0,
+        k: int | None = None,
+    ) -> None:
+        """Opens the artifact in `folder`.
+
+        Args:
+            folder: The artifact of the predictions.
+            passages: The passages that it was made of.
+            tokenizer: The tokenizer of the model that predicted.
+            vocabulary: The vocabulary of that model.
+            temperature: 1, or one of the temperatures of the extraction: distributions are taken to the power 1/T.
+            k: Only the k most probable of the stored entries are given. Default: all.
+        """
+        self._folder = folder
+        self._passages = passages
+        self._tokenizer = tokenizer
+        self._prefix = prefix_id(tokenizer)
+        self.vocabulary = vocabulary
+        params = read_manifest(folder)["params"]
+        self._shard_size = int(params["passages_per_shard"])
+        self._temperature = temperature
+        self._k = k
+        self._temperature_column = None if temperature == 1 else params["temperatures"].index(temperature)
+        self._open: OrderedDict[int, Shard] = OrderedDict()
+
+    def _columns(self, passage: int) -> dict[str, np.ndarray]:
+        """The stored columns of a passage; the most recently used shards stay open."""
+        index = passage // self._shard_size
+        if index not in self._open:
+            self._open[index] = Shard(shard_path(self._folder, index))
+            if len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(index)
+        return self._open[index].columns(passage % self._shard_size)
+
+    def predictions(self, passage: int) -> Predictions:
+        """The predictions of a passage, without positions where the passage was skipped.
+
+        Raises UserError when the tokenizer gives another number of tokens than were stored.
+        """
+        columns = self._columns(passage)
+        text = self._passages.text(passage)
+        tokens = np.array([self._prefix, *encode(self._tokenizer, text)], np.int32)
+        m, k = columns["ids"].shape
+        if not m:
+            ends = np.append(0, byte_ends(tokens[1:], self.vocabulary, text.encode("utf-8"))).astype(np.int32)
+            return Predictions.empty(tokens, ends, self._k or k)
+        if len(tokens) != m:
+            raise UserError(
+                f"{self._folder} holds {m} positions of {self._passages.name(passage)}, but the tokenizer now gives "
+                f"{len(tokens)}: the tokenizer's library has changed; remove that folder to have it made again."
+            )
+        steps = columns["steps"].astype(np.int64)
+        ends = np.cumsum(steps).astype(np.int32)
+        ends[np.maximum.accumulate(steps == int(LOST))] = -1
+        log_p, tail = columns["log_p"].astype(np.float32), columns["tail"].astype(np.float32)
+        if self._temperature_column is not None:
+            log_p = log_p / np.float32(self._temperature) - columns["log_z"][:, self._temperature_column, None]
+            tail = np.maximum(1 - np.exp(log_p, dtype=np.float64).sum(axis=1), 0).astype(np.float32)
+        predictions = Predictions(
+            tokens=tokens,
+            ends=ends,
+            ids=columns["ids"].astype(np.int32),
+            log_p=log_p,
+            tail=tail,
+            nats=columns["nats"],
+        )
+        return predictions if self._k is None else predictions.top(self._k)
+
+    def occurring_ids(self) -> np.ndarray:
+        """int64[n], every token id that is in the text or among the stored top k: a vocabulary map must cover these."""
+        ids: set[int] = {self._prefix}
+        for passage in range(len(self._passages)):
+            ids.update(encode(self._tokenizer, self._passages.text(passage)))
+            ids.update(np.unique(self._columns(passage)["ids"]).tolist())
+        return np.array(sorted(ids), np.int64)

@@ -1,0 +1,77 @@
+"""What is stored of an example of a task: one JSON line with its question, its answer, its target and its scores."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.evaluation.lm_eval.tasks import Prepared
+from harness.evaluation.suite import Example, read_lines
+
+EXAMPLES = "examples.jsonl"
+
+
+def scored_line(
+    prepared: Prepared,
+    example: str,
+    main_filter: Callable[[Sequence[str]], str],
+    recorded_name: Callable[[str], str] = str,
+) -> dict[str, Any]:
+    """The line that is stored of an example whose requests are answered, scored by the task's own code.
+
+    `main_filter` picks, of the filters of the task, the one whose scores bear the plain name of their metric; those of
+    another filter are called METRIC,FILTER. `recorded_name` gives the name under which a metric is recorded.
+    """
+    from lm_eval.utils import hash_string
+
+    task, requests = prepared.task, sorted(prepared.examples[example], key=lambda r: r.idx)
+    doc = requests[0].doc
+    for clean in task._filters:
+        clean.apply(requests)
+    filters = list(requests[0].filtered_resps)
+    means = mean_metrics(prepared)
+    scores: dict[str, float] = {}
+    others: dict[str, Any] = {}
+    for name in filters:
+        for metric, value in task.process_results(doc, [r.filtered_resps[name] for r in requests]).items():
+            suffix = "" if name == main_filter(filters) else f",{name}"
+            if metric in means:
+                scores[recorded_name(metric) + suffix] = float(value)
+            else:
+                others[metric + suffix] = plain(value)
+    question = task.doc_to_text(doc)
+    return {
+        "example": example,
+        "prompt_hash": hash_string(str(requests[0].args[0])),
+        "question": question if isinstance(question, str) else None,
+        "choices": plain(task.doc_to_choice(doc)) if task.config.doc_to_choice is not None else None,
+        "target": plain(task.doc_to_target(doc)),
+        "answer": [plain(r.resps[0] if len(r.resps) == 1 else r.resps) for r in requests],
+        "filtered": {name: [plain(r.filtered_resps[name]) for r in requests] for name in filters},
+        "scores": scores,
+        "other_scores": others,
+    }
+
+
+def mean_metrics(prepared: Prepared) -> set[str]:
+    """The task's metrics that are means over examples (a perplexity, for instance, is not)."""
+    from lm_eval.api.metrics import mean
+
+    return {metric for metric, aggregation in prepared.task.aggregation().items() if aggregation is mean}
+
+
+def plain(value: Any) -> Any:
+    """The value in JSON's own types."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if hasattr(value, "item"):  # numpy's numbers
+        value = value.item()
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def read_examples(task: str, folder: Path) -> Iterator[Example]:
+    """The scores of every example of a task, by the artifact that holds its lines, in the order of the rows."""
+    for line in sorted(read_lines(folder / EXAMPLES), key=lambda line: str(line["example"])):
+        for metric, score in line["scores"].items():
+            yield Example(task, line["example"], metric, score)

@@ -1,0 +1,100 @@
+"""Requests of lm-eval's tasks: whether they fit a model's context, and answering them so that a kill costs little."""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from harness.evaluation.lm_eval.tasks import Prepared
+from harness.evaluation.suite import EvaluatedModel
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+_DEFAULT_NEW_TOKENS = 256  # of HFLM, where a task sets no limit
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def too_long(prepared: Prepared, evaluated: EvaluatedModel) -> str | None:
+    """The reason why the task's longest prompt does not fit the model's context (tokens); None when all fit."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    context = evaluated.context
+    doubtful: list[tuple[str, int]] = []  # text, and tokens that must fit beside it
+    for request in (r for requests in prepared.examples.values() for r in requests):
+        if request.request_type == "generate_until":
+            settings = normalize_gen_kwargs(request.args[1], _DEFAULT_NEW_TOKENS)
+            text, extra = request.args[0], int(settings["max_gen_toks"])
+        elif request.request_type == "loglikelihood":
+            # The last token is predicted, not read; a prompt of nothing is read as one token.
+            text, extra = "".join(request.args), -1 if request.args[0] else 0
+        else:
+            continue
+        if len(text.encode()) + 2 + extra > context:  # a token is a byte or more, but for those put before a text
+            doubtful.append((text, extra))
+    if not doubtful:
+        return None
+    lengths = [len(ids) for ids in evaluated.tokenizer([text for text, _ in doubtful])["input_ids"]]
+    length, extra = max(
+        ((n, extra) for n, (_, extra) in zip(lengths, doubtful, strict=True)), key=lambda pair: sum(pair)
+    )
+    if length + extra <= context:
+        return None
+    new = f" and up to {extra} are to be generated" if extra > 0 else ""
+    advice = "; lower max_new_tokens to run it with shorter answers" if length < context and extra > 0 else ""
+    return f"its longest prompt has {length} tokens{new}, which do not fit the context of {context}{advice}"
+
+
+def answer_requests(lm: Any, examples: Mapping[Key, list["Instance"]], finished: Callable[[Key], None]) -> None:
+    """Makes `lm` answer all requests; `finished(example)` is called once all requests of an example have `resps`.
+
+    Examples are finished while others are under way, through the hook that lm-eval has for its cache. (The cache itself
+    is not used: it has no model in its key, and would serve one model's answers to another.)
+    """
+    from lm_eval.api.model import CacheHook
+
+    unanswered = {example: len(requests) for example, requests in examples.items()}
+    owner = {id(request): example for example, requests in examples.items() for request in requests}
+    itself: dict[int, Instance] = {}
+    alike: dict[tuple[Any, str], list[Instance]] = {}
+
+    def settle(request: "Instance", responses: list[Any]) -> None:
+        if request.resps:
+            return
+        request.resps = responses
+        example = owner[id(request)]
+        unanswered[example] -= 1
+        if not unanswered[example]:
+            finished(example)
+
+    class Hook(CacheHook):
+        def add_partial(self, attr: str, req: Any, res: Any) -> None:
+            if id(req) in itself:
+                settle(itself[id(req)], [res])
+            else:
+                for request in alike.pop(_key(req), ()):
+                    settle(request, [res])
+
+    requests = [request for some in examples.values() for request in some]
+    for kind in dict.fromkeys(request.request_type for request in requests):
+        of_kind = [request for request in requests if request.request_type == kind]
+        for request in of_kind:
+            request.resps = []
+            if (request.repeats or 1) == 1:
+                itself[id(request.args)] = request
+                if not (kind == "generate_until" and request.args[1].get("do_sample")):
+                    # HFLM gives the hook a copy of the arguments; where nothing is drawn, equals have one answer.
+                    alike.setdefault(_key(request.args), []).append(request)
+        lm.set_cache_hook(Hook(None))
+        try:
+            named = [request for request in of_kind for _ in range(request.repeats or 1)]
+            responses: dict[int, list[Any]] = {}
+            for request, response in zip(named, getattr(lm, kind)(named, disable_tqdm=True), strict=True):
+                responses.setdefault(id(request), []).append(response)
+        finally:
+            lm.set_cache_hook(CacheHook(None))
+        for request in of_kind:
+            settle(request, responses[id(request)])
+
+
+def _key(arguments: Sequence[Any]) -> tuple[Any, str]:
+    return arguments[0], repr(tuple(arguments[1:]))

@@ -1,0 +1,228 @@
+"""A suite that is made of lm-eval's tasks: what all such suites have in common.
+
+Every example is written as soon as all its requests are answered, so that a kill costs only the examples under way.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, Field
+
+from harness.evaluation.lm_eval.examples import EXAMPLES, mean_metrics, read_examples, scored_line
+from harness.evaluation.lm_eval.requests import answer_requests, too_long
+from harness.evaluation.lm_eval.tasks import Overrides, Prepared, Source, find_source, prepare
+from harness.evaluation.suite import (
+    NO_VOTE,
+    EvaluatedModel,
+    Example,
+    Section,
+    SuiteResult,
+    append_line,
+    ensure_jointly,
+    kept_lines,
+    read_lines,
+)
+from harness.evaluation.vote import Answers, choices, voted
+from harness.runtime.progress import notify, track
+from harness.store.artifacts import Spec, Store
+from harness.store.costs import Costs
+from harness.store.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+VERSION = 1
+_DEFAULT_METRICS = {"multiple_choice": "acc", "loglikelihood": "acc", "generate_until": "exact_match"}
+_UNKNOWN_ROWS = 1000  # of a task whose rows are not on this machine, for estimates
+
+
+class LmEvalConfig(Section):
+    """The configuration of a suite of lm-eval tasks; by default the tasks are as lm-eval defines them."""
+
+    tasks: list[str] | None = Field(None, min_length=1, description="only these tasks. Default: all of the suite")
+    limit: int | None = Field(None, gt=0, description="only the first LIMIT rows of each task")
+    num_fewshot: int | None = Field(None, ge=0, description="examples in the prompt. Default: the task's own number")
+    max_new_tokens: int | None = Field(None, gt=0, description="longest answer (tokens). Default: the task's own")
+    batch_size: int | Literal["auto"] = Field("auto", description="answers generated at one time; changes no answer")
+    seed: int = Field(0, ge=0, description="seed of tasks that sample their answers")
+
+
+class LmEvalSuite:
+    """A suite of lm-eval tasks: one artifact a candidate and task, one line an example."""
+
+    name: ClassVar[str]
+    schema: ClassVar[type[BaseModel]] = LmEvalConfig
+    example_bytes: ClassVar[float] = 4000.0
+    """Bytes of text that are read and written for one example, roughly, for estimates."""
+
+    def __init__(self, section: LmEvalConfig, data_root: Path | None) -> None:
+        self.section = section
+        self._data_root = data_root
+        self._tasks = self._chosen()
+
+    def _chosen(self) -> dict[str, tuple[str, Path]]:
+        """lm-eval's name of each task and its YAML file, by the task's name in tables."""
+        raise NotImplementedError
+
+    def metric(self, task: str) -> str:
+        """The metric that is shown for a task: the first in its YAML that is a mean over examples."""
+        source = self._sources[task]
+        listed = [m for m in source.config.get("metric_list") or () if m.get("aggregation", "mean") == "mean"]
+        if not listed:
+            return _DEFAULT_METRICS.get(source.config.get("output_type", ""), "acc")
+        return function_name(str(listed[0]["metric"]))
+
+    def recorded_name(self, task: str, metric: str) -> str:
+        """The name under which a metric of a task is recorded (see `results.metrics.measure`)."""
+        return metric
+
+    def main_filter(self, filters: Sequence[str]) -> str:
+        """The filter (lm-eval's way to clean an answer) whose scores bear the plain name of their metric."""
+        return filters[0]
+
+    def shown(self) -> dict[str, str]:
+        return {task: self.metric(task) for task in self._tasks}
+
+    def identity(self) -> dict[str, Any]:
+        return {"version": VERSION, "tasks": {task: source.identity() for task, source in self._sources.items()}}
+
+    @cached_property
+    def _sources(self) -> dict[str, Source]:
+        overrides = Overrides(self.section.num_fewshot, self.section.max_new_tokens)
+        return {task: find_source(name, yaml, self._data_root, overrides) for task, (name, yaml) in self._tasks.items()}
+
+    @cached_property
+    def _prepared(self) -> tuple[dict[str, Prepared], dict[str, str]]:
+        return prepare(list(self._sources.values()), self.section.limit)
+
+    def measure(self, evaluated: EvaluatedModel, store: Store, costs: Costs) -> SuiteResult:
+        if evaluated.votes:
+            return self._counted(evaluated, store, costs)
+        specs = {task: self._spec(evaluated, task) for task in self._sources}
+        missing = {} if store.dry else self._missing(evaluated, [t for t in specs if not store.path(specs[t]).exists()])
+        for task, reason in missing.items():
+            notify(f"{self.name} {evaluated.label}: {task} is left out, {reason}.")
+        wanted = [
+            (task, spec, costs.forward(evaluated.parameters, self._rows(task) * self.example_bytes))
+            for task, spec in specs.items()
+            if task not in missing
+        ]
+        paths = ensure_jointly(store, wanted, partial(self._run, evaluated))
+        return SuiteResult(
+            examples=lambda: (e for task, path in paths.items() for e in read_examples(task, path)),
+            artifacts=paths,
+            fingerprints={task: specs[task].fingerprint for task in paths},
+            missing=missing,
+        )
+
+    def _counted(self, evaluated: EvaluatedModel, store: Store, costs: Costs) -> SuiteResult:
+        """The result of a majority vote: each member is measured by itself, and their answers are counted."""
+        results: list[tuple[SuiteResult, float]] = []
+        for member, weight in evaluated.members:
+            results.append((self.measure(member, store, costs), weight))
+            member.release()
+        missing = {task: why for result, _ in results for task, why in result.missing.items()}
+        missing |= {task: NO_VOTE for task in self._sources if self._answers(task) is None}
+        tasks = [task for task in self._sources if task not in missing]
+
+        def examples() -> Iterator[Example]:
+            for task in tasks:
+                answers = self._answers(task)
+                assert answers is not None
+                given = [(read_lines(result.artifacts[task] / EXAMPLES), weight) for result, weight in results]
+                yield from voted(task, given, answers)
+
+        labels = [member.label for member, _ in evaluated.members]
+        by_label = [(label, result) for label, (result, _) in zip(labels, results, strict=True)]
+        return SuiteResult(
+            examples,
+            artifacts={f"{label} {task}": result.artifacts[task] for label, result in by_label for task in tasks},
+            fingerprints={
+                task: fingerprint([evaluated.fingerprint, *(result.fingerprints[task] for _, result in by_label)])
+                for task in tasks
+            },
+            missing=missing,
+        )
+
+    def _answers(self, task: str) -> Answers | None:
+        """The function that extracts the answers of a task for a vote; None for a task without answers."""
+        kind = self._sources[task].config.get("output_type")
+        return {"multiple_choice": choices, "generate_until": self._texts}.get(str(kind))
+
+    def _texts(self, line: Mapping[str, Any]) -> dict[str, Any]:
+        filters = list(line["filtered"])
+        by_metric = {metric: metric.partition(",")[2] or self.main_filter(filters) for metric in line["scores"]}
+        return {metric: line["filtered"][name] for metric, name in by_metric.items()}
+
+    def _spec(self, evaluated: EvaluatedModel, task: str) -> Spec:
+        return Spec(
+            self.name,
+            f"{evaluated.label}-{task}",
+            VERSION,
+            {"model": evaluated.fingerprint, "task": self._sources[task].identity()},
+            {"limit": self.section.limit, "seed": self.section.seed, "dtype": evaluated.dtype},
+            {
+                "candidate": evaluated.label,
+                "batch_size": self.section.batch_size,
+                "batch_tokens": evaluated.batch_tokens,
+            },
+        )
+
+    def _rows(self, task: str) -> int:
+        """Rows of the task's data on this machine, or a constant where they are not known, for estimates."""
+        import pyarrow.parquet as pq
+
+        files = [path for path in self._sources[task].files.values() if path.suffix == ".parquet"]
+        rows = pq.read_metadata(files[0]).num_rows if files else _UNKNOWN_ROWS
+        return min(rows, self.section.limit or rows)
+
+    def _missing(self, evaluated: EvaluatedModel, tasks: Sequence[str]) -> dict[str, str]:
+        """The reason why each task that cannot be run cannot, without loading the model."""
+        if not tasks:
+            return {}
+        prepared, unavailable = self._prepared
+        reasons = {}
+        for task in tasks:
+            name = self._sources[task].name
+            long = (too_long(prepared[name], member) for member, _ in evaluated.members)
+            if reason := unavailable.get(name) or _unfit(prepared[name]) or next(filter(None, long), None):
+                reasons[task] = reason
+        return reasons
+
+    def _run(self, evaluated: EvaluatedModel, folders: Mapping[str, Path]) -> None:
+        """Writes the missing examples of several tasks, each into its task's folder."""
+        prepared = {task: self._prepared[0][self._sources[task].name] for task in folders}
+        pending: dict[tuple[str, str], list[Instance]] = {}
+        for task, folder in folders.items():
+            done = {line["example"] for line in kept_lines(folder / EXAMPLES)}
+            pending |= {(task, e): requests for e, requests in prepared[task].examples.items() if e not in done}
+        total = sum(len(one.examples) for one in prepared.values())
+        with track(f"{self.name} {evaluated.label}", total, "examples", done=total - len(pending)) as advance:
+            if not pending:
+                return
+
+            def finished(key: tuple[str, str]) -> None:
+                task, example = key
+                append_line(
+                    folders[task] / EXAMPLES,
+                    scored_line(prepared[task], example, self.main_filter, partial(self.recorded_name, task)),
+                )
+                advance(1)
+
+            answer_requests(evaluated.lm(batch_size=self.section.batch_size, seed=self.section.seed), pending, finished)
+
+
+def function_name(metric: str) -> str:
+    """The name of a metric in a YAML file, where a function is named by its path."""
+    return metric.rsplit(".", 1)[-1] if "/" in metric else metric
+
+
+def _unfit(prepared: Prepared) -> str | None:
+    """The reason why a task can be run for no model here; None for a task that can."""
+    if getattr(prepared.task, "UNSAFE_CODE", False):
+        return "it runs what a model writes outside of any sandbox"
+    if getattr(prepared.task, "MULTIMODAL", False):
+        return "it needs more than text"
+    return None if mean_metrics(prepared) else "none of its metrics is a mean over examples"

@@ -1,0 +1,47 @@
+"""The manifest of a fetched or converted model: its source, its licence, its converter and the hash of every file."""
+
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fusion.errors import UserError
+from harness.store.files import read_json_object, write_atomically
+from harness.store.fingerprint import file_sha256
+
+MANIFEST = "fusellm-model.json"
+
+
+def write_model_manifest(folder: Path, *, source: Mapping[str, Any], licence: str) -> None:
+    """Writes the manifest: source, licence, versions of what made the folder, and SHA-256 of each file in it."""
+    manifest = {
+        "source": dict(source),
+        "licence": licence,
+        "made_by": {name: importlib.metadata.version(name) for name in ("fusellm-harness", "transformers", "torch")},
+        "files": {
+            file.relative_to(folder).as_posix(): file_sha256(file)
+            for file in sorted(folder.rglob("*"))
+            if file.is_file() and file.name != MANIFEST
+        },
+    }
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_model_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a model folder; empty for a folder of the user's own, which has none."""
+    path = folder / MANIFEST
+    return read_json_object(path, f"delete {folder} and fetch or convert the model again") if path.is_file() else {}
+
+
+def check_model_manifest(folder: Path, hashes: Mapping[str, str], names: Sequence[str]) -> None:
+    """Raises UserError where the hash of a file differs from the one in the manifest, if there is a manifest."""
+    recorded = read_model_manifest(folder).get("files")
+    if not isinstance(recorded, dict):
+        return
+    for name in names:
+        if recorded.get(name) != hashes[name]:
+            raise UserError(
+                f"{folder / name} is not the file that was put there (its SHA-256 differs from {MANIFEST}): "
+                f"delete {folder} and fetch or convert the model again."
+            )

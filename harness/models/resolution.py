@@ -1,0 +1,195 @@
+"""From a model's name to its folder and fingerprint; nothing is loaded.
+
+A model is used from one folder: config.json, safetensors weights and a fast tokenizer (tokenizer.json). Any other form
+(GGUF, pickle checkpoints, slow tokenizers) is refused with the one command that converts it to such a folder.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fusion.errors import UserError
+from harness.models.catalogue import CONVERT, FETCH, find_entry, is_hub_id, unknown_model
+from harness.models.manifest import check_model_manifest, read_model_manifest
+from harness.runtime.device import DType
+from harness.store.files import read_json_object, write_atomically
+from harness.store.fingerprint import canonical, file_sha256, fingerprint
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SLOW_TOKENIZER_FILES = ("*.model", "vocab.json", "merges.txt", "vocab.txt", "*.tiktoken", "tokenization_*.py")
+PICKLE_FILES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class ModelSpec(BaseModel):
+    """A model as a configuration names it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(min_length=1, description="catalogue name, hub id, local folder, or .gguf file")
+    revision: str | None = Field(default=None, description="hub revision. Default: the catalogue's, else main")
+    dtype: DType = Field(default="auto", description="computing precision; auto: bfloat16 where it is native")
+    trust_remote_code: bool = Field(default=False, description="run Python code from the model's folder")
+    attn_implementation: str | None = None
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A model on this machine. `fingerprint` is a SHA-256 of configuration, tokenizer and weights, not of the place."""
+
+    folder: Path
+    name: str
+    fingerprint: str
+    spec: ModelSpec = field(compare=False)
+
+
+def model_folder(name: str, revision: str | None, models_dir: Path) -> Path:
+    """The folder of a fetched model: the catalogue's name or `owner--name`, with `@revision` where one is given."""
+    entry = find_entry(name)
+    folder = entry[0] if entry else name.replace("/", "--")
+    default = entry[1].revision if entry else "main"
+    if revision is None or revision == default:
+        return models_dir / folder
+    return models_dir / f"{folder}@{revision.replace('/', '--')}"
+
+
+def resolve(spec: ModelSpec, models_dir: Path) -> ResolvedModel:
+    """The folder of a model and the fingerprint of its files.
+
+    Raises UserError, naming the command that helps, when the model is not on this machine, is not in safetensors, has
+    no fast tokenizer, or differs from its manifest.
+    """
+    folder = _locate(spec, models_dir)
+    check_config_file(folder)
+    weights = weight_files(folder)
+    check_tokenizer_files(folder)
+    code = sorted(path.name for path in folder.glob("*.py")) if spec.trust_remote_code else []
+    names = ["config.json", *(name for name in TOKENIZER_FILES if (folder / name).exists()), *code]
+    hashes = _hashes(folder, [*names, *weights], models_dir / ".hashes.json")
+    check_model_manifest(folder, hashes, [*names, *weights])
+    entry = find_entry(spec.name)
+    return ResolvedModel(folder, entry[0] if entry else folder.name, fingerprint(hashes), spec)
+
+
+def _locate(spec: ModelSpec, models_dir: Path) -> Path:
+    name = spec.name
+    if find_entry(name) is None:
+        path = Path(name).expanduser()
+        if name.endswith(".gguf"):
+            return _converted_gguf(path, models_dir)
+        if path.is_dir():
+            if spec.revision is not None:
+                raise UserError(f"{name} is a local folder and has no revision {spec.revision!r}: leave revision out.")
+            return path.resolve()
+        if not is_hub_id(name) and not (models_dir / name).is_dir():
+            raise unknown_model(name)
+    folder = model_folder(name, spec.revision, models_dir)
+    if not folder.is_dir():
+        revision = f" --revision {spec.revision}" if spec.revision else ""
+        raise UserError(f"The model {name} is not in {models_dir}: run `{FETCH} {name}{revision}`.")
+    return folder.resolve()
+
+
+def _converted_gguf(path: Path, models_dir: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"There is no file {path}: give the path of a .gguf file, or a model's name.")
+    folder = models_dir / path.stem
+    source = read_model_manifest(folder).get("source", {}) if folder.is_dir() else {}
+    hashes = _hashes(path.parent, [path.name], models_dir / ".hashes.json")
+    if source.get("sha256") != hashes[path.name]:
+        raise UserError(f"{path} is a GGUF file and not yet converted to safetensors: run `{CONVERT} {path}`.")
+    return folder.resolve()
+
+
+def check_config_file(folder: Path) -> None:
+    """Raises UserError unless the folder has a config.json that can be read."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is no model: it has no config.json.")
+    read_json_object(path, "fetch or copy the model again")
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The names of the safetensors files of a checkpoint and of their index.
+
+    Raises UserError when there are none, or one is missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json_object(index, "fetch or copy the model again").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index} names no weights: fetch or copy the model again.")
+        names = sorted({str(name) for name in weight_map.values()})
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise UserError(f"{folder} lacks {missing[0]}, which its index names: fetch or copy the model again.")
+        return [index.name, *names]
+    if (folder / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    if _has_any(folder, PICKLE_FILES):
+        raise UserError(
+            f"{folder} holds its weights as pickles, which are not read here: run `{CONVERT} {folder}` "
+            "and name the folder that it writes."
+        )
+    raise UserError(f"{folder} holds no weights: there is no model.safetensors in it.")
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Raises UserError unless the folder has a fast tokenizer (tokenizer.json)."""
+    if (folder / "tokenizer.json").is_file():
+        return
+    if _has_any(folder, SLOW_TOKENIZER_FILES):
+        raise UserError(
+            f"{folder} has only a slow tokenizer (no tokenizer.json): run `{CONVERT} {folder}`, "
+            "which makes a fast one and checks it against the slow one."
+        )
+    raise UserError(f"{folder} has no tokenizer: put the model's tokenizer.json beside its weights.")
+
+
+def _has_any(folder: Path, patterns: Sequence[str]) -> bool:
+    return any(path for pattern in patterns for path in folder.glob(pattern))
+
+
+def count_parameters(folder: Path) -> int:
+    """The number of stored parameters, from the headers of the safetensors files; no weight is read.
+
+    Raises UserError for a file that is not safetensors, or whose size is not the one that its header states.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    total = 0
+    for path in (folder / name for name in weight_files(folder) if name.endswith(".safetensors")):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                total += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118  no dict
+        except SafetensorError as error:
+            if "not fully covered" in str(error):
+                raise UserError(
+                    f"{path} has {path.stat().st_size:,} bytes, which is not the size that its header states: "
+                    "fetch or copy the model again."
+                ) from None
+            raise UserError(f"{path} is no safetensors file: fetch or copy the model again.") from None
+    return total
+
+
+def _hashes(folder: Path, names: Sequence[str], cache_file: Path) -> dict[str, str]:
+    """SHA-256 by file name; those in `cache_file` are reused while path, size and modification time (ns) are equal."""
+    try:
+        known: dict[str, str] = read_json_object(cache_file, "it is made again")
+    except (FileNotFoundError, UserError):
+        known = {}
+    keys = {}
+    for name in names:
+        path = (folder / name).resolve()
+        stat = path.stat()
+        keys[name] = canonical([str(path), stat.st_size, stat.st_mtime_ns])
+    missing = [name for name in names if keys[name] not in known]
+    for name in missing:
+        known[keys[name]] = file_sha256(folder / name)
+    if missing:
+        # Concurrent writers can lose each other's entries, which costs a second hashing and nothing else.
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(cache_file, canonical(known))
+    return {name: known[keys[name]] for name in names}

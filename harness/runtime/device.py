@@ -1,0 +1,50 @@
+"""The device that a process computes on, and the precision that it computes in."""
+
+import os
+from typing import Literal
+
+from fusion.errors import UserError
+from harness.runtime.distributed import COMMAND, launched, local_rank
+from harness.runtime.memory import retain_heap
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def usable_device(device: str, *, dry: bool) -> str:
+    """The device of this process (`cpu`, `cuda`, or `cuda:RANK` under a launcher) for `auto`, `cpu` or `cuda`.
+
+    Raises UserError where there is none, and where several GPUs are visible to one process that is not `dry`.
+    """
+    import torch
+
+    if device != "cpu" and torch.cuda.is_available():
+        n, own = torch.cuda.device_count(), local_rank()
+        if own >= n:
+            raise UserError(f"This machine has {n} CUDA devices, but its rank {own} needs one more: start {n} ranks.")
+        if n > 1 and not launched() and not dry:
+            raise UserError(
+                f"A process uses one GPU and {n} are visible: start one for each with {COMMAND}, or set "
+                "CUDA_VISIBLE_DEVICES to one of them."
+            )
+        return f"cuda:{own}" if launched() else "cuda"
+    if device == "cuda":
+        raise UserError("device is cuda, but this machine has no CUDA device that torch can use: set device=cpu.")
+    # DeepSpeed would otherwise detect an accelerator and warn on standard output, which is for tables.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    retain_heap()
+    return "cpu"
+
+
+def compute_dtype(dtype: DType, device: str) -> Literal["float32", "bfloat16", "float16"]:
+    """The precision that `auto` stands for on `device`: bfloat16 where it is native, else float32."""
+    if dtype != "auto":
+        return dtype
+    import torch
+
+    if device.startswith("cuda"):
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        native = False
+    return "bfloat16" if native else "float32"
