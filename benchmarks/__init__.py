@@ -1,1 +1,1 @@
-"""What the harness costs, beside a plain re-implementation of the published algorithm and the machine's own limit."""
+"""What the harness costs, compared with a plain reference implementation and with the roofline of the machine."""

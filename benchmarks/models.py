@@ -47,7 +47,7 @@ def objective(material: Material, *, quick: bool) -> list[Result]:
             raise AssertionError(f"the {name} differs from that of the plain re-implementation")
     del ours, dense
     taken = machine.seconds(lambda: _fused(problem), repeat=5)
-    plainly = machine.seconds(lambda: _dense(problem), repeat=3)
+    reference = machine.seconds(lambda: _dense(problem), repeat=3)
     peaks = {kind: machine.in_fresh_process(_objective_peak, kind, *size) for kind in ("fused", "dense")}
     shape = f"T = {positions:,}, V = {vocabulary:,}, D = {hidden}"
     return [
@@ -56,19 +56,19 @@ def objective(material: Material, *, quick: bool) -> list[Result]:
             "MB",
             peaks["fused"] / 1e6,
             peaks["dense"] / 8e6,
-            plain=peaks["dense"] / 1e6,
-            limit=positions * (hidden * 4 + _ENTRIES * 8) / 1e6,
+            reference=peaks["dense"] / 1e6,
+            roofline=positions * (hidden * 4 + _ENTRIES * 8) / 1e6,
             note="the height of resident memory in a fresh process, less the weights and the projection's gradient; "
-            "the goal is an eighth of the plain objective's (dense targets and logits, autograd). Limit: the gradient "
-            "of the hidden states and the targets.",
+            "the goal is an eighth of the plain objective's (dense targets and logits, autograd). Roofline: the "
+            "gradient of the hidden states and the targets.",
         ),
         Result(
             f"the objective's time, forward and backward, {shape}",
             "s",
             taken,
-            plain=plainly,
-            limit=3 * 2 * positions * vocabulary * hidden / machine.matmul("float32"),
-            note="float32. Limit: its three matrix products at the rate of a large one, "
+            reference=reference,
+            roofline=3 * 2 * positions * vocabulary * hidden / machine.matmul("float32"),
+            note="float32. Roofline: its three matrix products at the rate of a large one, "
             f"{machine.matmul('float32') / 1e9:.0f} GFLOP/s.",
         ),
     ]
@@ -245,22 +245,22 @@ def training(prepared: Prepared, *, quick: bool) -> list[Result]:
             "% of the time it took",
             100 * now / before,
             75.0,
-            limit=100 * 6 * parameters * tokens / machine.matmul(dtype) / before,
+            roofline=100 * 6 * parameters * tokens / machine.matmul(dtype) / before,
             note=f"training, here CLM; {now:.2f} s against {before:.2f} s before: passages attend by themselves, in "
             "whole products where they are short, where a mask hid the other passages; logits are worked on in the "
             f"cache; freed memory is kept; {len(batch['labels'])} rows are read at once, where it was one. "
-            "Limit: the matrix products alone.",
+            "Roofline: the matrix products alone.",
         ),
         Result(
             f"{what}: time",
             "CLM steps",
             median["fusellm"] / median["clm"],
             1.1,
-            plain=median["plain"] / median["clm"],
-            limit=1.0,
+            reference=median["plain"] / median["clm"],
+            roofline=1.0,
             note=f"CLM {median['clm']:.2f} s, FuseLLM {median['fusellm']:.2f} s; the matrix products of a step alone "
             f"take {6 * parameters * tokens / machine.matmul(dtype):.2f} s at the rate of a large one, "
-            f"{machine.matmul(dtype) / 1e9:.0f} GFLOP/s in {dtype}. Plainly: the model's own logits, dense targets "
+            f"{machine.matmul(dtype) / 1e9:.0f} GFLOP/s in {dtype}. Reference: the model's own logits, dense targets "
             "without the tail.",
         ),
         Result(
@@ -268,8 +268,8 @@ def training(prepared: Prepared, *, quick: bool) -> list[Result]:
             "CLM steps",
             peak["fusellm"] / peak["clm"],
             1.1,
-            plain=peak["plain"] / peak["clm"],
-            limit=1.0,
+            reference=peak["plain"] / peak["clm"],
+            roofline=1.0,
             note="the height of a fresh process's resident memory in its second step: "
             f"CLM {peak['clm'] / 1e9:.2f} GB, FuseLLM {peak['fusellm'] / 1e9:.2f} GB.",
         ),
@@ -308,21 +308,21 @@ def _loader(prepared: Prepared, step_seconds: float) -> Result:
     }
     images = {source.name: source.map for source in lesson.sources}
     size = len(extractions[lesson.target].vocabulary)
-    plainly = machine.seconds(lambda: plain.fuse(readings, pairs, images, lesson.target, size), repeat=1, warm=False)
+    reference = machine.seconds(lambda: plain.fuse(readings, pairs, images, lesson.target, size), repeat=1, warm=False)
     texts = [prepared.passages.text(p) for p in members]
     tokenizers = [prepared.experiment.models.tokenizer(name)[0] for name in extractions]
     encoding = machine.seconds(lambda: [encode(t, text) for t in tokenizers for text in texts], repeat=5)
     return Result(
-        f"the data loader, a row of {rows.sequence_length:,} positions",
+        f"the data loader, a sequence of {rows.sequence_length:,} positions",
         "% of the step on it",
         100 * taken / step_seconds,
         100.0,
-        plain=100 * plainly / step_seconds,
-        limit=100 * encoding / step_seconds,
+        reference=100 * reference / step_seconds,
+        roofline=100 * encoding / step_seconds,
         note=f"{1e3 * taken:.0f} ms a row: below 100 % one worker is always ahead of the trainer, until a device takes "
         f"{rows.sequence_length / taken:,.0f} positions a second; without a worker its share is added to the step. "
-        "Plainly: carrying over and the dense collator, without reading. Limit: encoding the row's text once with each "
-        "model's tokenizer.",
+        "Reference: carrying over and the dense collator, without reading. Roofline: encoding the row's text once with "
+        "each model's tokenizer.",
     )
 
 
@@ -359,11 +359,11 @@ def _extraction(prepared: Prepared, name: str, quick: bool) -> Result:
             padded = torch.tensor([[*sequence, *[0] * (width - len(sequence))] for sequence in batch])
             model(input_ids=padded, use_cache=False)
 
-    def plainly() -> None:
+    def reference() -> None:
         for batch in batches:
             plain.predict_top_k(model, batch, k)
 
-    kinds = {"extraction": extract, "forward": forward, "plain": plainly}
+    kinds = {"extraction": extract, "forward": forward, "plain": reference}
     taken: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(1 if quick else 3):
         for kind, run in kinds.items():
@@ -376,9 +376,9 @@ def _extraction(prepared: Prepared, name: str, quick: bool) -> Result:
         100 * median["forward"] / median["extraction"],
         80.0,
         "more",
-        plain=100 * median["forward"] / median["plain"],
-        limit=100.0,
+        reference=100 * median["forward"] / median["plain"],
+        roofline=100.0,
         note=f"{tokens:,} tokens in {len(batches)} batches, {tokens / median['extraction']:,.0f} tokens/s against "
-        f"{tokens / median['forward']:,.0f} of the forward pass, both with all logits. Plainly: dense float32 logits, "
-        "the top ten of one position after the other.",
+        f"{tokens / median['forward']:,.0f} of the forward pass, both with all logits. Reference: dense float32 "
+        "logits, the top ten of one position after the other.",
     )

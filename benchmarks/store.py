@@ -49,7 +49,7 @@ def _measure(
     _write_published(published, readings)
     positions = sum(len(r.tokens) for r in readings)
     taken = machine.seconds(partial(_read, path, len(readings)))
-    plainly = machine.seconds(partial(_read_published, published), repeat=1)
+    reference = machine.seconds(partial(_read_published, published), repeat=1)
     in_memory = sum(array.nbytes for columns in _read(path, 1) for array in columns.values()) / len(readings[0].tokens)
     size = path.stat().st_size / positions
     return [
@@ -58,21 +58,21 @@ def _measure(
             "bytes a position",
             round(size, 1),
             goal,
-            plain=published.stat().st_size / positions,
+            reference=published.stat().st_size / positions,
             note=f"{positions:,} positions of {len(readings)} passages, k = 10, header and offsets included, to a "
             "tenth of a byte: real top tens of four passages again and again (each is compressed by itself), with "
-            "random tails, which were not recorded. Plainly: an Arrow file of lists, 64-bit ids and 32-bit logits.",
+            "random tails, which were not recorded. Reference: an Arrow file of lists, 64-bit ids and 32-bit logits.",
         ),
         Result(
-            f"{what}: reading",
+            f"{what}: loading",
             "million positions/s",
             positions / taken / 1e6,
             1.0,
             "more",
-            plain=positions / plainly / 1e6,
-            limit=machine.bandwidth() / (size + in_memory) / 1e6,
-            note="passage by passage, from files in the page cache. Plainly: the Arrow file's rows as Python lists, as "
-            "the published collator takes them. Limit: copying the bytes of the file to those of the arrays.",
+            reference=positions / reference / 1e6,
+            roofline=machine.bandwidth() / (size + in_memory) / 1e6,
+            note="passage by passage, from files in the page cache. Reference: the Arrow file's rows as Python lists, "
+            "as the published collator takes them. Roofline: copying the bytes of the file to those of the arrays.",
         ),
     ]
 

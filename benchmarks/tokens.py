@@ -54,17 +54,17 @@ def _map(
     sample = np.random.default_rng(_SEED).choice(ids, 4 if quick else 300, replace=False)
     texts, candidates, places = _texts(material, on, sample)
     found: list[int] = []
-    plainly = machine.seconds(lambda: found.extend(plain.mined(texts, candidates)), repeat=1, warm=False)
+    reference = machine.seconds(lambda: found.extend(plain.mined(texts, candidates)), repeat=1, warm=False)
     _same(f"the map on {on}", image[sample], [places[i] for i in found])
     return Result(
         what.format(f"{len(ids):,}", f"{len(candidates):,}"),
         "s",
         taken,
         goal,
-        plain=plainly * len(ids) / len(sample),
-        limit=_search_limit(material, on, ids) / machine.cores(),
-        note=f"on {machine.cores()} cores. Plainly: one compiled distance a pair in a loop, extrapolated from "
-        f"{len(sample)} tokens drawn at random, whose images are equal. Limit: the bit-parallel recurrence over all "
+        reference=reference * len(ids) / len(sample),
+        roofline=_search_limit(material, on, ids) / machine.cores(),
+        note=f"on {machine.cores()} cores. Reference: one compiled distance a pair in a loop, extrapolated from "
+        f"{len(sample)} tokens drawn at random, whose images are equal. Roofline: the bit-parallel recurrence over all "
         "pairs (common prefixes once, equal patterns once) at the rate of 64-bit integer operations, "
         f"{machine.integer_operations() / 1e9:.0f} billion a second and core.",
     )
@@ -113,17 +113,17 @@ def alignments(material: Material, *, quick: bool) -> list[Result]:
         "ms",
         1e3 * machine.seconds(lambda: same_end(source_ends, target_ends), repeat=101),
         1.0,
-        plain=1e3 * machine.seconds(lambda: plain.same_end(*lists), repeat=21),
-        limit=1e3 * (source_ends.nbytes + 2 * target_ends.nbytes) / machine.bandwidth(),
-        note="plainly: a dictionary and a loop (the published algorithm has the warping of the next line only). Limit: "
-        f"reading and writing the arrays once, at {machine.bandwidth() / 1e9:.0f} GB/s.",
+        reference=1e3 * machine.seconds(lambda: plain.same_end(*lists), repeat=21),
+        roofline=1e3 * (source_ends.nbytes + 2 * target_ends.nbytes) / machine.bandwidth(),
+        note="Reference: a dictionary and a loop (the published algorithm has the warping of the next line only). "
+        f"Roofline: reading and writing the arrays once, at {machine.bandwidth() / 1e9:.0f} GB/s.",
     )
 
     nothing = np.full(len(source), -1, np.int32)
     strings = [source.tokens[i].replace(source.space, "") for i in tokens[0].tolist()]
     others = [target.tokens[i].replace(target.space, "") for i in tokens[1].tolist()]
     paths: list[list[list[int]]] = []
-    plainly = machine.seconds(lambda: paths.append(plain.warping_path(strings, others)), repeat=1, warm=False)
+    reference = machine.seconds(lambda: paths.append(plain.warping_path(strings, others)), repeat=1, warm=False)
 
     def warp() -> np.ndarray:
         return ALIGNMENTS.get("dtw")(tokens[0], source_ends, tokens[1], target_ends, source, target, nothing)
@@ -139,16 +139,16 @@ def alignments(material: Material, *, quick: bool) -> list[Result]:
         "ms",
         1e3 * machine.seconds(warp, repeat=21),
         25.0,
-        plain=1e3 * plainly,
-        limit=1e3 * len(source_ends) * count * 9 / (2 * machine.integer_operations()),
-        note="plainly: the quadratic program in Python with a compiled distance a pair, whole; the pairs are equal. "
-        "Limit: nine 32-bit operations a cell, two in the place of a 64-bit one.",
+        reference=1e3 * reference,
+        roofline=1e3 * len(source_ends) * count * 9 / (2 * machine.integer_operations()),
+        note="Reference: the quadratic program in Python with a compiled distance a pair, whole; the pairs are equal. "
+        "Roofline: nine 32-bit operations a cell, two in the place of a 64-bit one.",
     )
     return [by_end, warped]
 
 
 def fusing(material: Material, *, quick: bool) -> list[Result]:
-    """Carrying over and fusing a row of passages: everything that `fuse_sequence` does."""
+    """Projecting and fusing a sequence of passages: everything that `fuse_sequence` does."""
     source, target = material.vocabularies[SOURCE], material.vocabularies[TARGET]
     passages = material.row(520 if quick else 2060)
     occurring = np.unique(np.concatenate([np.append(t[SOURCE].ids, t[SOURCE].tokens) for t in material.texts]))
@@ -176,7 +176,7 @@ def fusing(material: Material, *, quick: bool) -> list[Result]:
     pairs = [plain.partners(p.readings[SOURCE], p.readings[TARGET], source, target, image) for p in passages]
     aligned, images = dict.fromkeys(_TWO, pairs), dict.fromkeys(_TWO, image)
     fused = []
-    plainly = machine.seconds(
+    reference = machine.seconds(
         lambda: fused.append(plain.fuse(readings, aligned, images, TARGET, len(target))), repeat=1, warm=False
     )
     ours = fuse(Switches(**PRESETS["published"]))
@@ -185,22 +185,22 @@ def fusing(material: Material, *, quick: bool) -> list[Result]:
     k = readings[0][TARGET].ids.shape[1]
     return [
         Result(
-            f"carrying over and fusing, a row of {positions:,} positions in {len(passages)} passages, {members} models",
+            f"fusing a sequence of {positions:,} positions in {len(passages)} passages, {members} models",
             "million positions/s a source",
             positions * members / taken / 1e6,
             1.0,
             "more",
-            plain=positions * members / plainly / 1e6,
-            limit=machine.bandwidth() / (k * (4 + 4) * 2) / 1e6,
+            reference=positions * members / reference / 1e6,
+            roofline=machine.bandwidth() / (k * (4 + 4) * 2) / 1e6,
             note="the target and one other model's reading given twice, as two sources; preset `corrected`, same-end "
-            f"alignment included, {1e3 * taken:.1f} ms a row. Plainly: loops over "
-            f"positions, dense distributions over {len(target):,} ids and a choice among them ({plainly:.1f} s a row), "
-            "without the alignment; the preset `published` gives the same distributions to 1e-6. Limit: copying the "
-            "top ten once.",
+            f"alignment included, {1e3 * taken:.1f} ms a sequence. Reference: loops over "
+            f"positions, dense distributions over {len(target):,} ids and a selection among them ({reference:.1f} s a "
+            "sequence), without the alignment; the preset `published` gives the same distributions to 1e-6. Roofline: "
+            "copying the top ten once.",
         )
     ]
 
 
-def _same(what: str, ours: object, plainly: object) -> None:
-    if not np.array_equal(np.asarray(ours), np.asarray(plainly)):
+def _same(what: str, ours: object, reference: object) -> None:
+    if not np.array_equal(np.asarray(ours), np.asarray(reference)):
         raise AssertionError(f"{what} differs from that of the plain re-implementation")

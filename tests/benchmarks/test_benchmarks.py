@@ -36,8 +36,8 @@ def test_models_that_are_not_there_are_left_out_in_a_sentence(tmp_path: Path, ca
 
 def test_the_page_says_what_was_missed() -> None:
     results = [
-        Result("faster", "ms", 20.0, 25.0, plain=6000.0, limit=1.0),
-        Result("rate", "tokens/s", 0.5, 1.0, "more", plain=0.25),
+        Result("faster", "ms", 20.0, 25.0, reference=6000.0, roofline=1.0),
+        Result("rate", "tokens/s", 0.5, 1.0, "more", reference=0.25),
         Result("no goal", "s", 3.0),
     ]
     assert [r.times() for r in results] == [300, 2, None]
