@@ -5,7 +5,7 @@ from pydantic import Field
 from baselines.distillation import TeacherParameters
 from baselines.method import Candidate, Context
 from baselines.registry import method
-from fusion.losses.specs import ChunkDistillation
+from fusion.losses.alm import ALMLoss
 
 
 class ALMParameters(TeacherParameters):
@@ -17,5 +17,5 @@ class ALMParameters(TeacherParameters):
 @method("alm", needs=("training", "teacher"), reference="arXiv 2503.20083")
 def alm(context: Context, parameters: ALMParameters) -> Candidate:
     """The target trained on lambda * CLM + (1 - lambda) * divergence of chunk likelihoods."""
-    loss = ChunkDistillation(parameters.teacher_roles(context), parameters.temperature)
-    return context.train(lam=parameters.lam, learn=loss)
+    loss = ALMLoss(parameters.teacher_roles(context), parameters.temperature)
+    return context.train(lam=parameters.lam, loss=loss)

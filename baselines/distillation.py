@@ -13,8 +13,10 @@ from baselines.registry import method
 from fusion.alignment.pairing import ALIGNMENTS
 from fusion.errors import UserError
 from fusion.losses.divergences import DIVERGENCES
-from fusion.losses.specs import Distillation, Learning, OnlineDistillation
-from fusion.registry import Registered
+from fusion.losses.loss import Loss
+from fusion.losses.online_distillation import OnlineDistillationLoss
+from fusion.losses.top_k_distillation import TopKDistillationLoss
+from fusion.registry import PartName, Registered
 from fusion.vocabulary.maps import MAPS
 
 # Parameters of stored distributions; teachers in memory have none of these choices.
@@ -35,7 +37,7 @@ class TeacherParameters(Parameters):
 class DistillationParameters(TeacherParameters):
     """The divergence and its temperature, and how stored distributions reach the target's vocabulary."""
 
-    divergence: Annotated[str, Registered(DIVERGENCES)] = Field(
+    divergence: Annotated[PartName, Registered(DIVERGENCES)] = Field(
         "forward_kl", description="divergence from the teacher's to the target's distribution"
     )
     temperature: float = Field(1.0, gt=0, description="of both sides; offline one of extraction.temperatures")
@@ -44,7 +46,7 @@ class DistillationParameters(TeacherParameters):
         None, description="offline: kind of the vocabulary map; null: mined"
     )
     map_on: Literal["bytes", "strings"] | None = Field(None, description="offline: what the map compares; null: bytes")
-    alignment: Annotated[str, Registered(ALIGNMENTS)] | None = Field(
+    alignment: Annotated[PartName, Registered(ALIGNMENTS)] | None = Field(
         None, description="offline: which teacher position is paired with a target position; null: same_end"
     )
     tail: Literal["bucket", "renormalise", "gold"] | None = Field(
@@ -58,12 +60,12 @@ class DistillationParameters(TeacherParameters):
         self.loss(self.teachers or ["all sources"])
         return self
 
-    def loss(self, teachers: list[str]) -> Learning:
+    def loss(self, teachers: list[str]) -> Loss:
         """The loss of these parameters with the given teachers."""
         if self.online:
-            return OnlineDistillation(teachers, self.divergence, self.temperature)
+            return OnlineDistillationLoss(teachers, self.divergence, self.temperature)
         given = {name: value for name in _OFFLINE if (value := getattr(self, name)) is not None}
-        return Distillation(teachers, self.divergence, self.temperature, **given)
+        return TopKDistillationLoss(teachers, self.divergence, self.temperature, **given)
 
 
 @method(
@@ -73,4 +75,4 @@ class DistillationParameters(TeacherParameters):
 )
 def distillation(context: Context, parameters: DistillationParameters) -> Candidate:
     """The target trained on lambda * CLM + (1 - lambda) * divergence from the teachers."""
-    return context.train(lam=parameters.lam, learn=parameters.loss(parameters.teacher_roles(context)))
+    return context.train(lam=parameters.lam, loss=parameters.loss(parameters.teacher_roles(context)))

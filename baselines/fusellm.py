@@ -12,7 +12,7 @@ from fusion.alignment.pairing import ALIGNMENTS
 from fusion.alignment.selection import FUSIONS
 from fusion.docstrings import field_docstrings
 from fusion.errors import UserError, did_you_mean
-from fusion.losses.specs import Fusion
+from fusion.losses.fusion_loss import FusionLoss
 from fusion.registry import Registered, Registry
 from fusion.switches import PRESETS, Switches
 from fusion.vocabulary.maps import MAPS, Unit
@@ -109,9 +109,9 @@ class FuseLLMParameters(_SwitchParameters):
         """The effective values of the switches of fusion."""
         return Switches(**{switch.name: getattr(self, switch.name) for switch in fields(Switches)})
 
-    def loss(self, sources: list[str]) -> Fusion:
+    def loss(self, sources: list[str]) -> FusionLoss:
         """The fusion loss of these parameters over the given sources."""
-        return Fusion(sources=sources, switches=self.switches(), k=self.k, map=self.map, map_on=self.map_on)
+        return FusionLoss(sources=sources, switches=self.switches(), k=self.k, map=self.map, map_on=self.map_on)
 
 
 @method("fusellm", needs=("training",), reference="arXiv 2401.10491")
@@ -122,4 +122,4 @@ def fusellm(context: Context, parameters: FuseLLMParameters) -> Candidate:
         raise UserError(
             f"{context.label} names the source {unknown[0]!r}; the experiment's are {', '.join(context.sources)}."
         )
-    return context.train(lam=parameters.lam, learn=parameters.loss(sources))
+    return context.train(lam=parameters.lam, loss=parameters.loss(sources))

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Protocol, get_args
 
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler
 
-from fusion.losses.specs import Learning
+from fusion.losses.loss import Loss
 
 Need = Literal["training", "same tokenizer", "same architecture", "teacher"]
 """What a method requires of the experiment and its models."""
@@ -131,7 +131,7 @@ class Context(Protocol):
     def extract(self, role: str) -> Path:
         """The stored predictions of a role's model on the training corpus."""
 
-    def train(self, *, lam: float, learn: Learning | None = None) -> Candidate:
+    def train(self, *, lam: float, loss: Loss | None = None) -> Candidate:
         """The target trained on lam * CLM + (1 - lam) * loss, CLM alone without a loss.
 
         Every method trains on the same sequences in the same order. Raises UserError when the loss needs what the

@@ -5,7 +5,7 @@ from pydantic import Field
 from baselines.distillation import TeacherParameters
 from baselines.method import Candidate, Context
 from baselines.registry import method
-from fusion.losses.specs import SortedDistillation
+from fusion.losses.uld import ULDLoss
 
 
 class ULDParameters(TeacherParameters):
@@ -19,4 +19,4 @@ class ULDParameters(TeacherParameters):
 @method("uld", needs=("training", "teacher"), reference="arXiv 2402.12030")
 def uld(context: Context, parameters: ULDParameters) -> Candidate:
     """The target trained on lambda * CLM + (1 - lambda) * Wasserstein-1 distance of the sorted probabilities."""
-    return context.train(lam=parameters.lam, learn=SortedDistillation(parameters.teacher_roles(context)))
+    return context.train(lam=parameters.lam, loss=ULDLoss(parameters.teacher_roles(context)))

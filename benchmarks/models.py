@@ -17,8 +17,10 @@ from benchmarks import machine, plain
 from benchmarks.material import Material
 from benchmarks.page import Result
 from fusion.inference.top_k import batches_by_length, predict_top_k, reader
-from fusion.losses.objective import Head, mixed_loss
-from fusion.losses.specs import FusedLesson
+from fusion.losses.fusion_loss import FusionLoss
+from fusion.losses.loss import LossResources
+from fusion.losses.objective import CHUNK, Head, Objective, mixed_loss
+from fusion.losses.sparse_cross_entropy import SparseCrossEntropy
 from fusion.modeling.heads import fused_forward
 from fusion.modeling.packing import Packing, attending_by_passage, check_packing, own_forward, packed_inputs
 from fusion.vocabulary.token_bytes import encode, prefix_id
@@ -103,17 +105,8 @@ def _gradients(problem: _Problem, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 def _fused(problem: _Problem) -> tuple[Tensor, Tensor, Tensor]:
     weight = torch.full((len(problem.gold),), 1 / len(problem.gold))
-    loss = mixed_loss(
-        problem.hidden,
-        Head(problem.weight),
-        gold=problem.gold,
-        clm_weight=weight,
-        ids=problem.ids,
-        p=problem.p,
-        tail=torch.zeros_like(weight),
-        fusion_weight=weight,
-        lam=_LAMBDA,
-    )
+    term = SparseCrossEntropy(problem.ids, problem.p, torch.zeros_like(weight), weight)
+    loss = mixed_loss(problem.hidden, Head(problem.weight), Objective(problem.gold, weight, _LAMBDA, term))
     return _gradients(problem, loss.total)
 
 
@@ -136,23 +129,22 @@ class Prepared:
 
     experiment: Experiment
     passages: Passages
-    lesson: FusedLesson
+    loss: FusionLoss
+    resources: LossResources
     extractions: dict[str, PredictionsReader]
     rows: PackedSequences
 
 
 def prepare(experiment: Experiment) -> Prepared:
     """Extracts and maps what is not there yet."""
-    fusion = FuseLLMParameters().loss(list(experiment.config.roles.sources))
-    needs = fusion.needs(TARGET)
-    resources, extractions = loss_resources(experiment, "FuseLLM", needs)
-    lesson = fusion.lesson(resources)
+    loss = FuseLLMParameters().loss(list(experiment.config.roles.sources))
+    resources, extractions = loss_resources(experiment, "FuseLLM", loss.requirements(TARGET))
     passages = Passages(experiment.corpora.passages[1])
     tokenizer, vocabulary = experiment.models.tokenizer(TARGET)
-    rows = PackedSequences(
-        passages, tokenizer, vocabulary, experiment.config.training.sequence_length, lesson, extractions
-    )
-    return Prepared(experiment, passages, lesson, extractions, rows)
+    features = partial(loss.features, resources=resources)
+    length = experiment.config.training.sequence_length
+    rows = PackedSequences(passages, tokenizer, vocabulary, length, features, extractions)
+    return Prepared(experiment, passages, loss, resources, extractions, rows)
 
 
 class _Stepper:
@@ -196,26 +188,19 @@ class _Stepper:
             loss.backward()
         return time.perf_counter() - started
 
-    def _loss(self, batch: dict[str, Tensor], *, fusion: bool = False, **options: Any) -> Tensor:
-        labels = batch["labels"]
-        targets: Any = {"lam": 1.0}
-        if fusion:
-            names = {"ids": "fused_ids", "p": "fused_p", "tail": "fused_tail", "fusion_weight": "fusion_weight"}
-            targets = {"lam": _LAMBDA, **{name: batch[key] for name, key in names.items()}}
-        return fused_forward(
-            self.model,
-            batch["input_ids"],
-            batch["position_ids"],
-            gold=labels.clamp(min=-1),
-            clm_weight=(labels >= 0).float(),
-            **{"packing": self.packing, **options},
-            **targets,
-        ).total
+    def _loss(
+        self, batch: dict[str, Tensor], *, fusion: bool = False, packing: Packing | None = None, chunk: int = CHUNK
+    ) -> Tensor:
+        labels = batch["labels"].flatten()
+        term = FusionLoss([]).term(batch, {}) if fusion else None
+        objective = Objective(labels.clamp(min=-1), (labels >= 0).float(), _LAMBDA if fusion else 1.0, term, chunk)
+        packing = packing or self.packing
+        return fused_forward(self.model, batch["input_ids"], batch["position_ids"], objective, packing=packing).total
 
     def _plain(self, batch: dict[str, Tensor]) -> Tensor:
         inputs = packed_inputs(self.packing, batch["input_ids"], batch["position_ids"], torch.float32)
         logits = own_forward(self.model, **inputs).logits.float().flatten(0, 1)
-        ids, p = batch["fused_ids"].flatten(0, 1), batch["fused_p"].flatten(0, 1)
+        ids, p = batch["ids"].flatten(0, 1), batch["p"].flatten(0, 1)
         dense = torch.zeros_like(logits).scatter_add_(1, ids.clamp(min=0), p)  # pads add 0 to id 0
         return plain.objective(logits, batch["labels"].clamp(min=-1).flatten(), dense, _LAMBDA)
 
@@ -297,18 +282,18 @@ def _step_peak(kind: str, model: ResolvedModel, batch: dict[str, np.ndarray]) ->
 
 def _loader(prepared: Prepared, step_seconds: float) -> Result:
     """Predictions, encoding, aligning, fusing and collating a row beside the step on it."""
-    rows, lesson, extractions = prepared.rows, prepared.lesson, prepared.extractions
+    rows, target, extractions = prepared.rows, prepared.resources.target, prepared.extractions
+    sources = [prepared.resources.source(name) for name in prepared.loss.sources]
     each = [machine.seconds(partial(_load, rows, i), repeat=5) for i in range(min(len(rows), 8))]
     taken = statistics.median(each)
-    members = rows.rows[0]
+    members = rows.members[0]
     readings = [{name: e.predictions(p) for name, e in extractions.items()} for p in members]
     pairs = {
-        s.name: [plain.same_end(r[s.name].ends.tolist(), r[lesson.target].ends.tolist()) for r in readings]
-        for s in lesson.sources
+        s.name: [plain.same_end(r[s.name].ends.tolist(), r[target].ends.tolist()) for r in readings] for s in sources
     }
-    images = {source.name: source.map for source in lesson.sources}
-    size = len(extractions[lesson.target].vocabulary)
-    reference = machine.seconds(lambda: plain.fuse(readings, pairs, images, lesson.target, size), repeat=1, warm=False)
+    images = {source.name: source.map for source in sources}
+    size = len(extractions[target].vocabulary)
+    reference = machine.seconds(lambda: plain.fuse(readings, pairs, images, target, size), repeat=1, warm=False)
     texts = [prepared.passages.text(p) for p in members]
     tokenizers = [prepared.experiment.models.tokenizer(name)[0] for name in extractions]
     encoding = machine.seconds(lambda: [encode(t, text) for t in tokenizers for text in texts], repeat=5)

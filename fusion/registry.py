@@ -20,6 +20,8 @@ from fusion.errors import UnknownName, UserError, did_you_mean
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+PartName = str | Mapping[str, Any]
+"""How a configuration names a registered part: `NAME`, or `{name: NAME, PARAMETER: VALUE, ...}`."""
 T = TypeVar("T")
 
 
@@ -63,7 +65,8 @@ class Choice(Generic[T]):
 class Registered:
     """Annotates a pydantic field with the registry whose names it takes: `kind: Annotated[str, Registered(MAPS)]`.
 
-    Validation raises the registry's UserError for an unknown name; the JSON schema lists the names.
+    The type is `str`, or `PartName` where parts may have parameters. Validation raises the registry's UserError for an
+    unknown name and for parameters that do not fit; the JSON schema lists the names.
     """
 
     registry: Registry[Any]
@@ -71,14 +74,20 @@ class Registered:
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
         from pydantic_core import core_schema
 
-        def check(name: str) -> str:
-            self.registry.get(name)
-            return name
+        def check(chosen: PartName) -> PartName:
+            self.registry.choose(chosen)
+            return chosen
 
         return core_schema.no_info_after_validator_function(check, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        return {**handler(schema), "enum": self.registry.names()}
+        result, names = handler(schema), self.registry.names()
+        if "anyOf" not in result:
+            return {**result, "enum": names}
+        options = [
+            {**option, "enum": names} if option.get("type") == "string" else option for option in result["anyOf"]
+        ]
+        return {**result, "anyOf": options}
 
 
 class Registry(Generic[T]):
@@ -128,7 +137,7 @@ class Registry(Generic[T]):
         """The object registered under `name`. Raises UserError with the nearest spelling and everything there is."""
         return self.part(name).value
 
-    def choose(self, chosen: str | Mapping[str, Any]) -> Choice[T]:
+    def choose(self, chosen: PartName) -> Choice[T]:
         """The part that a configuration names: `NAME`, or `{name: NAME, PARAMETER: VALUE, ...}`.
 
         Raises UserError for an unknown name, an unknown parameter and a value that the part's schema refuses.
@@ -147,7 +156,7 @@ class Registry(Generic[T]):
         from pydantic import ValidationError
 
         try:
-            return Choice(part, part.parameters.model_validate(given))
+            return Choice(part, part.parameters.model_validate(given, extra="forbid"))
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
@@ -180,6 +189,20 @@ class Registry(Generic[T]):
             # Importing may have run a decorator that registered the name already, with its version and reference.
             return self._parts.setdefault(name, Part(name, value))
         raise UnknownName(self.noun, name, self.names())
+
+    def find(self, value: T) -> Part[T]:
+        """What `value`, a function or class, was registered as. Raises UserError for one that is not registered."""
+        for name, part in self._parts.items():
+            if _same(part.value, value):
+                return self.part(name)
+        address = ":".join(_home(value))
+        for name, entries in self._entry_points().items():
+            if address in [entry.value for entry in entries]:
+                return self.part(name)
+        raise UserError(
+            f"{_home(value)[1]} of {_home(value)[0]} is no registered {self.noun}: register it by a decorator, with a "
+            "name and a version."
+        )
 
     def reference(self, name: str) -> str:
         """Where the idea of a registered name is from; "" for what came from an entry point without saying."""

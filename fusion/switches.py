@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fusion.errors import UserError, did_you_mean
+from fusion.registry import PartName
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,9 @@ class Switches:
     Raises UserError for a value that a switch does not have.
     """
 
-    alignment: str = "same_end"
-    """Which source position is paired with a target position; a name in the registry of alignments (`same_end`,
-    `dtw`)."""
+    alignment: PartName = "same_end"
+    """Which source position is paired with a target position: a name in the registry of alignments (`same_end`, `dtw`),
+    or `{name: NAME, PARAMETER: VALUE}`."""
     unaligned: Literal["next", "current"] = "next"
     """At a position without a partner the target distribution is a one-hot on the next or on the current token of the
     target's own tokenization."""
@@ -36,8 +37,9 @@ class Switches:
     tail: Literal["bucket", "renormalise", "gold"] = "bucket"
     """Mass outside the kept entries: it is kept as one more outcome, removed by scaling the entries to 1, or added to
     the gold next token."""
-    fusion: str = "mince"
-    """How the sources' distributions become one; a name in the registry of fusion functions (`mince`, `avgce`)."""
+    fusion: PartName = "mince"
+    """How the sources' distributions become one: a name in the registry of fusion functions (`mince`, `avgce`), or
+    `{name: NAME, PARAMETER: VALUE}`."""
     select_over: Literal["passage", "token", "sequence"] = "passage"
     """The span of text over which cross-entropy is summed and one source is selected: a passage, a segment between byte
     ends that all models share, or the whole packed sequence. At `token` the selection depends on the gold text that is
@@ -58,7 +60,8 @@ class Switches:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for field in fields(self):
-            value, allowed = getattr(self, field.name), get_args(hints[field.name])
+            value, hint = getattr(self, field.name), hints[field.name]
+            allowed = get_args(hint) if get_origin(hint) is Literal else ()
             if allowed and value not in allowed:
                 raise UserError(
                     f"switch {field.name} is {value!r}{did_you_mean(value, allowed)}; it takes one of "

@@ -18,6 +18,7 @@ from fusion.alignment.pairing import ALIGNMENTS
 from fusion.alignment.projection import fill_unaligned, project_entries
 from fusion.alignment.selection import FUSIONS, score_sources
 from fusion.errors import UserError
+from fusion.registry import PartName
 from fusion.switches import Switches
 from fusion.types import Predictions, Sparse
 from fusion.vocabulary.token_bytes import Vocabulary
@@ -85,7 +86,7 @@ def fuse_sequence(
         UserError: predictions are missing, damaged or of another tokenizer, a map does not fit, a name is not
             registered, or `sources` and `include_target` contradict each other.
     """
-    fuse = FUSIONS.get(switches.fusion)
+    fuse = FUSIONS.choose(switches.fusion).value
     if max_entries is not None and max_entries < 1:
         raise UserError(f"max_entries is {max_entries}: keep at least one entry, or leave it out to keep all.")
     itself = Source(target, target_vocabulary, np.arange(len(target_vocabulary.tokens), dtype=np.int32))
@@ -200,10 +201,11 @@ def _partners(
     target: str,
     passages: Sequence[Mapping[str, Predictions]],
     target_vocabulary: Vocabulary,
-    alignment: str,
+    alignment: PartName,
 ) -> np.ndarray:
     """int32[N], the position among all of the source.s that is aligned with each target position, -1 for none."""
     partners, first = [], 0
+    align = ALIGNMENTS.choose(alignment).value
     for passage in passages:
         predictions, own = passage[source.name], passage[target]
         if predictions.skipped:
@@ -211,7 +213,7 @@ def _partners(
         elif source.name == target:
             partner = np.arange(len(own.tokens), dtype=np.int32)
         else:
-            partner = ALIGNMENTS.get(alignment)(
+            partner = align(
                 predictions.tokens,
                 predictions.ends,
                 own.tokens,

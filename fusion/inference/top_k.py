@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion.errors import UserError
-from fusion.modeling.heads import find_head, project
+from fusion.modeling.heads import find_head, lm_logits
 from fusion.modeling.packing import own_forward
 
 Backbone = Callable[[Tensor], Tensor]
@@ -30,7 +30,7 @@ def reader(model: nn.Module) -> tuple[Backbone, Projection]:
     backbone: Any = model.base_model
     return (
         lambda tokens: backbone(input_ids=tokens, use_cache=False).last_hidden_state,
-        lambda hidden: project(model, hidden),
+        lambda hidden: lm_logits(model, hidden),
     )
 
 

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fusion.losses.objective import CHUNK, Head, MixedLoss, Term, logits_of, mixed_loss, mixed_loss_from_logits
+from fusion.losses.objective import Head, MixedLoss, Objective, logits_of, mixed_loss, mixed_loss_from_logits
 from fusion.modeling.packing import Packing, device_of, dtype_of, own_forward, packed_inputs, trying
 
 
@@ -63,47 +63,30 @@ def find_head(model: nn.Module) -> Head | None:
     return _head(_output(model), found) if found.fused else None
 
 
-def project(model: nn.Module, hidden: Tensor) -> Tensor:
+def lm_logits(model: nn.Module, hidden: Tensor) -> Tensor:
     """The logits[..., V] of hidden[..., D] by a proven head, through its own call as in `fused_forward`."""
     return _projected(_output(model), split(model), hidden)
 
 
 def fused_forward(
-    model: nn.Module,
-    input_ids: Tensor,
-    position_ids: Tensor,
-    *,
-    gold: Tensor,
-    clm_weight: Tensor,
-    ids: Tensor | None = None,
-    p: Tensor | None = None,
-    tail: Tensor | None = None,
-    fusion_weight: Tensor | None = None,
-    term: Term | None = None,
-    lam: float,
-    packing: Packing = "positions",
-    chunk: int = CHUNK,
+    model: nn.Module, input_ids: Tensor, position_ids: Tensor, objective: Objective, *, packing: Packing = "positions"
 ) -> MixedLoss:
-    """The mixed loss of input_ids[B, T], in which passages are packed and position_ids[B, T] restart with each.
+    """The objective at the B * T positions of input_ids[B, T], packed passages with position_ids[B, T] that restart.
 
-    gold, clm_weight, tail and fusion_weight are [B, T], ids and p [B, T, K]; a term in their place is of B * T
-    positions. See `objective.mixed_loss` for their meaning and for what is raised. gold is given as the token that
-    follows, nothing is shifted here. `packing` is what `check_packing` answered. To be called inside the model's
-    replaced forward, so that the hooks of whatever wraps the model run: it calls the backbone and the head as modules,
-    never `model` itself.
+    The objective's arrays are [B * T]; gold is the token that follows each position, nothing is shifted here.
+    `packing` is the result of `check_packing`. See `fusion.losses.objective.mixed_loss` for what is raised. To be
+    called inside the model's replaced forward, so that the hooks of whatever wraps the model run: it calls the backbone
+    and the head as modules, never `model` itself.
     """
     found = split(model)
-    arrays = {"gold": gold, "clm_weight": clm_weight, "ids": ids, "p": p, "tail": tail, "fusion_weight": fusion_weight}
-    flat: dict[str, Any] = {k: None if v is None else v.flatten(0, 1) for k, v in arrays.items()}
     inputs = packed_inputs(packing, input_ids, position_ids, dtype_of(model))
     if not found.fused:
-        logits = own_forward(model, **inputs).logits
-        return mixed_loss_from_logits(logits.flatten(0, 1), **flat, term=term, lam=lam, chunk=chunk)
+        return mixed_loss_from_logits(own_forward(model, **inputs).logits.flatten(0, 1), objective)
     hidden = _backbone(model)(**inputs).last_hidden_state.flatten(0, 1)
     output = _output(model)
 
     def loss(hidden: Tensor) -> tuple[Tensor, ...]:
-        return tuple(mixed_loss(hidden, _head(output, found), **flat, term=term, lam=lam, chunk=chunk))
+        return tuple(mixed_loss(hidden, _head(output, found), objective))
 
     # Through the head's own call, as the model would: parameters that ZeRO-3 or FSDP has partitioned are gathered by
     # the hooks on it, again before its backward, so that the gradient reaches them whole.

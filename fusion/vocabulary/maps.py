@@ -71,7 +71,7 @@ def build_map(
     """
     if on not in ("bytes", "strings"):
         raise UserError(f'A vocabulary map compares "bytes" or "strings", not {on!r}.')
-    build = MAPS.get(kind)
+    build = MAPS.choose(kind).value
     wanted = np.arange(len(source)) if only is None else np.unique(np.asarray(only, dtype=np.int64))
     if len(wanted) and (wanted[0] < 0 or wanted[-1] >= len(source)):
         raise UserError(

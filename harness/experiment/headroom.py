@@ -21,7 +21,7 @@ import pandas as pd
 from baselines.fusellm import FuseLLMParameters
 from fusion.alignment.fuse import UNPAIRED, fuse_sequence
 from fusion.errors import UserError
-from fusion.losses.specs import Fusion
+from fusion.losses.fusion_loss import FusionLoss
 from fusion.types import Predictions, Sparse
 from harness.config.loading import Config, method_parameters
 from harness.data.passages import Passages
@@ -75,11 +75,10 @@ def _fusellm(config: Config) -> FuseLLMParameters:
     raise UserError(f"The experiment {config.experiment} has no FuseLLM row to audit: add one to methods.")
 
 
-def _measures(experiment: Experiment, fusion: Fusion) -> tuple[pd.DataFrame, int]:
+def _measures(experiment: Experiment, fusion: FusionLoss) -> tuple[pd.DataFrame, int]:
     """The measures over the passages that all models could read, and how many the others are."""
-    needs = fusion.needs(TARGET)
-    resources, readers = loss_resources(experiment, "audit", needs)
-    sources = fusion.lesson(resources).sources
+    resources, readers = loss_resources(experiment, "audit", fusion.requirements(TARGET))
+    sources = [resources.source(name) for name in fusion.sources]
     passages = Passages(experiment.corpora.passages[1])
     target_vocabulary = experiment.models.tokenizer(TARGET)[1]
     sizes = {name: len(reader.vocabulary) for name, reader in readers.items()}

@@ -8,7 +8,7 @@ from typing import Any
 
 from baselines.method import Artifact, Candidate
 from fusion.errors import UserError
-from fusion.losses.specs import Learning
+from fusion.losses.loss import Loss
 from harness.config.loading import PerplexityConfig
 from harness.evaluation import bits_per_byte
 from harness.experiment.pipeline import TARGET, Experiment, evaluated_model, predict, train
@@ -42,8 +42,8 @@ class MethodContext:
     def extract(self, role: str) -> Path:
         return predict(self._experiment, role)[1]
 
-    def train(self, *, lam: float, learn: Learning | None = None, start: Candidate | None = None) -> Candidate:
-        return train(self._experiment, self.label, self.seed, lam=lam, loss=learn, start=start)
+    def train(self, *, lam: float, loss: Loss | None = None, start: Candidate | None = None) -> Candidate:
+        return train(self._experiment, self.label, self.seed, lam=lam, loss=loss, start=start)
 
     @property
     def _section(self) -> PerplexityConfig:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from baselines.method import Candidate, Ensemble
 from fusion.errors import UserError
-from fusion.losses.specs import Learning, Material, Needs
+from fusion.losses.loss import Loss, LossRequirements, LossResources
 from fusion.vocabulary.token_bytes import Vocabulary, encode_alike, same_ids
 from harness.config.loading import Config
 from harness.data.passages import Passages
@@ -107,14 +107,14 @@ def vocabulary_map(
     return spec, path
 
 
-def loss_inputs(experiment: Experiment, label: str, needs: Needs) -> LossInputs:
+def loss_inputs(experiment: Experiment, label: str, requirements: LossRequirements) -> LossInputs:
     """What the loss of the row `label` is computed from, made where it is not there.
 
     Raises UserError where it cannot be had.
     """
     models = experiment.models
-    check_stored(label, needs, experiment.config.extraction)
-    for name in needs.models:
+    check_stored(label, requirements, experiment.config.extraction)
+    for name in requirements.models:
         # In a plan a model may not be here yet.
         here = models.model(name).folder.exists() and models.model(TARGET).folder.exists()
         if here and not same_ids(models.tokenizer(name)[1], models.tokenizer(TARGET)[1]):
@@ -123,17 +123,20 @@ def loss_inputs(experiment: Experiment, label: str, needs: Needs) -> LossInputs:
                 "the target's tokenizer, or set online to false."
             )
     return LossInputs(
-        {name: predict(experiment, name) for name in needs.extractions},
-        {name: vocabulary_map(experiment, name, needs.map, needs.map_on) for name in needs.maps},
-        {name: (models.model(name), models.dtype(name)) for name in needs.models},
+        {name: predict(experiment, name) for name in requirements.predictions},
+        {name: vocabulary_map(experiment, name, requirements.map, requirements.map_on) for name in requirements.maps},
+        {name: (models.model(name), models.dtype(name)) for name in requirements.models},
     )
 
 
-def loss_resources(experiment: Experiment, label: str, needs: Needs) -> tuple[Material, dict[str, PredictionsReader]]:
+def loss_resources(
+    experiment: Experiment, label: str, requirements: LossRequirements
+) -> tuple[LossResources, dict[str, PredictionsReader]]:
     """What a loss is bound to (vocabularies and maps), and the predictions that its features are computed from."""
-    inputs, tokenizer_of = loss_inputs(experiment, label, needs), experiment.models.tokenizer
+    inputs, tokenizer_of = loss_inputs(experiment, label, requirements), experiment.models.tokenizer
     passages = Passages(experiment.corpora.passages[1])
-    return load_resources(needs, inputs, tokenizer_of), open_predictions(needs, inputs, passages, tokenizer_of)
+    readers = open_predictions(requirements, inputs, passages, tokenizer_of)
+    return load_resources(requirements, inputs, tokenizer_of), readers
 
 
 def train(
@@ -142,7 +145,7 @@ def train(
     seed: int,
     *,
     lam: float,
-    loss: Learning | None = None,
+    loss: Loss | None = None,
     start: Candidate | None = None,
 ) -> Candidate:
     """The target trained with lam * CLM + (1 - lam) * loss on the training corpus, as the row `label`.
@@ -153,7 +156,7 @@ def train(
     config, models, corpora = experiment.config, experiment.models, experiment.corpora
     if lam == 1:
         loss = None  # it would have no weight, and plain continued training may be there already
-    needs = Needs() if loss is None else loss.needs(TARGET)
+    requirements = LossRequirements() if loss is None else loss.requirements(TARGET)
     training = Training(
         label,
         seed,
@@ -163,7 +166,7 @@ def train(
         _curve(experiment),
         lam,
         loss,
-        LossInputs() if loss is None else loss_inputs(experiment, label, needs),
+        LossInputs() if loss is None else loss_inputs(experiment, label, requirements),
     )
     spec, path = make_training(
         experiment.workspace,
@@ -171,7 +174,7 @@ def train(
         models.tokenizer,
         card=partial(model_card, label, config=config, base=models.base(TARGET)),
         parameters=models.size(TARGET).parameters,
-        teacher_parameters={name: models.size(name).parameters for name in needs.models},
+        teacher_parameters={name: models.size(name).parameters for name in requirements.models},
         corpus_bytes=corpora.n_bytes,
     )
     return Candidate(path / MODEL_FOLDER, spec.fingerprint, True, path)

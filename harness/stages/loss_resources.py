@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
-from fusion.losses.specs import Material, Needs
+from fusion.losses.loss import LossRequirements, LossResources
 from fusion.vocabulary.token_bytes import Vocabulary
 from harness.config.loading import ExtractionConfig
 from harness.data.passages import Passages
@@ -31,7 +31,7 @@ class LossInputs:
     predictions: Mapping[str, tuple[Spec, Path]] = field(default_factory=dict)
     maps: Mapping[str, tuple[Spec, Path]] = field(default_factory=dict)
     teachers: Mapping[str, tuple[ResolvedModel, str]] = field(default_factory=dict)
-    """Models that read along during the training, and their computing precision."""
+    """Models in memory that predict every batch, and their computing precision."""
 
     def fingerprints(self) -> dict[str, Any]:
         """What the key of a training holds of them; empty where the loss requires nothing."""
@@ -47,25 +47,25 @@ class LossInputs:
         return fingerprints
 
 
-def check_stored(label: str, needs: Needs, settings: ExtractionConfig) -> None:
+def check_stored(label: str, requirements: LossRequirements, settings: ExtractionConfig) -> None:
     """Raises UserError where the row `label` needs a temperature or a k that the predictions are not stored at."""
     temperatures = [1.0, *settings.temperatures]
-    if needs.temperature not in temperatures:
+    if requirements.temperature not in temperatures:
         raise UserError(
-            f"{label} takes stored distributions at temperature {needs.temperature:g}, and those extracted are "
+            f"{label} takes stored distributions at temperature {requirements.temperature:g}, and those extracted are "
             f"{', '.join(f'{t:g}' for t in temperatures)}: add it to extraction.temperatures."
         )
-    if needs.k is not None and needs.k > settings.k:
+    if requirements.k is not None and requirements.k > settings.k:
         raise UserError(
-            f"{label} uses k = {needs.k} entries a position, but only extraction.k = {settings.k} are stored: raise "
-            "that, or lower the row's k."
+            f"{label} uses k = {requirements.k} entries a position, but only extraction.k = {settings.k} are stored: "
+            "raise that, or lower the row's k."
         )
 
 
-def load_resources(needs: Needs, inputs: LossInputs, tokenizer_of: TokenizerOf) -> Material:
+def load_resources(requirements: LossRequirements, inputs: LossInputs, tokenizer_of: TokenizerOf) -> LossResources:
     """The vocabularies and maps of the inputs. Reads files, so it is not for a plan."""
-    names = {TARGET, *needs.extractions, *needs.models}
-    return Material(
+    names = {TARGET, *requirements.predictions, *requirements.models}
+    return LossResources(
         TARGET,
         {name: tokenizer_of(name)[1] for name in names},
         {name: read_map(folder) for name, (_, folder) in inputs.maps.items()},
@@ -73,10 +73,11 @@ def load_resources(needs: Needs, inputs: LossInputs, tokenizer_of: TokenizerOf) 
 
 
 def open_predictions(
-    needs: Needs, inputs: LossInputs, passages: Passages, tokenizer_of: TokenizerOf
+    requirements: LossRequirements, inputs: LossInputs, passages: Passages, tokenizer_of: TokenizerOf
 ) -> dict[str, PredictionsReader]:
     """Readers of the stored predictions that a loss requires, by role, at its temperature and k."""
+    temperature, k = requirements.temperature, requirements.k
     return {
-        name: PredictionsReader(folder, passages, *tokenizer_of(name), needs.temperature, needs.k)
+        name: PredictionsReader(folder, passages, *tokenizer_of(name), temperature, k)
         for name, (_, folder) in inputs.predictions.items()
     }

@@ -22,10 +22,11 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fusion.errors import UserError
-from fusion.losses.specs import Lesson
-from fusion.losses.terms import Teacher
+from fusion.losses.loss import Loss
+from fusion.losses.objective import Objective
 from fusion.modeling.heads import fused_forward, split
 from fusion.modeling.packing import Packing, attending_by_passage, check_packing
+from fusion.modeling.teacher import Teacher
 from harness.config.loading import TrainingConfig
 from harness.data.sequences import PackedSequences, collate
 from harness.runtime import distributed
@@ -188,25 +189,22 @@ class _Follow(TrainerCallback):
 
 
 def _replace_forward(
-    model: PreTrainedModel, packing: Packing, lam: float, lesson: Lesson | None, teachers: Mapping[str, Teacher]
+    model: PreTrainedModel, packing: Packing, lam: float, loss: Loss | None, teachers: Mapping[str, Teacher]
 ) -> None:
     """Puts the objective inside the model's forward, where wrappers for data parallel training call it."""
 
-    def forward(self: PreTrainedModel, measure: Callable[..., Any] | None = None, **inputs: Tensor) -> Any:
+    def forward(self: PreTrainedModel, measure: Callable[..., Any] | None = None, **batch: Tensor) -> Any:
         if measure is not None:
             return measure(self)
-        labels = inputs["labels"]
-        loss = fused_forward(
-            self,
-            inputs["input_ids"],
-            inputs["position_ids"],
+        labels = batch["labels"].flatten()
+        objective = Objective(
             gold=labels.clamp(min=-1),
             clm_weight=(labels >= 0).float(),
             lam=lam,
-            packing=packing,
-            **({} if lesson is None else lesson.taught(inputs, teachers)),
+            term=None if loss is None else loss.term(batch, teachers),
         )
-        return loss.total, loss.clm, loss.fusion
+        result = fused_forward(self, batch["input_ids"], batch["position_ids"], objective, packing=packing)
+        return result.total, result.clm, result.fusion
 
     model.forward = types.MethodType(forward, model)
 
@@ -260,7 +258,7 @@ def train(
     config: TrainingConfig,
     *,
     lam: float,
-    lesson: Lesson | None = None,
+    loss: Loss | None = None,
     teachers: Mapping[str, PreTrainedModel] = {},
     seed: int,
     device: str,
@@ -272,8 +270,8 @@ def train(
     """Trains `model` on `rows` and leaves `folder/model`, which plain `AutoModelForCausalLM.from_pretrained` loads.
 
     Goes on from the last complete checkpoint in `folder`, bit for bit. `lam` is the weight of the CLM term
-    (paper section 3.3, equation 5), `lesson` the other one, of which `rows` hold the arrays, and `teachers` the models
-    that it needs, on `device`. Called by all ranks. Raises UserError when packed passages would see each other, the
+    (paper section 3.3, equation 5), `loss` the other term, whose features `rows` hold, and `teachers` the models that
+    it requires, on `device`. Called by all ranks. Raises UserError when packed passages would see each other, the
     loss diverges, or the ranks do not fit the configuration or the checkpoint.
     """
     final = folder / MODEL_FOLDER
@@ -321,8 +319,7 @@ def train(
         deepspeed=zero_config(config.deepspeed) if config.deepspeed else None,
     )
     distributed.check_world(arguments.world_size, "accelerate")
-    reading_along = {name: Teacher(teacher) for name, teacher in teachers.items()}
-    _replace_forward(model, packing, lam, lesson, reading_along)
+    _replace_forward(model, packing, lam, loss, {name: Teacher(teacher) for name, teacher in teachers.items()})
     checkpoint = last_checkpoint(folder / "checkpoints")
     done = 0.0
     if checkpoint is not None:

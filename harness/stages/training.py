@@ -7,10 +7,11 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion.losses.specs import Learning, Lesson, Needs
+from fusion.losses.loss import Loss, LossRequirements
 from fusion.vocabulary.token_bytes import Vocabulary
 from harness.config.loading import Config, TrainingConfig
 from harness.data.passages import Passages
@@ -30,6 +31,7 @@ from harness.store.workspace import Workspace
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from harness.data.sequences import Features
     from harness.stages.trainer import Curve
 
 VERSION = 4
@@ -65,7 +67,8 @@ def train_on_passages(
     label: str,
     card: str,
     lam: float = 1.0,
-    lesson: Lesson | None = None,
+    loss: Loss | None = None,
+    features: "Features | None" = None,
     predictions: Mapping[str, PredictionsReader] = {},
     load_teachers: Callable[[], "Mapping[str, PreTrainedModel]"] = dict,
     curve: "Curve | None" = None,
@@ -80,7 +83,7 @@ def train_on_passages(
     from harness.data.sequences import PackedSequences
     from harness.stages.trainer import train
 
-    sequences = PackedSequences(passages, tokenizer, vocabulary, settings.sequence_length, lesson, predictions)
+    sequences = PackedSequences(passages, tokenizer, vocabulary, settings.sequence_length, features, predictions)
     set_seed(seed)
     with redirect_stdout(sys.stderr):  # DeepSpeed prints, and standard output is for tables
         train(
@@ -89,7 +92,7 @@ def train_on_passages(
             sequences,
             settings,
             lam=lam,
-            lesson=lesson,
+            loss=loss,
             teachers=load_teachers(),
             seed=seed,
             device=device,
@@ -126,13 +129,13 @@ class Training:
     curve: HeldOutCurve
     lam: float = 1.0
     """The weight of the CLM term; the loss has the rest."""
-    loss: Learning | None = None
+    loss: Loss | None = None
     inputs: LossInputs = field(default_factory=LossInputs)
     """What the loss is computed from."""
 
     @property
-    def needs(self) -> Needs:
-        return Needs() if self.loss is None else self.loss.needs(TARGET)
+    def requirements(self) -> LossRequirements:
+        return LossRequirements() if self.loss is None else self.loss.requirements(TARGET)
 
     def spec(self, device: str) -> Spec:
         """The key of the training on `device`."""
@@ -144,7 +147,7 @@ class Training:
         }
         inputs: dict[str, Any] = {"model": self.base.fingerprint, "passages": self.passages[0].fingerprint}
         if self.loss is not None:
-            params |= self.loss.identity()
+            params["loss"] = self.loss.identity()
             inputs |= self.inputs.fingerprints()
         # The number of ranks is not part of the key: like the size of a micro batch it only changes rounding.
         info = {"ranks": distributed.world_size()}
@@ -173,10 +176,10 @@ def make_training(
         from harness.stages.trainer import Curve
 
         tokenizer, vocabulary = tokenizer_of(TARGET)
-        passages, needs = Passages(training.passages[1]), training.needs
-        lesson = None
-        if training.loss is not None:
-            lesson = training.loss.lesson(load_resources(needs, training.inputs, tokenizer_of))
+        passages, loss, requirements = Passages(training.passages[1]), training.loss, training.requirements
+        features = None
+        if loss is not None:
+            features = partial(loss.features, resources=load_resources(requirements, training.inputs, tokenizer_of))
         measure = curve.measure
         train_on_passages(
             folder,
@@ -190,8 +193,9 @@ def make_training(
             label=f"{training.label} (seed {training.seed})",
             card=card(spec),
             lam=training.lam,
-            lesson=lesson,
-            predictions=open_predictions(needs, training.inputs, passages, tokenizer_of),
+            loss=loss,
+            features=features,
+            predictions=open_predictions(requirements, training.inputs, passages, tokenizer_of),
             load_teachers=lambda: {
                 name: load_model(model, dtype, device)  # type: ignore[arg-type]
                 for name, (model, dtype) in training.inputs.teachers.items()

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fusion.vocabulary.maps import MAPS
 from fusion.vocabulary.token_bytes import Vocabulary, encode
 from harness.data.predictions import PredictionsReader
 from harness.models.resolution import ResolvedModel
@@ -19,7 +20,8 @@ MAP_FILE = "map.npy"
 def map_spec(source: str, predictions: Spec, target: ResolvedModel, kind: str, on: Literal["bytes", "strings"]) -> Spec:
     """The key of a map of the source's vocabulary onto the target's, for the tokens that its predictions hold."""
     inputs = {"extraction": predictions.fingerprint, "target": target.fingerprint}
-    return Spec("map", f"{source}-to-{target.name}-{kind}-{on}", VERSION, inputs, {"kind": kind, "on": on})
+    params = {"map": MAPS.choose(kind).identity(), "on": on}
+    return Spec("map", f"{source}-to-{target.name}-{kind}-{on}", VERSION, inputs, params)
 
 
 def make_map(
@@ -52,7 +54,7 @@ def make_map(
                 reported = done
 
             vocabulary_map = build_map(
-                spec.params["kind"],
+                spec.params["map"]["name"],
                 reader.vocabulary,
                 vocabulary,
                 on=spec.params["on"],

@@ -19,7 +19,8 @@ from baselines.method import Candidate, Context, Parameters, Role, named_roles
 from baselines.registry import METHODS, get_method, method, schema_of
 from fusion.docstrings import field_docstrings
 from fusion.errors import UserError
-from fusion.losses.specs import Fusion, Learning
+from fusion.losses.fusion_loss import FusionLoss
+from fusion.losses.loss import Loss
 from fusion.switches import PRESETS, Switches
 
 
@@ -31,7 +32,7 @@ class _Context:
     sources: Sequence[str] = ("a", "b")
 
     def __init__(self) -> None:
-        self.asked: list[tuple[float, Learning | None]] = []
+        self.asked: list[tuple[float, Loss | None]] = []
 
     def model(self, role: str) -> Candidate:
         return Candidate(Path(role), role, False)
@@ -39,16 +40,16 @@ class _Context:
     def extract(self, role: str) -> Path:
         return Path(role)
 
-    def train(self, *, lam: float, learn: Learning | None = None) -> Candidate:
-        self.asked.append((lam, learn))
+    def train(self, *, lam: float, loss: Loss | None = None) -> Candidate:
+        self.asked.append((lam, loss))
         return Candidate(Path("trained"), "trained", True)
 
 
-def _asked(**parameters: Any) -> tuple[float, Fusion]:
+def _asked(**parameters: Any) -> tuple[float, FusionLoss]:
     context: Any = _Context()
     fusellm(context, FuseLLMParameters(**parameters))
     ((lam, fusion),) = context.asked
-    assert isinstance(fusion, Fusion)
+    assert isinstance(fusion, FusionLoss)
     return lam, fusion
 
 
@@ -180,7 +181,8 @@ def test_listing_gives_every_switch_its_choices_defaults_and_meaning() -> None:
             f" (published: {published})" if published else ""
         )
     assert settings["tail"].type == "bucket or renormalise or gold"
-    assert settings["alignment"].type == "dtw or same_end" and settings["map"].type == "em or first_piece or mined"
+    assert settings["alignment"].type == "dtw or same_end or mapping"  # one with parameters is {name: NAME, ...}
+    assert settings["map"].type == "em or first_piece or mined"
 
 
 def test_parameters_hold_the_effective_value_of_every_switch() -> None:

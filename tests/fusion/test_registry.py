@@ -30,7 +30,7 @@ def test_unknown_names_hear_the_nearest_spelling() -> None:
     registry.register("same_end")(1)
     registry.register("dtw")(2)
     with pytest.raises(
-        UserError, match=r"no alignment 'same-end' \(did you mean 'same_end'\?\): registered are dtw, same_end"
+        UserError, match=r"no alignment 'same-end' \(did you mean 'same_end'\?\): there are dtw, same_end"
     ):
         registry.get("same-end")
 

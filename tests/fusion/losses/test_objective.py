@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusion.losses.objective import Head, MixedLoss, logits_of, mixed_loss, mixed_loss_from_logits
+from fusion.losses.loss import TAIL_FLOOR
+from fusion.losses.objective import CHUNK, Head, MixedLoss, Objective, logits_of, mixed_loss, mixed_loss_from_logits
+from fusion.losses.sparse_cross_entropy import SparseCrossEntropy
 
 
 def dense(
@@ -73,6 +75,16 @@ def case(
     }  # fmt: skip
 
 
+def objective(
+    gold: Tensor, clm_weight: Tensor, lam: float, chunk: int = CHUNK, floor: float = TAIL_FLOOR, **arrays: Tensor
+) -> Objective:
+    """The objective of the arrays of `case`; of CLM alone without ids, p, tail and fusion_weight."""
+    term = None
+    if arrays:
+        term = SparseCrossEntropy(arrays["ids"], arrays["p"], arrays["tail"], arrays["fusion_weight"], floor)
+    return Objective(gold, clm_weight, lam, term, chunk)
+
+
 def head_of(parameters: dict[str, Tensor], **kwargs: Any) -> Head:
     return Head(parameters["weight"], parameters.get("bias"), **kwargs)
 
@@ -103,7 +115,7 @@ def test_equals_the_dense_definition(
     if k == 31:
         arrays["tail"] = torch.where((arrays["ids"] >= 0).all(1), 0, arrays["tail"])  # nothing is outside
     head = head_of(parameters, softcap=softcap, scale=scale)
-    ours = mixed_loss(parameters["hidden"], head, **arrays, lam=lam, chunk=chunk)
+    ours = mixed_loss(parameters["hidden"], head, objective(**arrays, lam=lam, chunk=chunk))
     logits = scale * F.linear(parameters["hidden"], parameters["weight"], parameters.get("bias"))
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     reference = dense(logits, **arrays, lam=lam)
@@ -111,7 +123,7 @@ def test_equals_the_dense_definition(
 
     leaves = list(parameters.values())
     given_logits = logits.detach().requires_grad_()
-    from_logits = mixed_loss_from_logits(given_logits, **arrays, lam=lam, chunk=chunk)
+    from_logits = mixed_loss_from_logits(given_logits, objective(**arrays, lam=lam, chunk=chunk))
     assert values(from_logits) == pytest.approx(values(ours), rel=1e-9, abs=1e-9)
     if not reference[0].requires_grad:
         return
@@ -128,7 +140,7 @@ def test_shorter_types_against_the_dense_definition_in_float64(
 ) -> None:
     parameters, arrays = case(7, n=300, d=32, v=400, k=10, spread=0.5)
     short = {name: x.detach().to(dtype).requires_grad_() for name, x in parameters.items()}
-    ours = mixed_loss(short["hidden"], head_of(short), **arrays, lam=0.9, chunk=64)
+    ours = mixed_loss(short["hidden"], head_of(short), objective(**arrays, lam=0.9, chunk=64))
     exact = {name: x.detach().double().requires_grad_() for name, x in short.items()}
     reference = dense(logits_of(exact["hidden"], head_of(exact)), **arrays, lam=0.9)
     assert ours.total.dtype == torch.float32
@@ -144,7 +156,9 @@ def test_bfloat16_projection_gradient_is_summed_in_float32() -> None:
     n, d, v = 512, 8, 12
     hidden = torch.ones(n, d, dtype=torch.bfloat16)
     weight = torch.zeros(v, d, dtype=torch.bfloat16, requires_grad=True)
-    ours = mixed_loss(hidden, Head(weight), gold=torch.zeros(n).long(), clm_weight=torch.ones(n), lam=1.0, chunk=1)
+    ours = mixed_loss(
+        hidden, Head(weight), objective(gold=torch.zeros(n).long(), clm_weight=torch.ones(n), lam=1.0, chunk=1)
+    )
     ours.total.backward()
     assert weight.grad is not None
     assert float(weight.grad[1, 0]) == pytest.approx(n / v, rel=5e-3)
@@ -162,7 +176,7 @@ def test_gradient_of_the_bucket_is_the_stated_one() -> None:
     mass = float(p.sum())
     for tail in (1 - mass, 0.0):
         loss = mixed_loss_from_logits(
-            logits, gold=none, clm_weight=one, ids=ids, p=p, tail=tail * one, fusion_weight=one, lam=0.0
+            logits, objective(gold=none, clm_weight=one, ids=ids, p=p, tail=tail * one, fusion_weight=one, lam=0.0)
         )
         (gradient,) = torch.autograd.grad(loss.total, logits)
         kept_q = float(q[ids[0, :3]].sum())
@@ -179,9 +193,9 @@ def test_the_bucket_is_proper_and_renormalising_is_not() -> None:
     one, ids = torch.ones(1, dtype=torch.float64), torch.tensor([[0, 3]])
     q = torch.tensor([[0.4, 0.1, 0.2, 0.25, 0.05]], dtype=torch.float64).log().requires_grad_()
     arrays = {"gold": torch.tensor([-1]), "clm_weight": one, "ids": ids, "p": p, "fusion_weight": one}
-    (at_truth,) = torch.autograd.grad(mixed_loss_from_logits(q, **arrays, tail=tail, lam=0.0).total, q)
+    (at_truth,) = torch.autograd.grad(mixed_loss_from_logits(q, objective(**arrays, tail=tail, lam=0.0)).total, q)
     assert float(at_truth.norm()) < 1e-14
-    (without,) = torch.autograd.grad(mixed_loss_from_logits(q, **arrays, tail=0 * tail, lam=0.0).total, q)
+    (without,) = torch.autograd.grad(mixed_loss_from_logits(q, objective(**arrays, tail=0 * tail, lam=0.0)).total, q)
     assert float(without.norm()) > 0.1
 
 
@@ -194,7 +208,7 @@ def test_float32_stays_exact_when_almost_nothing_is_outside(gap: float) -> None:
     short, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
     one, tail, none = torch.ones(4), torch.full((4,), 0.3), torch.full((4,), -1)
     loss = mixed_loss_from_logits(
-        short, gold=none, clm_weight=one, ids=ids, p=p, tail=tail, fusion_weight=one, lam=0.0, tail_floor=1e-300
+        short, objective(gold=none, clm_weight=one, ids=ids, p=p, tail=tail, fusion_weight=one, lam=0.0, floor=1e-300)
     ).total
     reference = dense(exact, none, one, ids, p, tail, one, 0.0)[0]
     assert float(loss.detach()) == pytest.approx(float(reference.detach()), rel=1e-5)
@@ -208,7 +222,9 @@ def test_floor_makes_the_tail_constant() -> None:
     logits = torch.tensor([[60.0, 0.0, 0.0]], dtype=torch.float64, requires_grad=True)
     one = torch.ones(1, dtype=torch.float64)
     arrays = {"gold": torch.tensor([-1]), "clm_weight": one, "ids": torch.tensor([[0]]), "fusion_weight": one}
-    loss = mixed_loss_from_logits(logits, **arrays, p=0.6 * one[:, None], tail=0.4 * one, lam=0.0, tail_floor=1e-6)
+    loss = mixed_loss_from_logits(
+        logits, objective(**arrays, p=0.6 * one[:, None], tail=0.4 * one, lam=0.0, floor=1e-6)
+    )
     (gradient,) = torch.autograd.grad(loss.total, logits)
     q = logits.detach().softmax(-1)
     assert float(loss.fusion) == pytest.approx(-0.4 * math.log(1e-6) - 0.6 * float(q[0, 0].log()))
@@ -219,9 +235,9 @@ def test_whole_vocabulary_kept_is_finite() -> None:
     logits = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     one, p = torch.ones(2), torch.full((2, 4), 0.2)
     loss = mixed_loss_from_logits(
-        logits, gold=torch.tensor([1, 2]), clm_weight=one, ids=torch.arange(4).expand(2, 4), p=p,
+        logits, objective(gold=torch.tensor([1, 2]), clm_weight=one, ids=torch.arange(4).expand(2, 4), p=p,
         tail=0.2 * one, fusion_weight=one, lam=0.5,
-    )  # fmt: skip
+    ))  # fmt: skip
     (gradient,) = torch.autograd.grad(loss.total, logits)
     assert math.isfinite(float(loss.total.detach())) and gradient.isfinite().all()
 
@@ -230,11 +246,11 @@ def test_clm_alone_is_the_cross_entropy_and_the_same_code() -> None:
     parameters, arrays = case(3)
     head, hidden = head_of(parameters), parameters["hidden"]
     gold, weight = arrays["gold"], arrays["clm_weight"]
-    alone = mixed_loss(hidden, head, gold=gold, clm_weight=weight, lam=1.0)
+    alone = mixed_loss(hidden, head, objective(gold=gold, clm_weight=weight, lam=1.0))
     nats = F.cross_entropy(logits_of(hidden.detach(), head).detach(), gold, reduction="none", ignore_index=-1)
     assert float(alone.total.detach()) == pytest.approx(float((nats * weight).sum()), rel=1e-12)
     assert float(alone.fusion) == 0.0
-    both = mixed_loss(hidden, head, **arrays, lam=1.0)
+    both = mixed_loss(hidden, head, objective(**arrays, lam=1.0))
     assert values(both)[:2] == pytest.approx(values(alone)[:2], rel=1e-12)
     leaves = list(parameters.values())
     for a, b in zip(torch.autograd.grad(alone.total, leaves), torch.autograd.grad(both.total, leaves), strict=True):
@@ -248,19 +264,21 @@ def test_gold_among_the_ids_as_a_one_hot_is_clm() -> None:
     ids, p = torch.stack([gold, torch.full_like(gold, -1)], 1), torch.ones(len(gold), 2)
     for lam in (0.0, 0.3):
         loss = mixed_loss(
-            parameters["hidden"], head_of(parameters), gold=gold, clm_weight=weight, ids=ids, p=p,
+            parameters["hidden"], head_of(parameters), objective(gold=gold, clm_weight=weight, ids=ids, p=p,
             tail=0 * weight, fusion_weight=weight, lam=lam,
-        )  # fmt: skip
+        ))  # fmt: skip
         assert values(loss)[1:] == pytest.approx([values(loss)[0]] * 2)
 
 
 def test_sums_over_parts_and_any_order() -> None:
     parameters, arrays = case(5)
     hidden, head = parameters["hidden"].detach(), head_of(parameters)
-    whole = values(mixed_loss(hidden, head, **arrays, lam=0.7))
+    whole = values(mixed_loss(hidden, head, objective(**arrays, lam=0.7)))
     order = torch.randperm(len(hidden), generator=torch.Generator().manual_seed(0))
     parts = [order[:9], order[9:]]
-    split = [values(mixed_loss(hidden[i], head, **{n: a[i] for n, a in arrays.items()}, lam=0.7)) for i in parts]
+    split = [
+        values(mixed_loss(hidden[i], head, objective(**{n: a[i] for n, a in arrays.items()}, lam=0.7))) for i in parts
+    ]
     assert [sum(x) for x in zip(*split, strict=True)] == pytest.approx(whole)
 
 
@@ -289,9 +307,9 @@ def test_positions_without_weight_are_not_projected_and_may_hold_anything() -> N
     hidden[idle] = math.nan
     hidden.requires_grad_()
     with Sizes() as sizes, torch.no_grad():
-        mixed_loss(hidden, head_of(parameters), **arrays, lam=0.9)
+        mixed_loss(hidden, head_of(parameters), objective(**arrays, lam=0.9))
     assert sizes.products == 1 and sizes.rows == int((~idle).sum())
-    loss = mixed_loss(hidden, head_of(parameters), **arrays, lam=0.9)
+    loss = mixed_loss(hidden, head_of(parameters), objective(**arrays, lam=0.9))
     for gradient in torch.autograd.grad(loss.total, [hidden, parameters["weight"]]):
         assert gradient.isfinite().all()
 
@@ -300,7 +318,9 @@ def test_nothing_to_do_gives_zero_and_zero_gradients() -> None:
     parameters, _ = case(6)
     n = len(parameters["hidden"])
     loss = mixed_loss(
-        parameters["hidden"], head_of(parameters), gold=torch.full((n,), -1), clm_weight=torch.ones(n), lam=1.0
+        parameters["hidden"],
+        head_of(parameters),
+        objective(gold=torch.full((n,), -1), clm_weight=torch.ones(n), lam=1.0),
     )
     assert values(loss) == [0, 0, 0]
     assert not any(g.any() for g in torch.autograd.grad(loss.total, list(parameters.values())))
@@ -309,17 +329,17 @@ def test_nothing_to_do_gives_zero_and_zero_gradients() -> None:
 def test_memory_never_holds_the_logits_and_evaluation_makes_no_gradients() -> None:
     parameters, arrays = case(8, n=200, d=4, v=97, k=5)
     with Sizes() as sizes:
-        mixed_loss(parameters["hidden"], head_of(parameters), **arrays, lam=0.9, chunk=16).total.backward()
+        mixed_loss(parameters["hidden"], head_of(parameters), objective(**arrays, lam=0.9, chunk=16)).total.backward()
     assert sizes.largest <= 16 * 97
     with Sizes() as evaluating, torch.no_grad():
-        loss = mixed_loss(parameters["hidden"], head_of(parameters), **arrays, lam=0.9, chunk=16)
+        loss = mixed_loss(parameters["hidden"], head_of(parameters), objective(**arrays, lam=0.9, chunk=16))
     assert not loss.total.requires_grad
     assert 3 * evaluating.products == sizes.products
 
 
 def test_only_the_total_carries_a_gradient_and_once() -> None:
     parameters, arrays = case(9)
-    loss = mixed_loss(parameters["hidden"], head_of(parameters), **arrays, lam=0.9)
+    loss = mixed_loss(parameters["hidden"], head_of(parameters), objective(**arrays, lam=0.9))
     assert loss.total.requires_grad and not loss.clm.requires_grad and not loss.fusion.requires_grad
     loss.total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="twice"):
@@ -331,11 +351,11 @@ def test_tied_and_frozen_weights() -> None:
     tokens = torch.arange(12)
     embedding = parameters["weight"]
     leaf = embedding.detach().clone().requires_grad_()
-    ours = mixed_loss(torch.tanh(F.embedding(tokens, leaf)), Head(leaf), **arrays, lam=0.9).total
+    ours = mixed_loss(torch.tanh(F.embedding(tokens, leaf)), Head(leaf), objective(**arrays, lam=0.9)).total
     reference = dense(torch.tanh(F.embedding(tokens, embedding)) @ embedding.T, **arrays, lam=0.9)[0]
     assert relative(*torch.autograd.grad(ours, leaf), *torch.autograd.grad(reference, embedding)) < 1e-9
-    frozen = mixed_loss(parameters["hidden"], Head(embedding.detach()), **arrays, lam=0.9).total
-    trained = mixed_loss(parameters["hidden"], Head(embedding), **arrays, lam=0.9).total
+    frozen = mixed_loss(parameters["hidden"], Head(embedding.detach()), objective(**arrays, lam=0.9)).total
+    trained = mixed_loss(parameters["hidden"], Head(embedding), objective(**arrays, lam=0.9)).total
     (a,), (b,) = (torch.autograd.grad(loss, parameters["hidden"]) for loss in (frozen, trained))
     assert torch.equal(a, b)
 
@@ -344,10 +364,10 @@ def test_autocast_projects_in_its_dtype() -> None:
     parameters, arrays = case(11, n=64, d=16, v=50)
     single = {name: x.detach().float().requires_grad_() for name, x in parameters.items()}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        auto = mixed_loss(single["hidden"], head_of(single), **arrays, lam=0.9)
+        auto = mixed_loss(single["hidden"], head_of(single), objective(**arrays, lam=0.9))
         gradients = torch.autograd.grad(auto.total, list(single.values()))
     half = {name: x.detach().bfloat16() for name, x in single.items()}
-    assert values(auto) == values(mixed_loss(half["hidden"], head_of(half), **arrays, lam=0.9))
+    assert values(auto) == values(mixed_loss(half["hidden"], head_of(half), objective(**arrays, lam=0.9)))
     assert {g.dtype for g in gradients} == {torch.float32}
 
 
@@ -355,8 +375,9 @@ def test_autocast_projects_in_its_dtype() -> None:
     ("change", "message"),
     [
         ({"lam": 1.5}, "lam must be"),
-        ({"tail": None}, "without tail"),
-        ({"ids": None, "p": None, "tail": None, "fusion_weight": None}, "give all fusion arrays"),
+        ({"tail": torch.zeros(3)}, "tail has shape"),
+        ({"fusion_weight": torch.zeros(3)}, "weight has shape"),
+        ({"ids": None, "p": None, "tail": None, "fusion_weight": None}, "without a term: give one, or lam = 1"),
         ({"gold": torch.zeros(3).long()}, "gold has shape"),
         ({"p": torch.zeros(23, 2)}, "must both be"),
         ({"ids": torch.zeros(23, 5).long()}, "repeat"),
@@ -365,8 +386,9 @@ def test_autocast_projects_in_its_dtype() -> None:
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
     parameters, arrays = case(12)
+    given = {name: value for name, value in {**arrays, "lam": 0.9, **change}.items() if value is not None}
     with pytest.raises(ValueError, match=message):
-        mixed_loss(parameters["hidden"], head_of(parameters), **{**arrays, "lam": 0.9, **change})
+        mixed_loss(parameters["hidden"], head_of(parameters), objective(**given))
 
 
 def test_head_refuses_impossible_numbers() -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fusion.alignment.projection import fill_unaligned
 from fusion.alignment.selection import FUSIONS, SourceScores
-from fusion.losses.objective import Head, MixedLoss, mixed_loss
+from fusion.losses.objective import Head, MixedLoss, Objective, mixed_loss
+from fusion.losses.sparse_cross_entropy import SparseCrossEntropy
 from fusion.switches import PRESETS, Switches
 from fusion.types import Sparse
 from tests.shared import shared
@@ -99,18 +100,15 @@ def our_loss(case: dict[str, Any], targets: list[Sparse], logits: Tensor) -> Mix
         ids[row, :n, : fused.ids.shape[1]] = torch.from_numpy(fused.ids).long()
         p[row, :n, : fused.p.shape[1]] = torch.from_numpy(fused.p)
         assert not fused.tail.any()
-    return mixed_loss(
-        logits.flatten(0, 1),
-        Head(torch.eye(case["V"], dtype=logits.dtype)),
-        gold=gold.flatten(),
-        clm_weight=(clm_weight / clm_weight.sum()).flatten(),
-        ids=ids.flatten(0, 1),
-        p=p.flatten(0, 1),
-        tail=torch.zeros(batch * width),
-        fusion_weight=(fusion_weight / fusion_weight.sum()).flatten(),
-        lam=case["lambda_"],
-        chunk=7,
+    term = SparseCrossEntropy(
+        ids.flatten(0, 1),
+        p.flatten(0, 1),
+        torch.zeros(batch * width),
+        (fusion_weight / fusion_weight.sum()).flatten(),
     )
+    weight = (clm_weight / clm_weight.sum()).flatten()
+    objective = Objective(gold.flatten(), weight, case["lambda_"], term, chunk=7)
+    return mixed_loss(logits.flatten(0, 1), Head(torch.eye(case["V"], dtype=logits.dtype)), objective)
 
 
 @pytest.mark.parametrize("rounded", [False, True], ids=["preset", "rounded"])

@@ -15,7 +15,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fusion.losses.objective import logits_of, mixed_loss_from_logits
+from fusion.losses.objective import CHUNK, Objective, logits_of, mixed_loss_from_logits
+from fusion.losses.sparse_cross_entropy import SparseCrossEntropy
 from fusion.modeling.heads import find_head, fused_forward, split
 from fusion.modeling.packing import own_forward, packed_inputs
 from tests.fusion.modeling.test_packing import ARCHITECTURES, VOCABULARY, rows, tiny_model
@@ -41,7 +42,10 @@ def form(name: str) -> PreTrainedModel:
     return GraniteForCausalLM(GraniteConfig(**shape, logits_scaling=3.0))
 
 
-def arrays(tokens: Tensor, positions: Tensor, k: int = 4) -> dict[str, Tensor]:
+def objective(
+    tokens: Tensor, positions: Tensor, k: int = 4, *, lam: float, fused: bool = True, chunk: int = CHUNK
+) -> Objective:
+    """CLM at every position with a next token, and a cross-entropy from random distributions unless `fused` is off."""
     g = torch.Generator().manual_seed(2)
     batch, width = tokens.shape
     after = positions.roll(-1, 1)
@@ -49,10 +53,10 @@ def arrays(tokens: Tensor, positions: Tensor, k: int = 4) -> dict[str, Tensor]:
     p = torch.rand(batch, width, k + 1, generator=g)
     p = p / p.sum(-1, keepdim=True)
     ids = torch.rand(batch, width, VOCABULARY, generator=g).topk(k).indices
-    return {
-        "gold": torch.where(has_next, tokens.roll(-1, 1), -1), "clm_weight": has_next.float(), "ids": ids,
-        "p": p[..., :-1], "tail": p[..., -1], "fusion_weight": has_next.float(),
-    }  # fmt: skip
+    gold, weight = torch.where(has_next, tokens.roll(-1, 1), -1).flatten(), has_next.float().flatten()
+    p = p.flatten(0, 1)
+    term = SparseCrossEntropy(ids.flatten(0, 1), p[:, :-1], p[:, -1], weight)
+    return Objective(gold, weight, lam, term if fused else None, chunk)
 
 
 def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -65,17 +69,14 @@ def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
 def test_equals_the_models_own_logits(name: str) -> None:
     model = form(name)
     tokens, positions = rows((7, 9), (12, 4))
-    loss_arrays = arrays(tokens, positions)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert split(model).fused
-    ours = fused_forward(model, tokens, positions, **loss_arrays, lam=0.6, chunk=5)
+    ours = fused_forward(model, tokens, positions, objective(tokens, positions, lam=0.6, chunk=5))
     ours.total.backward()
     mine = gradients(model)
     logits = own_forward(model, **packed_inputs("positions", tokens, positions, torch.float)).logits
-    reference = mixed_loss_from_logits(
-        logits.flatten(0, 1), **{n: a.flatten(0, 1) for n, a in loss_arrays.items()}, lam=0.6
-    )
+    reference = mixed_loss_from_logits(logits.flatten(0, 1), objective(tokens, positions, lam=0.6))
     reference.total.backward()
     assert [float(x.detach()) for x in ours] == pytest.approx([float(x.detach()) for x in reference], rel=1e-5)
     theirs = gradients(model)
@@ -131,16 +132,13 @@ def odd() -> PreTrainedModel:
 def test_an_unknown_head_is_trained_on_its_own_logits_and_said_loudly(make: Any, reason: str) -> None:
     model = make()
     tokens, positions = rows((7, 9), (12, 4))
-    loss_arrays = arrays(tokens, positions)
     with pytest.warns(UserWarning, match=reason):
         found = split(model)
     assert not found.fused and reason in found.reason
     assert find_head(model) is None
-    ours = fused_forward(model, tokens, positions, **loss_arrays, lam=0.6)
+    ours = fused_forward(model, tokens, positions, objective(tokens, positions, lam=0.6))
     logits = own_forward(model, **packed_inputs("positions", tokens, positions, torch.float)).logits
-    reference = mixed_loss_from_logits(
-        logits.flatten(0, 1), **{n: a.flatten(0, 1) for n, a in loss_arrays.items()}, lam=0.6
-    )
+    reference = mixed_loss_from_logits(logits.flatten(0, 1), objective(tokens, positions, lam=0.6))
     assert [float(x.detach()) for x in ours] == [float(x.detach()) for x in reference]
     ours.total.backward()
     assert model.lm_head.weight.grad is not None
@@ -150,7 +148,6 @@ def test_inside_the_replaced_forward_with_the_heads_hooks() -> None:
     """What wraps a model (DDP, ZeRO, FSDP) sees the model, its backbone and its head called, forward and backward."""
     model = form("tied")
     tokens, positions = rows((7, 9), (12, 4))
-    loss_arrays = arrays(tokens, positions)
     called: list[str] = []
     model.lm_head.register_forward_pre_hook(lambda *_: called.append("before"))
     model.lm_head.register_forward_hook(lambda *_: called.append("after"))
@@ -158,7 +155,7 @@ def test_inside_the_replaced_forward_with_the_heads_hooks() -> None:
     split(model)
     called.clear()
     model.forward = lambda **batch: tuple(fused_forward(model, **batch))
-    total, *_ = model(input_ids=tokens, position_ids=positions, **loss_arrays, lam=0.9)
+    total, *_ = model(input_ids=tokens, position_ids=positions, objective=objective(tokens, positions, lam=0.9))
     total.backward()
     assert called == ["before", "after", "backward"]
     assert "forward" not in vars(model.lm_head)
@@ -168,13 +165,9 @@ def test_inside_the_replaced_forward_with_the_heads_hooks() -> None:
 def test_clm_alone_and_packings() -> None:
     model = form("llama")
     tokens, positions = rows((7, 9), (12, 4))
-    some = arrays(tokens, positions)
+    clm = objective(tokens, positions, lam=1.0, fused=False)
     loss = [
-        float(
-            fused_forward(
-                model, tokens, positions, gold=some["gold"], clm_weight=some["clm_weight"], lam=1.0, packing=packing
-            ).total.detach()
-        )
+        float(fused_forward(model, tokens, positions, clm, packing=packing).total.detach())
         for packing in ("positions", "flat", "mask")
     ]
     assert loss == pytest.approx([loss[0]] * 3, rel=1e-5)

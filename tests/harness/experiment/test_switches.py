@@ -40,7 +40,7 @@ class Line:
         settings = ["include_target=false", *switches]
         made = self.row(texts, sources, f"extraction.k={k}", *(f"methods.X.{s}" for s in settings), **how)
         taught = []
-        for ids, p, tail in zip(made["fused_ids"], made["fused_p"], made["fused_tail"], strict=True):
+        for ids, p, tail in zip(made["ids"], made["p"], made["tail"], strict=True):
             entries = {target.tokens[i]: float(x) for i, x in zip(ids, p, strict=True) if i >= 0}
             taught.append(entries | ({"tail": float(tail)} if tail > 0 else {}))
         return taught
@@ -183,7 +183,7 @@ def test_weight_temperature(line: Line, temperature: float, first: float) -> Non
 def test_positions(line: Line) -> None:
     for value, weight in (("with_next", [1, 1, 0]), ("all", [1, 1, 1])):
         made = line.row(["abcd"], {"s": other()}, f"methods.X.loss_positions={value}")
-        assert made["fusion_weight"].tolist() == weight
+        assert made["weight"].tolist() == weight
 
 
 def test_include_target(line: Line) -> None:

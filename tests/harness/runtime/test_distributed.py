@@ -282,7 +282,7 @@ def test_probabilities_are_not_rounded_to_the_models_dtype() -> None:
     trainer = object.__new__(FusionTrainer)
     trainer.args, trainer.is_deepspeed_enabled = SimpleNamespace(device="cpu"), True
     p = torch.rand(3)
-    assert torch.equal(trainer._prepare_inputs({"fused_p": p})["fused_p"], p)
+    assert torch.equal(trainer._prepare_inputs({"p": p})["p"], p)
 
 
 @pytest.mark.parametrize(

@@ -124,10 +124,10 @@ def test_a_teacher_with_another_tokenizer_comes_through_map_and_alignment(line: 
     alone = {"include_target": False, "method": "fusellm"}
     distilled = rows_of(line.experiment({"method": "distillation"}, **models), line.monkeypatch)[0]
     fused = rows_of(line.experiment(alone, **models), line.monkeypatch)[0]
-    paired = distilled["taught_weight"][:, 0] > 0
-    assert 0 < paired.sum() < (fused["fusion_weight"] > 0).sum()
-    for name, of in (("taught_ids", "fused_ids"), ("taught_p", "fused_p"), ("taught_tail", "fused_tail")):
-        np.testing.assert_allclose(distilled[name][paired, 0], fused[of][paired], atol=1e-7)
+    paired = distilled["weight"][:, 0] > 0
+    assert 0 < paired.sum() < (fused["weight"] > 0).sum()
+    for name in ("ids", "p", "tail"):
+        np.testing.assert_allclose(distilled[name][paired, 0], fused[name][paired], atol=1e-7)
 
 
 def test_sorted_probabilities_of_another_tokenizer(line: Line) -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,9 +224,7 @@ def test_passages_without_finite_logits_are_named_counted_and_fused_without(
     assert "neox: its logits about 100.txt (bytes from 0) are not finite; the passage is skipped." in told
     assert "neox: 2 of" in told
     fusion = FuseLLMParameters().loss(["neox"])
-    needs = fusion.needs("target")
-    resources, readers = loss_resources(small, "audit", needs)
-    lesson = fusion.lesson(resources)
+    resources, readers = loss_resources(small, "audit", fusion.requirements("target"))
     passages, (tokenizer, vocabulary) = Passages(small.corpora.passages[1]), small.models.tokenizer("target")
     chosen = {}
     for passage in range(len(passages)):
@@ -233,15 +232,16 @@ def test_passages_without_finite_logits_are_named_counted_and_fused_without(
             [{name: reader.predictions(passage) for name, reader in readers.items()}],
             [int(passages.n_bytes[passage])],
             target="target",
-            sources=lesson.sources,
+            sources=[resources.source(name) for name in fusion.sources],
             target_vocabulary=vocabulary,
-            switches=lesson.switches,
+            switches=fusion.switches,
         )
         chosen[passages.name(passage)[:3]] = {row.names[c] if c >= 0 else int(c) for c in row.chosen}
         taught = row.targets.p[row.fusion_weight > 0]
         assert np.isfinite(taught).all()
     assert chosen["100"] == {"target"}
     assert chosen["101"] == {-1}
-    for row in PackedSequences(passages, tokenizer, vocabulary, 200, lesson, readers):
-        assert all(np.isfinite(row[name]).all() for name in ("fused_p", "fused_tail", "fusion_weight"))
+    features = partial(fusion.features, resources=resources)
+    for row in PackedSequences(passages, tokenizer, vocabulary, 200, features, readers):
+        assert all(np.isfinite(row[name]).all() for name in ("p", "tail", "weight"))
     assert "2 passages are not counted" in audit(config, tmp_path).sentence

@@ -7,7 +7,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from fusion.losses.objective import Head, mixed_loss
+from fusion.losses.objective import Head, Objective, mixed_loss
+from fusion.losses.sparse_cross_entropy import SparseCrossEntropy
 from harness.config.loading import Config, load
 from tests.harness import ranks_worker
 from tests.harness.runtime.test_distributed import launch
@@ -22,19 +23,16 @@ def test_the_objective_is_the_cpus() -> None:
     torch.manual_seed(0)
     n, d, v, k = 300, 32, 1000, 6
     kept = torch.rand(n, k)
-    given = {
-        "gold": torch.randint(v, (n,)),
-        "clm_weight": torch.ones(n),
-        "ids": torch.stack([torch.randperm(v)[:k] for _ in range(n)]),
-        "p": 0.8 * kept / kept.sum(1, keepdim=True),
-        "tail": torch.full((n,), 0.2),
-        "fusion_weight": torch.ones(n),
-    }
+    gold = torch.randint(v, (n,))
+    ids = torch.stack([torch.randperm(v)[:k] for _ in range(n)])
+    arrays = [ids, 0.8 * kept / kept.sum(1, keepdim=True), torch.full((n,), 0.2), torch.ones(n)]
     hidden, weight = torch.randn(n, d), torch.randn(v, d) / 4
 
     def on(device: str, dtype: torch.dtype) -> list[torch.Tensor]:
         h, w = (x.detach().to(device, dtype).requires_grad_() for x in (hidden, weight))
-        loss = mixed_loss(h, Head(w), **{name: x.to(device) for name, x in given.items()}, lam=0.7)
+        term = SparseCrossEntropy(*(x.to(device) for x in arrays))
+        objective = Objective(gold.to(device), torch.ones(n, device=device), 0.7, term)
+        loss = mixed_loss(h, Head(w), objective)
         loss.total.backward()
         assert h.grad is not None and w.grad is not None
         return [x.detach().cpu().double() for x in (loss.clm, loss.fusion, h.grad, w.grad)]

@@ -110,11 +110,11 @@ def assert_teaches(made: dict[str, np.ndarray], taught: list[Taught]) -> None:
     """A row of the data loader, made dense, is what its passages are to teach."""
     p, tail, weight = (np.concatenate([getattr(t, name) for t in taught]) for name in ("p", "tail", "weight"))
     dense = np.zeros_like(p)
-    at, column = np.nonzero(made["fused_ids"] >= 0)
-    dense[at, made["fused_ids"][at, column]] = made["fused_p"][at, column]
-    np.testing.assert_array_equal(made["fusion_weight"], weight)
+    at, column = np.nonzero(made["ids"] >= 0)
+    dense[at, made["ids"][at, column]] = made["p"][at, column]
+    np.testing.assert_array_equal(made["weight"], weight)
     np.testing.assert_allclose(dense[weight > 0], p[weight > 0], atol=1e-6)
-    np.testing.assert_allclose(made["fused_tail"][weight > 0], tail[weight > 0], atol=1e-6)
+    np.testing.assert_allclose(made["tail"][weight > 0], tail[weight > 0], atol=1e-6)
 
 
 def what_happened(
@@ -183,8 +183,8 @@ def test_loss_and_gradient_are_those_of_the_plain_implementation(
         map_of, fuse = reference.map_of_bytes, reference.mended_row
     image = map_of(source, target, method.get("map", "mined"))
     taught: dict[int, Taught] = {}
-    assert rows.rows == pack([len(r.tokens) for r in own], config.training.sequence_length)
-    for i, row in enumerate(rows.rows):
+    assert rows.members == pack([len(r.tokens) for r in own], config.training.sequence_length)
+    for i, row in enumerate(rows.members):
         its_texts, ours, others = ([of[p] for p in row] for of in (texts, own, theirs))
         teaches = fuse(its_texts, target, source, ours, others, image, method.get("fusion", "mince"))
         assert_teaches(rows[i], teaches)

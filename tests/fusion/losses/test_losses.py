@@ -1,8 +1,7 @@
-"""Second terms of the objective against dense definitions in float64."""
+"""Losses on logits against dense definitions in float64."""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
@@ -13,10 +12,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fusion.losses.alm import ALMLoss, binary_divergence
 from fusion.losses.divergences import DIVERGENCES
-from fusion.losses.objective import Head, Term, logits_of, mixed_loss, mixed_loss_from_logits
-from fusion.losses.terms import Chunks, Outcomes, Sorted, Teacher, Watched, binary_divergence
+from fusion.losses.loss import Loss, TeacherModel
+from fusion.losses.objective import Head, Objective, logits_of, mixed_loss, mixed_loss_from_logits
+from fusion.losses.online_distillation import OnlineDistillationLoss
+from fusion.losses.term import Term
+from fusion.losses.top_k_distillation import TopKDistillationLoss
+from fusion.losses.uld import ULDLoss
 from fusion.modeling.packing import own_forward
+from fusion.modeling.teacher import Teacher
 
 N, D, V = 23, 6, 31
 
@@ -39,6 +44,11 @@ def parameters(seed: int) -> tuple[torch.Generator, dict[str, Tensor]]:
     return g, {n: torch.randn(*s, generator=g, dtype=torch.float64).requires_grad_() for n, s in shapes.items()}
 
 
+def term_of(loss: Loss, features: dict[str, Tensor], teachers: Mapping[str, TeacherModel] = {}) -> Term:
+    """The loss at a batch of one sequence with these features [N, ...]."""
+    return loss.term({name: array[None] for name, array in features.items()}, teachers)
+
+
 def compare(
     found: dict[str, Tensor],
     term: Term,
@@ -52,7 +62,8 @@ def compare(
     """Value and every gradient of the mixed loss with `term` are those of `reference(logits) -> summed nats`."""
     gold, weight = torch.randint(-1, V, (N,), generator=g), torch.randint(0, 2, (N,), generator=g).double()
     head = Head(found["weight"], found["bias"], softcap=softcap)
-    ours = mixed_loss(found["hidden"], head, gold=gold, clm_weight=weight, term=term, lam=lam, chunk=chunk)
+    objective = Objective(gold, weight, lam, term, chunk)
+    ours = mixed_loss(found["hidden"], head, objective)
     logits = F.linear(found["hidden"], found["weight"], found["bias"])
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     clm = (weight * F.cross_entropy(logits, gold, ignore_index=-1, reduction="none")).sum()
@@ -65,7 +76,7 @@ def compare(
     for mine, its in zip(torch.autograd.grad(ours.total, leaves), torch.autograd.grad(theirs, leaves), strict=True):
         assert (mine - its).norm() <= 1e-9 * its.norm()
     whole = logits_of(found["hidden"].detach(), head).detach()
-    dense = mixed_loss_from_logits(whole, gold=gold, clm_weight=weight, term=term, lam=lam, chunk=chunk)
+    dense = mixed_loss_from_logits(whole, objective)
     assert float(dense.total) == pytest.approx(float(theirs.detach()), rel=1e-9)
 
 
@@ -97,7 +108,7 @@ def outcomes(g: torch.Generator, k: int, teachers: int) -> dict[str, Tensor]:
     chunk=st.sampled_from([1, 16, 256]),
     softcap=st.sampled_from([None, 2.0]),
 )
-def test_outcomes(
+def test_top_k_distillation(
     seed: int, divergence: str, temperature: float, k: int, teachers: int, chunk: int, softcap: float | None
 ) -> None:
     g, found = parameters(seed)
@@ -117,7 +128,8 @@ def test_outcomes(
                 total = total + arrays["weight"][n, s] * temperature**2 * DENSE[divergence](p, mine)
         return total
 
-    compare(found, Outcomes(divergence, temperature, **arrays), reference, g, chunk=chunk, softcap=softcap)
+    loss = TopKDistillationLoss(["a"], divergence, temperature)
+    compare(found, term_of(loss, arrays), reference, g, chunk=chunk, softcap=softcap)
 
 
 def test_without_a_tail_only_the_kept_count() -> None:
@@ -131,7 +143,7 @@ def test_without_a_tail_only_the_kept_count() -> None:
         p = arrays["p"][:, 0]
         return (arrays["weight"] * torch.where(p > 0, p * (p.log() - log_q), 0)).sum()
 
-    compare(found, Outcomes("forward_kl", 1.0, **arrays), reference, g)
+    compare(found, term_of(TopKDistillationLoss(["a"]), arrays), reference, g)
 
 
 @pytest.mark.parametrize("name", sorted(DENSE))
@@ -156,14 +168,14 @@ def llama(seed: int, vocabulary: int) -> LlamaForCausalLM:
 
 @pytest.mark.parametrize("divergence", sorted(DENSE))
 @pytest.mark.parametrize("rows", [V, V + 3, V - 2])
-def test_watched(divergence: str, rows: int) -> None:
+def test_online_distillation(divergence: str, rows: int) -> None:
     """A teacher with more or fewer rows than tokens in its vocabulary: those mean nothing."""
     g, found = parameters(1)
     model = llama(3, rows).double()
     tokens = torch.randint(min(rows, V), (1, N), generator=g)
     positions = torch.cat([torch.arange(9), torch.arange(N - 9)])[None]
     teacher = Teacher(model)
-    hidden, weight = teacher.hidden(tokens, positions), torch.rand(N, generator=g).double()
+    weight = torch.rand(N, generator=g).double()
     weight[::5] = 0
     size, t = min(rows, V), 2.0
     with torch.no_grad():
@@ -174,13 +186,14 @@ def test_watched(divergence: str, rows: int) -> None:
         q = (logits[:, :size] / t).softmax(-1)
         return sum((w * t**2 * DENSE[divergence](a, b) for w, a, b in zip(weight, p, q, strict=True)), q.new_zeros(()))
 
-    compare(found, Watched(divergence, t, [teacher], [hidden], weight), reference, g)
+    features = {"input_ids": tokens[0], "position_ids": positions[0], "weight": weight}
+    compare(found, term_of(OnlineDistillationLoss(["a"], divergence, t), features, {"a": teacher}), reference, g)
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("k", [3, V, V + 4])
 @pytest.mark.parametrize("teachers", [1, 2])
-def test_sorted(k: int, teachers: int) -> None:
+def test_uld(k: int, teachers: int) -> None:
     g, found = parameters(2)
     whole = torch.rand(N, teachers, max(k, V + 4), generator=g, dtype=torch.float64).pow(4)
     whole = (whole / whole.sum(-1, keepdim=True)).sort(descending=True).values
@@ -197,12 +210,12 @@ def test_sorted(k: int, teachers: int) -> None:
                 total = total + weight[n, s] * (apart + (rest - tail[n, s]).abs())
         return total
 
-    compare(found, Sorted(p, tail, weight), reference, g)
+    compare(found, term_of(ULDLoss(["a"]), {"p": p, "tail": tail, "weight": weight}), reference, g)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 100.0])
 @pytest.mark.parametrize("chunk", [4, 20, 256])
-def test_chunks(temperature: float, chunk: int) -> None:
+def test_alm(temperature: float, chunk: int) -> None:
     """Chunks of one to seven positions, none of them cut however few positions are projected at once."""
     g, found = parameters(3)
     lengths = {0: [1, 2, 7, 1, 3, 5], 1: [4, 4, 1, 2, 2, 2]}
@@ -226,7 +239,8 @@ def test_chunks(temperature: float, chunk: int) -> None:
             total = total + temperature * kl(*pair) / 2
         return total
 
-    compare(found, Chunks(temperature, gold, number, nats), reference, g, chunk=chunk)
+    features = {"labels": gold, "chunk": number, "nats": nats}
+    compare(found, term_of(ALMLoss(["a"], temperature), features), reference, g, chunk=chunk)
 
 
 def test_the_binary_divergence_tends_to_its_limit() -> None:
@@ -237,14 +251,20 @@ def test_the_binary_divergence_tends_to_its_limit() -> None:
     assert certain.isfinite().all() and float(certain[0]) == 0
 
 
-def test_a_term_and_fusion_arrays_are_one_too_many() -> None:
+def test_a_term_without_weight_leaves_clm_alone() -> None:
     _, found = parameters(4)
     one = torch.ones(N)
-    arrays: dict[str, Any] = {"ids": torch.zeros(N, 1).long(), "p": one[:, None], "tail": 0 * one, "fusion_weight": one}
-    term = Sorted(torch.ones(N, 1, 1), torch.zeros(N, 1), torch.ones(N, 1))
+    term = term_of(ULDLoss(["a"]), {"p": torch.ones(N, 1, 1), "tail": torch.zeros(N, 1), "weight": torch.ones(N, 1)})
     head = Head(found["weight"])
-    with pytest.raises(ValueError, match="give one or the other"):
-        mixed_loss(found["hidden"], head, gold=one.long(), clm_weight=one, **arrays, term=term, lam=0.5)
-    alone = mixed_loss(found["hidden"], head, gold=one.long(), clm_weight=one, term=term, lam=1.0)
-    plain = mixed_loss(found["hidden"], head, gold=one.long(), clm_weight=one, lam=1.0)
-    np.testing.assert_allclose(float(alone.total.detach()), float(plain.total.detach()), rtol=1e-12)
+    with_term = mixed_loss(found["hidden"], head, Objective(one.long(), one, 1.0, term))
+    alone = mixed_loss(found["hidden"], head, Objective(one.long(), one, 1.0))
+    np.testing.assert_allclose(float(with_term.total.detach()), float(alone.total.detach()), rtol=1e-12)
+
+
+def test_a_term_is_of_all_positions() -> None:
+    _, found = parameters(4)
+    one = torch.ones(N)
+    features = {"p": torch.ones(N - 1, 1, 1), "tail": torch.zeros(N - 1, 1), "weight": torch.ones(N - 1, 1)}
+    with pytest.raises(ValueError, match="positions"):
+        objective = Objective(one.long(), one, 0.5, term_of(ULDLoss(["a"]), features))
+        mixed_loss(found["hidden"], Head(found["weight"]), objective)

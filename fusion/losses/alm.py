@@ -1,0 +1,120 @@
+"""Approximate likelihood matching: the likelihoods of the same bytes under any tokenizers (arXiv 2503.20083)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fusion.alignment.selection import segment_of, segment_starts
+from fusion.losses.loss import (
+    LOSSES,
+    Loss,
+    LossRequirements,
+    LossResources,
+    TeacherModel,
+    check_teachers,
+    flat,
+    weighted,
+)
+from fusion.types import SequencePredictions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fusion.losses.term import Term
+
+
+@LOSSES.register("alm", version=1, reference="arXiv 2503.20083, section 3")
+@dataclass(frozen=True)
+class ALMLoss(Loss):
+    """T KL(p^(1/T) || q^(1/T)) of the binary outcomes "this chunk" and "anything else", the mean over the teachers.
+
+    A chunk lies between consecutive byte ends that teacher and target share. Its likelihood is p under the teacher
+    (from the stored nats of the teacher's tokens) and q under the target (section 3, with f the KL divergence). As T
+    grows, the loss tends to b - a + a log(a / b) of the chunk's nats a = -log p and b = -log q; the factor T keeps it
+    from vanishing on the way. The paper's correction of tokenisation bias, which leaves out chunks whose outcomes the
+    tokenizers do not agree on, needs whole distributions and is not done. A chunk's nats are spread evenly over its
+    positions.
+    """
+
+    teachers: Sequence[str]
+    """Roles whose stored predictions are distilled."""
+    temperature: float = 100.0
+    """T."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_teachers(self.teachers, self.temperature)
+
+    def requirements(self, target: str) -> LossRequirements:
+        return LossRequirements(predictions=list(self.teachers))
+
+    def features(
+        self, predictions: SequencePredictions, n_bytes: Sequence[int], resources: LossResources
+    ) -> dict[str, np.ndarray]:
+        """chunk int32[N, S], the chunk that each position's next token is in, counted over the sequence, -1 for none;
+        nats float32[N, S], that chunk's nats under the teacher.
+        """
+        teachers = [_chunks(name, resources.target, predictions, n_bytes) for name in self.teachers]
+        chunk, nats = zip(*teachers, strict=True)
+        return {"chunk": np.stack(chunk, 1), "nats": np.stack(nats, 1)}
+
+    def term(self, batch: Mapping[str, Tensor], teachers: Mapping[str, TeacherModel]) -> Term:
+        from torch.nn.functional import pad
+
+        from fusion.losses.term import LossTerm
+
+        chunk = batch["chunk"]
+        # Numbers of their own for the sequences of a batch; a sequence has no more chunks than positions.
+        sequences, length = chunk.shape[:2]
+        first = length * chunk.new_tensor(range(sequences))[:, None, None]
+        chunk = (chunk + first).where(chunk >= 0, -1).flatten(0, 1)
+        # A chunk of logits may begin where no teacher's chunk goes on from the position before.
+        goes_on = (chunk[1:] == chunk[:-1]) & (chunk[1:] >= 0)
+        cuts = pad(~goes_on.any(1), (1, 0), value=True)[: len(chunk)]
+        return LossTerm(self, {**flat(batch), "chunk": chunk, "weight": chunk >= 0}, cuts)
+
+    def __call__(self, logits: Tensor, features: Mapping[str, Tensor]) -> Tensor:
+        from torch.nn.functional import cross_entropy
+
+        gold, chunk, teacher_nats = features["labels"].clamp(min=-1), features["chunk"], features["nats"]
+        own = cross_entropy(logits, gold, ignore_index=-1, reduction="none")
+        nats, n_teachers = own.new_zeros(own.shape), chunk.shape[1]
+        for s in range(n_teachers):
+            numbers, place, count = chunk[:, s].unique(return_inverse=True, return_counts=True)
+            b = own.new_zeros(len(numbers)).index_add(0, place, own)
+            a = own.new_zeros(len(numbers)).index_copy(0, place, teacher_nats[:, s].to(own.dtype))
+            divergence = binary_divergence(a, b, self.temperature) / count
+            nats = nats + weighted((numbers >= 0).to(own.dtype) / n_teachers, divergence)[place]
+        return nats
+
+
+def _chunks(
+    name: str, target: str, predictions: SequencePredictions, n_bytes: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """int32[N] the chunk of each position's next token and float32[N] its nats under the teacher (see `features`)."""
+    numbers, sums, first = [], [], 0
+    for passage, size in zip(predictions, n_bytes, strict=True):
+        teacher, own = passage[name], passage[target]
+        starts = segment_starts([teacher, own], size)
+        of_teacher, of_own = (segment_of(r, starts)[:-1] for r in (teacher, own))
+        nats = np.bincount(of_teacher, teacher.nats[:-1], len(starts))
+        # The last segment is a chunk only if both models' tokens spell the text to its end.
+        known = np.ones(len(starts), bool)
+        known[-1] = size > 0 and teacher.ends[-1] == own.ends[-1] == size
+        used = known[of_own] & (not teacher.skipped)
+        numbers.append(np.append(np.where(used, of_own + first, -1), -1))
+        sums.append(np.append(np.where(used, nats[of_own], 0), 0))
+        first += len(starts)
+    return np.concatenate(numbers).astype(np.int32), np.concatenate(sums).astype(np.float32)
+
+
+def binary_divergence(a: Tensor, b: Tensor, temperature: float) -> Tensor:
+    """T KL(p || q) of the two outcomes of probability p = exp(-a / T) and 1 - p, with b for q; a and b in nats."""
+    # Below 1e-6 nats a chunk cannot be told from a certain one, and the logarithm of 1 - q would be infinite.
+    a, b = (x.clamp(min=1e-6) / temperature for x in (a, b))
+    p, not_p = (-a).exp(), -(-a).expm1()
+    return temperature * (p * (b - a) + not_p * (not_p.log() - (-(-b).expm1()).log()))

@@ -1,0 +1,200 @@
+"""What a loss is: one class that says what it needs, what the data loader computes for it, and what it is on logits.
+
+A training minimises lambda * CLM + (1 - lambda) * loss (arXiv 2401.10491, section 3.3, equation 5). A loss is a frozen
+dataclass of its settings, registered by name:
+
+    @LOSSES.register("uld", version=1, reference="arXiv 2402.12030")
+    @dataclass(frozen=True)
+    class ULDLoss(Loss):
+        teachers: Sequence[str]
+
+and works in two phases. `requirements` and `identity` use names only, so that a run can be planned without reading a
+model. Then `features` computes arrays for the positions of a sequence from stored predictions, in the data loader,
+with the vocabularies and maps of `LossResources`; `__call__` computes the loss from logits and these features.
+
+Nothing here imports torch, and modules of losses import it where logits are: a plan does not wait for it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from fusion.alignment.fuse import Source
+from fusion.errors import UserError
+from fusion.registry import Choice, Registry
+from fusion.types import Predictions, SequencePredictions
+from fusion.vocabulary.maps import Unit
+from fusion.vocabulary.token_bytes import Vocabulary, same_ids
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fusion.losses.term import Term
+
+TAIL_FLOOR = 1e-30
+"""Least probability outside the kept entries whose logarithm is taken; met only where nothing is left outside them."""
+
+
+@dataclass(frozen=True)
+class LossRequirements:
+    """What a loss needs to be there, by role of the experiment."""
+
+    predictions: Sequence[str] = ()
+    """Roles whose stored predictions its features are computed from."""
+    temperature: float = 1.0
+    """Temperature at which distributions are taken from the stored predictions."""
+    k: int | None = None
+    """Number of stored entries that are used at a position. Default: all."""
+    maps: Sequence[str] = ()
+    """Roles whose tokens are mapped onto the target's."""
+    map: str = ""
+    """Name of the vocabulary map, in the registry of maps."""
+    map_on: Unit = "bytes"
+    """What the map compares."""
+    models: Sequence[str] = ()
+    """Roles whose models are held in memory and predict every batch with the target; they need its tokenizer."""
+
+
+@dataclass(frozen=True)
+class LossResources:
+    """The vocabularies and maps that a loss required."""
+
+    target: str
+    """Role that is trained."""
+    vocabularies: Mapping[str, Vocabulary]
+    """Vocabulary of the target and of every role required."""
+    maps: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """int32[V_source] for each role in `LossRequirements.maps`: target ids, see `fusion.vocabulary.maps`."""
+
+    def source(self, name: str) -> Source:
+        """The role with its map, for `fuse_sequence`."""
+        return Source(name, self.vocabularies[name], self.maps[name])
+
+    def teacher(self, name: str) -> Source:
+        """The role with the identity for a map where its token ids are the target's, else as `source`."""
+        if name not in self._with_target_ids:
+            return self.source(name)
+        vocabulary, size = self.vocabularies[name], len(self.vocabularies[self.target])
+        ids = np.arange(len(vocabulary), dtype=np.int32)
+        return Source(name, vocabulary, np.where(ids < size, ids, -1))
+
+    @cached_property
+    def _with_target_ids(self) -> frozenset[str]:
+        own = self.vocabularies[self.target]
+        return frozenset(name for name, vocabulary in self.vocabularies.items() if same_ids(vocabulary, own))
+
+
+class TeacherModel(Protocol):
+    """A model in memory that is not trained (`fusion.modeling.teacher.Teacher`)."""
+
+    def hidden(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Hidden states [B * L, D] of packed sequences [B, L]."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [C, V] of hidden[C, D]."""
+
+
+class Loss(ABC):
+    """A loss beside CLM; subclasses are frozen dataclasses whose fields are its parameters.
+
+    `__post_init__` refuses names that are not registered; who overrides it calls it.
+    """
+
+    def __post_init__(self) -> None:
+        self.parts()
+
+    @abstractmethod
+    def requirements(self, target: str) -> LossRequirements:
+        """What must be there when the role `target` is trained with this loss."""
+
+    @abstractmethod
+    def features(
+        self, predictions: SequencePredictions, n_bytes: Sequence[int], resources: LossResources
+    ) -> dict[str, np.ndarray]:
+        """Arrays [N, ...] for the N positions of a sequence, its passages one after the other, by name.
+
+        `predictions` holds for each passage those required, and the target's own, which have no entries unless they
+        are required; `n_bytes` are the passages' sizes in UTF-8 bytes. In a batch [B, L, ...] integers are padded with
+        -1 and floats with 0. Names other than `input_ids`, `position_ids` and `labels` are free. An array
+        `weight`[N, ...] is 0 exactly where the loss of a position is 0 whatever its logits.
+        """
+
+    def __call__(self, logits: Tensor, features: Mapping[str, Tensor]) -> Tensor:
+        """Weighted nats[N] of logits[N, V], a differentiable function in their dtype.
+
+        `features` are those of the N positions, and `labels`[N], the next token of each (negative for none).
+        """
+        raise NotImplementedError(f"{type(self).__name__} overrides neither __call__ nor term")
+
+    def term(self, batch: Mapping[str, Tensor], teachers: Mapping[str, TeacherModel]) -> Term:
+        """This loss at the B * L positions of a batch: a term of `fusion.losses.objective.Objective`.
+
+        `batch` holds input_ids, position_ids and labels [B, L] and the features [B, L, ...]; `teachers` are the models
+        required, by role.
+        """
+        from fusion.losses.term import LossTerm
+
+        return LossTerm(self, flat(batch))
+
+    def parts(self) -> Mapping[str, Choice[Any]]:
+        """Registered parts that the loss uses, by parameter. Raises UserError for unknown names."""
+        return {}
+
+    def identity(self) -> dict[str, Any]:
+        """What names the loss in a fingerprint: registered name, version, every parameter, and the parts it uses.
+
+        Raises UserError for a loss that is not registered.
+        """
+        part = LOSSES.find(type(self))
+        parts = {name: choice.identity() for name, choice in self.parts().items()}
+        parameters = asdict(self)  # type: ignore[call-overload]
+        return {"name": part.name, "version": part.version, "parameters": {**parameters, **parts}}
+
+
+LOSSES: Registry[type[Loss]] = Registry(
+    "loss",
+    "fusellm.losses",
+    own={
+        "fusion": "fusion.losses.fusion_loss",
+        "top_k_distillation": "fusion.losses.top_k_distillation",
+        "online_distillation": "fusion.losses.online_distillation",
+        "uld": "fusion.losses.uld",
+        "alm": "fusion.losses.alm",
+    },
+)
+
+
+def flat(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The features and labels [B * L, ...] of a batch [B, L, ...]."""
+    return {name: array.flatten(0, 1) for name, array in batch.items() if name not in ("input_ids", "position_ids")}
+
+
+def check_teachers(teachers: Sequence[str], temperature: float = 1.0) -> None:
+    """Raises UserError for no teacher, one that is named twice, and a temperature that is not positive."""
+    if not teachers or len(set(teachers)) < len(teachers):
+        raise UserError(f"teachers is {list(teachers)}: name at least one, and each once.")
+    if not temperature > 0:
+        raise UserError(f"temperature is {temperature}; it must be greater than 0.")
+
+
+def has_next(passages: Sequence[Predictions]) -> np.ndarray:
+    """bool[N], true at positions with a next token in their passage."""
+    lengths = [len(predictions.tokens) for predictions in passages]
+    return np.concatenate([np.arange(length) < length - 1 for length in lengths])
+
+
+def mean_weights(paired: Sequence[np.ndarray]) -> np.ndarray:
+    """float32[N, S], the weight of each of S teachers in the mean over those that are paired[S][N] at a position."""
+    stacked = np.stack(paired, 1)
+    return (stacked / np.maximum(stacked.sum(axis=1, keepdims=True), 1)).astype(np.float32)
+
+
+def weighted(weight: Tensor, nats: Tensor) -> Tensor:
+    """weight * nats, and 0 where the weight is 0, even if nats are infinite or not a number there."""
+    return (weight.to(nats.dtype) * nats).where(weight != 0, 0)

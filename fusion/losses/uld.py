@@ -1,0 +1,82 @@
+"""Universal logit distillation: sorted probabilities, so that tokenizers do not matter (arXiv 2402.12030)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fusion.alignment.pairing import same_end
+from fusion.losses.loss import (
+    LOSSES,
+    Loss,
+    LossRequirements,
+    LossResources,
+    check_teachers,
+    has_next,
+    mean_weights,
+    weighted,
+)
+from fusion.types import SequencePredictions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@LOSSES.register("uld", version=1, reference="arXiv 2402.12030")
+@dataclass(frozen=True)
+class ULDLoss(Loss):
+    """Wasserstein-1 distance sum_i |p_(i) - q_(i)| of teacher's and target's probabilities, each sorted (section 3.2).
+
+    The k stored probabilities of the teacher, its greatest, are compared one by one with the target's k greatest, and
+    the mass of the rest with the rest; with k the vocabulary that is the whole distance. Positions are aligned by the
+    byte at which the text before them ends; the published code counts tokens from the start. The loss of a position is
+    the mean over the teachers that have an aligned one.
+    """
+
+    teachers: Sequence[str]
+    """Roles whose stored predictions are distilled."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_teachers(self.teachers)
+
+    def requirements(self, target: str) -> LossRequirements:
+        return LossRequirements(predictions=list(self.teachers))
+
+    def features(
+        self, predictions: SequencePredictions, n_bytes: Sequence[int], resources: LossResources
+    ) -> dict[str, np.ndarray]:
+        """p float32[N, S, K], greatest first, tail and weight float32[N, S] of the S teachers."""
+        teachers = [_aligned(name, resources.target, predictions) for name in self.teachers]
+        p, tail, paired = zip(*teachers, strict=True)
+        width = max(x.shape[1] for x in p)
+        p = [np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in p]
+        return {"p": np.stack(p, 1), "tail": np.stack(tail, 1), "weight": mean_weights(paired)}
+
+    def __call__(self, logits: Tensor, features: Mapping[str, Tensor]) -> Tensor:
+        from torch.nn.functional import pad
+
+        p, tail, weight = (features[name] for name in ("p", "tail", "weight"))
+        k = p.shape[-1]
+        top = logits.softmax(-1).topk(min(k, logits.shape[1])).values
+        rest = 1 - top.sum(1, keepdim=True)
+        top = pad(top, (0, k - top.shape[1]))
+        distance = (p - top[:, None]).abs().sum(-1) + (tail - rest).abs()
+        return weighted(weight, distance).sum(1)
+
+
+def _aligned(name: str, target: str, predictions: SequencePredictions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """float32[N, k] probabilities and float32[N] tail of a teacher at the target's N positions, and bool[N] which are
+    aligned and have a next token.
+    """
+    p, tail, paired = [], [], []
+    for passage in predictions:
+        teacher, own = passage[name], passage[target]
+        at = same_end(teacher.ends, own.ends)
+        paired.append((at >= 0) & has_next([own]) & (not teacher.skipped))
+        p.append(np.exp(teacher.log_p)[at])
+        tail.append(teacher.tail[at])
+    return np.concatenate(p), np.concatenate(tail), np.concatenate(paired)
