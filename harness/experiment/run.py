@@ -19,6 +19,7 @@ from harness.experiment.plan import plan_stages
 from harness.reporting.export import write_run
 from harness.reporting.runs import open_run
 from harness.runtime import distributed
+from harness.runtime.progress import whole_run
 from harness.stages.training_log import tokens_seen
 from harness.store.artifacts import read_manifest
 from harness.store.files import exclusive_lock, write_json
@@ -65,14 +66,16 @@ def run(config: Config, root: Path) -> Path:
     passages = experiment.corpora.passages[1]
     if corpus_summary(passages).limits:
         notes[corpus_sentence(config.corpus, passages)] = None
-    for row in candidates(experiment):
-        notes |= dict.fromkeys(_notes(experiment, row))
-        evaluated = evaluated_model(experiment, row.label, row.candidate, row.role)
-        if evaluation := evaluate(experiment, evaluated):
-            spec, path = evaluation
-            files.add(_record(config, row, spec.fingerprint, path, folder))
-        files |= _record_suites(experiment, row, evaluated, folder, measured)
-        evaluated.release()  # before the next row is trained
+    missing = {stage.spec.fingerprint: stage.estimate.seconds for stage in planned if stage.state != "ready"}
+    with whole_run(missing):
+        for row in candidates(experiment):
+            notes |= dict.fromkeys(_notes(experiment, row))
+            evaluated = evaluated_model(experiment, row.label, row.candidate, row.role)
+            if evaluation := evaluate(experiment, evaluated):
+                spec, path = evaluation
+                files.add(_record(config, row, spec.fingerprint, path, folder))
+            files |= _record_suites(experiment, row, evaluated, folder, measured)
+            evaluated.release()  # before the next row is trained
     with exclusive_lock(folder / ".lock", f"run {folder.name}"):
         # Other seeds that were finished before, or meanwhile by another process, belong to the same table.
         before = read_run_file(folder / RUN_FILE)

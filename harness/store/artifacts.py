@@ -16,6 +16,7 @@ from typing import Any, Literal
 from fusion.errors import UserError
 from harness.runtime import distributed
 from harness.runtime.memory import PeakMemory, trim_heap
+from harness.runtime.progress import stage
 from harness.store.files import disk_errors, exclusive_lock, read_json, write_json
 from harness.store.fingerprint import file_sha256, fingerprint
 from harness.store.leases import Leases, in_use
@@ -153,7 +154,7 @@ class Store:
         folder = self._partial_folder(spec)
         started, resumed = time.time(), folder.exists()
         trim_heap()  # the memory of the stage before is not charged to this one
-        with contextlib.ExitStack() as held:
+        with stage(spec.fingerprint, f"{spec.kind} {spec.label}"), contextlib.ExitStack() as held:
             with PeakMemory() as peak, disk_errors(folder):
                 if make_parts is not None:
                     self._make_parts(spec, make_parts)
