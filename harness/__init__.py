@@ -9,6 +9,8 @@ nothing:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from harness.runtime.import_path import prefer_own_packages
+
 if TYPE_CHECKING:
     from fusion.errors import UserError
     from harness.api import Config, Run, evaluate, load, open_run, plan, report, run, tables
@@ -28,6 +30,9 @@ __all__ = [
     "run",
     "tables",
 ]
+
+
+prefer_own_packages()
 
 
 def __getattr__(name: str) -> Any:

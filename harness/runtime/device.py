@@ -1,6 +1,8 @@
 """The device that a process computes on, and the precision that it computes in."""
 
+import importlib.metadata
 import os
+from pathlib import Path
 from typing import Literal
 
 from fusion.errors import UserError
@@ -8,6 +10,27 @@ from harness.runtime.distributed import COMMAND, launched, local_rank
 from harness.runtime.memory import retain_heap
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+_NO_CUDA = "device is cuda, but this machine has no CUDA device that torch can use: set device=cpu."
+_GPU_FILES = ("nvidia*", "nvhost*", "nvmap", "nvgpu", "kfd", "dxg")
+"""Device files of NVIDIA's drivers, of Jetson boards, of ROCm (which torch calls CUDA, too) and of WSL."""
+
+
+def refuse_missing_device(device: str) -> None:
+    """Raises UserError for device `cuda` where torch was built without CUDA or the machine has no driver of a GPU.
+
+    Importing torch to ask takes seconds; what passes here is still checked by `usable_device`.
+    """
+    if device != "cuda":
+        return
+    try:
+        built_for_cpu = importlib.metadata.version("torch").endswith("+cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return  # the import of torch ends in a sentence about it
+    dev = Path("/dev")
+    without_driver = dev.is_dir() and not any(next(dev.glob(pattern), None) for pattern in _GPU_FILES)
+    if built_for_cpu or without_driver:
+        raise UserError(_NO_CUDA)
 
 
 def usable_device(device: str, *, dry: bool) -> str:
@@ -28,7 +51,7 @@ def usable_device(device: str, *, dry: bool) -> str:
             )
         return f"cuda:{own}" if launched() else "cuda"
     if device == "cuda":
-        raise UserError("device is cuda, but this machine has no CUDA device that torch can use: set device=cpu.")
+        raise UserError(_NO_CUDA)
     # DeepSpeed would otherwise detect an accelerator and warn on standard output, which is for tables.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     retain_heap()

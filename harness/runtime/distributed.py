@@ -13,7 +13,7 @@ from typing import Any
 
 from fusion.errors import UserError
 
-COMMAND = "torchrun --nproc_per_node N -m harness experiment run ..."
+COMMAND = "torchrun --no-python --nproc_per_node N fusellm experiment run ..."
 _PATIENCE = timedelta(days=7)  # a rank that is gone is noticed by the launcher; one that is busy is waited for
 _POLL = 0.5  # seconds between two looks at the file system
 _agreement: Any = None  # a group of the ranks that waits without spinning, as NCCL would

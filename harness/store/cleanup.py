@@ -1,4 +1,4 @@
-"""Cleaning up: what no finished run uses."""
+"""Cleaning up: artifacts and leftovers that no run uses. Imports nothing heavy."""
 
 import shutil
 from collections.abc import Iterator
@@ -14,7 +14,10 @@ def _size(path: Path) -> int:
 
 
 def unused(root: Path) -> Iterator[tuple[Path, int]]:
-    """Leftovers of interrupted stages, and artifacts that no run lists; with their sizes in bytes."""
+    """Leftovers of interrupted stages and artifacts that no run lists, each with its size in bytes.
+
+    Raises UserError for a damaged description of a run: what that run uses is not known.
+    """
     store = Store(root / ARTIFACTS)
     used = {
         root / name
