@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel
+
 from baselines.registry import METHODS, get_method, schema_of
 from fusion.errors import UserError
 
@@ -36,13 +38,11 @@ class MethodDescription:
 def describe(name: str) -> MethodDescription:
     """The method of that name. Raises UserError when there is none, or it cannot be imported."""
     part = get_method(name)
-    schema = schema_of(part).model_json_schema(by_alias=True)
-    required = schema.get("required", [])
     return MethodDescription(
         name=name,
         summary=(part.value.__doc__ or "").strip().partition("\n")[0],
         needs=part.needs,
-        settings=tuple(_setting(key, field, schema, key in required) for key, field in schema["properties"].items()),
+        settings=settings_of(schema_of(part)),
         reference=part.reference,
     )
 
@@ -56,6 +56,15 @@ def describe_all() -> list[MethodDescription]:
         except UserError as error:
             descriptions.append(MethodDescription(name, refused=str(error)))
     return descriptions
+
+
+def settings_of(model: type[BaseModel]) -> tuple[Setting, ...]:
+    """What can be set of a method or a suite, from the model that validates it."""
+    schema = model.model_json_schema(by_alias=True)
+    required = schema.get("required", [])
+    return tuple(
+        _setting(name, field, schema, name in required) for name, field in schema.get("properties", {}).items()
+    )
 
 
 def _setting(name: str, field: Mapping[str, Any], schema: Mapping[str, Any], required: bool) -> Setting:

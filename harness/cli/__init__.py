@@ -21,17 +21,30 @@ from harness.cli import (
 )
 from harness.runtime import distributed
 from harness.runtime.extras import missing_extra
+from harness.store import provenance
 
-EXPERIMENTS, RESULTS, PARTS, MACHINE = "Experiments", "Results", "What is there", "This machine"
+EXPERIMENTS, RESULTS, PARTS, MACHINE = "Experiments", "Results", "Parts", "This machine"
 
 
 class _Ordered(TyperGroup):
     """Commands in the order in which a newcomer needs them, groups among them."""
 
     ORDER = (
-        "quickstart", "experiment", "eval", "audit", "extract", "tables", "report", "baseline", "model", "artifact",
-        "multipl-e", "doctor",
-    )  # fmt: skip
+        "quickstart",
+        "experiment",
+        "audit",
+        "extract",
+        "eval",
+        "tables",
+        "report",
+        "run",
+        "baseline",
+        "suite",
+        "model",
+        "artifact",
+        "multipl-e",
+        "doctor",
+    )
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=self.ORDER.index)
@@ -42,17 +55,18 @@ app = typer.Typer(
     cls=_Ordered,
     help="Compare knowledge fusion of language models (FuseLLM) with its alternatives.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command(rich_help_panel=EXPERIMENTS)(experiment_commands.quickstart)
 app.add_typer(experiment_commands.experiments, name="experiment", rich_help_panel=EXPERIMENTS)
-app.command("eval", rich_help_panel=EXPERIMENTS)(suite_commands.evaluate)
 app.command(rich_help_panel=EXPERIMENTS)(experiment_commands.audit)
 app.command(rich_help_panel=EXPERIMENTS)(experiment_commands.extract)
+app.command("eval", rich_help_panel=EXPERIMENTS)(suite_commands.evaluate)
 app.command(rich_help_panel=RESULTS)(run_commands.tables)
 app.command(rich_help_panel=RESULTS)(run_commands.report)
+app.add_typer(run_commands.runs, name="run", rich_help_panel=RESULTS)
 app.add_typer(baseline_commands.baselines, name="baseline", rich_help_panel=PARTS)
+app.add_typer(suite_commands.suites, name="suite", rich_help_panel=PARTS)
 app.add_typer(model_commands.models, name="model", rich_help_panel=PARTS)
 app.add_typer(artifact_commands.artifacts, name="artifact", rich_help_panel=PARTS)
 app.add_typer(suite_commands.multipl_e, name="multipl-e", rich_help_panel=PARTS)
@@ -60,10 +74,30 @@ app.command(rich_help_panel=MACHINE)(doctor.doctor)
 experiment_commands.experiments.command("diff")(run_commands.experiment_diff)
 
 
+def _print_version(value: bool) -> None:
+    if value:
+        versions = provenance.versions()
+        names = ("python", "torch", "transformers")
+        libraries = ", ".join(f"{name} {versions.get(name, 'not installed')}" for name in names)
+        commit = provenance.commit()
+        at = f" (commit {commit})" if commit else ""
+        typer.echo(f"{provenance.DISTRIBUTION} {versions[provenance.DISTRIBUTION]}{at}, {libraries}")
+        raise typer.Exit
+
+
 @app.callback()
 def _global(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            is_eager=True,
+            callback=_print_version,
+            help="Show the versions of the harness, Python, torch and transformers, and exit.",
+        ),
+    ] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     # The deepspeed launcher adds --local_rank to every command; the environment says it, too.

@@ -5,46 +5,79 @@ from typing import Annotated
 import typer
 
 from fusion.errors import UserError, did_you_mean
-from harness.cli.console import print_rows, quiet_libraries
-from harness.cli.options import DEFAULT_ROOT, FormatOption, Profile, Root, Seeds, Settings
+from harness.cli.console import prepare, print_rows
+from harness.cli.options import (
+    CONFIGURATION,
+    DEFAULT_ROOT,
+    FormatOption,
+    Json,
+    Profile,
+    Root,
+    Seeds,
+    Settings,
+    completed,
+)
 from harness.runtime import distributed
 
 baselines = typer.Typer(help="What FuseLLM is compared with: list, show and build methods.", no_args_is_help=True)
 
 
 @baselines.command("list")
-def baseline_list(form: FormatOption = None) -> None:
+def baseline_list(form: FormatOption = None, json: Json = False) -> None:
     """Every method, those of installed packages included: what it needs, what can be set, where it is from."""
     from baselines.listing import describe_all
 
     rows = []
     between = "\n" if form is None else ", "  # in a terminal one below the other
-    for one in describe_all():
-        settings = between.join(f"{s.name}: {s.type} = {s.default}" for s in one.settings)
-        rows.append([one.name, one.refused or one.summary, ", ".join(one.needs), settings, one.reference])
+    for method in describe_all():
+        settings = between.join(f"{setting.name}: {setting.type} = {setting.default}" for setting in method.settings)
+        rows.append(
+            [method.name, method.refused or method.summary, ", ".join(method.needs), settings, method.reference]
+        )
     print_rows(["method", "what it is", "needs", "parameters", "reference"], rows, form)
 
 
 @baselines.command("show")
 def baseline_show(
-    name: Annotated[str, typer.Argument(help="A method's name (see `baseline list`).")], form: FormatOption = None
+    name: Annotated[
+        str, typer.Argument(help="A method's name (see `baseline list`).", autocompletion=completed("methods"))
+    ],
+    form: FormatOption = None,
+    json: Json = False,
 ) -> None:
-    """The parameters of a method."""
+    """The parameters of a method: choices, effective default and meaning of each."""
     from baselines.listing import describe
 
-    one = describe(name)
-    print_rows(["parameter", "type", "default", "what it is"], [list(vars(s).values()) for s in one.settings], form)
+    method = describe(name)
+    rows = [list(vars(setting).values()) for setting in method.settings]
+    print_rows(["parameter", "type", "default", "what it is"], rows, form)
     if form is None:
-        typer.echo(f"{one.summary} Needs: {', '.join(one.needs) or 'nothing more'}. Reference: {one.reference or '-'}")
+        needs = ", ".join(method.needs) or "nothing more"
+        typer.echo(f"{method.summary} Needs: {needs}. Reference: {method.reference or '-'}")
 
 
 @baselines.command("build")
 def baseline_build(
-    name: Annotated[str, typer.Argument(help="A row of the experiment, or a method: all rows of it.")],
-    of: Annotated[str, typer.Option("--experiment", help="An experiment's name or a YAML file.")] = "quickstart",
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A row of the experiment, or a method: all rows of it.", autocompletion=completed("methods")
+        ),
+    ],
+    of: Annotated[
+        str,
+        typer.Option(
+            "--experiment",
+            help="An experiment's name or a YAML file.",
+            autocompletion=completed("experiments"),
+            rich_help_panel=CONFIGURATION,
+        ),
+    ] = "quickstart",
     profile: Profile = None,
     settings: Settings = [],  # noqa: B006
     seeds: Seeds = [],  # noqa: B006
+    form: FormatOption = None,
+    json: Json = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Make the candidate of a method and print its folder; nothing is evaluated.
@@ -63,10 +96,14 @@ def baseline_build(
         raise UserError(
             f"{of} has no row and there is no method {name!r}{did_you_mean(name, known)}: there are {', '.join(known)}."
         )
-    quiet_libraries()
+    prepare(root, config.device)
     from harness.experiment.candidates import build
 
+    built: list[list[object]] = []
     for row in build(config, labels, root):
-        if distributed.is_main_process():
-            folders = ", ".join(str(one.folder) for one in row.candidate.checkpoints)
-            typer.echo(f"{row.label}{'' if row.seed is None else f' (seed {row.seed})'}: {folders}")
+        folders = [str(checkpoint.folder) for checkpoint in row.candidate.checkpoints]
+        built += [[row.label, row.seed, folder] for folder in folders]
+        if form is None and distributed.is_main_process():
+            typer.echo(f"{row.label}{'' if row.seed is None else f' (seed {row.seed})'}: {', '.join(folders)}")
+    if form is not None and distributed.is_main_process():
+        print_rows(["row", "seed", "folder"], built, form)

@@ -1,19 +1,30 @@
 """How commands print: tables, plans, and libraries that must stay quiet."""
 
+import json
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
+from fusion.errors import UserError
 from harness.cli.options import Format
 from harness.runtime import distributed
+from harness.runtime.device import refuse_missing_device
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from harness.store.artifacts import Estimate, Planned
+    from results.table import Table
 
 
-def print_rows(columns: list[str], rows: list[Any], form: Format | None) -> None:
+def print_rows(columns: Sequence[str], rows: Iterable[Sequence[object]], form: Format | None) -> None:
+    """A list as a table: for the terminal where `form` is None."""
     from results.formats import plain_rich, plain_table
 
     if form is None:
@@ -22,7 +33,8 @@ def print_rows(columns: list[str], rows: list[Any], form: Format | None) -> None
         typer.echo(plain_table(columns, rows, form), nl=False)
 
 
-def print_table(table: Any, form: Format | None) -> None:
+def print_table(table: "Table", form: Format | None) -> None:
+    """A table of results: for the terminal where `form` is None."""
     from results.formats import render, to_rich
 
     if form is None:
@@ -31,38 +43,81 @@ def print_table(table: Any, form: Format | None) -> None:
         typer.echo(render(table, form), nl=False)
 
 
-def _console() -> Any:
+def print_document(document: Mapping[str, Any], form: Literal["yaml", "json"] | None) -> None:
+    """Nested keys and values, in their order; as YAML where `form` is None."""
+    if form == "json":
+        typer.echo(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
+    else:
+        import yaml
+
+        typer.echo(yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True), nl=False)
+
+
+def size(n_bytes: float) -> str:
+    """A number of bytes for people: `840 B`, `1.2 MB`."""
+    units = iter(("B", "kB", "MB", "GB"))
+    unit = next(units)
+    while n_bytes >= 1000 and unit != "GB":
+        n_bytes, unit = n_bytes / 1000, next(units)
+    return f"{n_bytes:,.0f} B" if unit == "B" else f"{n_bytes:,.1f} {unit}"
+
+
+def _console() -> "Console":
     from rich.console import Console
 
-    # Piped output must not be folded at 80 columns.
-    return Console(width=None if sys.stdout.isatty() else 200)
+    # Rich takes the width from COLUMNS or from the terminal. Piped output must not be folded at 80 columns.
+    wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(width=200 if wide else None)
 
 
-def print_plan(planned: list[Any], root: Path) -> None:
-    rows: list[list[object]] = []
-    disk = memory = seconds = 0.0
-    groups: dict[tuple[str, str], list[Any]] = {}
-    for p in planned:  # the tasks of a suite are one line a candidate
-        groups.setdefault((p.spec.kind, str(p.spec.info.get("candidate", p.spec.label))), []).append(p)
+def print_plan(planned: Sequence["Planned"], root: Path, form: Format | None) -> None:
+    """The stages of a plan with their state and estimated costs, and the sum of what is not ready."""
+    rows: list[list[Any]] = []
+    groups: dict[tuple[str, str], list[Planned]] = {}
+    for stage in planned:  # the tasks of a suite are one line a candidate
+        groups.setdefault((stage.spec.kind, str(stage.spec.info.get("candidate", stage.spec.label))), []).append(stage)
     for (kind, label), parts in groups.items():
-        states = {p.state: sum(q.state == p.state for q in parts) for p in parts}
-        todo = [p.estimate for p in parts if p.state != "ready"]
-        costs = [p.estimate for p in parts]
-        rows.append(
-            [
-                kind,
-                label,
-                ", ".join(state if len(states) == 1 else f"{n} {state}" for state, n in states.items()),
-                f"{sum(e.disk for e in costs) / 1e9:.3f}",
-                f"{max(e.memory for e in costs) / 1e9:.2f}",
-                f"{sum(e.seconds for e in todo) / 60:.1f}",
-            ]
-        )
-        disk, seconds = disk + sum(e.disk for e in todo), seconds + sum(e.seconds for e in todo)
-        memory = max([memory, *(e.memory for e in todo)])
-    rows.append(["total", "", "", f"{disk / 1e9:.3f}", f"{memory / 1e9:.2f}", f"{seconds / 60:.1f}"])
-    print_rows(["stage", "of", "state", "disk (GB)", "memory (GB)", "time (min)"], rows, None)
+        states = {part.state: sum(other.state == part.state for other in parts) for part in parts}
+        state = ", ".join(state if len(states) == 1 else f"{n} {state}" for state, n in states.items())
+        every, missing = [part.estimate for part in parts], [part.estimate for part in parts if part.state != "ready"]
+        rows.append([kind, label, state, *_costs(every, every, missing)])
+    missing = [stage.estimate for stage in planned if stage.state != "ready"]
+    rows.append(["total", "", "", *_costs(missing, missing, missing)])
+    if form == "json" or form == "csv":
+        print_rows(["stage", "of", "state", "disk_bytes", "memory_bytes", "seconds"], rows, form)
+    else:
+        shown = [
+            [*row, f"{disk / 1e9:.3f}", f"{memory / 1e9:.2f}", f"{seconds / 60:.1f}"]
+            for *row, disk, memory, seconds in rows
+        ]
+        print_rows(["stage", "of", "state", "disk (GB)", "memory (GB)", "time (min)"], shown, form)
     typer.echo(f"Estimates, not measurements. Below {root.resolve()}.", err=True)
+
+
+def _costs(
+    disk: Sequence["Estimate"], memory: Sequence["Estimate"], time: Sequence["Estimate"]
+) -> tuple[float, float, float]:
+    """Bytes on disk and seconds in all, and the most bytes in memory at a time."""
+    return (
+        sum(estimate.disk for estimate in disk),
+        max((estimate.memory for estimate in memory), default=0),
+        sum(estimate.seconds for estimate in time),
+    )
+
+
+def prepare(root: Path, *devices: str) -> None:
+    """What every command that computes does first, before it imports anything heavy.
+
+    Makes the folder `root` and quiets libraries. Raises UserError for a device that is not there and for a root that
+    cannot be made.
+    """
+    for device in devices:
+        refuse_missing_device(device)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The folder {root} cannot be made ({error.strerror}): choose another --root.") from None
+    quiet_libraries()
 
 
 def quiet_libraries() -> None:

@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from fusion.errors import UserError
-from harness.cli.console import print_rows
-from harness.cli.options import DEFAULT_ROOT, Root
+from harness.cli.console import prepare, print_rows
+from harness.cli.options import DEFAULT_ROOT, FormatOption, Json, Root
 from harness.store.paths import SOURCE, TOOLCHAINS
 
 _NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numba")
@@ -24,11 +24,17 @@ Row = tuple[str, str, str]
 
 def doctor(
     gpu: Annotated[bool, typer.Option("--gpu", help="Also run the tests that need a CUDA device.")] = False,
+    form: FormatOption = None,
+    json: Json = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """What this machine has and what that means for a run."""
+    """What this machine has and what that means for a run.
+
+    Ends with exit status 2 if something that every run needs is missing.
+    """
+    prepare(root)
     rows, healthy = check(root, gpu=gpu)
-    print_rows(["what", "found", "fine"], rows, None)
+    print_rows(["what", "found", "fine"], rows, form)
     if not healthy:
         raise UserError("Something that every run needs is missing: see the lines marked 'no'.")
 

@@ -3,25 +3,57 @@
 Heavy libraries are imported where they are used: `--help` must answer at once.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from harness.cli.console import print_plan, print_rows, print_table, quiet_libraries
-from harness.cli.options import DEFAULT_ROOT, FormatOption, Name, Profile, Root, Seeds, Settings
+from fusion.errors import UnknownName, UserError
+from harness.cli.console import prepare, print_document, print_plan, print_rows, print_table, quiet_libraries
+from harness.cli.options import (
+    CONFIGURATION,
+    DEFAULT_ROOT,
+    DocumentFormatOption,
+    Format,
+    FormatOption,
+    Json,
+    Name,
+    Names,
+    Profile,
+    Root,
+    Seeds,
+    Settings,
+    TableFormatOption,
+)
 from harness.runtime import distributed
+from harness.runtime.device import refuse_missing_device
 
-experiments = typer.Typer(help="List, show and run experiments.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from harness.config.loading import Config
+    from results.table import Table
+
+experiments = typer.Typer(help="List, show, plan, run and compare experiments.", no_args_is_help=True)
+
+Flops = Annotated[
+    float | None,
+    typer.Option(min=1, help="Operations a second to plan for. Default: measured on this machine."),
+]
 
 
-def quickstart(root: Root = DEFAULT_ROOT, settings: Settings = [], seeds: Seeds = []) -> None:  # noqa: B006
+def quickstart(
+    settings: Settings = [],  # noqa: B006
+    seeds: Seeds = [],  # noqa: B006
+    form: TableFormatOption = None,
+    json: Json = False,
+    root: Root = DEFAULT_ROOT,
+) -> None:
     """Run the main job on tiny models made on the spot: a few minutes on two cores, no network."""
-    experiment_run(["quickstart"], profile="tiny", settings=settings, seeds=seeds, root=root)
+    experiment_run(["quickstart"], profile="tiny", settings=settings, seeds=seeds, form=form, root=root)
 
 
 @experiments.command("list")
-def experiment_list(form: FormatOption = None) -> None:
+def experiment_list(form: FormatOption = None, json: Json = False) -> None:
     """The experiments that ship with the harness and their profiles."""
     import yaml
 
@@ -36,52 +68,96 @@ def experiment_list(form: FormatOption = None) -> None:
 
 
 @experiments.command("show")
-def experiment_show(name: Name, profile: Profile = None, settings: Settings = [], seeds: Seeds = []) -> None:  # noqa: B006
-    """Print the resolved configuration as YAML."""
-    import yaml
-
+def experiment_show(
+    name: Name,
+    profile: Profile = None,
+    settings: Settings = [],  # noqa: B006
+    seeds: Seeds = [],  # noqa: B006
+    form: DocumentFormatOption = None,
+    json: Json = False,
+) -> None:
+    """Print the resolved configuration."""
     from harness.config.loading import load
 
     config = load(name, profile=profile, overrides=settings, seeds=seeds)
-    typer.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), nl=False)
+    print_document(config.model_dump(mode="json"), form)
+
+
+@experiments.command("plan")
+def experiment_plan(
+    names: Names,
+    profile: Profile = None,
+    settings: Settings = [],  # noqa: B006
+    seeds: Seeds = [],  # noqa: B006
+    flops: Flops = None,
+    form: FormatOption = None,
+    json: Json = False,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Print the stages of experiments, their state and what the missing ones cost; the same as `run --dry-run`."""
+    _plan(_load(names, profile, settings, seeds), root, flops, form)
 
 
 @experiments.command("run")
 def experiment_run(
-    names: Annotated[
-        list[str],
-        typer.Argument(help="Names (see `experiment list`), YAML files, or all: every experiment of the profile."),
-    ],
+    names: Names,
     profile: Profile = None,
     settings: Settings = [],  # noqa: B006
     seeds: Seeds = [],  # noqa: B006
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print stages, their state and their costs.")] = False,
-    flops: Annotated[
-        float | None,
-        typer.Option(min=1, help="--dry-run: operations a second to plan for. Default: as measured on this machine."),
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROW",
+            help="Row that the others are compared with, as --set reference=ROW. Default: that of the experiment.",
+            rich_help_panel=CONFIGURATION,
+        ),
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan, as `experiment plan`.")] = False,
+    flops: Flops = None,
+    form: TableFormatOption = None,
+    json: Json = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Make what is missing and print the tables; a second start goes on where the first was interrupted.
 
     What several experiments have in common is made once, whether they are run together or one after the other.
     """
+    overrides = [*settings, *([f"reference={reference}"] if reference else [])]
+    configs = _load(names, profile, overrides, seeds)
+    if dry_run:
+        if form == "latex" or form == "html":  # which a list has not
+            raise UserError(f"A plan has no format {form}: choose md, csv or json.")
+        _plan(configs, root, flops, form)
+        return
+    prepare(root, *(config.device for config in configs))
+    tables: list[Table] = []
+    for config in configs:
+        tables += _run(config, root, quiet=form is not None)
+    if form is not None and distributed.is_main_process():
+        from results.formats import render_all
+
+        typer.echo(render_all(tables, form), nl=False)
+
+
+def _load(names: Sequence[str], profile: str | None, settings: Sequence[str], seeds: Sequence[int]) -> "list[Config]":
     from harness.config.loading import chosen, load
 
-    configs = [load(one, profile=profile, overrides=settings, seeds=seeds) for one in chosen(names, profile)]
-    quiet_libraries()
-    if dry_run:
-        from harness.experiment.plan import plan
+    return [load(name, profile=profile, overrides=settings, seeds=seeds) for name in chosen(names, profile)]
 
-        planned = {p.spec.fingerprint: p for config in configs for p in plan(config, root, flops=flops)}
-        if distributed.is_main_process():
-            print_plan(list(planned.values()), root)
-        return
+
+def _plan(configs: "Sequence[Config]", root: Path, flops: float | None, form: Format | None) -> None:
     for config in configs:
-        _run(config, root)
+        refuse_missing_device(config.device)
+    quiet_libraries()
+    from harness.experiment.plan import plan
+
+    planned = {stage.spec.fingerprint: stage for config in configs for stage in plan(config, root, flops=flops)}
+    if distributed.is_main_process():
+        print_plan(list(planned.values()), root, form)
 
 
-def _run(config: Any, root: Path) -> None:
+def _run(config: "Config", root: Path, *, quiet: bool) -> "list[Table]":
+    """Runs an experiment and gives its tables, which are printed for the terminal unless `quiet`."""
     from harness.experiment import run
     from harness.reporting.export import equal_quality
     from harness.reporting.runs import open_run
@@ -89,12 +165,15 @@ def _run(config: Any, root: Path) -> None:
 
     folder = run.run(config, root)
     if not distributed.is_main_process():
-        return
-    for table in printed_tables(open_run(folder)).values():
-        print_table(table, None)
-    for line in equal_quality(folder):
-        typer.echo(line)
+        return []
+    tables = list(printed_tables(open_run(folder)).values())
+    if not quiet:
+        for table in tables:
+            print_table(table, None)
+        for line in equal_quality(folder):
+            typer.echo(line)
     typer.echo(f"Table, figure and records: {folder}", err=True)
+    return tables
 
 
 def audit(
@@ -102,20 +181,21 @@ def audit(
     profile: Profile = None,
     settings: Settings = [],  # noqa: B006
     form: FormatOption = None,
+    json: Json = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Before anyone pays for training: is there something to learn from the sources?"""
+    """Estimate, before any training, whether the sources know what the target does not."""
     from harness.config.loading import load
 
     config = load(name, profile=profile, overrides=settings)
-    quiet_libraries()
+    prepare(root, config.device)
     from harness.experiment import headroom as auditing
 
-    found = auditing.audit(config, root)
-    print_rows(list(found.measures.columns), found.measures.values.tolist(), form)
+    result = auditing.audit(config, root)
+    print_rows(list(result.measures.columns), result.measures.values.tolist(), form)
     if form is None:
-        typer.echo(found.sentence)
-        typer.echo(f"Table and figure: {found.folder}", err=True)
+        typer.echo(result.sentence)
+        typer.echo(f"Table and figure: {result.folder}", err=True)
 
 
 def extract(
@@ -125,16 +205,31 @@ def extract(
     roles: Annotated[
         list[str], typer.Option("--role", help="target or the name of a source. Repeatable. Default: all roles.")
     ] = [],  # noqa: B006
+    form: FormatOption = None,
+    json: Json = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Only read the training corpus; start it as often as you like, on all machines that share --root."""
+    """Run the extraction stage alone: store every model's predictions on the training corpus.
+
+    Start any number of workers on machines that share --root; they split the shards.
+    """
     from harness.config.loading import load
 
     config = load(name, profile=profile, overrides=settings)
-    quiet_libraries()
+    known = list(config.roles.named())
+    for role in roles:
+        if role not in known:
+            raise UnknownName("role", role, known)
+    prepare(root, config.device)
     from harness.experiment.pipeline import TARGET, open_experiment, predict, start
 
     experiment = open_experiment(config, root)
     start(experiment)
+    rows: list[list[object]] = []
     for role in roles or [TARGET, *config.roles.sources]:
-        typer.echo(f"{role}: {predict(experiment, role)[1]}")
+        folder = predict(experiment, role)[1]
+        rows.append([role, str(folder)])
+        if form is None:
+            typer.echo(f"{role}: {folder}")
+    if form is not None:
+        print_rows(["role", "folder"], rows, form)

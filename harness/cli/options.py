@@ -1,5 +1,6 @@
-"""The options that several commands share, with their help panels."""
+"""The options that several commands share, with their help panels and what a shell completes for them."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,9 +10,73 @@ Format = Literal["md", "csv", "json"]
 TableFormat = Literal["md", "csv", "json", "latex", "html"]
 
 CONFIGURATION = "Configuration"
-OUTPUT = "Output"
 COMPUTING = "Computing"
+OUTPUT = "Output"
 FILES = "Files"
+
+
+def completed(kind: Literal["experiments", "profiles", "methods", "suites", "models"]) -> Callable[[str], list[str]]:
+    """A function that gives a shell the names of a kind that begin with what has been typed. Imports nothing heavy."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in _names(kind) if name.startswith(incomplete)]
+
+    return complete
+
+
+def _names(kind: Literal["experiments", "profiles", "methods", "suites", "models"]) -> list[str]:
+    if kind == "methods":
+        from baselines.registry import METHODS
+
+        return METHODS.names()
+    if kind == "suites":
+        from harness.evaluation.suite import SUITES, suite
+
+        suite("perplexity")  # registers our own
+        return SUITES.names()
+    if kind == "models":
+        from harness.models.catalogue import catalogue
+
+        return list(catalogue())
+    from harness.config.loading import names
+
+    return names(kind)
+
+
+def _remember_json(context: typer.Context, value: bool) -> bool:
+    context.meta["json"] = value
+    return value
+
+
+def _format(context: typer.Context, value: str | None) -> str | None:
+    """The value of --format, which --json (processed before it, being eager) sets as well."""
+    if not context.meta.get("json"):
+        return value
+    if value not in (None, "json"):
+        raise typer.BadParameter(f"--json contradicts --format {value}: give one of them.")
+    return "json"
+
+
+_FORMAT = typer.Option(
+    "--format",
+    "-f",
+    callback=_format,
+    help="Output format. Default: for the terminal.",
+    rich_help_panel=OUTPUT,
+)
+FormatOption = Annotated[Format | None, _FORMAT]
+TableFormatOption = Annotated[TableFormat | None, _FORMAT]
+DocumentFormatOption = Annotated[
+    Literal["yaml", "json"] | None,
+    typer.Option("--format", "-f", callback=_format, help="Output format. Default: yaml.", rich_help_panel=OUTPUT),
+]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json", is_eager=True, callback=_remember_json, help="Same as --format json.", rich_help_panel=OUTPUT
+    ),
+]
+"""Commands take this option beside a format and do nothing with it: the callbacks have set the format already."""
 
 DEFAULT_ROOT = Path("work")
 Root = Annotated[
@@ -23,11 +88,24 @@ Root = Annotated[
         rich_help_panel=FILES,
     ),
 ]
-Name = Annotated[str, typer.Argument(help="An experiment's name (see `experiment list`) or a YAML file.")]
+Name = Annotated[
+    str,
+    typer.Argument(
+        help="An experiment's name (see `experiment list`) or a YAML file.", autocompletion=completed("experiments")
+    ),
+]
+Names = Annotated[
+    list[str],
+    typer.Argument(
+        help="Names (see `experiment list`), YAML files, or all: every experiment of the profile.",
+        autocompletion=completed("experiments"),
+    ),
+]
 Profile = Annotated[
     str | None,
     typer.Option(
         help="Profile: tiny, small, paper or micro. Default: the first profile of the experiment.",
+        autocompletion=completed("profiles"),
         rich_help_panel=CONFIGURATION,
     ),
 ]
@@ -48,13 +126,35 @@ Seeds = Annotated[
         rich_help_panel=CONFIGURATION,
     ),
 ]
+Run = Annotated[
+    str,
+    typer.Argument(
+        help="An experiment (its newest run) or the folder of a run.", autocompletion=completed("experiments")
+    ),
+]
+Runs = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[RUN]...",
+        help="Experiments (their newest runs) or folders of runs. Default: all experiments.",
+        autocompletion=completed("experiments"),
+    ),
+]
 NewestProfile = Annotated[
     str | None,
-    typer.Option("--profile", help="Profile of the run. Default: that of the newest run.", rich_help_panel="Runs"),
+    typer.Option(
+        "--profile",
+        help="Profile of a run that is given by the name of its experiment. Default: that of the newest run.",
+        autocompletion=completed("profiles"),
+    ),
 ]
-FormatOption = Annotated[
-    Format | None,
-    typer.Option("--format", "-f", help="Output format. Default: a table for the terminal.", rich_help_panel=OUTPUT),
+Reference = Annotated[
+    str | None,
+    typer.Option(
+        "--reference",
+        metavar="ROW",
+        help="Row that the others are compared with. Default: the reference of the experiment.",
+    ),
 ]
 Unsafe = Annotated[
     bool,

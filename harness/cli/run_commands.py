@@ -1,39 +1,92 @@
-"""`fusellm tables`, `report` and `experiment diff`: finished runs. No model is loaded."""
+"""`fusellm run`, `tables`, `report` and `experiment diff`: finished runs. No model is loaded."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from harness.cli.console import print_rows, print_table
-from harness.cli.options import DEFAULT_ROOT, OUTPUT, FormatOption, NewestProfile, Root, TableFormat
+from harness.cli.console import print_document, print_rows, print_table
+from harness.cli.options import (
+    DEFAULT_ROOT,
+    OUTPUT,
+    DocumentFormatOption,
+    FormatOption,
+    Json,
+    NewestProfile,
+    Reference,
+    Root,
+    Run,
+    Runs,
+    TableFormatOption,
+    completed,
+)
+
+runs = typer.Typer(help="Finished runs: list, show.", no_args_is_help=True)
+
+
+@runs.command("list")
+def run_list(
+    profile: NewestProfile = None, form: FormatOption = None, json: Json = False, root: Root = DEFAULT_ROOT
+) -> None:
+    """Finished runs, the newest first, with the folder that `tables`, `report` and `experiment diff` take."""
+    from harness.reporting.runs import finished_runs
+
+    rows = [
+        [
+            description["configuration"]["experiment"],
+            description["configuration"]["profile"],
+            datetime.fromtimestamp(description["finished"], UTC).isoformat(timespec="seconds"),
+            ", ".join(description["configuration"]["methods"]),
+            str(folder),
+        ]
+        for folder, description in finished_runs(root, profile)
+    ]
+    print_rows(["experiment", "profile", "finished", "rows", "folder"], rows, form)
+    if not rows:
+        typer.echo(f"There are no finished runs below {root}.", err=True)
+
+
+@runs.command("show")
+def run_show(
+    run: Run,
+    profile: NewestProfile = None,
+    form: DocumentFormatOption = None,
+    json: Json = False,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """What a run wrote about itself: configuration, command, commit, versions, artifacts, files of records."""
+    from harness.reporting.runs import open_run, run_folder
+
+    opened = open_run(run_folder(root, run, profile))
+    print_document({"folder": str(opened.folder), **opened.description}, form)
 
 
 def tables(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Experiments, paper/NAME for a published table, or all. Default: all.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN]...",
+            help="Experiments (their newest runs), folders of runs, paper/NAME for a published table, or all. "
+            "Default: all.",
+            autocompletion=completed("experiments"),
+        ),
     ] = None,
     profile: NewestProfile = None,
-    form: Annotated[
-        TableFormat | None,
+    reference: Reference = None,
+    with_paper: Annotated[bool, typer.Option("--with-paper", help="Show the published values beside ours.")] = False,
+    form: TableFormatOption = None,
+    json: Json = False,
+    out: Annotated[
+        Path | None,
         typer.Option(
-            "--format",
-            "-f",
-            help="Output format. Default: a table for the terminal; with --out, all formats.",
+            help="Folder to write the tables and their figures to, in every format or that of --format.",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
-    with_paper: Annotated[bool, typer.Option("--with-paper", help="Show the published values beside ours.")] = False,
-    reference: Annotated[
-        str | None,
-        typer.Option(help="Row that the others are compared with. Default: the reference of the experiment."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder to write the tables and their figures to.", rich_help_panel=OUTPUT)
-    ] = None,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Print or write the tables of finished runs from their stored records; no model is touched."""
+    """Print or write the tables of finished runs from their stored records."""
     from harness.reporting import export
     from harness.reporting.tables import tables as tables_of
     from results.formats import FORMATS, render_all
@@ -52,38 +105,42 @@ def tables(
 
 
 def report(
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[RUN]...", help="Experiments (their newest runs) or folders of runs. Default: all experiments."
-        ),
-    ] = None,
+    names: Runs = None,
     profile: NewestProfile = None,
-    out: Annotated[Path, typer.Option(help="Folder to write report.html to.", rich_help_panel=OUTPUT)] = Path("report"),
     examples: Annotated[int, typer.Option(min=0, help="Examples of each task to include.")] = 30,
+    out: Annotated[Path, typer.Option(help="Folder to write report.html to.", rich_help_panel=OUTPUT)] = Path("report"),
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Write one HTML page about finished runs: tables, figures, examples, cost, provenance; no model is touched."""
+    """Write one HTML page about finished runs: tables, figures, examples, cost, provenance."""
     from harness.reporting import report
 
     typer.echo(str(report.report(root, names or [], profile, out, examples=examples)))
 
 
 def experiment_diff(
-    one: Annotated[str, typer.Argument(help="An experiment (its newest run) or the folder of a run.")],
-    other: Annotated[str, typer.Argument(help="Another one.")],
-    profile: Annotated[
-        str | None, typer.Option(help="Profile of the runs that are given by name. Default: that of the newest run.")
-    ] = None,
+    one: Run,
+    other: Annotated[str, typer.Argument(help="Another one.", autocompletion=completed("experiments"))],
+    numbers: Annotated[
+        bool, typer.Option("--numbers", help="Compare the numbers of their tables instead of what they were made with.")
+    ] = False,
+    profile: NewestProfile = None,
     form: FormatOption = None,
+    json: Json = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """In what two runs differ: configuration, models, texts, versions, seeds, command."""
-    from harness.reporting import runs
+    """In what two runs differ: configuration, models, texts, versions, seeds, command; or numbers of their tables."""
+    from harness.reporting.runs import differences, open_run, run_folder
+    from harness.reporting.tables import number_differences
 
-    folders = [runs.run_folder(root, name, profile) for name in (one, other)]
-    rows = runs.differences(*map(runs.open_run, folders))
-    head = ["key", *("/".join(folder.resolve().parts[-3:]) for folder in folders)]
-    print_rows(head, rows, form)
+    pair = [open_run(run_folder(root, name, profile)) for name in (one, other)]
+    labels = ["/".join(run.folder.resolve().parts[-3:]) for run in pair]
+    if numbers:
+        rows: list[list[object]] = [list(row) for row in number_differences(*pair)]
+        if form is None:
+            rows = [[round(value, 6) if isinstance(value, float) else value for value in row] for row in rows]
+        print_rows(["table", "row", "column", *labels, "difference"], rows, form)
+    else:
+        rows = [list(row) for row in differences(*pair)]
+        print_rows(["key", *labels], rows, form)
     if not rows:
-        typer.echo("The two runs do not differ.", err=True)
+        typer.echo(f"The {'tables of the ' if numbers else ''}two runs do not differ.", err=True)

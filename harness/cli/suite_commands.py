@@ -1,4 +1,4 @@
-"""`fusellm eval` and `fusellm multipl-e`: measure one model on suites, execute generated programs."""
+"""`fusellm suite`, `eval` and `multipl-e`: what can be measured, measuring one model, executing generated programs."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -6,16 +6,82 @@ from typing import Annotated, Literal
 import typer
 
 from fusion.errors import UserError
-from harness.cli.console import print_rows, print_table, quiet_libraries
-from harness.cli.options import COMPUTING, DEFAULT_ROOT, FILES, FormatOption, Root, Unsafe
+from harness.cli.console import prepare, print_rows, print_table
+from harness.cli.options import (
+    COMPUTING,
+    DEFAULT_ROOT,
+    FILES,
+    FormatOption,
+    Json,
+    Root,
+    Unsafe,
+    completed,
+)
 from harness.store.paths import TOOLCHAINS
 
+suites = typer.Typer(help="What models are measured on: list, show.", no_args_is_help=True)
 multipl_e = typer.Typer(help="MultiPL-E: execute generated programs in the sandbox.", no_args_is_help=True)
 
 
+@suites.command("list")
+def suite_list(form: FormatOption = None, json: Json = False) -> None:
+    """Every suite, those of installed packages included, with its tasks and where it is from."""
+    from harness.evaluation.suite import SUITES, suite
+
+    suite("perplexity")  # registers our own
+    rows = []
+    for name in SUITES.names():
+        try:
+            kind = suite(name)
+            summary, tasks = (kind.__doc__ or "").strip().partition("\n")[0], ", ".join(_tasks(name))
+        except UserError as error:  # a package that cannot be imported hides no other suite
+            summary, tasks = str(error), ""
+        rows.append([name, summary, tasks, SUITES.reference(name)])
+    print_rows(["suite", "what it is", "tasks", "reference"], rows, form)
+
+
+@suites.command("show")
+def suite_show(
+    name: Annotated[str, typer.Argument(help="A suite's name (see `suite list`).", autocompletion=completed("suites"))],
+    form: FormatOption = None,
+    json: Json = False,
+) -> None:
+    """What can be set of a suite: type or choices, default and meaning of each setting."""
+    from baselines.listing import settings_of
+    from harness.evaluation.suite import suite
+
+    kind = suite(name)
+    rows = [list(vars(setting).values()) for setting in settings_of(kind.schema)]
+    print_rows(["setting", "type", "default", "what it is"], rows, form)
+    if form is None:
+        tasks = ", ".join(f"{task} ({metric})" for task, metric in _tasks(name).items())
+        typer.echo(f"{(kind.__doc__ or '').strip()} Tasks and their metrics: {tasks or 'those that are asked for'}.")
+
+
+def _tasks(name: str) -> dict[str, str]:
+    """The tasks that a suite has when nothing is set, with the metric shown for each; none where they must be named."""
+    from pydantic import ValidationError
+
+    from harness.evaluation.suite import suite
+
+    kind = suite(name)
+    try:
+        return kind(kind.schema.model_validate({}), None).shown()
+    except ValidationError:
+        return {}
+
+
 def evaluate(
-    model: Annotated[str | None, typer.Argument(help="Catalogue name, hub id, local folder or .gguf file.")] = None,
-    suites: Annotated[str, typer.Option("--suite", help="bbh, commonsense, ...; several separated by commas.")] = "",
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Catalogue name, hub id, local folder or .gguf file.", autocompletion=completed("models")),
+    ] = None,
+    suites: Annotated[
+        str,
+        typer.Option(
+            "--suite", help="Suites (see `suite list`), separated by commas.", autocompletion=completed("suites")
+        ),
+    ] = "",
     tasks: Annotated[list[str], typer.Option("--task", help="Only this task or language. Repeatable.")] = [],  # noqa: B006
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first LIMIT examples of each task.")] = None,
     data_root: Annotated[
@@ -55,6 +121,7 @@ def evaluate(
     ] = "auto",
     trust_remote_code: Annotated[bool, typer.Option(help="Run Python code of the model's folder.")] = False,
     form: FormatOption = None,
+    json: Json = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Measure one model on suites; what an earlier call finished is not computed again.
@@ -66,12 +133,13 @@ def evaluate(
         return
     if model is None or not suites:
         raise UserError("fusellm eval needs a model and --suite, or --execute with a file of completions.")
-    quiet_libraries()
+    prepare(root, device)
     from harness.evaluation import standalone
     from harness.models.resolution import ModelSpec
     from harness.reporting.export import write_evaluation
     from harness.reporting.runs import open_run
     from harness.runtime.device import usable_device
+    from results.formats import render_all
 
     common = {"limit": limit, "samples": samples, "seed": seed, "batch_size": batch_size}
     common |= {"execute": not generate_only, "sandbox": not unsafe}
@@ -81,9 +149,12 @@ def evaluate(
     spec = ModelSpec(name=model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     folder = standalone.evaluate(spec, chosen, root, device=usable_device(device, dry=False))
     run = open_run(folder)
-    for table in write_evaluation(run).values():
-        if table.columns or not generate_only:
-            print_table(table, form)
+    tables = [table for table in write_evaluation(run).values() if table.columns or not generate_only]
+    if form is not None:
+        typer.echo(render_all(tables, form), nl=False)
+    else:
+        for table in tables:
+            print_table(table, None)
     for line in standalone.generated(folder) if generate_only else []:
         typer.echo(line)
     if form is None:
@@ -103,9 +174,11 @@ def multipl_e_execute(
     ] = None,
     unsafe: Unsafe = False,
     form: FormatOption = None,
+    json: Json = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Execute completions in ten languages and print pass@k; a second start goes on from what is finished."""
+    prepare(root)
     from harness.evaluation.multipl_e import execute, scores
     from harness.evaluation.multipl_e.generations import read_generations
 

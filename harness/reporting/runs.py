@@ -148,7 +148,12 @@ def find_run(root: Path, name: str, profile: str | None) -> Path:
 
 def run_folder(root: Path, name: str, profile: str | None) -> Path:
     """The folder of a run that is given by its own path, or by an experiment's name for the newest."""
-    return Path(name) if Path(name, RUN_FILE).exists() else find_run(root, name, profile)
+    folder = Path(name)
+    if (folder / RUN_FILE).exists():
+        return folder
+    if len(folder.parts) > 1 and folder.is_dir():
+        raise UserError(f"{name} holds no finished run, as it has no {RUN_FILE}: see `fusellm run list`.")
+    return find_run(root, name, profile)
 
 
 def newest_runs(root: Path, profile: str | None) -> list[Path]:
@@ -157,6 +162,13 @@ def newest_runs(root: Path, profile: str | None) -> list[Path]:
     if not names:
         raise no_runs(root)
     return [find_run(root, name, profile) for name in names]
+
+
+def finished_runs(root: Path, profile: str | None = None) -> list[tuple[Path, dict[str, Any]]]:
+    """Folder and description of every finished run below `root`, the newest first; its records are not read."""
+    paths = (root / RUNS).glob(f"*/{profile or '*'}/*/{RUN_FILE}")
+    described = [(path.parent, read_run_file(path)) for path in paths]
+    return sorted(described, key=lambda run: run[1].get("finished", 0), reverse=True)
 
 
 def no_runs(root: Path) -> UserError:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
-from harness.reporting.runs import ALL, PUBLISHED, Run, experiments, find_run, no_runs, open_run, profiles
+from harness.reporting.runs import ALL, PUBLISHED, Run, experiments, no_runs, open_run, profiles, run_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,7 +28,8 @@ class Tables:
 def tables(
     root: Path, names: Sequence[str], profile: str | None, *, reference: str | None = None, with_paper: bool = False
 ) -> Tables:
-    """The tables of the newest runs of `names`: experiments, `paper/NAME` for a published table, or `all` there are.
+    """The tables of `names`: experiments (their newest runs), folders of runs, `paper/NAME` for a published table, or
+    `all` there are.
 
     Under `all` a table that was not run is left to `absent`, or is the published one under with_paper. Raises UserError
     for a name that is not there, and where there is nothing at all.
@@ -47,7 +48,7 @@ def tables(
             by_name[name] = paper_table(name.removeprefix(PUBLISHED))
             continue
         try:
-            folder = find_run(root, name, profile)
+            folder = run_folder(root, name, profile)
         except UserError as error:
             if not everything:
                 raise
@@ -55,9 +56,11 @@ def tables(
             if with_paper and name in NAMES:
                 by_name[PUBLISHED + name] = paper_table(name)
             continue
-        runs[name] = open_run(folder)
-        beside = with_paper and (name in NAMES or not everything)
-        by_name[name] = run_table(runs[name], reference=reference, with_paper=beside)
+        run = open_run(folder)
+        # Several runs of one experiment, given by their folders, are told apart by what their folders are called.
+        label = name if folder != Path(name) else "/".join(folder.resolve().parts[-3:])
+        beside = with_paper and (run.experiment in NAMES or not everything)
+        runs[label], by_name[label] = run, run_table(run, reference=reference, with_paper=beside)
     if not by_name:
         raise no_runs(root)
     return Tables(by_name, runs, tuple(absent))
@@ -129,6 +132,32 @@ def printed_tables(run: Run, *, reference: str | None = None, with_paper: bool =
         return {f"table-{name}": table for name, table in suites.items()}
     main = run_table(run, reference=reference, with_paper=with_paper)
     return {"table": main, **{f"table-{name}": table for name, table in suites.items()}}
+
+
+def number_differences(
+    one: Run, other: Run
+) -> "Iterator[tuple[str, str, str, float | None, float | None, float | None]]":
+    """Table, row, column, the value in each run and their difference, of every cell in which two runs' tables differ.
+
+    A value is None where a run has no such cell. Values are at full precision, in the unit of their table.
+    """
+    tables = [printed_tables(run) for run in (one, other)]
+    for name in dict.fromkeys([*tables[0], *tables[1]]):
+        values = [_cell_values(by_name[name]) if name in by_name else {} for by_name in tables]
+        for row, column in dict.fromkeys([*values[0], *values[1]]):
+            first, second = (cells.get((row, column)) for cells in values)
+            if first != second:
+                difference = second - first if first is not None and second is not None else None
+                yield name, row, column, first, second, difference
+
+
+def _cell_values(table: "Table") -> dict[tuple[str, str], float | None]:
+    columns = [column.label for column in table.columns]
+    return {
+        (row, column): cell.value
+        for row, cells in zip(table.rows, table.cells, strict=True)
+        for column, cell in zip(columns, cells, strict=True)
+    }
 
 
 def suite_tables(run: Run) -> "dict[str, Table]":

@@ -2,22 +2,114 @@
 
 import subprocess
 import sys
+from collections.abc import Set
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.harness.command import answer, fusellm
+from tests.harness.command import answer, fusellm, sentence
+
+SLOW = {"torch", "transformers", "lm_eval", "mergekit", "pandas"}
+CODE = """
+import sys
+from harness.cli import main
+try:
+    main()
+except SystemExit as end:
+    print(end.code or 0, *sys.modules)
+"""
 
 
-def test_help_does_not_import_what_is_slow() -> None:
-    code = (
-        "import sys\nsys.argv = ['fusellm', 'experiment', 'run', '--help']\nfrom harness.cli import main\n"
-        "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        "slow = {'torch', 'transformers', 'lm_eval', 'mergekit', 'pandas', 'numba', 'scipy'} & set(sys.modules)\n"
-        "assert not slow, slow"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+def quick(*arguments: str | Path, slow: Set[str] = frozenset(SLOW)) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of the command in a process of its own.
+
+    Fails if it imported what takes seconds to import: that can be tested on a busy machine, and a time cannot.
+    """
+    command = [sys.executable, "-c", CODE, *map(str, arguments)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+    *printed, last = done.stdout.splitlines(keepends=True)
+    status, *modules = last.split()
+    assert not slow & set(modules)
+    return int(status), "".join(printed), done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["experiment", "run", "--help"], ["experiment", "list"]])
+def test_help_imports_nothing_slow(arguments: list[str]) -> None:
+    assert quick(*arguments, slow={*SLOW, "numba", "scipy"})[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["experiment", "run", "quickstart", "--set", "device=cuda"], "no CUDA device"),
+        (["experiment", "run", "quickstart", "--set", "device=cuda", "--dry-run"], "no CUDA device"),
+        (["eval", "nowhere", "--suite", "bbh", "--device", "cuda"], "no CUDA device"),
+        (["baseline", "build", "clm", "--set", "device=cuda"], "no CUDA device"),
+        (["audit", "quickstart", "--set", "device=cuda"], "no CUDA device"),
+        (["extract", "quickstart", "--role", "codr"], "There is no role 'codr' (did you mean 'coder'?)"),
+        (["experiment", "run", "quickstart", "--root", "/proc/none/root"], "/proc/none/root cannot be made"),
+        (["quickstart", "--root", "/proc/none/root"], "/proc/none/root cannot be made"),
+        (["doctor", "--root", "/proc/none/root"], "/proc/none/root cannot be made"),
+        (["model", "fetch", "pythia-1b", "--root", "/proc/none/root"], "/proc/none/root cannot be made"),
+    ],
+)
+def test_what_can_be_refused_at_once_is_refused_before_slow_imports(arguments: list[str], expected: str) -> None:
+    if "device=cuda" in arguments or "cuda" in arguments:
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("there is a CUDA device")
+    status, printed, said = quick(*arguments)
+    assert (status, printed) == (2, "")
+    assert expected in sentence(said)
+
+
+def test_gc_says_that_there_is_nothing_to_remove(tmp_path: Path) -> None:
+    status, printed, _ = quick("artifact", "gc", "--root", tmp_path)
+    assert (status, printed) == (0, f"Nothing to remove: every artifact below {tmp_path} is used by a run.\n")
+
+
+KINDS = {
+    "an empty folder": lambda place: place.mkdir(),
+    "a package": lambda place: (place.mkdir(), (place / "__init__.py").touch()),
+    "a module": lambda place: place.with_suffix(".py").touch(),
+}
+PUBLISHED = ["tables", "paper/table1", "--format", "md"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("start", [["-m", "harness"], ["-c", "from harness.cli import main; main()"]], ids=["-m", "-c"])
+def test_folders_of_ones_own_hide_no_package(start: list[str], kind: str, tmp_path: Path) -> None:
+    """Python looks in the current folder first, under `-m` and `-c` alike."""
+    for name in ("fusion", "baselines", "results"):
+        KINDS[kind](tmp_path / name)
+    done = subprocess.run([sys.executable, *start, *PUBLISHED], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "FuseLLM" in done.stdout
+
+
+LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
+
+
+@pytest.mark.parametrize(
+    ("launched", "names"),
+    [
+        ([str(Path(sys.executable).with_name("fusellm"))], ["harness", "fusion", "baselines", "results"]),
+        (
+            [sys.executable, *LAUNCHER, "--no-python", str(Path(sys.executable).with_name("fusellm"))],
+            ["harness", "fusion", "baselines", "results"],
+        ),
+        ([sys.executable, *LAUNCHER, "-m", "harness"], ["fusion", "baselines", "results"]),
+    ],
+    ids=["fusellm", "torchrun --no-python fusellm", "torchrun -m harness"],
+)
+def test_launchers_start_beside_folders_of_ones_own(launched: list[str], names: list[str], tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).mkdir()
+    done = subprocess.run([*launched, *PUBLISHED], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "FuseLLM" in done.stdout
 
 
 def test_every_help_answers() -> None:
@@ -73,7 +165,7 @@ def test_another_run_makes_the_same_bytes(quickstart: Path, tmp_path: Path) -> N
         "runs/*/*/*/table.*": 3,
         "artifacts/train/*/model/model.safetensors": 3,
         "artifacts/train/*/curve.jsonl": 3,
-        "artifacts/extraction/*/shard-*.safetensors": 3,
+        "artifacts/predictions/*/shard-*.safetensors": 3,
         "artifacts/tiny/*/model/model.safetensors": 3,
         "artifacts/map/*/map.npy": 4,
     }.items():
