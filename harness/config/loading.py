@@ -105,38 +105,11 @@ class TrainingConfig(Strict):
     deepspeed: str | None = Field(None, description="zero1, zero2, zero3 or a DeepSpeed JSON file; DDP without")
 
 
-class PerplexityConfig(Strict):
-    """Bits per byte of whole documents."""
-
-    documents: CorpusConfig
-    window: int = Field(2048, gt=1, description="tokens a model sees at once")
-    mode: Literal["rolling", "strided"] = "rolling"
-    stride: int | None = Field(None, gt=0, description="strided: tokens the window moves; half the window without")
-
-
 class CurveConfig(Strict):
     """Held-out text measured during training, on a part of the perplexity suite's documents."""
 
     per_domain: int = Field(5, ge=0, description="documents a domain; 0 for no curve")
     points: int = Field(8, gt=0, description="measurements along the training, the start not counted")
-
-
-class Suites(BaseModel):
-    """The suites of an experiment: perplexity, and a section for every other suite that is to be run."""
-
-    model_config = ConfigDict(extra="allow")
-
-    perplexity: PerplexityConfig
-
-    @model_validator(mode="after")
-    def _others_hold(self) -> "Suites":
-        self.__pydantic_extra__ = {name: suite_section(name, given) for name, given in self.others.items()}
-        return self
-
-    @property
-    def others(self) -> dict[str, Any]:
-        """The sections beside perplexity's; one that is set to null is left out."""
-        return {name: given for name, given in (self.model_extra or {}).items() if given is not None}
 
 
 class Config(Strict):
@@ -159,7 +132,7 @@ class Config(Strict):
     passages: PassagesConfig = PassagesConfig()
     extraction: ExtractionConfig = ExtractionConfig()
     training: TrainingConfig = TrainingConfig()
-    suites: Suites
+    suites: dict[str, Any] = Field(min_length=1, description="what is measured: the suites and their configuration")
     curve: CurveConfig = CurveConfig()
     methods: dict[str, dict[str, Any]] = Field(min_length=1, description="a row of the table each")
     reference: str = Field(description="the row that the others are compared with")
@@ -168,6 +141,8 @@ class Config(Strict):
     def _methods_hold(self) -> "Config":
         from baselines.registry import get_method, schema_of
 
+        # A suite that is set to null is left out.
+        self.suites = {name: suite_section(name, given) for name, given in self.suites.items() if given is not None}
         if len(set(self.seeds)) != len(self.seeds):
             raise UserError(f"seeds {self.seeds} names one twice: give each seed once.")
         for name in self.roles.sources:

@@ -1,18 +1,62 @@
-"""Perplexity as a suite: bits per byte of whole documents (see `harness.evaluation.bits_per_byte`)."""
+"""The suite perplexity: nats and bytes of whole documents, from which bits per byte follow."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
-from harness.config.loading import PerplexityConfig
+from fusion.errors import UserError
 from harness.data import corpus
-from harness.data.corpus import Document
-from harness.evaluation.suite import SUITES, EvaluatedModel, Example, SuiteResult
+from harness.data.corpus import CorpusConfig, Document
+from harness.evaluation.suite import NO_VOTE, SUITES, EvaluatedModel, Example, Section, SuiteResult
+from harness.runtime.progress import track
+from harness.stages.training_log import read_curve
 from harness.store.artifacts import Spec, Store
 from harness.store.costs import Costs
+from harness.store.files import read_json, write_json
+from harness.store.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fusion.inference.ensembles import PrefixCachedEnsemble
+
+VERSION = 2
+METRICS = {"rolling": "bits_per_byte", "strided": "bits_per_byte_strided"}
+_PART = 32  # documents measured between two savings
+
+
+class PerplexityConfig(Section):
+    """Bits per byte of whole held-out documents."""
+
+    documents: CorpusConfig = Field(description="held-out text; no document of it may be in a training corpus")
+    window: int = Field(2048, gt=1, description="length of the text that a model reads at once (tokens)")
+    mode: Literal["rolling", "strided"] = Field(
+        "rolling", description="rolling: adjacent windows; strided: overlapping windows, each token with more context"
+    )
+    stride: int | None = Field(
+        None, gt=0, description="strided: distance of two windows (tokens). Default: half the window"
+    )
+
+    def method(self) -> dict[str, Any]:
+        """How documents are measured: the configuration without the documents."""
+        return self.model_dump(exclude={"documents"})
+
+
+@dataclass(frozen=True)
+class HeldOutText:
+    """Documents and their size; in a plan that need not fetch the text, no documents and the expected size."""
+
+    documents: Sequence[Document]
+    n_bytes: float
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the documents as they are measured: identity, domain and the text that was taken."""
+        return fingerprint([[d.sha256, d.domain, d.text] for d in self.documents])
 
 
 @SUITES.register("perplexity")
@@ -26,66 +70,168 @@ class Perplexity:
         self.section = section
         self._data_root = data_root
 
-    @property
-    def _metric(self) -> str:
-        from harness.evaluation.bits_per_byte import METRIC
+    @classmethod
+    def standalone_config(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The configuration of `fusellm eval`: the documents and the window of the profile `small`.
 
-        return METRIC[self.section.mode]
+        The option `limit` is the number of documents a domain.
+        """
+        documents: dict[str, Any] = {
+            "path": "corpora/mixed",
+            "split": "test",
+            "name_column": "name",
+            "domain_column": "source",
+            "first_bytes": 1000,
+            "per_domain": options.get("limit") or 40,
+        }
+        return {"documents": documents, "window": 1024}
 
     @cached_property
-    def documents(self) -> Sequence[Document]:
+    def documents(self) -> list[Document]:
+        """The documents that are measured."""
         return list(corpus.documents(self.section.documents, self._data_root))
 
+    def text(self, *, dry: bool = False, per_domain: int | None = None) -> HeldOutText:
+        """The documents, or the first `per_domain` of each domain. With `dry`, text on the hub is not fetched where its
+        size is configured.
+        """
+        expected = self.section.documents.expected_bytes
+        if dry and expected and corpus.is_on_hub(self.section.documents, self._data_root):
+            # About 4 kB a document, of one domain at least.
+            return HeldOutText([], float(expected) if per_domain is None else min(expected, 4000.0 * per_domain))
+        documents = self.documents
+        if per_domain is not None:
+            by_domain: dict[str, list[Document]] = {}
+            for document in documents:
+                by_domain.setdefault(document.domain, []).append(document)
+            documents = [document for domain in by_domain.values() for document in domain[:per_domain]]
+        return HeldOutText(documents, float(sum(len(document.text.encode()) for document in documents)))
+
     def shown(self) -> dict[str, str]:
-        return dict.fromkeys(sorted({d.domain for d in self.documents}), self._metric)
+        return dict.fromkeys(sorted({document.domain for document in self.documents}), METRICS[self.section.mode])
 
     def identity(self) -> dict[str, Any]:
-        from harness.evaluation import bits_per_byte
-
-        return {"version": bits_per_byte.VERSION, "documents": bits_per_byte.documents_fingerprint(self.documents)}
+        return {"version": VERSION, "documents": self.text().fingerprint}
 
     def measure(self, evaluated: EvaluatedModel, store: Store, costs: Costs) -> SuiteResult:
-        from harness.evaluation.bits_per_byte import read_evaluation
+        text = self.text(dry=store.dry)
+        if evaluated.votes:
+            domains = {document.domain for document in text.documents}
+            return SuiteResult(lambda: iter(()), missing=dict.fromkeys(sorted(domains), NO_VOTE))
+        spec = evaluation_spec(evaluated, text, self.section)
 
-        spec, path = evaluate(self.section, self.documents, evaluated, store, costs)
+        def build(folder: Path) -> None:
+            evaluate(folder, evaluated, text.documents, self.section)
 
-        def examples() -> Iterator[Example]:
-            for row in read_evaluation(path):
-                yield Example(row["domain"], row["example"], self._metric, row["nats"], row["bytes"])
-
-        return SuiteResult(examples, {self.name: path}, {self.name: spec.fingerprint})
-
-
-def evaluate(
-    section: PerplexityConfig,
-    documents: Sequence[Document],
-    evaluated: EvaluatedModel,
-    store: Store,
-    costs: Costs,
-    n_bytes: float | None = None,
-) -> tuple[Spec, Path]:
-    """The artifact of a candidate on the documents; `n_bytes` for a plan in which they are not here."""
-    from harness.evaluation import bits_per_byte
-
-    spec = bits_per_byte.evaluation_spec(
-        evaluated.label,
-        evaluated.fingerprint,
-        documents,
-        section,
-        dtype=evaluated.dtype,
-        batch_tokens=evaluated.batch_tokens,
-    )
-
-    def build(folder: Path) -> None:
-        bits_per_byte.evaluate(
-            folder,
-            lambda: (evaluated.predictor, evaluated.tokenizer),
-            documents,
-            section,
-            label=evaluated.label,
-            batch_tokens=evaluated.batch_tokens,
+        path = store.ensure(spec, build, costs.forward(evaluated.parameters, text.n_bytes))
+        return SuiteResult(
+            lambda: self._examples(read_evaluation(path)), {self.name: path}, {self.name: spec.fingerprint}
         )
 
-    if n_bytes is None:
-        n_bytes = sum(len(d.text.encode()) for d in documents)
-    return spec, store.ensure(spec, build, costs.forward(evaluated.parameters, n_bytes))
+    def curve(self, training: Path, training_fingerprint: str) -> SuiteResult:
+        """What a finished training measured of held-out text: examples with the tokens that were trained on before."""
+
+        def examples() -> Iterator[Example]:
+            for point in read_curve(training):
+                yield from self._examples(point["records"], int(point["tokens"]))
+
+        return SuiteResult(examples, {self.name: training}, {self.name: training_fingerprint})
+
+    def _examples(self, rows: Sequence[Mapping[str, Any]], tokens: int | None = None) -> Iterator[Example]:
+        for row in rows:
+            metric = METRICS[self.section.mode]
+            yield Example(row["domain"], row["example"], metric, row["nats"], row["bytes"], tokens)
+
+
+def evaluation_spec(evaluated: EvaluatedModel, text: HeldOutText, config: PerplexityConfig) -> Spec:
+    """The key of a candidate's nats on the text."""
+    from fusion.inference.likelihood import window_stride
+
+    stride = window_stride(config.mode, config.window, config.stride)
+    return Spec(
+        "perplexity",
+        evaluated.label,
+        VERSION,
+        {"model": evaluated.fingerprint, "documents": text.fingerprint},
+        {"window": config.window, "mode": config.mode, "stride": stride, "dtype": evaluated.dtype},
+        {"batch_tokens": evaluated.batch_tokens},
+    )
+
+
+def measure_documents(
+    model: "nn.Module | PrefixCachedEnsemble",
+    tokenizer: Any,
+    documents: Sequence[Document],
+    config: PerplexityConfig,
+    *,
+    batch_tokens: int,
+) -> list[dict[str, Any]]:
+    """One row a document: example (SHA-256), domain, nats, bytes. Raises UserError for a stride that does not fit."""
+    from fusion.inference.likelihood import document_nats
+    from fusion.vocabulary.token_bytes import encode, prefix_id
+
+    tokens = [encode(tokenizer, document.text) for document in documents]
+    try:
+        nats = document_nats(
+            model,
+            tokens,
+            prefix=prefix_id(tokenizer),
+            window=config.window,
+            mode=config.mode,
+            stride=config.stride,
+            batch_tokens=batch_tokens,
+        )
+    except UserError as error:
+        names = ", ".join(document.name for document in documents[:3])
+        raise UserError(f"perplexity of {names} ...: {error}") from None
+    return [
+        {"example": d.sha256, "domain": d.domain, "nats": float(n), "bytes": len(d.text.encode("utf-8"))}
+        for d, n in zip(documents, nats, strict=True)
+    ]
+
+
+def evaluate(folder: Path, evaluated: EvaluatedModel, documents: Sequence[Document], config: PerplexityConfig) -> None:
+    """Measures the documents part by part; parts that an interrupted run finished are kept.
+
+    Raises UserError for a window that exceeds the model's context, and where a finished part is damaged.
+    """
+    import torch
+
+    parts = [documents[start : start + _PART] for start in range(0, len(documents), _PART)]
+    paths = [folder / f"part-{number:05d}.json" for number in range(len(parts))]
+    missing = [i for i, path in enumerate(paths) if not path.exists()]
+    for path in set(paths) - {paths[i] for i in missing}:
+        read_json(path, "remove that file to have it made again")
+    if not missing:
+        return
+    model, tokenizer = evaluated.predictor, evaluated.tokenizer
+    context = _context(model)
+    if context and config.window > context:
+        raise UserError(
+            f"perplexity window {config.window} exceeds the context of {evaluated.label}, {context}: lower it."
+        )
+    sizes = [sum(len(document.text.encode("utf-8")) for document in part) for part in parts]
+    done = sum(sizes) - sum(sizes[i] for i in missing)
+    with track(f"perplexity {evaluated.label}", sum(sizes), "bytes", done=done) as advance:
+        for i in missing:
+            with torch.inference_mode():
+                rows = measure_documents(model, tokenizer, parts[i], config, batch_tokens=evaluated.batch_tokens)
+            write_json(paths[i], {"rows": rows})
+            advance(sizes[i])
+
+
+def _context(model: Any) -> int | None:
+    """The longest text that a model or an ensemble reads (tokens); None where it does not say."""
+    from fusion.inference.ensembles import PrefixCachedEnsemble
+
+    if isinstance(model, PrefixCachedEnsemble):
+        return model.positions
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def read_evaluation(folder: Path) -> list[dict[str, Any]]:
+    """All rows of a stored evaluation, in the order of the documents."""
+    rows: list[dict[str, Any]] = []
+    for path in sorted(folder.glob("part-*.json")):
+        rows += read_json(path, f"remove {folder} to have it made again")["rows"]
+    return rows

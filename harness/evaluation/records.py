@@ -11,11 +11,20 @@ from harness.store.paths import RECORDS, SUITES_FILE, place_of_artifact
 
 
 def write_records(
-    folder: Path, name: str, result: SuiteResult, *, experiment: str, profile: str, method: str, seed: int | None
+    folder: Path,
+    name: str,
+    result: SuiteResult,
+    *,
+    candidate: str,
+    experiment: str,
+    profile: str,
+    method: str,
+    seed: int | None,
 ) -> str | None:
     """Writes one record file of a candidate's examples in a suite; its name, or None where there are no examples.
 
-    experiment, profile, method, seed: what every record is stamped with; seed None for a candidate without.
+    experiment, profile, method, seed: what every record is stamped with; seed None for a candidate without. candidate:
+    the candidate's fingerprint, for the provenance beside the records.
     """
     from results.records import NO_SEED, Record, write
 
@@ -31,6 +40,7 @@ def write_records(
     file = f"{slug}-{'as-is' if seed is None else seed}-{name}-{evaluation[:16]}.parquet"
     provenance = {
         "evaluation": evaluation,
+        "candidate": candidate,
         "evaluations": result.fingerprints,
         "artifacts": places(result.artifacts),
     }

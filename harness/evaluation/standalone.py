@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
-from harness.config.loading import load, suite_section
+from harness.config.loading import suite_section
 from harness.evaluation.records import note_suites, write_records
 from harness.evaluation.suite import EvaluatedModel, Suite, SuiteResult, suite
 from harness.models.resolution import ModelSpec, count_parameters, resolve
@@ -45,10 +45,8 @@ def sections(
         kind = suite(name)
         fields = kind.schema.model_fields
         given = {key: value for key, value in common.items() if key in fields and value is not None}
-        if name == "perplexity":
-            given = load("main", profile="small").suites.perplexity.model_dump()
-            if common.get("limit") is not None:
-                given["documents"]["per_domain"] = common["limit"]
+        if standalone_config := getattr(kind, "standalone_config", None):
+            given = standalone_config(common)
         merged: Any = OmegaConf.to_container(OmegaConf.merge(given, own.get(name) or {}))
         if tasks and "tasks" in fields:
             known = []
@@ -104,7 +102,16 @@ def evaluate(
     for name, one in suites.items():
         result = one.measure(evaluated, store, costs)
         results[name] = {evaluated.label: result}
-        file = write_records(folder, name, result, experiment="eval", profile=dtype, method=evaluated.label, seed=None)
+        file = write_records(
+            folder,
+            name,
+            result,
+            candidate=evaluated.fingerprint,
+            experiment="eval",
+            profile=dtype,
+            method=evaluated.label,
+            seed=None,
+        )
         files += [file] if file else []
     note_suites(folder, suites, results)
     _describe(folder, identity, evaluated, store, root, files)

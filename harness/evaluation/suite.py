@@ -124,6 +124,8 @@ class Example:
     metric: str
     numerator: float
     denominator: float = 1.0
+    tokens: int | None = None
+    """Training tokens before the measurement; None for a finished candidate."""
 
 
 @dataclass

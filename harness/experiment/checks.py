@@ -30,7 +30,7 @@ def check_inputs(experiment: Experiment) -> None:
         if not experiment.models.is_tiny(name):
             experiment.models.base(name)
     check_sizes(experiment)
-    _ = experiment.corpora.test_documents
+    experiment.corpora.check_test_documents()
 
 
 def check_validation(dry: Experiment, experiment: Experiment) -> None:
@@ -42,7 +42,8 @@ def check_validation(dry: Experiment, experiment: Experiment) -> None:
 def check_sizes(experiment: Experiment) -> None:
     """Refuses a k above a vocabulary and a window above a context, as far as the models are here."""
     config = experiment.config
-    k, window = config.extraction.k, config.suites.perplexity.window
+    k, perplexity = config.extraction.k, experiment.corpora.perplexity
+    window = perplexity.section.window if perplexity is not None else 0
     evaluated = {entry.get("role", TARGET) for entry in config.methods.values()}
     for name in experiment.models.names:
         vocabulary, context = experiment.models.limits(name)

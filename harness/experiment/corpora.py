@@ -9,6 +9,7 @@ from harness.config.loading import Config
 from harness.data import corpus
 from harness.data.corpus import CorpusConfig, Document
 from harness.data.passages import Passages, corpus_sentence, make_passages
+from harness.evaluation.perplexity import HeldOutText, Perplexity, PerplexityConfig
 from harness.runtime.progress import notify
 from harness.store.artifacts import Spec, Store
 
@@ -16,13 +17,14 @@ from harness.store.artifacts import Spec, Store
 class Corpora:
     """Passages and documents, each read once.
 
-    Held-out documents are compared with the text that is trained on when they are first asked for, but not in a plan,
-    which makes no passages.
+    Held-out documents are compared with the text that is trained on, but not in a plan, which makes no passages.
     """
 
-    def __init__(self, store: Store, config: Config) -> None:
+    def __init__(self, store: Store, config: Config, perplexity: Perplexity | None) -> None:
+        """`perplexity` is the suite that measures the test documents; None where the experiment has no such suite."""
         self.config = config
         self.store = store
+        self.perplexity = perplexity
         self.data_root = config.data.folder
         self.requested: set[str] = set()
         """The held-out texts that were asked for: `validation`, where a method chooses by it."""
@@ -56,69 +58,51 @@ class Corpora:
         """The size of a text (bytes) as configured, or that of its files; 0 where it is not known."""
         return corpus.expected_bytes(text, self.data_root)
 
-    @cached_property
-    def test_documents(self) -> list[Document]:
-        """The documents of the perplexity suite. Raises UserError when one of them is in a training corpus."""
-        documents = list(corpus.documents(self.config.suites.perplexity.documents, self.data_root))
-        self._check_not_trained(documents, "suites.perplexity.documents")
-        return documents
-
     @property
-    def test(self) -> tuple[Sequence[Document], float]:
-        """The test documents and their bytes; in a plan without the text no documents and the expected bytes."""
-        if (expected := self._bytes_without_text(self.config.suites.perplexity.documents)) is not None:
-            return [], expected
-        return self.test_documents, _n_bytes(self.test_documents)
-
-    @property
-    def curve(self) -> tuple[Sequence[Document], float]:
-        """The first test documents of each domain, which are measured during training, and their bytes."""
+    def curve(self) -> HeldOutText:
+        """The first test documents of each domain, which are measured during training."""
         per_domain = self.config.curve.per_domain
-        if not per_domain:
-            return [], 0.0
-        documents, n_bytes = self.test
-        if not documents:  # a plan without the text
-            return [], min(n_bytes, 4000.0 * per_domain)
-        by_domain: dict[str, list[Document]] = {}
-        for document in documents:
-            by_domain.setdefault(document.domain, []).append(document)
-        first = [document for domain in by_domain.values() for document in domain[:per_domain]]
-        return first, _n_bytes(first)
+        if self.perplexity is None or not per_domain:
+            return HeldOutText([], 0.0)
+        return self.perplexity.text(dry=self.store.dry, per_domain=per_domain)
+
+    def check_test_documents(self) -> None:
+        """Raises UserError when a document of the perplexity suite is in a training corpus."""
+        if self.perplexity is not None:
+            self._check_not_trained(self.perplexity.documents, "suites.perplexity.documents")
 
     @property
-    def validation(self) -> tuple[Sequence[Document], float]:
-        """The documents that methods choose by, and their bytes; in a plan without the text only the expected bytes.
+    def validation(self) -> Perplexity:
+        """Measures the text that methods choose by, in the way of the perplexity suite.
 
-        Raises UserError where the experiment has none, and when one of them is trained or tested on.
+        Raises UserError where the experiment has no such text, and when a document of it is trained or tested on.
         """
         self.requested.add("validation")
         return self._validation
 
     @cached_property
-    def _validation(self) -> tuple[Sequence[Document], float]:
-        settings = self.config.validation
-        if settings is None:
+    def _validation(self) -> Perplexity:
+        documents = self.config.validation
+        if documents is None:
             raise UserError(
                 f"The experiment {self.config.experiment} has no text to choose by: add a validation section, with "
                 "documents that are neither in corpus nor in suites.perplexity.documents."
             )
-        if (expected := self._bytes_without_text(settings)) is not None:
-            return [], expected
-        documents = list(corpus.documents(settings, self.data_root))
-        self._check_not_trained(documents, "validation")
-        tested = {document.sha256 for document in self.test[0]}
-        if shared := [document for document in documents if document.sha256 in tested]:
-            raise UserError(
-                f"{len(shared)} validation documents are in suites.perplexity.documents, too (first {shared[0].name}): "
-                "choose another split in validation."
-            )
-        return documents, _n_bytes(documents)
-
-    def _bytes_without_text(self, settings: CorpusConfig) -> float | None:
-        """The expected bytes of a text that a plan need not fetch; None where the text is to be read."""
-        if self.store.dry and settings.expected_bytes and corpus.is_on_hub(settings, self.data_root):
-            return float(settings.expected_bytes)
-        return None
+        if self.perplexity is None:
+            validation = Perplexity(PerplexityConfig(documents=documents), self.data_root)
+        else:
+            config = self.perplexity.section.model_copy(update={"documents": documents})
+            validation = Perplexity(config, self.data_root)
+        text = validation.text(dry=self.store.dry)
+        self._check_not_trained(text.documents, "validation")
+        if self.perplexity is not None:
+            tested = {document.sha256 for document in self.perplexity.text(dry=self.store.dry).documents}
+            if shared := [document for document in text.documents if document.sha256 in tested]:
+                raise UserError(
+                    f"{len(shared)} validation documents are in suites.perplexity.documents, too (first "
+                    f"{shared[0].name}): choose another split in validation."
+                )
+        return validation
 
     def _check_not_trained(self, documents: Sequence[Document], section: str) -> None:
         if self.store.dry:
@@ -131,7 +115,3 @@ class Corpora:
                 f"{len(shared)} held-out documents are in the training corpus (first {shared[0].name}): "
                 f"choose another split in {section}."
             )
-
-
-def _n_bytes(documents: Sequence[Document]) -> float:
-    return float(sum(len(document.text.encode()) for document in documents))

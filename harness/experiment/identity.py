@@ -3,7 +3,6 @@
 from typing import Any
 
 from harness.data import corpus, passages
-from harness.evaluation import bits_per_byte
 from harness.experiment.pipeline import Experiment
 from harness.stages import extraction, training, vocabulary_maps
 from harness.store.fingerprint import fingerprint
@@ -13,7 +12,6 @@ VERSIONS = {
     "predictions": extraction.VERSION,
     "map": vocabulary_maps.VERSION,
     "train": training.VERSION,
-    "perplexity": bits_per_byte.VERSION,
 }
 """The version of each stage, by the kind of artifact that it makes."""
 _NO_EFFECT: Any = {
@@ -37,12 +35,10 @@ def named(experiment: Experiment) -> dict[str, Any]:
     identity: dict[str, Any] = {
         "versions": VERSIONS,
         "passages": corpora.passages[0].fingerprint,
-        "documents": bits_per_byte.documents_fingerprint(corpora.test[0]),
+        "suites": {name: suite.identity() for name, suite in experiment.suites.items()},
         "models": {name: models.fingerprint(name) for name in models.names},
         "dtypes": {name: models.dtype(name) for name in models.names},
     }
     if config.validation is not None:
         identity["validation"] = corpus.content_fingerprint(config.validation, corpora.data_root)
-    if experiment.suites:
-        identity["suites"] = {name: suite.identity() for name, suite in experiment.suites.items()}
     return identity

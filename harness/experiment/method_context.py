@@ -9,8 +9,6 @@ from typing import Any
 from baselines.method import Artifact, Candidate
 from fusion.errors import UserError
 from fusion.losses.loss import Loss
-from harness.config.loading import PerplexityConfig
-from harness.evaluation import bits_per_byte
 from harness.experiment.pipeline import TARGET, Experiment, evaluated_model, predict, train
 from harness.models.catalogue import find_entry, is_hub_id
 from harness.models.resolution import ModelSpec
@@ -46,39 +44,30 @@ class MethodContext:
         return train(self._experiment, self.label, self.seed, lam=lam, loss=loss, start=start)
 
     @property
-    def _section(self) -> PerplexityConfig:
-        config = self._experiment.config
-        assert config.validation is not None
-        return config.suites.perplexity.model_copy(update={"documents": config.validation})
-
-    @property
     def validation_fingerprint(self) -> str:
         experiment = self._experiment
-        documents, _ = experiment.corpora.validation
+        validation = experiment.corpora.validation
         return fingerprint(
             {
-                "documents": bits_per_byte.documents_fingerprint(documents),
+                "documents": validation.text(dry=experiment.workspace.store.dry).fingerprint,
                 "dtype": experiment.models.dtype(TARGET),
-                **self._section.model_dump(exclude={"documents"}),
+                **validation.section.method(),
             }
         )
 
     def validation_nll(self, candidate: Candidate, label: str = "") -> float:
-        from harness.evaluation.perplexity import evaluate
-
-        experiment = self._experiment
-        workspace = experiment.workspace
-        documents, n_bytes = experiment.corpora.validation
-        evaluated = evaluated_model(experiment, label or self.label, candidate)
-        _, path = evaluate(self._section, documents, evaluated, workspace.store, workspace.costs, n_bytes)
+        experiment, label = self._experiment, label or self.label
+        workspace, validation = experiment.workspace, experiment.corpora.validation
+        evaluated = evaluated_model(experiment, label, candidate)
+        result = validation.measure(evaluated, workspace.store, workspace.costs)
         evaluated.release()
-        if not path.exists():  # in a plan
+        if not result.artifacts[validation.name].exists():  # in a plan
             return math.nan
-        rows = bits_per_byte.read_evaluation(path)
-        found = sum(row["nats"] for row in rows) / sum(row["bytes"] for row in rows)
-        if not math.isfinite(found):
-            raise UserError(f"{label or self.label} has no finite likelihood of the validation text: leave it out.")
-        return float(found)
+        examples = list(result.examples())
+        nll = sum(e.numerator for e in examples) / sum(e.denominator for e in examples)
+        if not math.isfinite(nll):
+            raise UserError(f"{label} has no finite likelihood of the validation text: leave it out.")
+        return float(nll)
 
     def make(
         self,
@@ -97,7 +86,8 @@ class MethodContext:
         parameters = experiment.models.size(TARGET).parameters
         seconds = 0.0
         if validations:
-            seconds = workspace.costs.forward(parameters, validations * experiment.corpora.validation[1]).seconds
+            n_bytes = experiment.corpora.validation.text(dry=workspace.store.dry).n_bytes
+            seconds = workspace.costs.forward(parameters, validations * n_bytes).seconds
         # About a checkpoint of the target is what most methods make.
         estimate = Estimate(disk=4 * parameters, memory=8 * parameters, seconds=seconds)
         return Artifact(workspace.store.ensure(spec, build, estimate), spec.fingerprint)

@@ -17,9 +17,9 @@ from harness.config.loading import Config
 from harness.data.passages import Passages
 from harness.data.predictions import PredictionsReader
 from harness.data.shards import position_bytes
-from harness.evaluation import bits_per_byte
 from harness.evaluation.joint_model import joint_subject
-from harness.evaluation.suite import EvaluatedModel, Suite, suite
+from harness.evaluation.perplexity import Perplexity, measure_documents
+from harness.evaluation.suite import EvaluatedModel, Suite, SuiteResult, suite
 from harness.experiment.corpora import Corpora
 from harness.experiment.model_pool import ModelPool
 from harness.models.checkpoints import load_config, load_tokenizer
@@ -46,7 +46,7 @@ class Experiment:
     models: ModelPool
     corpora: Corpora
     suites: Mapping[str, Suite]
-    """The suites beside perplexity, whose data are prepared once for all candidates."""
+    """By name; their data are prepared once for all candidates."""
 
 
 def open_experiment(config: Config, root: Path, *, dry: bool = False, flops: float | None = None) -> Experiment:
@@ -56,8 +56,9 @@ def open_experiment(config: Config, root: Path, *, dry: bool = False, flops: flo
     """
     info = {"configuration": config.model_dump(mode="json")}
     workspace = open_workspace(root, config.device, dry=dry, info=info, flops=flops)
-    corpora = Corpora(workspace.store, config)
-    suites = {name: suite(name)(section, config.data.folder) for name, section in config.suites.others.items()}
+    suites = {name: suite(name)(section, config.data.folder) for name, section in config.suites.items()}
+    perplexity = suites.get(Perplexity.name)
+    corpora = Corpora(workspace.store, config, perplexity if isinstance(perplexity, Perplexity) else None)
     return Experiment(config, workspace, ModelPool(workspace, config, corpora), corpora, suites)
 
 
@@ -199,18 +200,21 @@ def _checkpoint(experiment: Experiment, label: str, candidate: Candidate) -> Res
 
 def _curve(experiment: Experiment) -> HeldOutCurve:
     """The held-out text that is measured during every training of the experiment."""
-    settings, section = experiment.config.curve, experiment.config.suites.perplexity
-    documents, n_bytes = experiment.corpora.curve
+    points, perplexity = experiment.config.curve.points, experiment.corpora.perplexity
+    text = experiment.corpora.curve
     batch_tokens = experiment.models.role(TARGET).batch_tokens
+    identity = {
+        "curve": {"points": points, "documents": text.fingerprint},
+        "perplexity": None if perplexity is None else perplexity.section.method(),
+    }
+    if perplexity is None or not text.documents:
+        return HeldOutCurve(points, identity, text.n_bytes, None)
+    section = perplexity.section
 
     def measure(model: "PreTrainedModel", tokenizer: Any) -> list[dict[str, Any]]:
-        return bits_per_byte.measure(model, tokenizer, documents, section, batch_tokens=batch_tokens)
+        return measure_documents(model, tokenizer, text.documents, section, batch_tokens=batch_tokens)
 
-    identity = {
-        "curve": {"points": settings.points, "documents": bits_per_byte.documents_fingerprint(documents)},
-        "perplexity": section.model_dump(exclude={"documents"}),
-    }
-    return HeldOutCurve(settings.points, identity, n_bytes, measure if documents else None)
+    return HeldOutCurve(points, identity, text.n_bytes, measure)
 
 
 def evaluated_model(
@@ -236,12 +240,9 @@ def evaluated_model(
     )
 
 
-def evaluate(experiment: Experiment, evaluated: EvaluatedModel) -> tuple[Spec, Path] | None:
-    """The candidate's nats and bytes on every test document; None for one that only votes over answers."""
-    from harness.evaluation.perplexity import evaluate
-
-    if evaluated.votes:
-        return None
-    documents, n_bytes = experiment.corpora.test
-    section, workspace = experiment.config.suites.perplexity, experiment.workspace
-    return evaluate(section, documents, evaluated, workspace.store, workspace.costs, n_bytes)
+def measure(experiment: Experiment, evaluated: EvaluatedModel) -> dict[str, SuiteResult]:
+    """What every suite of the experiment measures of a candidate, by suite; what is there is not measured again."""
+    workspace = experiment.workspace
+    return {
+        name: suite.measure(evaluated, workspace.store, workspace.costs) for name, suite in experiment.suites.items()
+    }

@@ -5,7 +5,7 @@ from pathlib import Path
 from harness.config.loading import Config
 from harness.experiment.candidates import candidates
 from harness.experiment.checks import check_sizes
-from harness.experiment.pipeline import Experiment, evaluate, evaluated_model, open_experiment, start
+from harness.experiment.pipeline import Experiment, evaluated_model, measure, open_experiment, start
 from harness.store.artifacts import Planned
 
 
@@ -23,10 +23,6 @@ def plan(config: Config, root: Path, *, flops: float | None = None) -> list[Plan
 def plan_stages(dry: Experiment) -> list[Planned]:
     """The stages of an experiment that was opened to plan, each once, in the order in which a run makes them."""
     check_sizes(dry)
-    workspace = dry.workspace
     for row in candidates(dry):
-        evaluated = evaluated_model(dry, row.label, row.candidate, row.role)
-        evaluate(dry, evaluated)
-        for suite in dry.suites.values():
-            suite.measure(evaluated, workspace.store, workspace.costs)
-    return list(workspace.store.planned.values())
+        measure(dry, evaluated_model(dry, row.label, row.candidate, row.role))
+    return list(dry.workspace.store.planned.values())

@@ -1,20 +1,18 @@
 """Running an experiment: what is missing is made, and records, tables and figures are written."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from baselines.method import Ensemble
 from harness.config.loading import Config
 from harness.data.passages import corpus_sentence, corpus_summary
-from harness.evaluation import bits_per_byte
-from harness.evaluation.records import note_suites, places, write_records
-from harness.evaluation.suite import EvaluatedModel, SuiteResult
+from harness.evaluation.records import note_suites, write_records
+from harness.evaluation.suite import SuiteResult
 from harness.experiment.candidates import Row, candidates
 from harness.experiment.checks import check_inputs, check_lengths, check_space, check_validation
 from harness.experiment.identity import named, run_fingerprint
-from harness.experiment.pipeline import Experiment, evaluate, evaluated_model, open_experiment, start
+from harness.experiment.pipeline import Experiment, evaluated_model, measure, open_experiment, start
 from harness.experiment.plan import plan_stages
 from harness.reporting.export import write_run
 from harness.reporting.runs import open_run
@@ -49,8 +47,8 @@ def run(config: Config, root: Path) -> Path:
         check_lengths(experiment)
     folder = run_folder(experiment, root)
     if not distributed.is_main_process():
-        for row in candidates(experiment):
-            evaluate(experiment, evaluated_model(experiment, row.label, row.candidate, row.role))
+        for _ in candidates(experiment):
+            pass  # the first rank evaluates
         return folder
     (folder / RECORDS).mkdir(parents=True, exist_ok=True)
     # What the plan has not asked for, naming the run has (the passages, where nothing is trained).
@@ -61,7 +59,7 @@ def run(config: Config, root: Path) -> Path:
         write_json(folder / PLAN_FILE, {"artifacts": sorted(artifacts.union(before))})
         read_run_file(folder / RUN_FILE)  # refused now if it is damaged, not when all is done
     files: set[str] = set()
-    measured: dict[str, dict[str, SuiteResult]] = {name: {} for name in experiment.suites}
+    results: dict[str, dict[str, SuiteResult]] = {name: {} for name in experiment.suites}
     notes: dict[str, None] = {}  # each sentence once, in order
     passages = experiment.corpora.passages[1]
     if corpus_summary(passages).limits:
@@ -71,17 +69,17 @@ def run(config: Config, root: Path) -> Path:
         for row in candidates(experiment):
             notes |= dict.fromkeys(_notes(experiment, row))
             evaluated = evaluated_model(experiment, row.label, row.candidate, row.role)
-            if evaluation := evaluate(experiment, evaluated):
-                spec, path = evaluation
-                files.add(_record(config, row, spec.fingerprint, path, folder))
-            files |= _record_suites(experiment, row, evaluated, folder, measured)
+            of_row = measure(experiment, evaluated)
             evaluated.release()  # before the next row is trained
+            files.update(_record(experiment, row, of_row, folder))
+            for name, result in of_row.items():
+                results[name][row.label] = result
     with exclusive_lock(folder / ".lock", f"run {folder.name}"):
         # Other seeds that were finished before, or meanwhile by another process, belong to the same table.
         before = read_run_file(folder / RUN_FILE)
         # What was made to find out what to make is known by now.
         artifacts |= {str(p.path.relative_to(root)) for p in experiment.workspace.store.planned.values()}
-        note_suites(folder, experiment.suites, measured)
+        note_suites(folder, experiment.suites, results)
         description = {
             "configuration": config.model_dump(mode="json"),
             "named": named(experiment),
@@ -112,62 +110,22 @@ def _notes(experiment: Experiment, row: Row) -> Iterator[str]:
         yield str(note)
 
 
-def _record(config: Config, row: Row, evaluation: str, measured: Path, folder: Path) -> str:
-    """Stamps an evaluation and a training's curve with experiment, profile, method and seed; one file each row."""
-    from harness.stages.training_log import read_curve
-    from results.records import NO_SEED, Record, write
-
-    def stamped(rows: Sequence[dict[str, Any]], tokens: int | None) -> Iterator[Record]:
-        for r in rows:
-            yield Record(
-                experiment=config.experiment,
-                profile=config.profile,
-                method=row.label,
-                seed=NO_SEED if row.seed is None else row.seed,
-                suite=bits_per_byte.SUITE,
-                task=r["domain"],
-                example=r["example"],
-                metric=bits_per_byte.METRIC[config.suites.perplexity.mode],
-                numerator=r["nats"],
-                denominator=r["bytes"],
-                tokens=tokens,
-            )
-
-    records = list(stamped(bits_per_byte.read_evaluation(measured), None))
-    if row.candidate.training is not None:
-        for point in read_curve(row.candidate.training):
-            records += stamped(point["records"], int(point["tokens"]))
-    slug = "".join(c if c.isalnum() else "-" for c in row.label)
-    name = f"{slug}-{'as-is' if row.seed is None else row.seed}-{evaluation[:16]}.parquet"
-    provenance = {
-        "evaluation": evaluation,
-        "candidate": row.candidate.fingerprint,
-        "method": config.methods[row.label],
-        "artifacts": places({bits_per_byte.SUITE: measured}),
-    }
-    write(folder / RECORDS / name, records, provenance)
-    return name
-
-
-def _record_suites(
-    experiment: Experiment,
-    row: Row,
-    evaluated: EvaluatedModel,
-    folder: Path,
-    measured: dict[str, dict[str, SuiteResult]],
-) -> set[str]:
-    """Measures a row on the suites beside perplexity, adds that to `measured`, and gives its record files."""
-    config, workspace, files = experiment.config, experiment.workspace, set()
-    for name, suite in experiment.suites.items():
-        found = measured[name][row.label] = suite.measure(evaluated, workspace.store, workspace.costs)
+def _record(experiment: Experiment, row: Row, results: Mapping[str, SuiteResult], folder: Path) -> Iterator[str]:
+    """Writes the records of a row: one file a suite, and one for the held-out curve of a training; their names."""
+    config, training = experiment.config, row.candidate.training
+    measured = list(results.items())
+    if training is not None and (perplexity := experiment.corpora.perplexity) is not None:
+        measured.append((perplexity.name, perplexity.curve(training, row.candidate.fingerprint)))
+    for name, result in measured:
         file = write_records(
             folder,
             name,
-            found,
+            result,
+            candidate=row.candidate.fingerprint,
             experiment=config.experiment,
             profile=config.profile,
             method=row.label,
             seed=row.seed,
         )
-        files |= {file} if file else set()
-    return files
+        if file is not None:
+            yield file

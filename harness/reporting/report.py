@@ -262,7 +262,7 @@ def _evaluation(one: _Evaluated, manifests: _Manifests) -> Entry:
         "record file": f"records/{one.file}",
         "its SHA-256": one.sha256,
         "evaluation": fingerprint,
-        **{key: one.provenance[key] for key in ("candidate", "method") if key in one.provenance},
+        **{key: one.provenance[key] for key in ("candidate",) if key in one.provenance},
     }
     sources = [f for f in one.by_task.values() if f in manifests]
     return Entry(fingerprint, f"{one.method}{seed}, {one.suite}", _facts(facts), sources)

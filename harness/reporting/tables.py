@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from results.table import Table
 
+HELD_OUT = "perplexity"
+"""The suite that measures held-out text."""
 _MANY = 12  # tasks that do not fit side by side
 
 
@@ -69,8 +71,9 @@ def tables(
 def run_table(run: Run, *, reference: str | None = None, with_paper: bool = False) -> "Table":
     """The main table of a run; in the paper's layout where the run measured what the paper did.
 
-    reference: the row that the others are compared with. Default: the configuration's. with_paper: the published
-    values beside ours. Raises UserError for an unknown reference, and where the paper has no such table.
+    Else it is the table of held-out text, or of the first suite of a run that measured no held-out text. reference: the
+    row that the others are compared with. Default: the configuration's. with_paper: the published values beside ours.
+    Raises UserError for an unknown reference, and where the paper has no such table.
     """
     from results.paper_layouts import LAYOUTS, comparison, measured_for
 
@@ -94,7 +97,10 @@ def run_table(run: Run, *, reference: str | None = None, with_paper: bool = Fals
         return replace(table, notes=(*table.notes, *run.notes))
     if with_paper:
         raise UserError(f"The paper has no table {name!r}: those it has are {', '.join(LAYOUTS)}.")
-    table = held_out_table(run, reference)
+    if run.suites and HELD_OUT not in run.suites:
+        table = next(iter(suite_tables(run, reference).values()))
+    else:
+        table = held_out_table(run, reference)
     return replace(table, notes=(*table.notes, *run.notes))
 
 
@@ -103,7 +109,7 @@ def held_out_table(run: Run, reference: str | None = None) -> "Table":
     from results.tables import main_table
 
     records = run.records
-    text = records[(records["suite"] == "perplexity") & records["tokens"].isna()]
+    text = records[(records["suite"] == HELD_OUT) & records["tokens"].isna()]
     return main_table(
         records,
         list(run.methods),
@@ -131,7 +137,8 @@ def printed_tables(run: Run, *, reference: str | None = None, with_paper: bool =
     if run.reference is None and reference is None and not with_paper:
         return {f"table-{name}": table for name, table in suites.items()}
     main = run_table(run, reference=reference, with_paper=with_paper)
-    return {"table": main, **{f"table-{name}": table for name, table in suites.items()}}
+    beside = {f"table-{name}": table for name, table in suites.items() if table.title != main.title}
+    return {"table": main, **beside}
 
 
 def number_differences(
@@ -160,23 +167,32 @@ def _cell_values(table: "Table") -> dict[tuple[str, str], float | None]:
     }
 
 
-def suite_tables(run: Run) -> "dict[str, Table]":
+def suite_tables(run: Run, reference: str | None = None) -> "dict[str, Table]":
     """The table of every suite that the run measured: a row a method, a column a task, and their average.
 
-    Where there are many tasks they are the rows. Averages are compared with those of the run's reference row. A suite
+    Where there are many tasks they are the rows. Averages are compared with those of the reference row. A suite
     whose metrics have no common average, since they differ in direction or scale, has a table for each kind, of which
-    those after the first are called SUITE-2, SUITE-3 and so on.
+    those after the first are called SUITE-2, SUITE-3 and so on. Held-out text is left out where the run has methods:
+    their main table shows it (see `held_out_table`).
     """
     records = run.records
     final = records[records["tokens"].isna() & records["method"].isin(list(run.methods))]
+    reference = reference or run.reference
+    of_suite = {name: final[final["suite"] == name] for name in run.suites}
+    in_main_table = {HELD_OUT} if run.reference is not None else set()
     return {
         name if number == 1 else f"{name}-{number}": table
         for name, noted in run.suites.items()
-        for number, table in enumerate(_tables_of_suite(run, name, noted, final[final["suite"] == name]), 1)
+        if name not in in_main_table
+        for number, table in enumerate(
+            _tables_of_suite(run, name, noted, of_suite[name], reference or run.reference), 1
+        )
     }
 
 
-def _tables_of_suite(run: Run, suite: str, noted: Mapping[str, Any], records: "pd.DataFrame") -> "Iterator[Table]":
+def _tables_of_suite(
+    run: Run, suite: str, noted: Mapping[str, Any], records: "pd.DataFrame", reference: str | None
+) -> "Iterator[Table]":
     from results.metrics import comparable, measure
     from results.table import Table
     from results.tables import suite_table, transposed
@@ -202,7 +218,7 @@ def _tables_of_suite(run: Run, suite: str, noted: Mapping[str, Any], records: "p
         labels = dict.fromkeys(measure(metric).label for metric in group.values())
         title = f"{run.title}: {suite} ({'; '.join(labels)})"
         table = suite_table(
-            records, rows, group, run.reference, suite=suite, title=title, banner=run.banner, reasons=reasons
+            records, rows, group, reference, suite=suite, title=title, banner=run.banner, reasons=reasons
         )
         table = replace(table, notes=(*table.notes, *notes))
         yield transposed(table) if len(group) > _MANY else table

@@ -11,9 +11,9 @@ from fusion.errors import UserError
 from harness.config.loading import load, method_parameters, suite_section
 from harness.data.corpus import Document
 from harness.evaluation import suite
-from harness.evaluation.bits_per_byte import PerplexityConfig
 from harness.evaluation.joint_model import JointModel, joint_subject
 from harness.evaluation.lm_eval import tasks
+from harness.evaluation.perplexity import PerplexityConfig, measure_documents
 from harness.evaluation.suite import EvaluatedModel, SuiteResult
 from harness.evaluation.vote import choices, voted
 from harness.experiment import run
@@ -135,16 +135,12 @@ def test_every_suite_takes_ensembles(name: str, rows: Path, models: dict[str, Pa
 
 
 def test_perplexity_of_ensembles(models: dict[str, Path], tmp_path: Path) -> None:
-    from harness.evaluation import bits_per_byte
-
     texts = ["the quick brown fox jumps over 猫 and ale", "seven wizards"]
     documents = [Document(str(i), "d", text, str(i)) for i, text in enumerate(texts)]
     section = PerplexityConfig.model_construct(window=16, mode="rolling", stride=None)
 
     def nats(of: EvaluatedModel) -> list[float]:
-        return [
-            r["nats"] for r in bits_per_byte.measure(of.predictor, of.tokenizer, documents, section, batch_tokens=64)
-        ]
+        return [r["nats"] for r in measure_documents(of.predictor, of.tokenizer, documents, section, batch_tokens=64)]
 
     alone = nats(evaluated(models["one"], tmp_path))
     assert nats(together({"a": models["one"], "b": models["one"]}, tmp_path)) == pytest.approx(alone, rel=1e-5)

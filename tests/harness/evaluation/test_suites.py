@@ -402,6 +402,27 @@ def test_perplexity_is_the_experiments(made: Path, models: dict[str, Path], tmp_
     assert all(e.denominator <= 300 < 8 * e.numerator for e in examples)
 
 
+def test_default_documents_of_perplexity_are_those_of_the_profile_small() -> None:
+    from harness.config.loading import load
+
+    (suite,) = standalone.sections(["perplexity"], tasks=[], common={}, settings=[], data_root=None).values()
+    assert suite.section == load("main", profile="small").suites["perplexity"]
+    common = {"limit": 3}
+    (few,) = standalone.sections(["perplexity"], tasks=[], common=common, settings=[], data_root=None).values()
+    assert few.section.documents == suite.section.documents.model_copy(update={"per_domain": 3})
+
+
+def test_an_experiment_may_measure_no_held_out_text(experiment_file: Path, rows: Path, tmp_path: Path) -> None:
+    from harness.config.loading import load
+    from harness.experiment import run
+
+    settings = ["methods.FuseLLM=null", "methods.FuseLLM published=null", f"data.root={rows}"]
+    settings += ["suites.perplexity=null", "suites.commonsense={tasks: [boolq], limit: 3}"]
+    folder = run.run(load(str(experiment_file), overrides=settings), tmp_path)
+    assert "boolq" in (folder / "table.md").read_text() and "CLM" in (folder / "table.md").read_text()
+    assert not list((tmp_path / "artifacts").glob("perplexity/*"))
+
+
 def test_suites_are_a_stage_of_an_experiment(experiment_file: Path, rows: Path, tmp_path: Path) -> None:
     from harness.config.loading import load
     from harness.experiment import run

@@ -28,7 +28,7 @@ from fusion.vocabulary.token_bytes import encode
 from harness import cli
 from harness.config.loading import load
 from harness.data import predictions
-from harness.evaluation import bits_per_byte
+from harness.evaluation import perplexity
 from harness.experiment import run
 from harness.experiment.identity import VERSIONS
 from harness.experiment.pipeline import open_experiment, read_predictions
@@ -271,10 +271,10 @@ def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_there_is_an_artifact_of_every_kind(micro: Path) -> None:
-    assert {p.name for p in (micro / "artifacts").iterdir()} == {*VERSIONS, "tiny"}
+    assert {p.name for p in (micro / "artifacts").iterdir()} == {*VERSIONS, "perplexity", "tiny"}
 
 
-@pytest.mark.parametrize("kind", [*VERSIONS, "tiny"])
+@pytest.mark.parametrize("kind", [*VERSIONS, "perplexity", "tiny"])
 def test_damaged_artifacts_are_refused_by_name(kind: str, micro: Path, tmp_path: Path) -> None:
     generator = random.Random(kind)
     root = tmp_path / "root"
@@ -394,9 +394,9 @@ def test_a_damaged_part_of_an_evaluation_is_not_continued(
 ) -> None:
     config = load(str(experiment_file))
     config.methods = {name: entry for name, entry in config.methods.items() if entry["method"] == "as_is"}
-    monkeypatch.setattr(bits_per_byte, "_PART", 8)
+    monkeypatch.setattr(perplexity, "_PART", 8)
     with monkeypatch.context() as patch:
-        patch.setattr(bits_per_byte, "measure", _dying(bits_per_byte.measure, 1))
+        patch.setattr(perplexity, "measure_documents", _dying(perplexity.measure_documents, 1))
         with pytest.raises(_Killed):
             run.run(config, tmp_path)
     (part,) = tmp_path.glob("artifacts/perplexity/.*.partial/part-00000.json")

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from baselines.fusellm import FuseLLMParameters
-from harness.evaluation import bits_per_byte
 from harness.experiment.candidates import candidates
-from harness.experiment.pipeline import evaluate, evaluated_model
+from harness.experiment.pipeline import evaluated_model, measure
 from harness.experiment.plan import plan
 from tests.harness.bigrams import Bigrams, experiment, other
 from tests.harness.listening import rows_of, trained
@@ -241,10 +240,12 @@ def test_prefix(line: Line, bos: str | None, prefix: str) -> None:
     assert made["input_ids"][[0, 2]].tolist() == [at, at] and made["position_ids"][[0, 2]].tolist() == [0, 0]
     as_is = experiment(line.folder, texts, {"s": other()}, "methods.X.method=as_is", target=own)
     (row,) = candidates(as_is)
-    evaluation = evaluate(as_is, evaluated_model(as_is, row.label, row.candidate, row.role))
-    assert evaluation is not None
-    (measured,) = bits_per_byte.read_evaluation(evaluation[1])
-    assert measured["nats"] == pytest.approx(-np.log(0.5 if bos else 0.125) + np.log(8), rel=1e-5)  # ab, and c after it
+    results = measure(as_is, evaluated_model(as_is, row.label, row.candidate, row.role))
+    (measured,) = results["perplexity"].examples()
+    # ab, and c after it
+    assert measured.numerator == pytest.approx(
+        -np.log(0.5 if bos else 0.125) + np.log(8), rel=1e-5
+    )  # ab, and c after it
 
 
 SETTINGS = {

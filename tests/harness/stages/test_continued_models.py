@@ -184,7 +184,7 @@ def test_validation_nll_is_the_validation_texts_nats_per_byte(finished: tuple[Co
     assert config.validation is not None
     for document in documents(config.validation, None):
         ids = torch.tensor([[0, *tokenizer(document.text)["input_ids"]]])
-        assert ids.shape[1] <= config.suites.perplexity.window + 1, "one window, so that a plain forward is the same"
+        assert ids.shape[1] <= config.suites["perplexity"].window + 1, "one window, so that a plain forward is the same"
         with torch.no_grad():
             log_q = model(ids[:, :-1]).logits.log_softmax(-1)
         nats -= float(log_q.gather(-1, ids[:, 1:, None]).sum())
