@@ -17,7 +17,8 @@ import numpy as np
 
 from fusion.errors import UserError
 from fusion.inference.token_healing import MOST
-from harness.data.corpus import CorpusConfig, Document, documents
+from harness.config.schema import CorpusConfig
+from harness.data.corpus import Document, documents
 from harness.models.checkpoints import load_model, load_tokenizer
 from harness.models.resolution import ModelSpec, resolve
 from harness.runtime.progress import notify

@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness.config.loading import Config, load
+from harness.config.loading import load
+from harness.config.schema import Config
 from harness.reporting.runs import Run
 
 if TYPE_CHECKING:
@@ -64,15 +65,14 @@ def evaluate(
     settings of each by name, as in the `suites` section of an experiment. data_root: folder of
     <hub id>/<configuration>/<split>.parquet (or .jsonl). Default: the hub.
     """
-    from harness.config.loading import suite_section
     from harness.evaluation import standalone
-    from harness.evaluation.suite import suite
+    from harness.evaluation.suite import suite, suite_config
     from harness.models.resolution import ModelSpec
     from harness.runtime.device import usable_device
 
     settings: Mapping[str, Mapping[str, Any]] = suites if isinstance(suites, Mapping) else {name: {} for name in suites}
     folder = None if data_root is None else Path(data_root)
-    measured = {name: suite(name)(suite_section(name, given), folder) for name, given in settings.items()}
+    measured = {name: suite(name)(suite_config(name, given), folder) for name, given in settings.items()}
     spec = ModelSpec(name=model, dtype=dtype, trust_remote_code=trust_remote_code)
     return open_run(standalone.evaluate(spec, measured, _root(root), device=usable_device(device, dry=False)))
 

@@ -85,12 +85,12 @@ def baseline_build(
     Where the experiment has no row of the method, it is given one with the name of the method and its defaults.
     """
     from baselines.registry import METHODS
-    from harness.config.loading import load, rows_of
+    from harness.config.loading import load
 
-    own = name in METHODS.names() and not rows_of(load(of, profile=profile), name)
+    own = name in METHODS.names() and not load(of, profile=profile).rows_of(name)
     added = [f"methods.{name}.method={name}"] if own else []
     config = load(of, profile=profile, overrides=[*added, *settings], seeds=seeds)
-    labels = rows_of(config, name)
+    labels = config.rows_of(name)
     if not labels:
         known = [*config.methods, *METHODS.names()]
         raise UserError(

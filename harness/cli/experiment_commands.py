@@ -30,7 +30,7 @@ from harness.runtime import distributed
 from harness.runtime.device import refuse_missing_device
 
 if TYPE_CHECKING:
-    from harness.config.loading import Config
+    from harness.config.schema import Config
     from results.table import Table
 
 experiments = typer.Typer(help="List, show, plan, run and compare experiments.", no_args_is_help=True)
@@ -57,7 +57,7 @@ def experiment_list(form: FormatOption = None, json: Json = False) -> None:
     """The experiments that ship with the harness and their profiles."""
     import yaml
 
-    from harness.config.loading import names
+    from harness.config.shipped import names
     from harness.store.paths import PRESETS
 
     rows = []
@@ -140,9 +140,10 @@ def experiment_run(
 
 
 def _load(names: Sequence[str], profile: str | None, settings: Sequence[str], seeds: Sequence[int]) -> "list[Config]":
-    from harness.config.loading import chosen, load
+    from harness.config.loading import load
+    from harness.config.shipped import choose_experiments
 
-    return [load(name, profile=profile, overrides=settings, seeds=seeds) for name in chosen(names, profile)]
+    return [load(name, profile=profile, overrides=settings, seeds=seeds) for name in choose_experiments(names, profile)]
 
 
 def _plan(configs: "Sequence[Config]", root: Path, flops: float | None, form: Format | None) -> None:
@@ -216,7 +217,7 @@ def extract(
     from harness.config.loading import load
 
     config = load(name, profile=profile, overrides=settings)
-    known = list(config.roles.named())
+    known = list(config.roles.by_name())
     for role in roles:
         if role not in known:
             raise UnknownName("role", role, known)

@@ -19,28 +19,11 @@ def completed(kind: Literal["experiments", "profiles", "methods", "suites", "mod
     """A function that gives a shell the names of a kind that begin with what has been typed. Imports nothing heavy."""
 
     def complete(incomplete: str) -> list[str]:
-        return [name for name in _names(kind) if name.startswith(incomplete)]
+        from harness.config.shipped import names
+
+        return [name for name in names(kind) if name.startswith(incomplete)]
 
     return complete
-
-
-def _names(kind: Literal["experiments", "profiles", "methods", "suites", "models"]) -> list[str]:
-    if kind == "methods":
-        from baselines.registry import METHODS
-
-        return METHODS.names()
-    if kind == "suites":
-        from harness.evaluation.suite import SUITES, suite
-
-        suite("perplexity")  # registers our own
-        return SUITES.names()
-    if kind == "models":
-        from harness.models.catalogue import catalogue
-
-        return list(catalogue())
-    from harness.config.loading import names
-
-    return names(kind)
 
 
 def _remember_json(context: typer.Context, value: bool) -> bool:

@@ -10,35 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from fusion.errors import UserError, did_you_mean
+from harness.config.schema import CorpusConfig
 from harness.data.standard_library import standard_library
 from harness.store.fingerprint import file_sha256
-
-
-class CorpusConfig(BaseModel):
-    """A set of documents: where they lie and how many of them are taken."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    path: str = Field(description="hub dataset id, Parquet, .jsonl or .txt file, folder of .txt files, or 'stdlib'")
-    configuration: str = Field("default", description="the hub dataset's configuration")
-    split: str = Field("train", description="the split that is read")
-    revision: str = Field("main", description="the hub dataset's revision; a commit keeps the text from changing")
-    text_column: str = "text"
-    name_column: str | None = Field(None, description="the document's name; its number in the file without")
-    domain_column: str | None = Field(None, description="column that gives the domain; a.b for b in a structure")
-    domain: str = Field("all", description="the domain where no column gives it")
-    domains: list[str] | dict[str, str] | None = Field(
-        None, description="only documents of these domains; a mapping also says what they are called here"
-    )
-    first_bytes: int | None = Field(None, gt=0, description="only the first so many bytes of each document")
-    max_bytes: int | None = Field(None, gt=0, description="stop at so many bytes of text (bytes)")
-    per_domain: int | None = Field(None, gt=0, description="at most so many documents a domain")
-    domain_bytes: int | None = Field(None, gt=0, description="stop a domain at so many bytes of text (bytes)")
-    expected_bytes: int | None = Field(None, gt=0, description="size for estimates, where the text is not here (bytes)")
-    seed: int = Field(0, description="which documents are taken where a limit is set")
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from harness.data.corpus import (
-    CorpusConfig,
-    CorpusSummary,
-    Document,
-    content_fingerprint,
-    documents,
-    expected_bytes,
-)
+from harness.config.schema import CorpusConfig
+from harness.data.corpus import CorpusSummary, Document, content_fingerprint, documents, expected_bytes
 from harness.store.artifacts import Estimate, Spec, Store, read_manifest
 
 VERSION = 1

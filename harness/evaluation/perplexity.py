@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, Field
 
 from fusion.errors import UserError
+from harness.config.schema import CorpusConfig
 from harness.data import corpus
-from harness.data.corpus import CorpusConfig, Document
+from harness.data.corpus import Document
 from harness.evaluation.suite import NO_VOTE, SUITES, EvaluatedModel, Example, Section, SuiteResult
 from harness.runtime.progress import track
 from harness.stages.training_log import read_curve

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
-from harness.config.loading import suite_section
 from harness.evaluation.records import note_suites, write_records
-from harness.evaluation.suite import EvaluatedModel, Suite, SuiteResult, suite
+from harness.evaluation.suite import EvaluatedModel, Suite, SuiteResult, suite, suite_config
 from harness.models.resolution import ModelSpec, count_parameters, resolve
 from harness.runtime.device import compute_dtype
 from harness.runtime.progress import notify
@@ -52,7 +51,7 @@ def sections(
             known = []
             for task in tasks:
                 try:
-                    kind(suite_section(name, {**merged, "tasks": [task]}), data_root)
+                    kind(suite_config(name, {**merged, "tasks": [task]}), data_root)
                     known.append(task)
                     unknown.pop(task, None)
                 except UserError as error:
@@ -62,7 +61,7 @@ def sections(
                 skipped.append(name)
                 continue
             merged["tasks"] = known
-        made[name] = kind(suite_section(name, merged), data_root)
+        made[name] = kind(suite_config(name, merged), data_root)
     if unknown:
         raise next(iter(unknown.values()))
     for name in skipped:

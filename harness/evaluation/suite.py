@@ -12,10 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fusion.errors import UserError, did_you_mean
 from fusion.registry import Registry
+from harness.config.errors import ConfigurationError, problems_of
 from harness.models.checkpoints import load_model, load_tokenizer
 from harness.models.resolution import ModelSpec, ResolvedModel, resolve
 from harness.store.artifacts import Estimate, Spec, Store
@@ -178,6 +179,20 @@ SUITES: Registry[type[Suite]] = Registry(
 def suite(name: str) -> type[Suite]:
     """The registered suite of that name. Raises UserError with the nearest spelling where there is none."""
     return SUITES.get(name)
+
+
+def suite_config(name: str, given: Any, where: str | None = None) -> BaseModel:
+    """A suite's settings, validated by the suite's own model.
+
+    where: what errors call the configuration that they are in. Raises UserError for an unknown suite, and a
+    ConfigurationError with every unknown key and wrong value.
+    """
+    schema = suite(name).schema
+    try:
+        return given if isinstance(given, schema) else schema.model_validate(given)
+    except ValidationError as error:
+        where, above = (f"suites.{name}", ()) if where is None else (where, ("suites", name))
+        raise ConfigurationError(where, problems_of(error, schema, given, where, above)) from None
 
 
 def ensure_jointly(

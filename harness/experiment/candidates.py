@@ -6,7 +6,8 @@ from pathlib import Path
 
 from baselines.method import Candidate, Ensemble
 from baselines.registry import get_method, schema_of
-from harness.config.loading import Config, method_parameters
+from harness.config.schema import Config
+from harness.config.validation import method_parameters
 from harness.experiment.checks import check_inputs, check_lengths, check_space, check_validation
 from harness.experiment.method_context import MethodContext
 from harness.experiment.pipeline import TARGET, Experiment, open_experiment, start

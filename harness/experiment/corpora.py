@@ -5,9 +5,9 @@ from functools import cached_property
 from pathlib import Path
 
 from fusion.errors import UserError
-from harness.config.loading import Config
+from harness.config.schema import Config, CorpusConfig
 from harness.data import corpus
-from harness.data.corpus import CorpusConfig, Document
+from harness.data.corpus import Document
 from harness.data.passages import Passages, corpus_sentence, make_passages
 from harness.evaluation.perplexity import HeldOutText, Perplexity, PerplexityConfig
 from harness.runtime.progress import notify
@@ -39,7 +39,7 @@ class Corpora:
 
     def passages_of(self, role: str) -> tuple[Spec, Path]:
         """The artifact of the text that a role's model is continued on."""
-        text = self.config.roles.named()[role].corpus
+        text = self.config.roles.by_name()[role].corpus
         assert text is not None, f"{role} is not continued"
         return self._passages(text)
 
@@ -107,7 +107,7 @@ class Corpora:
     def _check_not_trained(self, documents: Sequence[Document], section: str) -> None:
         if self.store.dry:
             return
-        roles = self.config.roles.named()
+        roles = self.config.roles.by_name()
         trained = [self.passages, *(self.passages_of(name) for name, role in roles.items() if role.corpus)]
         hashes = set[str]().union(*(Passages(folder).document_hashes() for _, folder in trained))
         if shared := [document for document in documents if document.sha256 in hashes]:

@@ -23,7 +23,8 @@ from fusion.alignment.fuse import UNPAIRED, fuse_sequence
 from fusion.errors import UserError
 from fusion.losses.fusion_loss import FusionLoss
 from fusion.types import Predictions, Sparse
-from harness.config.loading import Config, method_parameters
+from harness.config.schema import Config
+from harness.config.validation import method_parameters
 from harness.data.passages import Passages
 from harness.experiment.pipeline import TARGET, Experiment, loss_resources, open_experiment, start
 from harness.experiment.run import run_folder

@@ -5,7 +5,7 @@ from typing import Any
 
 from fusion.errors import UserError, did_you_mean
 from fusion.vocabulary.token_bytes import Vocabulary
-from harness.config.loading import Config, Role
+from harness.config.schema import Config, RoleConfig
 from harness.experiment.corpora import Corpora
 from harness.models.catalogue import find_entry
 from harness.models.checkpoints import load_config, load_tokenizer
@@ -35,7 +35,7 @@ class ModelPool:
         self._workspace = workspace
         self._config = config
         self._corpora = corpora
-        self._roles = config.roles.named()
+        self._roles = config.roles.by_name()
         self._models: dict[str, ResolvedModel] = {}
         self._bases: dict[str, ResolvedModel] = {}
         self._vocabularies: dict[str, tuple[Any, Vocabulary]] = {}
@@ -45,7 +45,7 @@ class ModelPool:
         """The names of the roles, the target first."""
         return list(self._roles)
 
-    def role(self, name: str) -> Role:
+    def role(self, name: str) -> RoleConfig:
         """The configuration of a role. Raises UserError for a role that the experiment does not have."""
         if name not in self._roles:
             hint = did_you_mean(name, self._roles)
@@ -134,7 +134,7 @@ class ModelPool:
             self._vocabularies[name] = tokenizer, Vocabulary.from_tokenizer(tokenizer, load_config(model).vocab_size)
         return self._vocabularies[name]
 
-    def _tiny_model(self, tiny: str, role: Role) -> ResolvedModel:
+    def _tiny_model(self, tiny: str, role: RoleConfig) -> ResolvedModel:
         spec, path = make_tiny(self._workspace, tiny, self._config.profile)
         model = ModelSpec(name=str(path / MODEL_FOLDER), dtype=role.dtype)
         return ResolvedModel(path / MODEL_FOLDER, tiny, spec.fingerprint, model)
@@ -144,7 +144,7 @@ class ModelPool:
         training = self._config.training
         return continued_model_spec(name, self.base(name), passages, training, device=self._workspace.device)
 
-    def _continued_model(self, name: str, role: Role) -> ResolvedModel:
+    def _continued_model(self, name: str, role: RoleConfig) -> ResolvedModel:
         assert role.corpus is not None
         spec = self._continued_model_spec(name)
         path = make_continued_model(

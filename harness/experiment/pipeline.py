@@ -13,7 +13,7 @@ from baselines.method import Candidate, Ensemble
 from fusion.errors import UserError
 from fusion.losses.loss import Loss, LossRequirements, LossResources
 from fusion.vocabulary.token_bytes import Vocabulary, encode_alike, same_ids
-from harness.config.loading import Config
+from harness.config.schema import Config
 from harness.data.passages import Passages
 from harness.data.predictions import PredictionsReader
 from harness.data.shards import position_bytes

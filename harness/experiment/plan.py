@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from harness.config.loading import Config
+from harness.config.schema import Config
 from harness.experiment.candidates import candidates
 from harness.experiment.checks import check_sizes
 from harness.experiment.pipeline import Experiment, evaluated_model, measure, open_experiment, start

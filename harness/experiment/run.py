@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from baselines.method import Ensemble
-from harness.config.loading import Config
+from harness.config.schema import Config
 from harness.data.passages import corpus_sentence, corpus_summary
 from harness.evaluation.records import note_suites, write_records
 from harness.evaluation.suite import SuiteResult

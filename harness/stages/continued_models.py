@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fusion.vocabulary.token_bytes import Vocabulary
-from harness.config.loading import TrainingConfig
+from harness.config.schema import TrainingConfig
 from harness.data.passages import Passages
 from harness.models.checkpoints import load_config, load_model, load_tokenizer
 from harness.models.resolution import ResolvedModel

@@ -13,7 +13,7 @@ import numpy as np
 
 from fusion.errors import UserError
 from fusion.vocabulary.token_bytes import Vocabulary, byte_ends, encode, prefix_id
-from harness.config.loading import ExtractionConfig
+from harness.config.schema import ExtractionConfig
 from harness.data.passages import Passages
 from harness.data.shards import checked, shard_path, write_shard
 from harness.runtime.progress import Advance, notify, track

@@ -11,7 +11,7 @@ from typing import Any
 from fusion.errors import UserError
 from fusion.losses.loss import LossRequirements, LossResources
 from fusion.vocabulary.token_bytes import Vocabulary
-from harness.config.loading import ExtractionConfig
+from harness.config.schema import ExtractionConfig
 from harness.data.passages import Passages
 from harness.data.predictions import PredictionsReader
 from harness.models.resolution import ResolvedModel

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fusion.errors import UserError
 from fusion.vocabulary.token_bytes import Vocabulary
-from harness.config.loading import TrainingConfig
+from harness.config.schema import TrainingConfig
 from harness.data.corpus import Document
 from harness.data.passages import Passages, write_passages
 from harness.models.tiny.recipe import TinyModel, build_model, make_tokenizer, tiny_recipe, training_documents

@@ -27,7 +27,7 @@ from fusion.losses.objective import Objective
 from fusion.modeling.heads import fused_forward, split
 from fusion.modeling.packing import Packing, attending_by_passage, check_packing
 from fusion.modeling.teacher import Teacher
-from harness.config.loading import TrainingConfig
+from harness.config.schema import TrainingConfig
 from harness.data.sequences import PackedSequences, collate
 from harness.runtime import distributed
 from harness.runtime.device import compute_dtype

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusion.losses.loss import Loss, LossRequirements
 from fusion.vocabulary.token_bytes import Vocabulary
-from harness.config.loading import Config, TrainingConfig
+from harness.config.schema import Config, TrainingConfig
 from harness.data.passages import Passages
 from harness.data.predictions import PredictionsReader
 from harness.models.card import card_metadata

@@ -46,6 +46,15 @@ def sentence(err: str) -> str:
     return said[0]
 
 
+def sentences(err: str) -> list[str]:
+    """The sentences on standard error that the command ended with where it found several mistakes, one a line."""
+    assert "Traceback" not in err, err
+    head, *lines = err.splitlines()
+    assert head.startswith("fusellm: The configuration of ") and head.endswith(f" has {len(lines)} errors:"), err
+    assert all(line.startswith("  ") and line.endswith(".") for line in lines), err
+    return [line.strip() for line in lines]
+
+
 _server = multiprocessing.get_context("forkserver")
 # What takes seconds to import is imported once; every process is then a fork of that one.
 _server.set_forkserver_preload(

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from harness.config.loading import Config, load
+from harness.config.loading import load
+from harness.config.schema import Config
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from baselines.method import Candidate
-from harness.config.loading import Config, load
+from harness.config.loading import load
+from harness.config.schema import Config
 from harness.experiment.candidates import candidates
 from harness.experiment.pipeline import open_experiment, start
 from harness.runtime import distributed

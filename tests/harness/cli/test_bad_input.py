@@ -111,7 +111,7 @@ def artifact(name: str, content: str) -> Prepare:
     """A complete artifact, one file of which is then overwritten."""
 
     def prepare(here: Path) -> None:
-        from harness.data.corpus import CorpusConfig
+        from harness.config.schema import CorpusConfig
         from harness.data.passages import make_passages
         from harness.store.artifacts import Store
 
@@ -365,7 +365,7 @@ YAML: list[tuple[str | bytes, str]] = [
     ("title: ${title}\n", "Recursive interpolation"),
     ("title: ${env:HOME}\n", "Unsupported interpolation type env"),
     ("a: !!python/object:os.system {}\n", "my.yaml, line 1 is not valid YAML"),
-    ("title: mine\n", r"my.yaml lacks \w+: add it"),
+    ("title: mine\n", "my.yaml lacks roles, corpus, suites, methods and reference: add them"),
     ("extends: mian\n", "There is no experiment 'mian' .did you mean 'main'."),
     ("extends: main\nprofile: smal\n", "There is no profile 'smal'"),
     ("extends: main\nroles: [a]\n", "my.yaml has a list where keys and values belong"),

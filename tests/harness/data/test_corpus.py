@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusion.errors import UserError
-from harness.data.corpus import CorpusConfig, CorpusSummary, documents, expected_bytes, first_bytes
+from harness.config.schema import CorpusConfig
+from harness.data.corpus import CorpusSummary, documents, expected_bytes, first_bytes
 from harness.data.passages import Passages, corpus_summary, cut, make_passages
 from harness.store.artifacts import Store
 

@@ -8,7 +8,8 @@ import pytest
 from baselines.ensemble import EnsembleParameters, ensemble, make_ensemble
 from baselines.method import Candidate, Ensemble, Member
 from fusion.errors import UserError
-from harness.config.loading import load, method_parameters, suite_section
+from harness.config.loading import load
+from harness.config.validation import method_parameters, suite_config
 from harness.data.corpus import Document
 from harness.evaluation import suite
 from harness.evaluation.joint_model import JointModel, joint_subject
@@ -90,7 +91,7 @@ def together(
 
 
 def measure(name: str, section: dict[str, Any], of: EvaluatedModel, root: Path, data: Path) -> SuiteResult:
-    return suite.suite(name)(suite_section(name, section), data).measure(of, Store(root / "artifacts"), Costs("cpu"))
+    return suite.suite(name)(suite_config(name, section), data).measure(of, Store(root / "artifacts"), Costs("cpu"))
 
 
 SECTIONS: dict[str, dict[str, Any]] = {

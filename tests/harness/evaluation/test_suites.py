@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from fusion.errors import UserError
-from harness.config.loading import suite_section
+from harness.config.validation import suite_config
 from harness.evaluation import standalone, suite
 from harness.evaluation.lm_eval import task_suite, tasks
 from harness.evaluation.lm_eval.examples import EXAMPLES
@@ -60,7 +60,7 @@ def evaluated(folder: Path, root: Path) -> EvaluatedModel:
 
 
 def measure(name: str, section: dict[str, Any], model: Path, root: Path, data: Path | None) -> SuiteResult:
-    made = suite.suite(name)(suite_section(name, section), data)
+    made = suite.suite(name)(suite_config(name, section), data)
     return made.measure(evaluated(model, root), Store(root / "artifacts"), Costs("cpu"))
 
 
@@ -296,7 +296,7 @@ def test_rows_that_are_not_as_expected_are_named(rows: Path, models: dict[str, P
 )
 def test_unknown_names_have_a_nearest_spelling(name: str, section: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        suite.suite(name)(suite_section(name, section), None)
+        suite.suite(name)(suite_config(name, section), None)
 
 
 def test_samples_are_in_multipl_es_form_and_independent(

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from fusion.errors import UserError
-from harness.config.loading import Config, load
+from harness.config.loading import load
+from harness.config.schema import Config
 from harness.experiment import run
 from harness.experiment.headroom import audit
 from harness.experiment.pipeline import open_experiment, predict, read_predictions

@@ -14,7 +14,8 @@ from baselines.method import Artifact, Candidate, Context, Parameters
 from baselines.registry import METHODS
 from fusion.errors import UserError
 from fusion.registry import Part
-from harness.config.loading import Config, load
+from harness.config.loading import load
+from harness.config.schema import Config
 from harness.experiment import run
 from harness.experiment.method_context import MethodContext
 from harness.experiment.pipeline import open_experiment

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from fusion.losses.objective import Head, Objective, mixed_loss
 from fusion.losses.sparse_cross_entropy import SparseCrossEntropy
-from harness.config.loading import Config, load
+from harness.config.loading import load
+from harness.config.schema import Config
 from tests.harness import ranks_worker
 from tests.harness.runtime.test_distributed import launch
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 import yaml
 
-from harness.config.loading import Config, load
+from harness.config.loading import load
+from harness.config.schema import Config
 from harness.data.passages import Passages
 from harness.data.sequences import pack
 from harness.experiment.pipeline import open_experiment, read_predictions

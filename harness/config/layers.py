@@ -1,0 +1,131 @@
+"""The layers of a configuration that a user writes (files and `--set`), and the line that a key stands in."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fusion.errors import UserError
+
+Key = tuple[str, ...]
+"""The parts of a dotted key; a list's items are numbered from 0."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Keys and values that are merged over the layers before."""
+
+    values: Any
+    """An OmegaConf mapping."""
+    places: dict[Key, str] = field(default_factory=dict)
+    """Where each key was written, in the words of an error message."""
+
+
+def is_file(name: str) -> bool:
+    """Whether the name of an experiment means a YAML file of the user's own."""
+    return name.endswith((".yaml", ".yml"))
+
+
+def user_layers(path: Path, _extending: Sequence[Path] = ()) -> tuple[list[Layer], str | None]:
+    """The layers of a user's file, the files that it extends first; and the shipped experiment below them, if any.
+
+    `extends: NAME` names an experiment that ships with the harness, `extends: FILE` another file, relative to the file
+    that says so. Raises UserError where a file cannot be read and where files extend one another.
+    """
+    values = _read(path, _extending[-1] if _extending else None)
+    layer = Layer(values, dict(_lines(path)))
+    extends = values.pop("extends", None)
+    if extends is None:
+        return [layer], None
+    if not isinstance(extends, str):
+        raise UserError(f"{path} has extends = {extends!r}, which must be an experiment's name or a YAML file.")
+    if not is_file(extends):
+        return [layer], extends
+    chain = [*_extending, path]
+    base = path.parent / Path(extends).expanduser()
+    if base.resolve() in [one.resolve() for one in chain]:
+        names = ", which extends ".join(map(str, [*chain, base]))
+        raise UserError(f"{names}: a file cannot extend itself, so remove one `extends`.")
+    below, shipped = user_layers(base, chain)
+    return [*below, layer], shipped
+
+
+def setting_layer(item: str) -> Layer:
+    """A `--set KEY=VALUE` as a layer. Raises UserError where it is none."""
+    from omegaconf import OmegaConf
+
+    key, equals, _ = item.partition("=")
+    if not equals:
+        raise UserError(f"--set {item} has no value: write --set KEY=VALUE.")
+    if not all(key.strip().split(".")):
+        raise UserError(f"--set {item} has no key: write --set KEY=VALUE, with dots between the parts of the key.")
+    if key == "profile":
+        raise UserError(f"--set {item} chooses no profile: write --profile.")
+    values = OmegaConf.from_dotlist([item])
+    keys = _keys(OmegaConf.to_container(values, resolve=False))
+    return Layer(values, dict.fromkeys(keys, f"--set {item}"))
+
+
+def place_of(key: Key, layers: Sequence[Layer]) -> str | None:
+    """Where a key was written last, or else the section it is missing from; None where no user wrote it."""
+    for depth in range(len(key), min(2, len(key)) - 1, -1):
+        for layer in reversed(layers):
+            if depth and key[:depth] in layer.places:
+                return layer.places[key[:depth]]
+    return None
+
+
+def _read(path: Path, extended_by: Path | None) -> Any:
+    """The keys and values of a user's file. Raises UserError where it cannot be read or holds something else."""
+    from omegaconf import OmegaConf
+    from yaml import MarkedYAMLError, YAMLError
+
+    correct = f"correct `extends` in {extended_by}" if extended_by else "correct the path of the experiment"
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"There is no file {path}: {correct}.") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder: give an experiment's name or a YAML file.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 at byte {error.start}: convert the file.") from None
+    except MarkedYAMLError as error:
+        at = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{at} is not valid YAML ({error.problem}): correct it.") from None
+    except YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from None
+    except OSError as error:  # for OmegaConf a single value is one, too
+        if error.errno is not None:
+            raise
+        loaded = None
+    if not loaded or not OmegaConf.is_dict(loaded):
+        raise UserError(f"{path} does not hold keys and values: write an experiment in it (see `experiment show`).")
+    return loaded
+
+
+def _lines(path: Path) -> Iterator[tuple[Key, str]]:
+    """The keys of a YAML file that can be read, with file and line."""
+    import yaml
+
+    def walk(node: yaml.Node, above: Key) -> Iterator[tuple[Key, str]]:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                inner = above if key.value == "<<" else (*above, str(key.value))
+                yield inner, f"{path}, line {key.start_mark.line + 1}"
+                yield from walk(value, inner)
+        elif isinstance(node, yaml.SequenceNode):
+            for number, value in enumerate(node.value):
+                inner = (*above, str(number))
+                yield inner, f"{path}, line {value.start_mark.line + 1}"
+                yield from walk(value, inner)
+
+    node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    if node is not None:
+        yield from walk(node, ())
+
+
+def _keys(value: Any, above: Key = ()) -> Iterator[Key]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*above, str(key))
+        yield from _keys(inner, (*above, str(key)))

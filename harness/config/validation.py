@@ -1,0 +1,118 @@
+"""Whether a configuration holds: its sections by the schema, methods and suites by the models they are registered with.
+
+Nothing stops at the first mistake: all are collected, and one `ConfigurationError` names them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from baselines.method import Parameters, named_roles
+from baselines.registry import get_method, schema_of
+from fusion.errors import UserError, did_you_mean
+from harness.config.errors import ConfigurationError, Problem, collecting, problems_of
+from harness.config.schema import Config
+from harness.evaluation.suite import suite_config
+
+P = TypeVar("P", bound=Parameters)
+
+# What a source cannot be called: the other roles, and what the audit calls all sources together.
+_RESERVED = ("target", "teacher", "fused")
+
+
+def parameters_model(name: str) -> type[Parameters]:
+    """The model of a method's parameters. Raises UserError for an unknown method or one that cannot be imported."""
+    return schema_of(get_method(name))
+
+
+def method_parameters(label: str, entry: Mapping[str, Any], schema: type[P]) -> P:
+    """The parameters of the row `label`, validated by its method's model. Raises UserError for what is wrong there."""
+    given, where = {key: value for key, value in entry.items() if key != "method"}, f"methods.{label}"
+    try:
+        return schema.model_validate(given)
+    except ValidationError as error:
+        raise ConfigurationError(where, problems_of(error, schema, given, where)) from None
+
+
+def resolve(raw: Mapping[str, Any], where: str) -> Config:
+    """The configuration that a merged mapping stands for, with the effective parameters of methods and suites.
+
+    where: what messages call it. Raises ConfigurationError with every mistake.
+    """
+    problems: list[Problem] = []
+    rows, sections, roles = dict(raw.get("methods") or {}), raw.get("suites"), raw.get("roles")
+    for label, entry in rows.items():
+        with collecting(problems, "methods", label):
+            if not isinstance(entry.get("method"), str):
+                raise UserError(f"methods.{label} does not say which method it is: add `method: NAME`.")
+            method = get_method(entry["method"])
+            parameters = method_parameters(label, entry, schema_of(method))
+            # The values and not what they were read from: defaults, presets and files may change later.
+            rows[label] = {"method": entry["method"], **parameters.model_dump(mode="json", by_alias=True)}
+            if isinstance(roles, Mapping):
+                problems += _role_problems(label, method.needs, parameters, roles)
+    if isinstance(sections, Mapping):
+        sections = {name: given for name, given in sections.items() if given is not None}
+        for name, given in sections.items():
+            with collecting(problems, "suites", name):
+                sections[name] = suite_config(name, given, where)
+    whole = {
+        **raw,
+        **{key: value for key, value in (("methods", rows), ("suites", sections)) if raw.get(key) is not None},
+    }
+    config = None
+    try:
+        config = Config.model_validate(whole)
+        problems += _number_problems(config)
+    except ValidationError as error:
+        problems = [*problems_of(error, Config, whole, where), *problems]
+    problems += _name_problems(whole)
+    if problems or config is None:
+        raise ConfigurationError(where, problems)
+    return config
+
+
+def _role_problems(
+    label: str, needs: Sequence[str], parameters: BaseModel, roles: Mapping[str, Any]
+) -> Iterator[Problem]:
+    """The roles that a method names or needs and that are not there."""
+    present = ["target", *(roles.get("sources") or {}), *(["teacher"] if roles.get("teacher") else [])]
+    named = named_roles(parameters)
+    if "teacher" in needs and not hasattr(parameters, "teachers"):
+        named.append("teacher")
+    for name in dict.fromkeys(named):
+        if name == "teacher" and name not in present:
+            sentence = f"methods.{label} needs a teacher, and there is none: say who it is in roles.teacher."
+        elif name not in present:
+            hint = did_you_mean(name, present)
+            sentence = f"methods.{label} names {name!r}, which is no role{hint}: roles are {', '.join(present)}."
+        else:
+            continue
+        yield Problem(sentence, ("methods", label))
+
+
+def _name_problems(raw: Mapping[str, Any]) -> Iterator[Problem]:
+    """Sources with names that mean something else, and a reference that is no row."""
+    roles, rows, reference = raw.get("roles"), raw.get("methods"), raw.get("reference")
+    for name in (roles.get("sources") or {}) if isinstance(roles, Mapping) else ():
+        if name in _RESERVED:
+            sentence = f"roles.sources has a source called {name!r}, which means something else: rename it."
+            yield Problem(sentence, ("roles", "sources", name))
+    if isinstance(reference, str) and rows and reference not in rows:
+        hint = did_you_mean(reference, rows)
+        sentence = f"reference {reference!r} is no row{hint}: rows are {', '.join(rows)}."
+        yield Problem(sentence, ("reference",))
+
+
+def _number_problems(config: Config) -> Iterator[Problem]:
+    """Numbers that are right alone and wrong together."""
+    training = config.training
+    if len(set(config.seeds)) != len(config.seeds):
+        yield Problem(f"seeds {config.seeds} names one twice: give each seed once.", ("seeds",))
+    if training.global_batch_size % training.micro_batch_size:
+        yield Problem(
+            f"training.global_batch_size = {training.global_batch_size} is no multiple of "
+            f"training.micro_batch_size = {training.micro_batch_size}: change one of them.",
+            ("training", "micro_batch_size"),
+        )
