@@ -13,6 +13,8 @@ from benchmarks.page import Result, page
 from tests.harness.tiny_models import save_model, sentences
 from tests.shared import shared
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_driver_runs_every_benchmark(
     experiment_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

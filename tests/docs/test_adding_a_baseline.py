@@ -17,6 +17,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "adding-a-baseline.md"
 BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_page_leads_to_a_row(tmp_path: Path) -> None:
     blocks = BLOCK.findall(PAGE.read_text(encoding="utf-8"))
     files = {title: text for _, title, text in blocks if title}

@@ -130,6 +130,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.slow
 def test_the_first_page_leaves_what_it_says(folder: Path) -> None:
     assert "FuseLLM lambda 0.5" in (next(folder.glob("work/runs/mine/micro/*")) / "table.md").read_text()
     assert (folder / "report" / "report.html").exists() and (folder / "tables" / "quickstart.tex").exists()
@@ -138,6 +139,7 @@ def test_the_first_page_leaves_what_it_says(folder: Path) -> None:
     assert kinds.count("train") == 4 and kinds.count("predictions") == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_is_followed(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _follow(DOCS / page, folder, monkeypatch)

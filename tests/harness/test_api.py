@@ -39,6 +39,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> harness.Run:
     return run
 
 
+@pytest.mark.slow
 def test_a_run_is_opened_by_name_and_by_folder(finished: harness.Run) -> None:
     root = finished.folder.parents[3]
     assert harness.open_run("quickstart", root=root).folder == finished.folder
@@ -47,6 +48,7 @@ def test_a_run_is_opened_by_name_and_by_folder(finished: harness.Run) -> None:
         harness.open_run("main", root=root)
 
 
+@pytest.mark.slow
 def test_tables_take_another_reference(finished: harness.Run) -> None:
     table = harness.tables(finished)["table"]
     assert list(table.to_frame().index) == list(finished.methods)
@@ -58,10 +60,12 @@ def test_tables_take_another_reference(finished: harness.Run) -> None:
         harness.tables(finished, reference="targt")
 
 
+@pytest.mark.slow
 def test_a_report_is_written(finished: harness.Run, tmp_path: Path) -> None:
     assert harness.report([finished.folder], out=tmp_path).read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
+@pytest.mark.slow
 def test_a_model_is_evaluated_on_a_suite_with_settings(finished: harness.Run, tmp_path: Path) -> None:
     from transformers import LlamaConfig
 

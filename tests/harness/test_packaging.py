@@ -51,6 +51,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [
@@ -71,6 +72,7 @@ def test_no_optional_dependency_is_needed(command: str, root: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module, extra", [("torch", "train"), ("transformers", "train")])
 def test_a_missing_extra_is_named_in_one_sentence(module: str, extra: str, tmp_path: Path) -> None:
     done = _without({module}, "experiment", "run", "quickstart", "--profile", "micro", "--root", tmp_path)

@@ -118,6 +118,7 @@ def measures() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+@pytest.mark.slow
 def test_figures_have_the_same_bytes_every_time(tmp_path: Path) -> None:
     curves = [curve("CLM", {0: 0.8, 10: 0.7}), curve("FuseLLM", {0: 0.8, 10: 0.69})]
     parts = records(tmp_path / "r", *curves, *at_lambdas())

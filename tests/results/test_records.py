@@ -140,6 +140,7 @@ def test_the_evaluation_is_known_of_each_record_though_a_copy_lacks_its_provenan
         read(tmp_path)
 
 
+@pytest.mark.slow
 def test_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
     code = (
         "import sys; from results.records import Record, write\n"

@@ -134,6 +134,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_quickstart_prints_its_table(quickstart: Path) -> None:
     printed = fusellm("tables", "quickstart", "--format", "md", "--root", quickstart).stdout
     assert "plumbing, not a result" in printed.lower()

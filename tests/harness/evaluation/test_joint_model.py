@@ -116,6 +116,7 @@ def flat(value: Any) -> list[Any]:
     return [one for part in value for one in flat(part)] if isinstance(value, list) else [value]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SECTIONS)
 def test_every_suite_takes_ensembles(name: str, rows: Path, models: dict[str, Path], tmp_path: Path) -> None:
     one, two, other, wide = (models[role] for role in ("one", "two", "other", "wide"))
@@ -151,6 +152,7 @@ def test_perplexity_of_ensembles(models: dict[str, Path], tmp_path: Path) -> Non
     assert nats(together({"a": models["one"], "c": models["other"]}, tmp_path)) != pytest.approx(both, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_a_vote_counts_the_members_answers(rows: Path, models: dict[str, Path], tmp_path: Path) -> None:
     members = {"a": models["one"], "b": models["two"], "c": models["other"]}
     weights = {"a": 0.4, "b": 0.35, "c": 0.25}
@@ -279,6 +281,7 @@ def test_an_ensemble_does_not_search_beams(rows: Path, models: dict[str, Path], 
         lm.generate_until([request])
 
 
+@pytest.mark.slow
 def test_an_experiment_with_ensembles(experiment_file: Path, tmp_path: Path) -> None:
     overrides = [
         "methods.Ensemble.method=ensemble",

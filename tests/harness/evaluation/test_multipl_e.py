@@ -96,6 +96,7 @@ def verdicts(results: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
     return [(r["program"], r["exit_code"], r["status"], r["strict"]) for r in results]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LANGUAGES)
 def test_every_verdict_of_the_oracle(name: str, tmp_path: Path, cache: Path) -> None:
     rows = rows_of(name)
@@ -116,6 +117,7 @@ def test_every_verdict_of_the_oracle(name: str, tmp_path: Path, cache: Path) -> 
         assert result["program"].endswith(rows[case["name"]]["tests"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "completion"),
     [
@@ -134,6 +136,7 @@ def test_a_forged_success_does_not_pass_strictly(name: str, completion: str, tmp
     assert (result["exit_code"], result["strict"]) == (0, False)
 
 
+@pytest.mark.slow
 def test_harm_does_not_touch_other_scores(run: Continuation) -> None:
     file = Path(tempfile.gettempdir(), f"hostile-{uuid.uuid4().hex}")
     harm = [
@@ -154,6 +157,7 @@ def test_harm_does_not_touch_other_scores(run: Continuation) -> None:
     assert not file.exists()
 
 
+@pytest.mark.slow
 def test_identical_programs_run_once(tmp_path: Path, cache: Path) -> None:
     needed(sandboxes.refusal())
     path = write(tmp_path / "g.jsonl", [problem(*[RIGHT] * 20, WRONG, f"{RIGHT}\n# what follows is cut")])
@@ -163,6 +167,7 @@ def test_identical_programs_run_once(tmp_path: Path, cache: Path) -> None:
     assert execute(path, tmp_path / "r.jsonl", cache=cache, limits=LIMITS).ran == 0
 
 
+@pytest.mark.slow
 def test_subset_and_order_do_not_matter(run: Continuation) -> None:
     problems = [problem(RIGHT, WRONG, "    return 5\n", name=f"HumanEval_{n}_add") for n in range(3)]
     whole = verdicts(run(*problems, out="whole"))
@@ -170,6 +175,7 @@ def test_subset_and_order_do_not_matter(run: Continuation) -> None:
     assert verdicts(run(problems[1], out="one", workers=1)) == whole[3:6]
 
 
+@pytest.mark.slow
 def test_results_carry_the_row_along(run: Continuation, tmp_path: Path) -> None:
     run(problem(RIGHT, temperature=0.2, top_p=0.95))
     line = json.loads((tmp_path / "results.jsonl").read_text())
@@ -178,6 +184,7 @@ def test_results_carry_the_row_along(run: Continuation, tmp_path: Path) -> None:
     assert line["results"][0]["stdout"] == ""  # without the nonce
 
 
+@pytest.mark.slow
 def test_a_killed_execution_goes_on(tmp_path: Path, cache: Path) -> None:
     needed(sandboxes.refusal())
     slow = [f"    import time; time.sleep(0.3)\n    return x + y + {n} - {n}\n" for n in range(16)]
@@ -222,6 +229,7 @@ def fragile(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield script
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", ["gone", "broken"])
 def test_a_toolchain_that_disappears_ends_in_one_sentence(
     harm: str, fragile: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
@@ -249,6 +257,7 @@ def test_a_toolchain_that_disappears_ends_in_one_sentence(
     assert all(result["strict"] for result in results_of(done))
 
 
+@pytest.mark.slow
 def test_a_missing_language_is_named_and_never_counted(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +279,7 @@ def test_a_missing_language_is_named_and_never_counted(
     ]
 
 
+@pytest.mark.slow
 def test_without_a_sandbox_nothing_is_executed(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     path = write(tmp_path / "g.jsonl", [problem(RIGHT)])
@@ -280,12 +290,14 @@ def test_without_a_sandbox_nothing_is_executed(tmp_path: Path, cache: Path, monk
     assert result["strict"] and "no sandbox" in result["toolchain"]
 
 
+@pytest.mark.slow
 def test_results_of_other_completions_are_not_overwritten(run: Continuation) -> None:
     run(problem(RIGHT))
     with pytest.raises(UserError, match="other completions"):
         run(problem(WRONG))
 
 
+@pytest.mark.slow
 def test_two_executions_do_not_write_one_file(run: Continuation, tmp_path: Path) -> None:
     from filelock import FileLock
 
@@ -293,6 +305,7 @@ def test_two_executions_do_not_write_one_file(run: Continuation, tmp_path: Path)
         run(problem(RIGHT))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["python", "js", "php", "r", "rb"])
 def test_any_text_is_a_program(name: str, tmp_path: Path, cache: Path) -> None:
     needed(sandboxes.refusal())
@@ -381,6 +394,7 @@ def test_the_nonce_comes_after_the_last_test() -> None:
             assert "NONCE" in lines[-1] or (name == "rb" and "NONCE" in lines[-3]), (name, text)
 
 
+@pytest.mark.slow
 def test_doctor_names_the_sandbox_and_every_language(cache: Path) -> None:
     from harness.cli.doctor import _toolchains
 

@@ -59,6 +59,7 @@ def own_tasks(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_tasks_of_ones_own_have_lm_evals_numbers(
     own_tasks: Path,
     models: dict[str, Path],  # noqa: F811

@@ -20,6 +20,8 @@ from harness.evaluation.multipl_e.toolchains import find
 from harness.evaluation.sandbox import Limits, Outcome, Program, Sandbox
 from tests.shared import needed
 
+pytestmark = pytest.mark.slow
+
 _MiB = 1 << 20
 LIMITS = Limits(cpu=2, wall=4.0, memory=256 * _MiB, processes=40, disk=8 * _MiB, shared=2 * _MiB)
 

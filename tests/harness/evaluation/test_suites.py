@@ -29,6 +29,8 @@ from tests.harness.suite_rows import make_data_root, write_rows
 from tests.harness.tiny_models import save_model
 from tests.shared import needed
 
+pytestmark = pytest.mark.slow
+
 # Few of the rows' words are tokens of the tiny vocabulary, so that a BBH prompt has thousands of them.
 CONTEXT = 8192
 

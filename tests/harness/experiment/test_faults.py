@@ -40,6 +40,8 @@ from harness.store.cleanup import unused
 from harness.store.files import exclusive_lock
 from tests.harness.command import answer, assert_whole, results, sentence, start
 
+pytestmark = pytest.mark.slow
+
 RUN = ("experiment", "run")
 
 

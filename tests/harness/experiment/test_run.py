@@ -20,6 +20,8 @@ from harness.store.artifacts import Store
 from harness.store.cleanup import unused
 from results.records import read
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def finished(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path, Path]:

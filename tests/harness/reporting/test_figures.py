@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 from harness.reporting.figures import AUDIT, _series, drawings
 from harness.reporting.tables import tables
@@ -67,6 +68,7 @@ def test_rows_are_in_a_series_that_differ_in_nothing_else() -> None:
     }
 
 
+@pytest.mark.slow
 def test_tables_write_every_figure_from_what_is_stored(tmp_path: Path) -> None:
     folder = _ablation(tmp_path)
     _audit(folder)
@@ -81,6 +83,7 @@ def test_tables_write_every_figure_from_what_is_stored(tmp_path: Path) -> None:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_report_shows_the_same_figures(tmp_path: Path) -> None:
     folder = _ablation(tmp_path)
     _audit(folder)

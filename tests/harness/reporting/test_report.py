@@ -39,6 +39,7 @@ def written(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "report.html"
 
 
+@pytest.mark.slow
 def test_the_rows_of_the_tiny_profiles_are_ours(root: Path) -> None:
     """Every task of the table was answered by every row, from the rows that come with the harness."""
     made = run_table(runs.open_run(runs.find_run(root, "table2", "micro")))
@@ -46,6 +47,7 @@ def test_the_rows_of_the_tiny_profiles_are_ours(root: Path) -> None:
     assert all(cell.value is not None for row in made.cells for cell in row)
 
 
+@pytest.mark.slow
 def test_held_out_text_stands_beside_the_papers_table(root: Path) -> None:
     commonsense, text = report.read(runs.open_run(runs.find_run(root, "table2", "micro")), examples=0).tables
     assert commonsense.rows[0] == "arc_easy"
@@ -53,6 +55,7 @@ def test_held_out_text_stands_beside_the_papers_table(root: Path) -> None:
     assert all(cell.value is not None for row in text.cells for cell in row[:3])
 
 
+@pytest.mark.slow
 def test_a_cell_leads_to_everything_behind_it(root: Path) -> None:
     folder = runs.find_run(root, "table2", "micro")
     description = read_run_file(folder / RUN_FILE)
@@ -74,6 +77,7 @@ def test_a_cell_leads_to_everything_behind_it(root: Path) -> None:
     assert by_fingerprint[trained["inputs"]["passages"]]["kind"] == "passages"
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_else_and_is_the_same_each_time(written: Path, root: Path, tmp_path: Path) -> None:
     text = written.read_text()
     assert {one[:5] for one in re.findall(r'src="([^"]+)', text)} == {"data:"}
@@ -85,6 +89,7 @@ def test_the_page_needs_nothing_else_and_is_the_same_each_time(written: Path, ro
         assert f'id="{link}"' in text
 
 
+@pytest.mark.slow
 def test_costs_and_examples(root: Path) -> None:
     run = report.read(runs.open_run(runs.find_run(root, "table2", "micro")), examples=2)
     costs = {(cost.stage, cost.of): cost for cost in run.costs}
@@ -116,6 +121,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield browser
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [DESKTOP, PHONE])
 def test_the_page_in_a_browser(written: Path, browser: Any, size: tuple[int, int]) -> None:
     resize(browser, size)
@@ -189,6 +195,7 @@ def test_examples_are_filtered_in_the_browser(browser: Any, tmp_path: Path) -> N
         assert shown() == [str(i) for i in range(12) if wanted(bool(i % 2), i < 8)][:5]
 
 
+@pytest.mark.slow
 def test_what_two_runs_differ_in(root: Path, tmp_path: Path) -> None:
     from tests.harness.reporting.test_runs import commonsense, finished, main
 

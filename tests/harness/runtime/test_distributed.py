@@ -112,6 +112,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path / "model" / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("row", "zero"),
     [
@@ -137,6 +138,7 @@ def test_two_ranks_train_as_one(alone: Path, together: Path, row: str, zero: str
         assert (found[name] - value).abs().max() <= learning_rate * STEPS * 1e-2, name
 
 
+@pytest.mark.slow
 def test_the_curve_is_measured_as_alone(alone: Path, together: Path) -> None:
     for zero in ("-", "zero3"):
         lines = [
@@ -148,6 +150,7 @@ def test_the_curve_is_measured_as_alone(alone: Path, together: Path) -> None:
             assert [r["nats"] for r in two["records"]] == pytest.approx([r["nats"] for r in one["records"]], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_zero_goes_on_bit_by_bit(together: Path) -> None:
     """Interrupted in the middle of the second epoch, at a step that is no checkpoint's."""
     resumed = trained(together / "again", "FuseLLM", "zero2")
@@ -156,6 +159,7 @@ def test_zero_goes_on_bit_by_bit(together: Path) -> None:
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run_and_the_command_goes_on(together: Path, experiment_file: Path) -> None:
     root = together / "again"
     killed = launch("-m", "tests.harness.ranks_worker", experiment_file, together, "-:FuseLLM:kill:7", check=False)
@@ -175,6 +179,7 @@ def test_a_killed_rank_ends_the_run_and_the_command_goes_on(together: Path, expe
     assert json.loads((trained(root, "CLM") / "manifest.json").read_text())["info"]["ranks"] == 2
 
 
+@pytest.mark.slow
 def test_a_mistake_of_all_ranks_is_said_once(experiment_file: Path, tmp_path: Path) -> None:
     settings = ["--set", "training.global_batch_size=3", "--root", tmp_path]
     done = launch("-m", "harness", "experiment", "run", experiment_file, *settings, check=False)
@@ -216,6 +221,7 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 def test_the_mistake_of_one_rank_ends_all(experiment_file: Path, tmp_path: Path) -> None:
     (tmp_path / "failing.py").write_text(FAILING)
     done = launch(tmp_path / "failing.py", "experiment", "run", experiment_file, check=False)

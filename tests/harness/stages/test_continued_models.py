@@ -81,6 +81,7 @@ def _manifests(root: Path, kind: str) -> dict[str, dict[str, Any]]:
     return {manifest["label"]: manifest for manifest in found}
 
 
+@pytest.mark.slow
 def test_siblings_are_made_once_and_their_tokens_shown(finished: tuple[Config, Path, Path]) -> None:
     config, root, folder = finished
     continued_models = _manifests(root, "continued_model")
@@ -98,6 +99,7 @@ def test_siblings_are_made_once_and_their_tokens_shown(finished: tuple[Config, P
     assert {path for path, _ in unused(root)} == set()
 
 
+@pytest.mark.slow
 def test_all_trained_rows_see_the_same_and_share_what_is_made(finished: tuple[Config, Path, Path]) -> None:
     """Same model, text, steps, schedule and seed in every manifest, same tokens after every step; one extraction."""
     _, root, _ = finished
@@ -116,6 +118,7 @@ def test_all_trained_rows_see_the_same_and_share_what_is_made(finished: tuple[Co
     assert trained["FuseLLM-seed0"]["inputs"]["extractions"] == trained["FuseLLM em-seed0"]["inputs"]["extractions"]
 
 
+@pytest.mark.slow
 def test_a_plan_makes_nothing_and_knows_siblings_and_merges(
     finished: tuple[Config, Path, Path], tmp_path: Path
 ) -> None:
@@ -153,6 +156,7 @@ def _probe(context: Context, parameters: Parameters) -> Candidate:
     return context.model(min(losses, key=lambda name: losses[name]))
 
 
+@pytest.mark.slow
 def test_a_method_from_validation_losses_plans_and_runs(
     finished: tuple[Config, Path, Path], file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +175,7 @@ def test_a_method_from_validation_losses_plans_and_runs(
     assert {p.state for p in plan(config, root)} == {"ready"}
 
 
+@pytest.mark.slow
 def test_validation_nll_is_the_validation_texts_nats_per_byte(finished: tuple[Config, Path, Path]) -> None:
     import torch
 
@@ -193,6 +198,7 @@ def test_validation_nll_is_the_validation_texts_nats_per_byte(finished: tuple[Co
     assert context.validation_nll(context.model("one")) == pytest.approx(nats / n_bytes, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_any_model_can_be_asked_for_by_name(finished: tuple[Config, Path, Path], made: Path) -> None:
     config, root, _ = finished
     context = MethodContext(open_experiment(config, root), "row", 0)

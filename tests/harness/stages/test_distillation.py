@@ -23,6 +23,8 @@ from results.records import read
 from tests.harness.bigrams import Bigrams, experiment, other
 from tests.harness.listening import rows_of, trained
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["abcdab", "acbdcd", "ddabc"]
 TARGET = Bigrams({"<s>": {"a": 0.3, "ab": 0.2}, "ab": {"cd": 0.3, "c": 0.05}, "a": {"c": 0.4}, "d": {"d": 0.6}})
 TEACHER = Bigrams({"<s>": {"ab": 0.5, "d": 0.3}, "ab": {"cd": 0.6, "c": 0.2}, "b": {"d": 0.9}, "cd": {"ab": 0.7}})

@@ -55,6 +55,7 @@ def _start(experiment_file: Path, root: Path, pause: float) -> "subprocess.Popen
     return subprocess.Popen([*command, "--root", str(root)], stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_two_processes_share_an_extraction_and_one_is_killed(
     alone: Path, experiment_file: Path, tmp_path: Path
 ) -> None:
@@ -80,6 +81,7 @@ def test_two_processes_share_an_extraction_and_one_is_killed(
     assert sorted(p.name for p in whole.iterdir()) == sorted(p.name for p in alone.iterdir())
 
 
+@pytest.mark.slow
 def test_who_comes_late_uses_what_another_has_completed(tmp_path: Path) -> None:
     store, spec = Store(tmp_path), Spec("thing", "late", 1, {}, {})
 
@@ -96,6 +98,7 @@ def test_who_comes_late_uses_what_another_has_completed(tmp_path: Path) -> None:
     assert [p.suffix for p in path.parent.iterdir() if p != path] == [".lock"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "fits"), [(1e-7, True), (0.1, False)])
 def test_a_model_that_reads_otherwise_on_resume_is_refused(
     experiment_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: float, fits: bool
@@ -124,6 +127,7 @@ def test_a_model_that_reads_otherwise_on_resume_is_refused(
     assert len(_bytes(begun)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
 def test_damage_to_any_finished_shard_is_refused_by_name(
     alone: Path, experiment_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
@@ -140,6 +144,7 @@ def test_damage_to_any_finished_shard_is_refused_by_name(
     assert _bytes(predict(open_experiment(config, tmp_path), "neox")[1]) == _bytes(alone)
 
 
+@pytest.mark.slow
 def test_both_packings_are_one_artifact_with_the_same_numbers(
     alone: Path, experiment_file: Path, tmp_path: Path
 ) -> None:
@@ -181,6 +186,7 @@ def spoilt(experiment_file: Path, made: Path, tmp_path_factory: pytest.TempPathF
     return folder / "spoilt.yaml"
 
 
+@pytest.mark.slow
 def test_too_many_passages_without_finite_logits_end_the_run(spoilt: Path, tmp_path: Path) -> None:
     small = open_experiment(load(str(spoilt)), tmp_path)
     predict(small, "target")  # one passage may always be skipped
@@ -193,6 +199,7 @@ def test_too_many_passages_without_finite_logits_end_the_run(spoilt: Path, tmp_p
         predict(strict, "target")
 
 
+@pytest.mark.slow
 def test_what_was_left_out_before_an_interruption_counts(
     spoilt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +220,7 @@ def _killed(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_passages_without_finite_logits_are_named_counted_and_fused_without(
     spoilt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,8 @@ from tests.harness import reference
 from tests.harness.listening import rows_of, trained
 from tests.harness.reference import Read, Reader, Taught
 
+pytestmark = pytest.mark.slow
+
 DOCUMENTS = {
     "prose": "The quick brown fox jumps over the lazy dog. The dog sleeps; the fox does not. The dog does not jump "
     "over the fox.",
