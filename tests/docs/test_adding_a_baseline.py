@@ -70,13 +70,13 @@ def _package(folder: Path, name: str, offered: str, code: str) -> None:
 def test_a_package_that_goes_wrong_is_named_and_the_rest_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in METHODS._own:  # a module registers once, and what is set below is taken back
+        METHODS.part(name)
     _package(tmp_path, "plug_broken", "broken = plug_broken:Broken", "raise RuntimeError('not\\ntoday')\n")
     _package(tmp_path, "plug_first", "twice = plug_first:A", "A = 1\n")
     _package(tmp_path, "plug_second", "twice = plug_second:A\nmerge = plug_second:A", "A = 1\n")
     _package(tmp_path, "plug_number", "number = plug_number:A", "A = 1\n")
     monkeypatch.syspath_prepend(tmp_path)
-    for name in METHODS._own:  # a module registers once, and what is set below is taken back
-        METHODS.part(name)
     monkeypatch.setattr(METHODS, "_parts", dict(METHODS._parts))
     wrong = {
         "broken": r"method .broken. could not be imported from .plug_broken:Broken. .RuntimeError: not today.: correct",
