@@ -6,9 +6,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import machine, models, store, tables, tokens
-from benchmarks.material import Material
-from benchmarks.page import Result, page
+from benchmarks import models, store, tables, tokens
+from benchmarks.support import machine
+from benchmarks.support.material import Material
+from benchmarks.support.page import Result, page
 from fusion.errors import UserError
 from harness.config.loading import load
 from harness.experiment.pipeline import TARGET, open_experiment

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import fusion.losses.objective as objective_module
 from baselines.fusellm import FuseLLMParameters
-from benchmarks import machine, plain
-from benchmarks.material import Material
-from benchmarks.page import Result
+from benchmarks.support import machine, reference_implementation
+from benchmarks.support.material import Material
+from benchmarks.support.page import Result
 from fusion.inference.top_k import batches_by_length, predict_top_k, reader
 from fusion.losses.fusion_loss import FusionLoss
 from fusion.losses.loss import LossResources
@@ -113,7 +113,7 @@ def _fused(problem: _Problem) -> tuple[Tensor, Tensor, Tensor]:
 def _dense(problem: _Problem) -> tuple[Tensor, Tensor, Tensor]:
     logits = problem.hidden @ problem.weight.T
     p = torch.zeros(logits.shape).scatter_(1, problem.ids, problem.p)
-    return _gradients(problem, plain.objective(logits, problem.gold, p, _LAMBDA) / len(logits))
+    return _gradients(problem, reference_implementation.objective(logits, problem.gold, p, _LAMBDA) / len(logits))
 
 
 def _objective_peak(kind: str, positions: int, vocabulary: int, hidden: int) -> int:
@@ -202,7 +202,7 @@ class _Stepper:
         logits = own_forward(self.model, **inputs).logits.float().flatten(0, 1)
         ids, p = batch["ids"].flatten(0, 1), batch["p"].flatten(0, 1)
         dense = torch.zeros_like(logits).scatter_add_(1, ids.clamp(min=0), p)  # pads add 0 to id 0
-        return plain.objective(logits, batch["labels"].clamp(min=-1).flatten(), dense, _LAMBDA)
+        return reference_implementation.objective(logits, batch["labels"].clamp(min=-1).flatten(), dense, _LAMBDA)
 
 
 def training(prepared: Prepared, *, quick: bool) -> list[Result]:
@@ -289,11 +289,14 @@ def _loader(prepared: Prepared, step_seconds: float) -> Result:
     members = rows.members[0]
     readings = [{name: e.predictions(p) for name, e in extractions.items()} for p in members]
     pairs = {
-        s.name: [plain.same_end(r[s.name].ends.tolist(), r[target].ends.tolist()) for r in readings] for s in sources
+        s.name: [reference_implementation.same_end(r[s.name].ends.tolist(), r[target].ends.tolist()) for r in readings]
+        for s in sources
     }
     images = {source.name: source.map for source in sources}
     size = len(extractions[target].vocabulary)
-    reference = machine.seconds(lambda: plain.fuse(readings, pairs, images, target, size), repeat=1, warm=False)
+    reference = machine.seconds(
+        lambda: reference_implementation.fuse(readings, pairs, images, target, size), repeat=1, warm=False
+    )
     texts = [prepared.passages.text(p) for p in members]
     tokenizers = [prepared.experiment.models.tokenizer(name)[0] for name in extractions]
     encoding = machine.seconds(lambda: [encode(t, text) for t in tokenizers for text in texts], repeat=5)
@@ -346,7 +349,7 @@ def _extraction(prepared: Prepared, name: str, quick: bool) -> Result:
 
     def reference() -> None:
         for batch in batches:
-            plain.predict_top_k(model, batch, k)
+            reference_implementation.predict_top_k(model, batch, k)
 
     kinds = {"extraction": extract, "forward": forward, "plain": reference}
     taken: dict[str, list[float]] = {kind: [] for kind in kinds}

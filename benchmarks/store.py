@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from benchmarks import machine
-from benchmarks.material import SOURCE, TARGET, Material
-from benchmarks.page import Result
+from benchmarks.support import machine
+from benchmarks.support.material import SOURCE, TARGET, Material
+from benchmarks.support.page import Result
 from fusion.inference.top_k import TopKPredictions
 from fusion.types import Predictions
 from harness.data.shards import Compression, Shard, write_shard

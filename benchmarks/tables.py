@@ -8,8 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.material import Material
-from benchmarks.page import Result
+from benchmarks.support.material import Material
+from benchmarks.support.page import Result
 from harness.config.loading import load
 from harness.store.files import write_json
 from harness.store.paths import RUN_FILE

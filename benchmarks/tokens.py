@@ -6,9 +6,9 @@ from typing import Literal
 
 import numpy as np
 
-from benchmarks import machine, plain
-from benchmarks.material import SOURCE, TARGET, Material
-from benchmarks.page import Result
+from benchmarks.support import machine, reference_implementation
+from benchmarks.support.material import SOURCE, TARGET, Material
+from benchmarks.support.page import Result
 from fusion.alignment.fuse import Source, fuse_sequence
 from fusion.alignment.pairing import ALIGNMENTS, same_end
 from fusion.switches import PRESETS, Switches
@@ -54,7 +54,9 @@ def _map(
     sample = np.random.default_rng(_SEED).choice(ids, 4 if quick else 300, replace=False)
     texts, candidates, places = _texts(material, on, sample)
     found: list[int] = []
-    reference = machine.seconds(lambda: found.extend(plain.mined(texts, candidates)), repeat=1, warm=False)
+    reference = machine.seconds(
+        lambda: found.extend(reference_implementation.mined(texts, candidates)), repeat=1, warm=False
+    )
     _same(f"the map on {on}", image[sample], [places[i] for i in found])
     return Result(
         what.format(f"{len(ids):,}", f"{len(candidates):,}"),
@@ -106,14 +108,18 @@ def alignments(material: Material, *, quick: bool) -> list[Result]:
     source_ends = ends[SOURCE][: int((ends[SOURCE] <= target_ends[-1]).sum())]
     tokens = material.tokens(SOURCE, len(source_ends)), material.tokens(TARGET, count)
 
-    _same("same end", same_end(source_ends, target_ends), plain.same_end(source_ends.tolist(), target_ends.tolist()))
+    _same(
+        "same end",
+        same_end(source_ends, target_ends),
+        reference_implementation.same_end(source_ends.tolist(), target_ends.tolist()),
+    )
     lists = source_ends.tolist(), target_ends.tolist()
     by_end = Result(
         f"same-end alignment of {count:,} tokens",
         "ms",
         1e3 * machine.seconds(lambda: same_end(source_ends, target_ends), repeat=101),
         1.0,
-        reference=1e3 * machine.seconds(lambda: plain.same_end(*lists), repeat=21),
+        reference=1e3 * machine.seconds(lambda: reference_implementation.same_end(*lists), repeat=21),
         roofline=1e3 * (source_ends.nbytes + 2 * target_ends.nbytes) / machine.bandwidth(),
         note="Reference: a dictionary and a loop (the published algorithm has the warping of the next line only). "
         f"Roofline: reading and writing the arrays once, at {machine.bandwidth() / 1e9:.0f} GB/s.",
@@ -123,7 +129,9 @@ def alignments(material: Material, *, quick: bool) -> list[Result]:
     strings = [source.tokens[i].replace(source.space, "") for i in tokens[0].tolist()]
     others = [target.tokens[i].replace(target.space, "") for i in tokens[1].tolist()]
     paths: list[list[list[int]]] = []
-    reference = machine.seconds(lambda: paths.append(plain.warping_path(strings, others)), repeat=1, warm=False)
+    reference = machine.seconds(
+        lambda: paths.append(reference_implementation.warping_path(strings, others)), repeat=1, warm=False
+    )
 
     def warp() -> np.ndarray:
         return ALIGNMENTS.get("dtw")(tokens[0], source_ends, tokens[1], target_ends, source, target, nothing)
@@ -173,11 +181,16 @@ def fusing(material: Material, *, quick: bool) -> list[Result]:
         ),
         repeat=31,
     )
-    pairs = [plain.partners(p.readings[SOURCE], p.readings[TARGET], source, target, image) for p in passages]
+    pairs = [
+        reference_implementation.partners(p.readings[SOURCE], p.readings[TARGET], source, target, image)
+        for p in passages
+    ]
     aligned, images = dict.fromkeys(_TWO, pairs), dict.fromkeys(_TWO, image)
     fused = []
     reference = machine.seconds(
-        lambda: fused.append(plain.fuse(readings, aligned, images, TARGET, len(target))), repeat=1, warm=False
+        lambda: fused.append(reference_implementation.fuse(readings, aligned, images, TARGET, len(target))),
+        repeat=1,
+        warm=False,
     )
     ours = fuse(Switches(**PRESETS["published"]))
     if not np.allclose(ours, fused[0].numpy(), atol=1e-6):

@@ -9,7 +9,7 @@ from transformers import GPTNeoXConfig, LlamaConfig
 
 from benchmarks import ensembles
 from benchmarks.__main__ import NAMES, main
-from benchmarks.page import Result, page
+from benchmarks.support.page import Result, page
 from tests.harness.tiny_models import save_model, sentences
 from tests.shared import shared
 
