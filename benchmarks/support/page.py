@@ -44,10 +44,11 @@ def page(results: Sequence[Result], skipped: Sequence[str], facts: Sequence[tupl
     lines = [
         "# Speed and memory",
         "",
-        "Written by `make bench`. Each line is compared with a plain reference implementation of the published algorithm",
-        "(`benchmarks/support/reference_implementation.py`: loops over tokens and positions, dense targets), measured in the",
-        "same run, and with the roofline: the least that this machine needs. Maps, alignments, fusing and the objective are",
-        "checked to give the values of the reference; steps, loader, store and extraction are only timed beside it.",
+        "Written by `make bench`. Each line is compared with a plain reference implementation of the published",
+        "algorithm (`benchmarks/support/reference_implementation.py`: loops over tokens and positions, dense targets),",
+        "measured in the same run, and with the roofline: the least that this machine needs. Maps, alignments, fusing",
+        "and the objective are checked to give the values of the reference; steps, loader, store and extraction are",
+        "only timed beside it.",
         "",
     ]
     if quick:
