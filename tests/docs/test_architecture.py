@@ -1,7 +1,8 @@
-"""The page about the architecture names files and symbols that exist."""
+"""The page about the architecture names files and symbols that exist, and the packages keep their limits of size."""
 
 import ast
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,28 @@ def test_every_question_has_an_answer() -> None:
         "progress bar", "`--set`",
     ):  # fmt: skip
         assert any(topic in question for question, *_ in ROWS), topic
+
+
+PACKAGES = ("fusion", "baselines", "results", "harness")
+MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+MOST_LINES, MOST_MODULES = 400, 10
+# One module a method, one a loss; and results, which has no rooms.
+LARGER = {"baselines": 20, "fusion/losses": 20, "results": 12}
+
+
+def test_a_module_is_short() -> None:
+    lines = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8").count("\n") for path in MODULES}
+    assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
+
+
+def test_a_folder_holds_few_modules() -> None:
+    folders = Counter(str(path.parent.relative_to(ROOT)) for path in MODULES if path.name != "__init__.py")
+    assert {name: count for name, count in folders.items() if count > LARGER.get(name, MOST_MODULES)} == {}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_module_name_is_used_once_in_a_package(package: str) -> None:
+    names = [
+        path.parent.name if path.name == "__init__.py" else path.stem for path in sorted((ROOT / package).rglob("*.py"))
+    ]
+    assert {name: count for name, count in Counter(names).items() if count > 1} == {}

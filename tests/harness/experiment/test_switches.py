@@ -19,6 +19,8 @@ from harness.experiment.plan import plan
 from tests.harness.bigrams import Bigrams, experiment, other
 from tests.harness.listening import rows_of, trained
 
+pytestmark = pytest.mark.slow
+
 
 class Line:
     """From texts, models and one setting of the switches to what is taught at every position of the one row."""

@@ -62,6 +62,7 @@ def main() -> list[Record]:
     return [one for i, method in enumerate(METHODS) for one in final(method, (-1,) if i < 2 else (0,), 0.01 * i)]
 
 
+@pytest.mark.slow
 def test_a_table_of_the_paper_has_its_layout_and_another_the_main_one(tmp_path: Path) -> None:
     folder = finished(tmp_path, "table2", commonsense())
     noted = {"commonsense": {"shown": {}, "missing": {"Gemma": {"hellaswag": "its rows cannot be had"}}}}
@@ -93,6 +94,7 @@ def test_the_newest_run_counts(tmp_path: Path) -> None:
     assert runs.find_run(tmp_path, "main", "tiny").parent.name == "tiny"
 
 
+@pytest.mark.slow
 def test_all_names_what_was_not_run(tmp_path: Path) -> None:
     finished(tmp_path, "table2", commonsense())
     finished(tmp_path, "mine", main())
@@ -106,6 +108,7 @@ def test_all_names_what_was_not_run(tmp_path: Path) -> None:
         tables(tmp_path / "nowhere", [], None)
 
 
+@pytest.mark.slow
 def test_out_gets_every_format_and_the_figure_the_same_each_time(tmp_path: Path) -> None:
     finished(tmp_path, "table2", commonsense())
     found = tables(tmp_path, ["table2", "paper/table7"], None)
