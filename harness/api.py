@@ -44,9 +44,10 @@ def run(config: Config, *, root: Folder | None = None) -> Run:
 
     What exists below `root` already is reused, and an interrupted call is continued by the next one.
     """
-    from harness.experiment.run import run as finish
+    from harness.experiment.run import make_records, write_tables
 
-    return open_run(finish(config, _root(root)))
+    finished, _ = write_tables(make_records(config, _root(root)))
+    return finished
 
 
 def evaluate(

@@ -159,15 +159,14 @@ def _plan(configs: "Sequence[Config]", root: Path, flops: float | None, form: Fo
 
 def _run(config: "Config", root: Path, *, quiet: bool) -> "list[Table]":
     """Runs an experiment and gives its tables, which are printed for the terminal unless `quiet`."""
-    from harness.experiment import run
+    from harness.experiment.run import make_records, write_tables
     from harness.reporting.export import equal_quality
-    from harness.reporting.runs import open_run
-    from harness.reporting.tables import printed_tables
+    from harness.reporting.tables import summary
 
-    folder = run.run(config, root)
+    folder = make_records(config, root)
     if not distributed.is_main_process():
         return []
-    tables = list(printed_tables(open_run(folder)).values())
+    tables = list(summary(*write_tables(folder)).values())
     if not quiet:
         for table in tables:
             print_table(table, None)

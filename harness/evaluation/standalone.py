@@ -33,7 +33,7 @@ def sections(
     """
     from omegaconf import OmegaConf
 
-    made: dict[str, Suite] = {}
+    suites: dict[str, Suite] = {}
     skipped: list[str] = []
     unknown = {task: UserError("") for task in tasks}
     for item in settings:
@@ -61,12 +61,12 @@ def sections(
                 skipped.append(name)
                 continue
             merged["tasks"] = known
-        made[name] = kind(suite_config(name, merged), data_root)
+        suites[name] = kind(suite_config(name, merged), data_root)
     if unknown:
         raise next(iter(unknown.values()))
     for name in skipped:
         notify(f"{name} is left out: it has none of the tasks that were asked for.")
-    return made
+    return suites
 
 
 def evaluate(

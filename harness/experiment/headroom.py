@@ -1,13 +1,13 @@
-"""Before anyone pays for training: is there something to learn from the sources?
+"""The audit: how much the sources could improve the target, measured before any training.
 
-At every target position that a source is paired with, three predictions of the same text are set side by side: the
-source's own next token under the source (native), the target's next token under what the map makes of the source's
-distribution, and the target's next token under the target itself. If the second does not beat the third, fusion has
-nothing to teach there, whatever the source knows.
+At every target position that a source is paired with, three probabilities of the true next token are compared: that of
+the source's own next token under the source (native), that of the target's next token under the source's distribution
+projected onto the target's vocabulary (mapped), and that of the target's next token under the target itself. Where the
+second does not exceed the third, fusion cannot improve the target, however good the source is.
 
-The bucket log-likelihood takes every distribution as what is stored of it, k entries and the mass of the rest, and
-spreads that mass evenly over the rest of the vocabulary. Without the spreading a distribution that knows less would
-look better: the true token falls into its tail more often, and a large tail is an easy outcome to be right about.
+The bucket log-likelihood treats every distribution as it is stored, k entries and the mass of the tail, and spreads the
+tail's mass evenly over the rest of the vocabulary. Without this a less certain distribution would look better: the true
+token is in its tail more often, and a large tail is an outcome that is easily right.
 """
 
 from collections.abc import Iterator
@@ -40,9 +40,10 @@ _MEANS = ("p_next_native", "p_next_mapped", "p_next_target", "bucket_ll_native",
 
 @dataclass(frozen=True)
 class Audit:
-    """One row a source and domain (see `results.figures.audit.audit_figure`), and what they mean in a sentence."""
+    """The measures of an audit, and a sentence that sums them up."""
 
     measures: pd.DataFrame
+    """One row a source and domain (see `results.figures.audit.audit_figure`)."""
     sentence: str
     folder: Path
 
@@ -50,8 +51,9 @@ class Audit:
 def audit(config: Config, root: Path) -> Audit:
     """Measures the sources on the training corpus; makes extractions and maps where they are missing.
 
-    The sources, the map and the switches are those of the experiment's first FuseLLM row; passages are looked at one by
-    one, so that under `level: row` a choice can differ from the training's. Raises UserError when it has none.
+    The sources, the map and the switches are those of the experiment's first FuseLLM row. Each passage is fused by
+    itself, so that under `select_over: sequence` a selection can differ from the training's. Raises UserError where the
+    experiment has no FuseLLM row.
     """
     experiment = open_experiment(config, root)
     start(experiment)
@@ -70,34 +72,34 @@ def audit(config: Config, root: Path) -> Audit:
 def _fusellm(config: Config) -> FuseLLMParameters:
     for label, entry in config.methods.items():
         if entry["method"] == "fusellm":
-            found = method_parameters(label, entry, FuseLLMParameters)
-            assert isinstance(found, FuseLLMParameters)
-            return found
+            parameters = method_parameters(label, entry, FuseLLMParameters)
+            assert isinstance(parameters, FuseLLMParameters)
+            return parameters
     raise UserError(f"The experiment {config.experiment} has no FuseLLM row to audit: add one to methods.")
 
 
 def _measures(experiment: Experiment, fusion: FusionLoss) -> tuple[pd.DataFrame, int]:
-    """The measures over the passages that all models could read, and how many the others are."""
+    """The measures over the passages that no model skipped, and the number of the other passages."""
     resources, readers = loss_resources(experiment, "audit", fusion.requirements(TARGET))
     sources = [resources.source(name) for name in fusion.sources]
     passages = Passages(experiment.corpora.passages[1])
     target_vocabulary = experiment.models.tokenizer(TARGET)[1]
     sizes = {name: len(reader.vocabulary) for name, reader in readers.items()}
-    alone = replace(fusion.switches, include_target=False, tail="bucket", fusion="mince", unmapped="tail")
+    single_source = replace(fusion.switches, include_target=False, tail="bucket", fusion="mince", unmapped="tail")
     rows: list[dict[str, Any]] = []
     skipped = 0
     with track("audit", len(passages), "passages") as advance:
         for passage in range(len(passages)):
-            readings = {name: reader.predictions(passage) for name, reader in readers.items()}
+            predictions_of = {name: reader.predictions(passage) for name, reader in readers.items()}
             advance(1)
-            if any(predictions.skipped for predictions in readings.values()):
+            if any(predictions.skipped for predictions in predictions_of.values()):
                 skipped += 1
                 continue
             size, domain = int(passages.n_bytes[passage]), passages.domain(passage)
 
-            def fuse(sources: list[Any], switches: Any, readings: Any = readings, size: int = size) -> Any:
+            def fuse(sources: list[Any], switches: Any, predictions_of: Any = predictions_of, size: int = size) -> Any:
                 return fuse_sequence(
-                    [readings],
+                    [predictions_of],
                     [size],
                     target=TARGET,
                     sources=sources,
@@ -105,42 +107,43 @@ def _measures(experiment: Experiment, fusion: FusionLoss) -> tuple[pd.DataFrame,
                     switches=switches,
                 )
 
-            together = fuse(sources, fusion.switches)
-            own = readings[TARGET]
+            fused = fuse(sources, fusion.switches)
+            own = predictions_of[TARGET]
             for source in [None, *sources]:
                 name = TARGET if source is None else source.name
-                predictions = readings[name]
+                predictions = predictions_of[name]
                 row: dict[str, Any] = {"source": name, "domain": domain, "bytes": size, "passages": 1}
                 row["nats"] = float(predictions.nats.sum(dtype=np.float64))
                 row["positions"] = len(own.nats) - 1
-                row["chosen"] = _share_chosen(together, name)
+                row["chosen"] = _selected_fraction(fused, name)
                 if source is None:
                     at = np.arange(len(own.nats) - 1)
-                    carried = Sparse(own.ids, np.exp(own.log_p), own.tail)
+                    projected = Sparse(own.ids, np.exp(own.log_p), own.tail)
                     partner = at
                 else:
-                    single = fuse([source], alone)
-                    carried = single.targets
+                    single = fuse([source], single_source)
+                    projected = single.targets
                     at = np.flatnonzero(single.paired[0][:-1])
                     partner = single.partner[0][at]
                 row["paired"] = len(at)
-                row |= _sums(predictions, own, carried, at, partner, (sizes[name], sizes[TARGET]))
+                row |= _sums(predictions, own, projected, at, partner, (sizes[name], sizes[TARGET]))
                 rows.append(row)
-            rows.append(_chosen(together, own, {"domain": domain, "bytes": size, "passages": 1}, sizes[TARGET]))
+            rows.append(_fused_row(fused, own, {"domain": domain, "bytes": size, "passages": 1}, sizes[TARGET]))
     names = [TARGET, *(s.name for s in sources), CHOSEN]
     return _by_domain(pd.DataFrame(rows), names, experiment.models.model(TARGET).name), skipped
 
 
-def _chosen(fused: Any, own: Predictions, row: dict[str, Any], vocabulary: int) -> dict[str, Any]:
-    """The row of what the target is really taught: the fused distribution, wherever it is one of the sources'."""
+def _fused_row(fused: Any, own: Predictions, row: dict[str, Any], vocabulary: int) -> dict[str, Any]:
+    """The row of the distribution that the loss trains on, at the positions where it comes from a source."""
     at = np.flatnonzero(fused.chosen[:-1] != UNPAIRED)
-    # Nobody's own reading is behind it, so nothing is native.
+    # It is no model's own prediction, so it has no native positions.
     sums = _sums(own, own, fused.targets, at, np.full(len(at), len(own.nats) - 1), (vocabulary, vocabulary))
     whole = {"source": CHOSEN, "nats": np.nan, "positions": len(own.nats) - 1, "paired": len(at), "chosen": 1.0}
     return row | whole | sums
 
 
-def _share_chosen(fused: Any, name: str) -> float:
+def _selected_fraction(fused: Any, name: str) -> float:
+    """The fraction of the passages (here one) for which the predictions of `name` were selected."""
     chosen = fused.chosen[fused.chosen >= 0]
     if name not in fused.names or not len(chosen):
         return 0.0
@@ -148,12 +151,12 @@ def _share_chosen(fused: Any, name: str) -> float:
 
 
 def _bucket(p: np.ndarray, tail: np.ndarray, rest: np.ndarray | int) -> np.ndarray:
-    """Log-likelihood (nats) of the next token: that of its entry, or of its share of the tail over `rest` tokens."""
+    """Log-likelihood (nats) of the next token: of its entry, or of its part of the tail, which `rest` tokens share."""
     return np.log(np.where(p > 0, p, np.maximum(tail, LEAST_TAIL) / rest).astype(np.float64))
 
 
 def _native(predictions: Predictions, at: np.ndarray, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
-    """p(next token) and bucket log-likelihood of a reading at positions that have a next token."""
+    """p(next token) and bucket log-likelihood of predictions at positions that have a next token."""
     p = np.exp(-predictions.nats[at].astype(np.float64))
     listed = (predictions.ids[at] == predictions.tokens[at + 1][:, None]).any(1)
     return p, _bucket(np.where(listed, p, 0), predictions.tail[at], vocabulary - predictions.ids.shape[1])
@@ -162,7 +165,7 @@ def _native(predictions: Predictions, at: np.ndarray, vocabulary: int) -> tuple[
 def _sums(
     predictions: Predictions,
     own: Predictions,
-    carried: Sparse,
+    projected: Sparse,
     at: np.ndarray,
     partner: np.ndarray,
     vocabularies: tuple[int, int],
@@ -172,14 +175,14 @@ def _sums(
     p_native, ll_native = _native(predictions, partner[has_next], vocabularies[0])
     p_target, ll_target = _native(own, at, vocabularies[1])
     gold = own.tokens[at + 1]
-    hit = carried.ids[at] == gold[:, None]
-    p_mapped = np.where(hit, carried.p[at], 0).sum(1, dtype=np.float64)
+    hit = projected.ids[at] == gold[:, None]
+    p_mapped = np.where(hit, projected.p[at], 0).sum(1, dtype=np.float64)
     columns = {
         "p_next_native": p_native,
         "p_next_mapped": p_mapped,
         "p_next_target": p_target,
         "bucket_ll_native": ll_native,
-        "bucket_ll_mapped": _bucket(p_mapped, carried.tail[at], vocabularies[1] - (carried.ids[at] >= 0).sum(1)),
+        "bucket_ll_mapped": _bucket(p_mapped, projected.tail[at], vocabularies[1] - (projected.ids[at] >= 0).sum(1)),
         "bucket_ll_target": ll_target,
     }
     return {name: float(values.sum()) for name, values in columns.items()} | {"native_positions": int(has_next.sum())}
@@ -210,7 +213,7 @@ def _by_domain(rows: pd.DataFrame, order: list[str], target: str) -> pd.DataFram
 
 
 def _sentence(measures: pd.DataFrame) -> str:
-    """What the numbers mean: which sources still know more than the target once their mass is carried over."""
+    """A sentence about which sources exceed the target after their mass is projected onto its vocabulary."""
     rows = [{str(k): v for k, v in row.items()} for row in measures.to_dict("records")]
     *sources, fused = [row for row in rows if row["domain"] == OVERALL][1:]
     parts = []
@@ -236,7 +239,7 @@ def _sentence(measures: pd.DataFrame) -> str:
 
 
 def _gain(row: dict[str, Any]) -> float:
-    """By how many nats a position the carried source beats the target, in bucket log-likelihood."""
+    """Nats a position by which the projected source exceeds the target, in bucket log-likelihood."""
     return float(row["bucket_ll_mapped"] - row["bucket_ll_target"])
 
 

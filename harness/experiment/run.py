@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from baselines.method import Ensemble
 from harness.config.schema import Config
@@ -15,7 +16,7 @@ from harness.experiment.identity import named, run_fingerprint
 from harness.experiment.pipeline import Experiment, evaluated_model, measure, open_experiment, start
 from harness.experiment.plan import plan_stages
 from harness.reporting.export import write_run
-from harness.reporting.runs import open_run
+from harness.reporting.runs import Run, open_run
 from harness.runtime import distributed
 from harness.runtime.progress import whole_run
 from harness.stages.training_log import tokens_seen
@@ -25,16 +26,38 @@ from harness.store.paths import PLAN_FILE, RECORDS, RUN_FILE, run_path
 from harness.store.provenance import made_by
 from harness.store.run_files import read_run_file, record_hashes
 
+if TYPE_CHECKING:
+    from results.table import Table
+
 
 def run_folder(experiment: Experiment, root: Path) -> Path:
+    """The folder of the experiment's run below `root`."""
     config = experiment.config
     return run_path(root, config.experiment, config.profile, run_fingerprint(experiment))
 
 
 def run(config: Config, root: Path) -> Path:
-    """Makes what is missing, then writes records, table and figure; returns the run's folder.
+    """Makes what is missing and writes records, tables and figures; returns the run's folder."""
+    folder = make_records(config, root)
+    if distributed.is_main_process():
+        write_tables(folder)
+    return folder
 
-    Of several ranks all walk through the stages, and the first one writes.
+
+def write_tables(folder: Path) -> "tuple[Run, dict[str, Table]]":
+    """Opens the run in `folder`, whose records are checked once, and writes its tables and figures.
+
+    Returns the run, and its tables by the stem of their files' names.
+    """
+    with exclusive_lock(folder / ".lock", f"run {folder.name}"):
+        finished = open_run(folder)
+        return finished, write_run(finished)
+
+
+def make_records(config: Config, root: Path) -> Path:
+    """Makes what is missing, then writes records and the description of the run; returns the run's folder.
+
+    All ranks walk through the stages; the first one evaluates and writes.
     """
     experiment = open_experiment(config, root)
     start(experiment)
@@ -90,7 +113,6 @@ def run(config: Config, root: Path) -> Path:
             "finished": time.time(),
         }
         write_json(folder / RUN_FILE, description)
-        write_run(open_run(folder))
     return folder
 
 
@@ -105,8 +127,8 @@ def _notes(experiment: Experiment, row: Row) -> Iterator[str]:
         tokens = tokens_seen(row.candidate.folder.parent) or 0
         base = experiment.models.base(role).name
         yield f"{row.label} is {base} continued on {tokens:,} tokens of its own text, which no other row counts."
-    made = experiment.workspace.store.planned.get(row.candidate.fingerprint)
-    if made is not None and (note := read_manifest(made.path)["info"].get("note")):
+    artifact = experiment.workspace.store.planned.get(row.candidate.fingerprint)
+    if artifact is not None and (note := read_manifest(artifact.path)["info"].get("note")):
         yield str(note)
 
 

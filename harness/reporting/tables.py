@@ -131,14 +131,21 @@ def printed_tables(run: Run, *, reference: str | None = None, with_paper: bool =
 
     reference, with_paper: of the main table, as for `run_table`. The evaluation of one model has no main table.
     """
+    tables = {f"table-{name}": table for name, table in suite_tables(run).items()}
+    if run.reference is None and reference is None and not with_paper:
+        return tables
+    return summary(run, {"table": run_table(run, reference=reference, with_paper=with_paper), **tables})
+
+
+def summary(run: Run, tables: "Mapping[str, Table]") -> "dict[str, Table]":
+    """Those of all tables of a run that it is summed up by (see `printed_tables`)."""
     from results.paper_layouts import LAYOUTS
 
-    suites = {} if run.experiment in LAYOUTS else suite_tables(run)  # the paper's tables show their suites themselves
-    if run.reference is None and reference is None and not with_paper:
-        return {f"table-{name}": table for name, table in suites.items()}
-    main = run_table(run, reference=reference, with_paper=with_paper)
-    beside = {f"table-{name}": table for name, table in suites.items() if table.title != main.title}
-    return {"table": main, **beside}
+    main = tables["table"]
+    if run.experiment in LAYOUTS:  # the paper's tables show their suites themselves
+        return {"table": main}
+    # Without held-out text the main table is that of a suite.
+    return {name: table for name, table in tables.items() if table is main or table.title != main.title}
 
 
 def number_differences(

@@ -241,14 +241,14 @@ def last_checkpoint(folder: Path) -> Path | None:
     step = distributed.broadcast(step)
     if not step:
         return None
-    found = folder / f"checkpoint-{step}"
+    checkpoint = folder / f"checkpoint-{step}"
     remedy = f"remove {folder} to begin the training again"
-    if (wrote := read_json(found / _COMPLETE, remedy)["ranks"]) != distributed.world_size():
+    if (wrote := read_json(checkpoint / _COMPLETE, remedy)["ranks"]) != distributed.world_size():
         raise UserError(
-            f"{found} is the checkpoint of {wrote} ranks and cannot be continued by {distributed.world_size()}: start "
-            f"as many as before, or {remedy}."
+            f"{checkpoint} is the checkpoint of {wrote} ranks and cannot be continued by {distributed.world_size()}: "
+            f"start as many as before, or {remedy}."
         )
-    return found
+    return checkpoint
 
 
 def train(
