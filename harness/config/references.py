@@ -7,10 +7,8 @@ from fusion.errors import UserError
 from harness.config.errors import Problem, collecting
 from harness.config.schema import Config, CorpusConfig
 from harness.data.corpus import is_on_hub
-from harness.models.catalogue import find_entry, is_hub_id, unknown_model
+from harness.models.catalogue import find_entry, is_hub_id, tiny_name, unknown_model
 from harness.stages.sharding import zero_config
-
-_TINY = "tiny:"
 
 
 def reference_problems(config: Config) -> list[Problem]:
@@ -48,10 +46,10 @@ def _corpora(config: Config) -> Iterator[tuple[tuple[str, ...], CorpusConfig]]:
 
 def _check_model(name: str, profile: str) -> None:
     """Raises UserError for a model that is neither in the catalogue, nor here, nor can be on the hub."""
-    if name.startswith(_TINY):
+    if (tiny := tiny_name(name)) is not None:
         from harness.models.tiny import tiny_recipe
 
-        tiny_recipe(profile).model(name.removeprefix(_TINY))
+        tiny_recipe(profile).model(tiny)
     elif name.endswith(".gguf"):
         if not Path(name).expanduser().is_file():
             raise UserError(f"There is no file {name}: give the path of a .gguf file, or a model's name.")

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fusion.errors import UserError
+from harness.models.catalogue import tiny_name
 
 _SOURCE = "{source}"  # in a row's label and parameters: the row is there once for every source
 
@@ -60,4 +61,4 @@ def _with_source(value: Any, source: str) -> Any:
 
 
 def _short(model: str) -> str:
-    return model.removeprefix("tiny:").rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
+    return (tiny_name(model) or model).rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")

@@ -7,13 +7,13 @@ from fusion.errors import UserError, did_you_mean
 from fusion.vocabulary.token_bytes import Vocabulary
 from harness.config.schema import Config, RoleConfig
 from harness.experiment.corpora import Corpora
-from harness.models.catalogue import find_entry
+from harness.models.catalogue import find_entry, tiny_name
 from harness.models.checkpoints import load_config, load_tokenizer
 from harness.models.resolution import ModelSpec, ResolvedModel, count_parameters, resolve
 from harness.models.tiny import tiny_recipe
 from harness.runtime.device import compute_dtype
 from harness.stages.continued_models import continued_model_spec, make_continued_model
-from harness.stages.tiny_models import make_tiny, tiny_name
+from harness.stages.tiny_models import make_tiny
 from harness.store.artifacts import Spec
 from harness.store.paths import MODEL_FOLDER
 from harness.store.workspace import Workspace

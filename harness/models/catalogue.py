@@ -13,6 +13,7 @@ from harness.store.paths import PRESETS
 
 FETCH = "fusellm model fetch"
 CONVERT = "fusellm model convert"
+_TINY = "tiny:"  # begins the name of a model that a run makes by itself
 
 
 class _Strict(BaseModel):
@@ -61,6 +62,11 @@ def find_entry(name: str) -> tuple[str, CatalogueEntry] | None:
         if name in (known, entry.hub):
             return known, entry
     return None
+
+
+def tiny_name(name: str) -> str | None:
+    """The name in its recipe of a tiny model, which is called `tiny:NAME`; None for another model."""
+    return name.removeprefix(_TINY) if name.startswith(_TINY) else None
 
 
 def is_hub_id(name: str) -> bool:

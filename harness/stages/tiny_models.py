@@ -16,13 +16,6 @@ from harness.store.artifacts import Estimate, Spec
 from harness.store.workspace import Workspace
 
 VERSION = 1
-PREFIX = "tiny:"
-"""What the name of a role's model starts with when it is a tiny model."""
-
-
-def tiny_name(model: str) -> str | None:
-    """The name of the tiny model that a role's `model` stands for; None where it is another model."""
-    return model.removeprefix(PREFIX) if model.startswith(PREFIX) else None
 
 
 def make_tiny(workspace: Workspace, name: str, profile: str) -> tuple[Spec, Path]:
