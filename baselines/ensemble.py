@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from baselines.method import Context, Ensemble, Member, Parameters, Role
+from baselines.method import Context, Ensemble, Member, Parameters, RoleOrRow
 from baselines.registry import method
 from fusion.errors import UserError
 from fusion.registry import Registered
@@ -22,7 +22,7 @@ VERSION = 2
 class EnsembleParameters(Parameters):
     """The members, how their answers are combined and what each weighs."""
 
-    models: list[Role] | None = Field(None, description="the roles that take part; null: all sources")
+    models: list[RoleOrRow] | None = Field(None, description="roles or rows that take part; null: all sources")
     combine: Literal["probabilities", "logits", "vote"] = Field(
         "probabilities", description="mean of probabilities, mean of logits (one tokenizer), or vote over answers"
     )
@@ -64,14 +64,13 @@ class EnsembleParameters(Parameters):
     reference="PackLLM, arXiv 2404.11531, for other tokenizers; table 7 of arXiv 2401.10491",
 )
 def ensemble(context: Context, parameters: EnsembleParameters) -> Ensemble:
-    """The models of several roles, each as it is; nothing is trained."""
+    """The models of several roles or rows, each as it is; nothing is trained."""
     names = parameters.models or list(context.sources)
     check_models(names, context.label)
-    candidates = {name: context.model(name) for name in names}
+    candidates = {name: context.candidate(name) for name in names}
     if parameters.combine == "logits":
-        # In a plan some are not there yet.
-        folders = {name: candidate.folder for name, candidate in candidates.items() if candidate.folder.exists()}
-        check_one_tokenizer(folders, context.label)
+        shapes = {name: shape for name, candidate in candidates.items() if (shape := candidate.known_shape) is not None}
+        check_one_tokenizer(shapes, context.label)
     weights = [1.0] * len(names)
     chosen_by: dict[str, Any] = {}
     if parameters.weights == "validation":
@@ -111,9 +110,9 @@ def make_ensemble(
     the members.
     """
     members = [member for member in members if member.weight > 0]
-    if pivot not in (names := [member.role for member in members]):
+    if pivot not in (names := [member.name for member in members]):
         raise UserError(f"{label} has the pivot {pivot}, which is none of the models that count: {', '.join(names)}.")
-    members = sorted(members, key=lambda m: (m.role != pivot, m.candidate.fingerprint, m.weight))
+    members = sorted(members, key=lambda m: (m.name != pivot, m.candidate.fingerprint, m.weight))
     identity = {
         "version": VERSION,
         "members": [[m.candidate.fingerprint, None if chosen_by else m.weight] for m in members],
@@ -135,19 +134,26 @@ def check_models(names: Sequence[str], label: str = "models") -> None:
         raise UserError(f"{label}: {', '.join(names)} names a model twice: give each model once.")
 
 
-def check_one_tokenizer(folders: Mapping[str, Path], label: str) -> None:
-    """Raises UserError where two checkpoints write a text in other tokens. Reads no weights."""
+def check_one_tokenizer(shapes: Mapping[str, Path | Mapping[str, Any]], label: str) -> None:
+    """Raises UserError when two models encode a text in different tokens. Reads no weights.
+
+    shapes: for each model its checkpoint folder, or what is known before that exists (see `Candidate.shape`).
+    """
     from transformers import PreTrainedTokenizerFast
 
     from fusion.vocabulary.token_bytes import encode_alike
 
-    known = {n: PreTrainedTokenizerFast.from_pretrained(f, local_files_only=True) for n, f in folders.items()}
-    for one, other in pairwise(known):
-        if not encode_alike(known[one], known[other]):
-            raise UserError(
-                f"{label} is a mean of logits, for which {one} and {other} must have one tokenizer, but theirs differ: "
-                "combine probabilities, or choose models of one family."
-            )
+    folders = {name: shape for name, shape in shapes.items() if isinstance(shape, Path)}
+    loaded = {n: PreTrainedTokenizerFast.from_pretrained(f, local_files_only=True) for n, f in folders.items()}
+    named = {n: s["tokenizer"] for n, s in shapes.items() if not isinstance(s, Path) and "tokenizer" in s}
+    differing = [pair for pair in pairwise(loaded) if not encode_alike(loaded[pair[0]], loaded[pair[1]])]
+    differing += [pair for pair in pairwise(named) if named[pair[0]] != named[pair[1]]]
+    if differing:
+        first, second = differing[0]
+        raise UserError(
+            f"{label} is a mean of logits, for which {first} and {second} must have one tokenizer, but theirs differ: "
+            "combine probabilities, or choose models of one family."
+        )
 
 
 def normalise(weights: Sequence[float]) -> list[float]:

@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from baselines.merge_checks import check_mergeable
 from baselines.merge_configuration import (
+    changes_layers,
     check_configuration,
     donor_of,
     first_line,
@@ -22,7 +23,7 @@ from baselines.merge_configuration import (
     read_configuration,
     rename_models,
 )
-from baselines.method import Candidate, Context, Parameters, Role
+from baselines.method import Candidate, Context, Parameters, Reference, RoleOrRow
 from baselines.registry import method
 from fusion.errors import UserError
 from fusion.modeling.loading import check_loading
@@ -43,8 +44,12 @@ class MergeParameters(Parameters):
     merge_method: Literal["linear", "slerp", "task_arithmetic", "ties", "dare_ties"] = Field(
         "linear", description="linear, slerp (of two models), task_arithmetic, ties or dare_ties"
     )
-    models: list[Role] | None = Field(None, min_length=2, description="the roles that are merged; null: all sources")
-    base: Role = Field("target", description="task_arithmetic, ties, dare_ties: role whose weights the others change")
+    models: list[RoleOrRow] | None = Field(
+        None, min_length=2, description="roles or rows that are merged; null: all sources"
+    )
+    base: RoleOrRow = Field(
+        "target", description="task_arithmetic, ties, dare_ties: role or row whose weights the others change"
+    )
     weights: Literal["uniform", "tuned"] | list[float] = Field(
         "uniform", description="uniform; one number a model, of which the shares count; or tuned on validation text"
     )
@@ -52,7 +57,7 @@ class MergeParameters(Parameters):
     density: float = Field(0.5, gt=0, le=1, description="ties, dare_ties: share of each change that is kept")
     trials: int = Field(12, gt=0, description="tuned: merges that are tried")
     mergekit: dict[str, Any] | None = Field(
-        None, description="a mergekit configuration or its YAML file, taken as it is; models by role or by name"
+        None, description="a mergekit configuration or its YAML file, taken as it is; models by role, row or name"
     )
 
     @field_validator("mergekit", mode="before")
@@ -76,6 +81,11 @@ class MergeParameters(Parameters):
         if self.mergekit is not None and others:
             raise UserError(f"a mergekit configuration says everything by itself: remove {', '.join(sorted(others))}.")
         return self
+
+    def references(self) -> list[tuple[str, Reference]]:
+        """With the models of a mergekit configuration, which may be any."""
+        models = models_of(self.mergekit or {})
+        return [*super().references(), *((name, Reference(("role", "row", "model"))) for name in models)]
 
     def configuration(self, models: Sequence[str], weights: Sequence[float]) -> dict[str, Any]:
         """The merge of `models` with `weights` (as shares of their sum), as mergekit describes it."""
@@ -136,7 +146,7 @@ def _merge_once(context: Context, configuration: Mapping[str, Any]) -> Candidate
     artifact = context.make(
         "merge", build, version=VERSION, inputs=members.inputs, params=members.params(configuration)
     )
-    return Candidate(artifact.folder / MODEL_FOLDER, artifact.fingerprint, seeded=members.seed is not None)
+    return members.merged(artifact.folder / MODEL_FOLDER, artifact.fingerprint, sliced=changes_layers(configuration))
 
 
 def _merge_tuned(context: Context, parameters: MergeParameters, models: Sequence[str]) -> Candidate:
@@ -148,7 +158,7 @@ def _merge_tuned(context: Context, parameters: MergeParameters, models: Sequence
         def evaluate(shares: Sequence[float], number: int) -> float:
             trial, configuration = folder / "trial", parameters.configuration(models, shares)
             members.merge(context, configuration, trial)
-            candidate = Candidate(trial, members.fingerprint(configuration), seeded=members.seed is not None)
+            candidate = Candidate(trial, members.fingerprint(configuration), seeded=members.seeded)
             nll = context.validation_nll(candidate, f"{context.label}, trial {number} of {parameters.trials}")
             shutil.rmtree(trial)
             return nll
@@ -157,9 +167,10 @@ def _merge_tuned(context: Context, parameters: MergeParameters, models: Sequence
         nll, best = min((nll, shares) for shares, nll in tried)
         members.merge(context, parameters.configuration(models, best), folder / MODEL_FOLDER)
         weights = ", ".join(f"{model} {share:.3f}" for model, share in zip(models, best, strict=True))
+        seed = f" (seed {context.seed})" if members.seeded else ""
         return {
-            "note": f"{context.label}: the best of {len(tried)} merges tried on validation text, with the weights "
-            f"{weights} ({nll:.4f} nats per byte there; {tried[0][1]:.4f} with equal ones)."
+            "note": f"{context.label}{seed}: the best of {len(tried)} merges tried on validation text, with the "
+            f"weights {weights} ({nll:.4f} nats per byte there; {tried[0][1]:.4f} with equal ones)."
         }
 
     artifact = context.make(
@@ -170,7 +181,7 @@ def _merge_tuned(context: Context, parameters: MergeParameters, models: Sequence
         params={**members.params(uniform), "search": {"trials": parameters.trials}},
         validations=parameters.trials,
     )
-    return Candidate(artifact.folder / MODEL_FOLDER, artifact.fingerprint, seeded=members.seed is not None)
+    return members.merged(artifact.folder / MODEL_FOLDER, artifact.fingerprint, sliced=False)
 
 
 class _Members:
@@ -183,13 +194,27 @@ class _Members:
 
     @classmethod
     def of(cls, context: Context, configuration: Mapping[str, Any]) -> "_Members":
-        """Raises UserError when the checkpoints cannot be merged; in a plan those that exist are compared."""
-        candidates = {name: context.model(name) for name in models_of(configuration)}
+        """Raises UserError when the models cannot be merged; a plan compares what is known of them."""
+        candidates = {name: context.candidate(name) for name in models_of(configuration)}
         random = str(configuration["merge_method"]).startswith(_RANDOM)
-        sliced = "slices" in configuration or "modules" in configuration
-        folders = {name: candidate.folder for name, candidate in candidates.items() if candidate.folder.exists()}
-        check_mergeable(folders, context.label, sliced=sliced, tokenizers="tokenizer" not in " ".join(configuration))
+        shapes = {name: shape for name, candidate in candidates.items() if (shape := candidate.known_shape) is not None}
+        check_mergeable(
+            shapes,
+            context.label,
+            sliced=changes_layers(configuration),
+            tokenizers="tokenizer" not in " ".join(configuration),
+        )
         return cls(candidates, context.seed if random else None)
+
+    @property
+    def seeded(self) -> bool:
+        """True if the merge draws at random or one of its models depends on the seed."""
+        return self.seed is not None or any(candidate.seeded for candidate in self.candidates.values())
+
+    def merged(self, folder: Path, fingerprint: str, *, sliced: bool) -> Candidate:
+        """The candidate of a merge; unless it has slices it has the shape of its models."""
+        shape = None if sliced else next(iter(self.candidates.values())).known_shape
+        return Candidate(folder, fingerprint, seeded=self.seeded, shape=shape)
 
     @property
     def inputs(self) -> dict[str, str]:

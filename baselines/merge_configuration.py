@@ -39,6 +39,11 @@ def check_configuration(configuration: Mapping[str, Any], label: str) -> None:
         )
 
 
+def changes_layers(configuration: Mapping[str, Any]) -> bool:
+    """True if the merged model may have another number of layers than its models."""
+    return "slices" in configuration or "modules" in configuration
+
+
 def models_of(configuration: Mapping[str, Any]) -> list[str]:
     """Each model that a configuration names, once, in its order."""
     return list(dict.fromkeys(_names(configuration)))

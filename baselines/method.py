@@ -8,7 +8,7 @@ that do not exist yet, so a method must not open files outside of `Context.make`
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, get_args
 
@@ -20,34 +20,43 @@ Need = Literal["training", "same tokenizer", "same architecture", "teacher"]
 """What a method requires of the experiment and its models."""
 
 
+@dataclass(frozen=True)
+class Reference:
+    """Annotates a parameter whose value is a name, with the kinds of things that it may name.
+
+    role: the unchanged model of a role. row: the candidate of another row. model: any other model, by catalogue name,
+    hub id or path. Where a role and a row have one name, the role is meant.
+    """
+
+    kinds: tuple[Literal["role", "row", "model"], ...]
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(schema), "format": " or ".join(self.kinds)}
+
+
+Role = Annotated[str, Reference(("role",))]
+"""A parameter that names a role of the experiment. Names are checked when the configuration is validated."""
+Row = Annotated[str, Reference(("row",))]
+"""A parameter that names another row, whose candidate `Context.candidate` gives."""
+RoleOrRow = Annotated[str, Reference(("role", "row"))]
+"""A parameter that names a role or another row."""
+
+
 class Parameters(BaseModel):
     """Base class of every method's parameters. Unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
-
-@dataclass(frozen=True)
-class Reference:
-    """Marks a parameter whose value names something of the experiment, here of which kind."""
-
-    kind: Literal["role"]
-
-    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {**handler(schema), "format": self.kind}
-
-
-Role = Annotated[str, Reference("role")]
-"""A parameter that names a role of the experiment; that the role exists is checked before anything is run."""
-
-
-def named_roles(parameters: BaseModel) -> list[str]:
-    """The values of all parameters of type `Role`, alone or in a list."""
-    names: list[str] = []
-    for key, field in type(parameters).model_fields.items():
-        if any(isinstance(part, Reference) for part in [*field.metadata, *_metadata(field.annotation)]):
-            value = getattr(parameters, key)
-            names += [value] if isinstance(value, str) else value or []
-    return names
+    def references(self) -> list[tuple[str, Reference]]:
+        """Every name that these parameters mention, with what it may refer to: the values of `Role`, `Row` and such."""
+        references: list[tuple[str, Reference]] = []
+        for key, info in type(self).model_fields.items():
+            value = getattr(self, key)
+            names = [value] if isinstance(value, str) else value or []
+            for part in [*info.metadata, *_metadata(info.annotation)]:
+                if isinstance(part, Reference):
+                    references += [(name, part) for name in names]
+        return references
 
 
 def _metadata(annotation: Any) -> Iterator[Any]:
@@ -67,6 +76,18 @@ class Candidate:
     """True if it depends on the seed, so that its row is made once per seed."""
     training: Path | None = None
     """The training artifact, which holds the validation curve; None for a model that was not trained."""
+    role: str = "target"
+    """The role whose precision, batch size and loading options the model is run with."""
+    shape: "Path | Mapping[str, Any] | None" = field(default=None, compare=False)
+    """What is known of the architecture before `folder` exists, for checks in a plan: a checkpoint with the same
+    architecture and tokenizer, or values of config.json and `tokenizer`, a name that is equal for equal tokenizers."""
+
+    @property
+    def known_shape(self) -> "Path | Mapping[str, Any] | None":
+        """`folder` if it exists, else `shape` if that is known (a folder only if it exists)."""
+        if self.folder.exists():
+            return self.folder
+        return None if isinstance(self.shape, Path) and not self.shape.exists() else self.shape
 
     @property
     def checkpoints(self) -> "Sequence[Candidate]":
@@ -78,8 +99,8 @@ class Candidate:
 class Member:
     """A model of an ensemble, with its weight."""
 
-    role: str
-    """The role whose precision, batch size and loading options the model is run with."""
+    name: str
+    """The role or the row that it is."""
     candidate: Candidate
     weight: float
 
@@ -128,14 +149,22 @@ class Context(Protocol):
         Raises UserError for a name that is neither.
         """
 
+    def candidate(self, name: str) -> Candidate:
+        """What a `Reference` names: a role's model, the candidate of another row with this seed, or any other model.
+
+        The row is made when it does not exist yet. Raises UserError for an unknown name, for a row that needs this one,
+        and for a row that has no single checkpoint (an ensemble).
+        """
+
     def extract(self, role: str) -> Path:
         """The stored predictions of a role's model on the training corpus."""
 
-    def train(self, *, lam: float, loss: Loss | None = None) -> Candidate:
+    def train(self, *, lam: float, loss: Loss | None = None, start: Candidate | None = None) -> Candidate:
         """The target trained on lam * CLM + (1 - lam) * loss, CLM alone without a loss.
 
-        Every method trains on the same sequences in the same order. Raises UserError when the loss needs what the
-        experiment cannot provide.
+        start: the candidate whose weights the training starts from, with the target's architecture and tokenizer.
+        Default: the target as it is. Every method trains on the same sequences in the same order. Raises UserError when
+        the loss needs what the experiment cannot provide, and when `start` has another tokenizer.
         """
 
     @property

@@ -42,7 +42,9 @@ def plan(config: Config, *, root: Folder | None = None, flops: float | None = No
 def run(config: Config, *, root: Folder | None = None) -> Run:
     """Computes what is missing of an experiment and returns the finished run, with its records.
 
-    What exists below `root` already is reused, and an interrupted call is continued by the next one.
+    What exists below `root` already is reused, and an interrupted call is continued by the next one. When a row cannot
+    be made, the others are finished and then `harness.experiment.run.IncompleteRun` (a UserError) is raised, whose
+    `folder` can be opened.
     """
     from harness.experiment.run import make_records, write_tables
 

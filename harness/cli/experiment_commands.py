@@ -131,12 +131,15 @@ def experiment_run(
         return
     prepare(root, *(config.device for config in configs))
     tables: list[Table] = []
+    incomplete: list[UserError] = []
     for config in configs:
-        tables += _run(config, root, quiet=form is not None)
+        tables += _run(config, root, incomplete, quiet=form is not None)
     if form is not None and distributed.is_main_process():
         from results.formats import render_all
 
         typer.echo(render_all(tables, form), nl=False)
+    if incomplete:
+        raise UserError(" ".join(dict.fromkeys(map(str, incomplete))))
 
 
 def _load(names: Sequence[str], profile: str | None, settings: Sequence[str], seeds: Sequence[int]) -> "list[Config]":
@@ -157,13 +160,20 @@ def _plan(configs: "Sequence[Config]", root: Path, flops: float | None, form: Fo
         print_plan(list(planned.values()), root, form)
 
 
-def _run(config: "Config", root: Path, *, quiet: bool) -> "list[Table]":
-    """Runs an experiment and gives its tables, which are printed for the terminal unless `quiet`."""
-    from harness.experiment.run import make_records, write_tables
+def _run(config: "Config", root: Path, incomplete: list[UserError], *, quiet: bool) -> "list[Table]":
+    """Runs an experiment and gives its tables, which are printed for the terminal unless `quiet`.
+
+    incomplete: takes the error of a run that has finished without some of its rows.
+    """
+    from harness.experiment.run import IncompleteRun, make_records, write_tables
     from harness.reporting.export import equal_quality
     from harness.reporting.tables import summary
 
-    folder = make_records(config, root)
+    try:
+        folder = make_records(config, root)
+    except IncompleteRun as error:
+        incomplete.append(error)
+        folder = error.folder
     if not distributed.is_main_process():
         return []
     tables = list(summary(*write_tables(folder)).values())

@@ -3,15 +3,16 @@
 Nothing stops at the first mistake: all are collected, and one `ConfigurationError` names them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from baselines.method import Parameters, named_roles
+from baselines.method import Parameters
 from baselines.registry import get_method, schema_of
 from fusion.errors import UserError, did_you_mean
 from harness.config.errors import ConfigurationError, Problem, collecting, problems_of
+from harness.config.named_rows import cycle_sentence, cycles, needed_rows, reference_sentences
 from harness.config.schema import Config
 from harness.evaluation.suite import suite_config
 
@@ -41,6 +42,7 @@ def resolve(raw: Mapping[str, Any], where: str) -> Config:
     where: what messages call it. Raises ConfigurationError with every mistake.
     """
     problems: list[Problem] = []
+    needed: dict[str, list[str]] = {}
     rows, sections, roles = dict(raw.get("methods") or {}), raw.get("suites"), raw.get("roles")
     for label, entry in rows.items():
         with collecting(problems, "methods", label):
@@ -51,7 +53,12 @@ def resolve(raw: Mapping[str, Any], where: str) -> Config:
             # The values and not what they were read from: defaults, presets and files may change later.
             rows[label] = {"method": entry["method"], **parameters.model_dump(mode="json", by_alias=True)}
             if isinstance(roles, Mapping):
-                problems += _role_problems(label, method.needs, parameters, roles)
+                present = _roles(roles)
+                implied = "teacher" in method.needs and not hasattr(parameters, "teachers")
+                sentences = reference_sentences(label, parameters, present, rows, needs_teacher=implied)
+                problems += [Problem(sentence, ("methods", label)) for sentence in sentences]
+                needed[label] = needed_rows(label, parameters, present, rows)
+    problems += [Problem(cycle_sentence(cycle), ("methods", cycle[0])) for cycle in cycles(needed)]
     if isinstance(sections, Mapping):
         sections = {name: given for name, given in sections.items() if given is not None}
         for name, given in sections.items():
@@ -73,23 +80,9 @@ def resolve(raw: Mapping[str, Any], where: str) -> Config:
     return config
 
 
-def _role_problems(
-    label: str, needs: Sequence[str], parameters: BaseModel, roles: Mapping[str, Any]
-) -> Iterator[Problem]:
-    """The roles that a method names or needs and that are not there."""
-    present = ["target", *(roles.get("sources") or {}), *(["teacher"] if roles.get("teacher") else [])]
-    named = named_roles(parameters)
-    if "teacher" in needs and not hasattr(parameters, "teachers"):
-        named.append("teacher")
-    for name in dict.fromkeys(named):
-        if name == "teacher" and name not in present:
-            sentence = f"methods.{label} needs a teacher, and there is none: say who it is in roles.teacher."
-        elif name not in present:
-            hint = did_you_mean(name, present)
-            sentence = f"methods.{label} names {name!r}, which is no role{hint}: roles are {', '.join(present)}."
-        else:
-            continue
-        yield Problem(sentence, ("methods", label))
+def _roles(roles: Mapping[str, Any]) -> list[str]:
+    """The names of the roles of an experiment."""
+    return ["target", *(roles.get("sources") or {}), *(["teacher"] if roles.get("teacher") else [])]
 
 
 def _name_problems(raw: Mapping[str, Any]) -> Iterator[Problem]:

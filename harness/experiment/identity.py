@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from baselines.registry import get_method
 from harness.data import corpus, passages
 from harness.experiment.pipeline import Experiment
 from harness.stages import extraction, training, vocabulary_maps
@@ -30,10 +31,11 @@ def run_fingerprint(experiment: Experiment) -> str:
 
 
 def named(experiment: Experiment) -> dict[str, Any]:
-    """What the configuration only names: hashes of texts and models, computing precision, versions of stages."""
+    """What the configuration only names: hashes of texts and models, precision, versions of stages and of methods."""
     config, models, corpora = experiment.config, experiment.models, experiment.corpora
     identity: dict[str, Any] = {
         "versions": VERSIONS,
+        "methods": {entry["method"]: get_method(entry["method"]).version for entry in config.methods.values()},
         "passages": corpora.passages[0].fingerprint,
         "suites": {name: suite.identity() for name, suite in experiment.suites.items()},
         "models": {name: models.fingerprint(name) for name in models.names},

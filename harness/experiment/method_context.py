@@ -9,6 +9,7 @@ from typing import Any
 from baselines.method import Artifact, Candidate
 from fusion.errors import UserError
 from fusion.losses.loss import Loss
+from harness.config.named_rows import unknown_reference
 from harness.experiment.pipeline import TARGET, Experiment, evaluated_model, predict, train
 from harness.models.catalogue import find_entry, is_hub_id
 from harness.models.resolution import ModelSpec
@@ -20,8 +21,16 @@ from harness.store.fingerprint import fingerprint, plain_json
 class MethodContext:
     """The context of a method (`baselines.method.Context`)."""
 
-    def __init__(self, experiment: Experiment, label: str, seed: int) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        label: str,
+        seed: int,
+        build_row: Callable[[str], Candidate] | None = None,
+    ) -> None:
+        """build_row: makes the candidate of another row, by its label. Default: no row can be named."""
         self._experiment = experiment
+        self._build_row = build_row
         self.label = label
         self.seed = seed
 
@@ -31,11 +40,19 @@ class MethodContext:
 
     def model(self, role: str) -> Candidate:
         models = self._experiment.models
-        if role not in models.names and (find_entry(role) or is_hub_id(role) or Path(role).expanduser().exists()):
+        if role not in models.names and _is_model(role):
             model = models.resolve(ModelSpec(name=role))
-        else:
-            model = models.model(role)
-        return Candidate(model.folder, model.fingerprint, seeded=False)
+            return Candidate(model.folder, model.fingerprint, seeded=False)
+        model = models.model(role)
+        return Candidate(model.folder, model.fingerprint, seeded=False, role=role, shape=models.shape(role))
+
+    def candidate(self, name: str) -> Candidate:
+        roles, rows = self._experiment.models.names, self._experiment.config.methods
+        if name in roles or (name not in rows and _is_model(name)):
+            return self.model(name)
+        if name in rows and self._build_row is not None:
+            return self._build_row(name)
+        raise UserError(unknown_reference(self.label, name, ("role", "row"), roles, rows))
 
     def extract(self, role: str) -> Path:
         return predict(self._experiment, role)[1]
@@ -46,11 +63,11 @@ class MethodContext:
     @property
     def validation_fingerprint(self) -> str:
         experiment = self._experiment
-        validation = experiment.corpora.validation
+        models, validation = experiment.models, experiment.corpora.validation
         return fingerprint(
             {
                 "documents": validation.text(dry=experiment.workspace.store.dry).fingerprint,
-                "dtype": experiment.models.dtype(TARGET),
+                "dtypes": {name: models.dtype(name) for name in models.names},
                 **validation.section.method(),
             }
         )
@@ -94,6 +111,11 @@ class MethodContext:
 
     def progress(self, description: str, total: float, unit: str) -> AbstractContextManager[Callable[[float], None]]:
         return track(description, total, unit)
+
+
+def _is_model(name: str) -> bool:
+    """Whether a name that is no role is that of a model: in the catalogue, on the hub or a path."""
+    return bool(find_entry(name) or is_hub_id(name) or Path(name).expanduser().exists())
 
 
 def _nameable(value: Any) -> Any:

@@ -1,6 +1,8 @@
 """The models of an experiment's roles: where each lies, its tokenizer, its vocabulary and its size."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError, did_you_mean
@@ -125,6 +127,17 @@ class ModelPool:
         count_parameters(base.folder)
         config = load_config(base)
         return config.vocab_size, getattr(config, "max_position_embeddings", None)
+
+    def shape(self, name: str) -> Path | Mapping[str, Any] | None:
+        """What is known of the architecture of the role's model before it is there: see `Candidate.shape`."""
+        folder = self.base(name).folder
+        if folder.exists():
+            return folder
+        model = self.role(name).model
+        if tiny := tiny_name(model):
+            return tiny_recipe(self._config.profile).model(tiny).shape()
+        entry = find_entry(model)
+        return {"hidden_size": entry[1].hidden, "num_hidden_layers": entry[1].layers} if entry else None
 
     def tokenizer(self, name: str) -> tuple[Any, Vocabulary]:
         """The tokenizer of the role's model, and its vocabulary."""

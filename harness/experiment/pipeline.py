@@ -178,7 +178,7 @@ def train(
         teacher_parameters={name: models.size(name).parameters for name in requirements.models},
         corpus_bytes=corpora.n_bytes,
     )
-    return Candidate(path / MODEL_FOLDER, spec.fingerprint, True, path)
+    return Candidate(path / MODEL_FOLDER, spec.fingerprint, True, path, shape=models.shape(TARGET))
 
 
 def _checkpoint(experiment: Experiment, label: str, candidate: Candidate) -> ResolvedModel:
@@ -217,17 +217,14 @@ def _curve(experiment: Experiment) -> HeldOutCurve:
     return HeldOutCurve(points, identity, text.n_bytes, measure)
 
 
-def evaluated_model(
-    experiment: Experiment, label: str, candidate: Candidate | Ensemble, role: str = TARGET
-) -> EvaluatedModel:
-    """The candidate as suites see it, which is loaded when it is first needed; `role` says how it is run."""
+def evaluated_model(experiment: Experiment, label: str, candidate: Candidate | Ensemble) -> EvaluatedModel:
+    """The candidate as suites see it, run with the settings of its role and loaded when it is first needed."""
     if isinstance(candidate, Ensemble):
         members = [
-            (evaluated_model(experiment, member.role, member.candidate, member.role), member.weight)
-            for member in candidate.members
+            (evaluated_model(experiment, member.name, member.candidate), member.weight) for member in candidate.members
         ]
         return joint_subject(label, candidate, members)
-    models, workspace = experiment.models, experiment.workspace
+    models, workspace, role = experiment.models, experiment.workspace, candidate.role
     return EvaluatedModel(
         label=label,
         fingerprint=candidate.fingerprint,

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from fusion.errors import UserError
 from harness.config.schema import Config
-from harness.experiment.candidates import candidates
+from harness.experiment.candidates import FailedRow, candidates, failure_sentence
 from harness.experiment.checks import check_sizes
 from harness.experiment.pipeline import Experiment, evaluated_model, measure, open_experiment, start
 from harness.store.artifacts import Planned
@@ -21,8 +22,14 @@ def plan(config: Config, root: Path, *, flops: float | None = None) -> list[Plan
 
 
 def plan_stages(dry: Experiment) -> list[Planned]:
-    """The stages of an experiment that was opened to plan, each once, in the order in which a run makes them."""
+    """The stages of an experiment that was opened to plan, each once, in the order in which a run makes them.
+
+    Raises UserError, naming all of them, for rows of which is known already that they cannot be made.
+    """
     check_sizes(dry)
-    for row in candidates(dry):
-        measure(dry, evaluated_model(dry, row.label, row.candidate, row.role))
+    failures: list[FailedRow] = []
+    for row in candidates(dry, failures=failures):
+        measure(dry, evaluated_model(dry, row.label, row.candidate))
+    if failures:
+        raise UserError(failure_sentence(failures))
     return list(dry.workspace.store.planned.values())

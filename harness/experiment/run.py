@@ -1,16 +1,17 @@
 """Running an experiment: what is missing is made, and records, tables and figures are written."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from baselines.method import Ensemble
+from fusion.errors import UserError
 from harness.config.schema import Config
 from harness.data.passages import corpus_sentence, corpus_summary
 from harness.evaluation.records import note_suites, write_records
 from harness.evaluation.suite import SuiteResult
-from harness.experiment.candidates import Row, candidates
+from harness.experiment.candidates import FailedRow, Row, candidates, failure_sentence
 from harness.experiment.checks import check_inputs, check_lengths, check_space, check_validation
 from harness.experiment.identity import named, run_fingerprint
 from harness.experiment.pipeline import Experiment, evaluated_model, measure, open_experiment, start
@@ -30,6 +31,15 @@ if TYPE_CHECKING:
     from results.table import Table
 
 
+class IncompleteRun(UserError):
+    """A run that finished without some of its rows. `folder` holds its records; its tables name what is missing."""
+
+    def __init__(self, folder: Path, failures: Sequence[FailedRow]) -> None:
+        self.folder = folder
+        self.failures = tuple(failures)
+        super().__init__(failure_sentence(failures))
+
+
 def run_folder(experiment: Experiment, root: Path) -> Path:
     """The folder of the experiment's run below `root`."""
     config = experiment.config
@@ -37,8 +47,15 @@ def run_folder(experiment: Experiment, root: Path) -> Path:
 
 
 def run(config: Config, root: Path) -> Path:
-    """Makes what is missing and writes records, tables and figures; returns the run's folder."""
-    folder = make_records(config, root)
+    """Makes what is missing and writes records, tables and figures; returns the run's folder.
+
+    Raises IncompleteRun, after all is written, when rows are missing.
+    """
+    try:
+        folder = make_records(config, root)
+    except IncompleteRun as error:
+        write_tables(error.folder)
+        raise
     if distributed.is_main_process():
         write_tables(folder)
     return folder
@@ -57,7 +74,9 @@ def write_tables(folder: Path) -> "tuple[Run, dict[str, Table]]":
 def make_records(config: Config, root: Path) -> Path:
     """Makes what is missing, then writes records and the description of the run; returns the run's folder.
 
-    All ranks walk through the stages; the first one evaluates and writes.
+    A row that cannot be made or measured is noted in the description and the others are finished; IncompleteRun is
+    raised at the end. All ranks walk through the stages; the first one evaluates and writes. With several ranks the
+    first row that fails ends the run.
     """
     experiment = open_experiment(config, root)
     start(experiment)
@@ -88,15 +107,27 @@ def make_records(config: Config, root: Path) -> Path:
     if corpus_summary(passages).limits:
         notes[corpus_sentence(config.corpus, passages)] = None
     missing = {stage.spec.fingerprint: stage.estimate.seconds for stage in planned if stage.state != "ready"}
+    failures: list[FailedRow] = []
+    # Of several ranks the others wait for what this one makes: there the first row that fails ends the run.
+    alone = distributed.world_size() == 1
     with whole_run(missing):
-        for row in candidates(experiment):
+        for row in candidates(experiment, failures=failures if alone else None):
+            evaluated = evaluated_model(experiment, row.label, row.candidate)
+            try:
+                of_row = measure(experiment, evaluated)
+            except UserError as error:
+                if not alone:
+                    raise
+                failures.append(FailedRow(row.label, row.seed, error))
+                continue
+            finally:
+                evaluated.release()  # before the next row is trained
             notes |= dict.fromkeys(_notes(experiment, row))
-            evaluated = evaluated_model(experiment, row.label, row.candidate, row.role)
-            of_row = measure(experiment, evaluated)
-            evaluated.release()  # before the next row is trained
             files.update(_record(experiment, row, of_row, folder))
             for name, result in of_row.items():
                 results[name][row.label] = result
+    if failures and not files:
+        raise UserError(failure_sentence(failures))
     with exclusive_lock(folder / ".lock", f"run {folder.name}"):
         # Other seeds that were finished before, or meanwhile by another process, belong to the same table.
         before = read_run_file(folder / RUN_FILE)
@@ -110,22 +141,34 @@ def make_records(config: Config, root: Path) -> Path:
             "artifacts": sorted(artifacts.union(before.get("artifacts", []))),
             "records": {**before.get("records", {}), **record_hashes(folder, files)},
             "notes": list(dict.fromkeys([*before.get("notes", []), *notes])),
+            "failures": _failures(config, failures, before.get("failures", [])),
             "finished": time.time(),
         }
         write_json(folder / RUN_FILE, description)
+    if failures:
+        raise IncompleteRun(folder, failures)
     return folder
+
+
+def _failures(
+    config: Config, failures: Sequence[FailedRow], before: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """The rows that failed, now or under seeds that are not of this run, as its description lists them."""
+    kept = [failure for failure in before if failure["seed"] not in (None, *config.seeds)]
+    return kept + [{"row": f.label, "seed": f.seed, "reason": str(f.error)} for f in failures]
 
 
 def _notes(experiment: Experiment, row: Row) -> Iterator[str]:
     """Sentences about how a candidate was made that belong below the tables."""
-    role = experiment.config.methods[row.label].get("role")
     if isinstance(row.candidate, Ensemble):
-        shares = ", ".join(f"{member.role} {member.weight:.3f}" for member in row.candidate.members)
-        yield f"{row.label} asks several models at once, with the weights {shares}."
+        weights = ", ".join(f"{member.name} {member.weight:.3f}" for member in row.candidate.members)
+        seed = "" if row.seed is None else f" (seed {row.seed})"
+        yield f"{row.label}{seed} asks several models at once, with the weights {weights}."
         return
-    if role is not None and experiment.models.role(role).corpus is not None:
+    role, models = row.candidate.role, experiment.models
+    if models.role(role).corpus is not None and row.candidate.fingerprint == models.fingerprint(role):
         tokens = tokens_seen(row.candidate.folder.parent) or 0
-        base = experiment.models.base(role).name
+        base = models.base(role).name
         yield f"{row.label} is {base} continued on {tokens:,} tokens of its own text, which no other row counts."
     artifact = experiment.workspace.store.planned.get(row.candidate.fingerprint)
     if artifact is not None and (note := read_manifest(artifact.path)["info"].get("note")):

@@ -71,8 +71,16 @@ class Run:
 
     @property
     def notes(self) -> list[str]:
-        """Sentences about how its rows were made, printed below its tables."""
-        return list(self.description.get("notes", []))
+        """Sentences about how its rows were made, and why some are missing, printed below its tables."""
+        missing: dict[tuple[str, str], list[str]] = {}
+        for failure in self.description.get("failures", []):
+            seeds = missing.setdefault((failure["row"], failure["reason"]), [])
+            seeds += [] if failure["seed"] is None else [str(failure["seed"])]
+        sentences = []
+        for (row, reason), seeds in missing.items():
+            of_seeds = f" with seed {', '.join(seeds)}" if seeds else ""
+            sentences.append(f"{row} is missing{of_seeds}: {reason}")
+        return [*self.description.get("notes", []), *sentences]
 
     @cached_property
     def seeds(self) -> list[int]:

@@ -59,6 +59,8 @@ class _Context:
     def model(self, role: str) -> Candidate:
         return Candidate(self.folders["base" if role == "target" else role], f"fingerprint of {role}", seeded=False)
 
+    candidate = model
+
     def validation_nll(self, candidate: Candidate, label: str = "") -> float:
         assert self._nll is not None
         self.measured.append(label)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from baselines.clm import clm
 from baselines.fusellm import FuseLLMParameters, fusellm
 from baselines.listing import Setting, describe
-from baselines.method import Candidate, Context, Parameters, Role, named_roles
+from baselines.merge import MergeParameters
+from baselines.method import Candidate, Context, Parameters, Reference, Role, RoleOrRow, Row
 from baselines.registry import METHODS, get_method, method, schema_of
 from fusion.docstrings import field_docstrings
 from fusion.errors import UserError
@@ -68,8 +69,22 @@ def test_a_role_is_what_is_typed_as_one() -> None:
         teachers: list[Role] | None = None
         models: tuple[str, ...] = ("no role",)
 
-    assert named_roles(Settings()) == ["target"]
-    assert named_roles(Settings(pivot="a", teachers=["b", "c"])) == ["a", "b", "c"]
+    role = Reference(("role",))
+    assert Settings().references() == [("target", role)]
+    assert Settings(pivot="a", teachers=["b", "c"]).references() == [("a", role), ("b", role), ("c", role)]
+
+
+def test_rows_and_models_can_be_named() -> None:
+    class Settings(Parameters):
+        start: Row = "CLM"
+        models: list[RoleOrRow] | None = None
+
+    row, either = Reference(("row",)), Reference(("role", "row"))
+    assert Settings(models=["a"]).references() == [("CLM", row), ("a", either)]
+    configuration = {"merge_method": "slerp", "base_model": "x", "models": [{"model": "CLM"}, {"model": "x"}]}
+    names = MergeParameters(mergekit=configuration).references()
+    anything = Reference(("role", "row", "model"))
+    assert names == [("target", either), ("x", anything), ("CLM", anything)]
 
 
 def test_presets_set_switches_and_nothing_else() -> None:
@@ -153,7 +168,7 @@ def test_listing_reads_types_choices_and_defaults_from_the_schema() -> None:
     merge = settings("merge")
     assert merge["merge_method"].type == "linear or slerp or task_arithmetic or ties or dare_ties"
     assert merge["weights"].type == "uniform or tuned or list of number"
-    assert (merge["models"].type, merge["models"].default) == ("list of role or null", "null")
+    assert (merge["models"].type, merge["models"].default) == ("list of role or row or null", "null")
     assert (merge["mergekit"].type, merge["scale"].type, merge["scale"].default) == ("mapping or null", "number", "1.0")
     assert settings("alm").keys() >= {"lambda", "teachers", "temperature"}
     for name in METHODS.names():

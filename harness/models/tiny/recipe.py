@@ -7,7 +7,7 @@ more of the same text. They show that every stage does its work on real text in 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fusion.errors import UserError
 from harness.data.standard_library import CORPORA, DOMAINS, LibraryDocument, StandardLibrary
@@ -46,6 +46,18 @@ class TinyModel:
     seed: int = 0
     family: "TinyModel | None" = None
     """The model whose tokenizer it has. Default: a tokenizer of its own."""
+
+    def shape(self) -> dict[str, Any]:
+        """What config.json will say of the architecture, and whose tokenizer it is, before the model is made."""
+        return {
+            "model_type": self.architecture,
+            "vocab_size": self.vocabulary,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "tokenizer": f"that of tiny:{(self.family or self).name}",
+        }
 
     @property
     def intermediate(self) -> int:

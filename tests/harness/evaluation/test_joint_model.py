@@ -87,7 +87,7 @@ def together(
         map="first_piece",
         label="E",
     )
-    return joint_subject("E", made, [(alone[m.role], m.weight) for m in made.members])
+    return joint_subject("E", made, [(alone[m.name], m.weight) for m in made.members])
 
 
 def measure(name: str, section: dict[str, Any], of: EvaluatedModel, root: Path, data: Path) -> SuiteResult:
@@ -215,6 +215,8 @@ class _Context:
     def model(self, role: str) -> Candidate:
         return Candidate(self._folders.get(role, Path("not", "made")), f"fingerprint of {role}", False)
 
+    candidate = model
+
     def validation_nll(self, candidate: Candidate, label: str = "") -> float:
         return {"a": 0.7, "b": 0.9, "target": 0.8}[label]
 
@@ -227,18 +229,18 @@ def build(folders: dict[str, Path] | None = None, **parameters: Any) -> Ensemble
 def test_an_ensemble_does_not_depend_on_the_order() -> None:
     one = build(models=["target", "a", "b"], weights=[1, 2, 3])
     assert one == build(models=["b", "target", "a"], weights=[6, 2, 4])
-    assert [(m.role, m.weight) for m in one.members] == [("target", 1 / 6), ("a", 1 / 3), ("b", 1 / 2)]
+    assert [(m.name, m.weight) for m in one.members] == [("target", 1 / 6), ("a", 1 / 3), ("b", 1 / 2)]
     assert one.fingerprint != build(models=["target", "a", "b"]).fingerprint
     assert one.fingerprint != build(models=["target", "a", "b"], weights=[1, 2, 3], combine="logits").fingerprint
     assert one.fingerprint != build(models=["target", "a", "b"], weights=[1, 2, 3], pivot="a").fingerprint
-    assert [m.role for m in build(weights=[0, 1], pivot="b").members] == ["b"]
+    assert [m.name for m in build(weights=[0, 1], pivot="b").members] == ["b"]
 
 
 def test_weights_by_validation_text() -> None:
     from math import exp
 
     found = build(weights="validation", weight_temperature=0.5)
-    assert {m.role: m.weight for m in found.members} == pytest.approx(
+    assert {m.name: m.weight for m in found.members} == pytest.approx(
         {"a": 1 / (1 + exp(-0.4)), "b": exp(-0.4) / (1 + exp(-0.4))}
     )
     assert found.fingerprint != build(weights="validation").fingerprint

@@ -242,7 +242,7 @@ def test_prefix(line: Line, bos: str | None, prefix: str) -> None:
     assert made["input_ids"][[0, 2]].tolist() == [at, at] and made["position_ids"][[0, 2]].tolist() == [0, 0]
     as_is = experiment(line.folder, texts, {"s": other()}, "methods.X.method=as_is", target=own)
     (row,) = candidates(as_is)
-    results = measure(as_is, evaluated_model(as_is, row.label, row.candidate, row.role))
+    results = measure(as_is, evaluated_model(as_is, row.label, row.candidate))
     (measured,) = results["perplexity"].examples()
     # ab, and c after it
     assert measured.numerator == pytest.approx(
