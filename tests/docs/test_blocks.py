@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from baselines.registry import METHODS
+from fusion.losses.loss import LOSSES
 from harness.evaluation.suite import SUITES, suite
 from tests.harness.command import answer
 
@@ -52,7 +54,8 @@ def _install(package: Path, site: Path) -> None:
 def _follow(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     suite("perplexity")  # the harness' own register themselves, and stay; a page's do not
-    monkeypatch.setattr(SUITES, "_parts", dict(SUITES._parts))
+    for registry in (SUITES, METHODS, LOSSES):
+        monkeypatch.setattr(registry, "_parts", dict(registry._parts))
     printed = ""
     names: dict[str, object] = {}
     for block in BLOCK.finditer(page.read_text(encoding="utf-8")):

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from baselines.registry import METHODS
 from fusion.alignment.pairing import ALIGNMENTS
 from fusion.alignment.selection import FUSIONS
 from fusion.errors import UserError
@@ -110,59 +112,34 @@ def test_one_name_has_one_identity_however_it_is_given() -> None:
     assert plain.identity()["parameters"]["fusion"] == mapping.identity()["parameters"]["fusion"]
 
 
-LOSS = '''
-from dataclasses import dataclass
-
-import numpy as np
-
-from fusion.losses.loss import LOSSES, Loss, LossRequirements, has_next, weighted
-
-
-@LOSSES.register("entropy", version=3, reference="confidence penalty, arXiv 1701.06548")
-@dataclass(frozen=True)
-class NegativeEntropy(Loss):
-    """strength * sum_v q_v log q_v of the target's distribution q."""
-
-    strength: float = 1.0
-
-    def requirements(self, target):
-        return LossRequirements()
-
-    def features(self, predictions, n_bytes, resources):
-        own = [passage[resources.target] for passage in predictions]
-        return {"weight": has_next(own).astype(np.float32)}
-
-    def __call__(self, logits, features):
-        log_q = logits.log_softmax(-1)
-        return weighted(features["weight"], self.strength * (log_q.exp() * log_q).sum(-1))
-'''
-
-
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Loss]:
-    """A loss that an installed package offers by an entry point."""
+    """The loss of the page about adding one, as an installed package offers it."""
+    page = (Path(__file__).parents[3] / "docs" / "adding-a-loss.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python title=.*?\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(code.splitlines()) < 80
     folder = tmp_path / "site"
-    (folder / "entropy-1.dist-info").mkdir(parents=True)
-    (folder / "fusellm_entropy.py").write_text(LOSS)
-    (folder / "entropy-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: entropy\nVersion: 1\n")
-    (folder / "entropy-1.dist-info" / "entry_points.txt").write_text(
-        "[fusellm.losses]\nentropy = fusellm_entropy:NegativeEntropy\n"
-    )
-    monkeypatch.setattr(LOSSES, "_parts", dict(LOSSES._parts))
+    info = folder / "penalty-1.dist-info"
+    info.mkdir(parents=True)
+    (folder / "fusellm_penalty.py").write_text(code)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: penalty\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[fusellm.losses]\npenalty = fusellm_penalty:ConfidencePenalty\n")
+    for registry in (LOSSES, METHODS):
+        monkeypatch.setattr(registry, "_parts", dict(registry._parts))
     monkeypatch.syspath_prepend(folder)
-    loss: type[Loss] = importlib.import_module("fusellm_entropy").NegativeEntropy
+    loss: type[Loss] = importlib.import_module("fusellm_penalty").ConfidencePenalty
     return loss
 
 
 def test_a_loss_of_another_package_trains(plugin: type[Loss], tmp_path: Path) -> None:
-    assert LOSSES.get("entropy") is plugin and "entropy" in LOSSES.names()
+    assert LOSSES.get("penalty") is plugin and LOSSES.get("confidence_penalty") is plugin
     loss = plugin(strength=2.0)  # type: ignore[call-arg]
-    assert loss.identity() == {"name": "entropy", "version": 3, "parameters": {"strength": 2.0}}
+    assert loss.identity() == {"name": "confidence_penalty", "version": 1, "parameters": {"strength": 2.0}}
     small = of_row(tmp_path, {"method": "clm"})
     candidate = train(small, "X", 0, lam=0.5, loss=loss)
     assert candidate.training is not None
     (step,) = [e for e in json.loads((candidate.training / "log.json").read_text()) if "tokens" in e]
-    # At most 0, at least 2 log V for the 8 tokens of the target.
+    # At most 0, at least -2 log V nats for the target's 8 tokens.
     assert -2 * math.log(8) < step["fusion_nats_per_token"] < 0
     other = train(small, "X", 0, lam=0.5, loss=plugin(strength=1.0))  # type: ignore[call-arg]
     assert other.fingerprint != candidate.fingerprint
