@@ -206,7 +206,7 @@ def test_what_was_left_out_before_an_interruption_counts(
     """With a passage a shard no process sees two; the threshold holds for all of them."""
     settings = ["extraction.passages_per_shard=1"]
     with monkeypatch.context() as patch:
-        patch.setattr(extraction, "_check_left_out", lambda *_: None)
+        patch.setattr(extraction, "_check_skipped", lambda *_: None)
         patch.setattr(Store, "_complete", _killed)
         with pytest.raises(KeyboardInterrupt):
             predict(open_experiment(load(str(spoilt), overrides=settings), tmp_path), "neox")
