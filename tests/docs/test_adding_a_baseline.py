@@ -12,6 +12,7 @@ import pytest
 
 from baselines.registry import METHODS
 from tests.harness.command import answer, sentence
+from tests.registries import restore_after
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-a-baseline.md"
 BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -70,14 +71,12 @@ def _package(folder: Path, name: str, offered: str, code: str) -> None:
 def test_a_package_that_goes_wrong_is_named_and_the_rest_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in METHODS._own:  # a module registers once, and what is set below is taken back
-        METHODS.part(name)
+    restore_after(monkeypatch, METHODS)
     _package(tmp_path, "plug_broken", "broken = plug_broken:Broken", "raise RuntimeError('not\\ntoday')\n")
     _package(tmp_path, "plug_first", "twice = plug_first:A", "A = 1\n")
     _package(tmp_path, "plug_second", "twice = plug_second:A\nmerge = plug_second:A", "A = 1\n")
     _package(tmp_path, "plug_number", "number = plug_number:A", "A = 1\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(METHODS, "_parts", dict(METHODS._parts))
     wrong = {
         "broken": r"method .broken. could not be imported from .plug_broken:Broken. .RuntimeError: not today.: correct",
         "twice": r"method 'twice' is offered by two packages, as 'plug_\w+:A' and 'plug_\w+:A': uninstall one",

@@ -16,8 +16,9 @@ import yaml
 
 from baselines.registry import METHODS
 from fusion.losses.loss import LOSSES
-from harness.evaluation.suite import SUITES, suite
+from harness.evaluation.suite import SUITES
 from tests.harness.command import answer
+from tests.registries import restore_after
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -53,9 +54,7 @@ def _install(package: Path, site: Path) -> None:
 
 def _follow(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    suite("perplexity")  # the harness' own register themselves, and stay; a page's do not
-    for registry in (SUITES, METHODS, LOSSES):
-        monkeypatch.setattr(registry, "_parts", dict(registry._parts))
+    restore_after(monkeypatch, SUITES, METHODS, LOSSES)
     printed = ""
     names: dict[str, object] = {}
     for block in BLOCK.finditer(page.read_text(encoding="utf-8")):

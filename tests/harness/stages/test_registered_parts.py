@@ -27,6 +27,7 @@ from fusion.vocabulary.maps import MAPS
 from harness.experiment.candidates import candidates
 from harness.experiment.pipeline import Experiment, open_experiment, train
 from tests.harness.bigrams import Bigrams, experiment
+from tests.registries import restore_after
 
 TEXTS = ["abcdab", "ddabc"]
 FUSELLM, DISTILLATION = {"method": "fusellm"}, {"method": "distillation"}
@@ -79,7 +80,7 @@ class SkewParameters(BaseModel):
 
 
 def test_a_divergence_with_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DIVERGENCES, "_parts", dict(DIVERGENCES._parts))
+    restore_after(monkeypatch, DIVERGENCES)
 
     @DIVERGENCES.register("skewed", parameters=SkewParameters)
     def skewed(log_p: Tensor, log_q: Tensor, *, parameters: SkewParameters) -> Tensor:
@@ -124,8 +125,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Loss]:
     (folder / "fusellm_penalty.py").write_text(code)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: penalty\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[fusellm.losses]\npenalty = fusellm_penalty:ConfidencePenalty\n")
-    for registry in (LOSSES, METHODS):
-        monkeypatch.setattr(registry, "_parts", dict(registry._parts))
+    restore_after(monkeypatch, LOSSES, METHODS)
     monkeypatch.syspath_prepend(folder)
     loss: type[Loss] = importlib.import_module("fusellm_penalty").ConfidencePenalty
     return loss
