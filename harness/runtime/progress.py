@@ -1,6 +1,6 @@
 """Progress of long runs: every text of a progress bar is made here.
 
-On a terminal there are two bars: one for the whole run ("stage 7 of 20", with the time left), below the bar of the
+On a terminal there are two bars: one for the whole run ("stage 7 of 20", with the time left), and below it that of the
 stage that is under way (throughput, time left). Elsewhere a line is printed now and then. All of it goes to standard
 error, so that tables on standard output stay clean, and is shown by the first of several ranks only.
 """
@@ -208,13 +208,14 @@ def _bars() -> Any:
     """A rich.progress.Progress whose tasks are a `_Throughput` or the `_WholeRun`."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, ProgressColumn, Task
+    from rich.table import Column
     from rich.text import Text
 
     class Described(ProgressColumn):
         max_refresh = 0.5
 
         def __init__(self, of_stage: Callable[[_Throughput], str], of_run: Callable[[_WholeRun], str]) -> None:
-            super().__init__()
+            super().__init__(Column(no_wrap=True))  # a narrow terminal cuts the text, and the bars keep their lines
             self.of_stage, self.of_run = of_stage, of_run
 
         def render(self, task: Task) -> Text:
