@@ -21,7 +21,7 @@ from harness.reporting.runs import Run, open_run
 from harness.runtime import distributed
 from harness.runtime.progress import whole_run
 from harness.stages.training_log import tokens_seen
-from harness.store.artifacts import read_manifest
+from harness.store.artifacts import Planned, read_manifest
 from harness.store.files import exclusive_lock, write_json
 from harness.store.paths import PLAN_FILE, RECORDS, RUN_FILE, run_path
 from harness.store.provenance import made_by
@@ -83,11 +83,18 @@ def make_records(config: Config, root: Path) -> Path:
     check_inputs(experiment)
     dry = open_experiment(config, root, dry=True)
     planned = plan_stages(dry)
-    check_validation(dry, experiment)
-    if any(p.state != "ready" for p in planned):
-        check_space(planned, root)
-        check_lengths(experiment)
-    folder = run_folder(experiment, root)
+    missing = {stage.spec.fingerprint: stage.estimate.seconds for stage in planned if stage.state != "ready"}
+    with whole_run(missing):
+        check_validation(dry, experiment)
+        if missing:
+            check_space(planned, root)
+            check_lengths(experiment)
+        return _make(experiment, planned, root)
+
+
+def _make(experiment: Experiment, planned: Sequence[Planned], root: Path) -> Path:
+    """Makes the rows, measures them, and writes the run's folder, which it returns."""
+    config, folder = experiment.config, run_folder(experiment, root)
     if not distributed.is_main_process():
         for _ in candidates(experiment):
             pass  # the first rank evaluates
@@ -106,26 +113,24 @@ def make_records(config: Config, root: Path) -> Path:
     passages = experiment.corpora.passages[1]
     if corpus_summary(passages).limits:
         notes[corpus_sentence(config.corpus, passages)] = None
-    missing = {stage.spec.fingerprint: stage.estimate.seconds for stage in planned if stage.state != "ready"}
     failures: list[FailedRow] = []
     # Of several ranks the others wait for what this one makes: there the first row that fails ends the run.
     alone = distributed.world_size() == 1
-    with whole_run(missing):
-        for row in candidates(experiment, failures=failures if alone else None):
-            evaluated = evaluated_model(experiment, row.label, row.candidate)
-            try:
-                of_row = measure(experiment, evaluated)
-            except UserError as error:
-                if not alone:
-                    raise
-                failures.append(FailedRow(row.label, row.seed, error))
-                continue
-            finally:
-                evaluated.release()  # before the next row is trained
-            notes |= dict.fromkeys(_notes(experiment, row))
-            files.update(_record(experiment, row, of_row, folder))
-            for name, result in of_row.items():
-                results[name][row.label] = result
+    for row in candidates(experiment, failures=failures if alone else None):
+        evaluated = evaluated_model(experiment, row.label, row.candidate)
+        try:
+            of_row = measure(experiment, evaluated)
+        except UserError as error:
+            if not alone:
+                raise
+            failures.append(FailedRow(row.label, row.seed, error))
+            continue
+        finally:
+            evaluated.release()  # before the next row is trained
+        notes |= dict.fromkeys(_notes(experiment, row))
+        files.update(_record(experiment, row, of_row, folder))
+        for name, result in of_row.items():
+            results[name][row.label] = result
     if failures and not files:
         raise UserError(failure_sentence(failures))
     with exclusive_lock(folder / ".lock", f"run {folder.name}"):
