@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, Field
 
 from fusion.errors import UserError
+from fusion.inference.windows import window_stride
 from harness.config.schema import CorpusConfig
 from harness.data import corpus
 from harness.data.corpus import Document
@@ -146,8 +147,6 @@ class Perplexity:
 
 def evaluation_spec(evaluated: EvaluatedModel, text: HeldOutText, config: PerplexityConfig) -> Spec:
     """The key of a candidate's nats on the text."""
-    from fusion.inference.likelihood import window_stride
-
     stride = window_stride(config.mode, config.window, config.stride)
     return Spec(
         "perplexity",

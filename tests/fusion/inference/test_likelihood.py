@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fusion.errors import UserError
-from fusion.inference.likelihood import document_nats, window_stride, windows
+from fusion.inference.likelihood import document_nats
+from fusion.inference.windows import window_stride, windows
 
 WINDOW = 16
 BOS, EOS = 256, 257
