@@ -17,13 +17,14 @@ from harness.cli import (
     experiment_commands,
     model_commands,
     run_commands,
+    scaffold,
     suite_commands,
 )
 from harness.runtime import distributed
 from harness.runtime.extras import missing_extra
 from harness.store import provenance
 
-EXPERIMENTS, RESULTS, PARTS, MACHINE = "Experiments", "Results", "Parts", "This machine"
+EXPERIMENTS, RESULTS, PARTS, OWN, MACHINE = "Experiments", "Results", "Parts", "Your own parts", "This machine"
 
 
 class _Ordered(TyperGroup):
@@ -43,6 +44,8 @@ class _Ordered(TyperGroup):
         "model",
         "artifact",
         "multipl-e",
+        "init",
+        "schema",
         "doctor",
     )
 
@@ -70,6 +73,8 @@ app.add_typer(suite_commands.suites, name="suite", rich_help_panel=PARTS)
 app.add_typer(model_commands.models, name="model", rich_help_panel=PARTS)
 app.add_typer(artifact_commands.artifacts, name="artifact", rich_help_panel=PARTS)
 app.add_typer(suite_commands.multipl_e, name="multipl-e", rich_help_panel=PARTS)
+app.command(rich_help_panel=OWN)(scaffold.init)
+app.command(rich_help_panel=OWN)(experiment_commands.schema)
 app.command(rich_help_panel=MACHINE)(doctor.doctor)
 experiment_commands.experiments.command("diff")(run_commands.experiment_diff)
 

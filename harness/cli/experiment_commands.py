@@ -83,6 +83,39 @@ def experiment_show(
     print_document(config.model_dump(mode="json"), form)
 
 
+@experiments.command("validate")
+def experiment_validate(
+    names: Names,
+    profile: Profile = None,
+    settings: Settings = [],  # noqa: B006
+    seeds: Seeds = [],  # noqa: B006
+    form: FormatOption = None,
+    json: Json = False,
+) -> None:
+    """Name every mistake of experiments and YAML files, with file and line: keys, values, names, paths.
+
+    Without --profile an experiment is checked in each of its profiles. The exit status is 2 if there is a mistake.
+    """
+    from harness.config.loading import validate
+    from harness.config.shipped import choose_experiments
+
+    problems = validate(choose_experiments(names, profile), profile, settings, seeds)
+    n_problems = sum(map(len, problems.values()))
+    if form is not None:
+        rows = [
+            [name, ".".join(problem.key), problem.place, problem.sentence]
+            for name, of_name in problems.items()
+            for problem in of_name
+        ]
+        print_rows(["experiment", "key", "place", "problem"], rows, form)
+    for name, of_name in problems.items() if form is None else ():
+        typer.echo(f"{name}: {f'{len(of_name)} errors' if of_name else 'no error'}")
+        for problem in of_name:
+            typer.echo(f"  {problem}")
+    if n_problems:
+        raise UserError(f"{n_problems} errors in {sum(map(bool, problems.values()))} of {len(problems)} experiments.")
+
+
 @experiments.command("plan")
 def experiment_plan(
     names: Names,
@@ -184,6 +217,18 @@ def _run(config: "Config", root: Path, incomplete: list[UserError], *, quiet: bo
             typer.echo(line)
     typer.echo(f"Table, figure and records: {folder}", err=True)
     return tables
+
+
+def schema() -> None:
+    """Print the JSON schema of experiments' files, with which editors complete and check them.
+
+    Methods and suites of installed packages are in it.
+    """
+    import json
+
+    from harness.config.json_schema import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=1, ensure_ascii=False))
 
 
 def audit(

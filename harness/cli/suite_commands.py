@@ -1,7 +1,8 @@
 """`fusellm suite`, `eval` and `multipl-e`: what can be measured, measuring one model, executing generated programs."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -9,6 +10,7 @@ from fusion.errors import UserError
 from harness.cli.console import prepare, print_rows, print_table
 from harness.cli.options import (
     COMPUTING,
+    CONFIGURATION,
     DEFAULT_ROOT,
     FILES,
     FormatOption,
@@ -108,7 +110,11 @@ def evaluate(
     settings: Annotated[
         list[str],
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="A setting of a suite, as in bbh.variant=zeroshot. Repeatable."
+            "--set",
+            metavar="KEY=VALUE",
+            help="A setting of a suite, as in suites.bbh.variant=zeroshot or bbh.variant=zeroshot, or data.root. "
+            "Repeatable.",
+            rich_help_panel=CONFIGURATION,
         ),
     ] = [],  # noqa: B006
     revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None,
@@ -133,6 +139,8 @@ def evaluate(
         return
     if model is None or not suites:
         raise UserError("fusellm eval needs a model and --suite, or --execute with a file of completions.")
+    names = [name.strip() for name in suites.split(",")]
+    own, root_of_data = _settings(settings, names)
     prepare(root, device)
     from harness.evaluation import standalone
     from harness.models.resolution import ModelSpec
@@ -143,9 +151,7 @@ def evaluate(
 
     common = {"limit": limit, "samples": samples, "seed": seed, "batch_size": batch_size}
     common |= {"execute": not generate_only, "sandbox": not unsafe}
-    chosen = standalone.sections(
-        [name.strip() for name in suites.split(",")], tasks=tasks, common=common, settings=settings, data_root=data_root
-    )
+    chosen = standalone.sections(names, tasks=tasks, common=common, settings=own, data_root=data_root or root_of_data)
     spec = ModelSpec(name=model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     folder = standalone.evaluate(spec, chosen, root, device=usable_device(device, dry=False))
     run = open_run(folder)
@@ -162,6 +168,25 @@ def evaluate(
     if run.records.empty and not generate_only:
         typer.echo("fusellm: nothing was measured: every task was left out, for the reasons above.", err=True)
         raise typer.Exit(1)
+
+
+def _settings(items: Sequence[str], names: Sequence[str]) -> tuple[dict[str, dict[str, Any]], Path | None]:
+    """The settings of each suite, and the folder of data sets, from `--set` as experiments take it."""
+    from omegaconf import OmegaConf
+
+    from harness.config.layers import setting_layer
+    from harness.config.schema import DataConfig
+
+    layers = [setting_layer(item).values for item in items]
+    for item, layer in zip(items, layers, strict=True):
+        (section, values), *_ = dict(layer).items()
+        taken = ["root"] if section == "data" else names if section == "suites" else []
+        if not OmegaConf.is_dict(values) or not set(values) <= set(taken):
+            raise UserError(
+                f"--set {item} is no setting of {', '.join(names)}: write --set SUITE.KEY=VALUE or data.root=FOLDER."
+            )
+    merged: Any = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True) if layers else {}
+    return merged.get("suites", {}), DataConfig(**merged.get("data", {})).folder
 
 
 @multipl_e.command("execute")

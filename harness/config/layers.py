@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
+from harness.config.schema import Config
+from harness.config.shipped import names
 
 Key = tuple[str, ...]
 """The parts of a dotted key; a list's items are numbered from 0."""
@@ -51,19 +53,26 @@ def user_layers(path: Path, _extending: Sequence[Path] = ()) -> tuple[list[Layer
 
 
 def setting_layer(item: str) -> Layer:
-    """A `--set KEY=VALUE` as a layer. Raises UserError where it is none."""
+    """A `--set KEY=VALUE` as a layer; SUITE.KEY is short for suites.SUITE.KEY. Raises UserError where it is none."""
     from omegaconf import OmegaConf
 
-    key, equals, _ = item.partition("=")
+    key, equals, value = item.partition("=")
     if not equals:
         raise UserError(f"--set {item} has no value: write --set KEY=VALUE.")
     if not all(key.strip().split(".")):
         raise UserError(f"--set {item} has no key: write --set KEY=VALUE, with dots between the parts of the key.")
     if key == "profile":
         raise UserError(f"--set {item} chooses no profile: write --profile.")
-    values = OmegaConf.from_dotlist([item])
+    if _begins_with_suite(key):
+        key = f"suites.{key}"
+    values = OmegaConf.from_dotlist([f"{key}={value}"])
     keys = _keys(OmegaConf.to_container(values, resolve=False))
     return Layer(values, dict.fromkeys(keys, f"--set {item}"))
+
+
+def _begins_with_suite(key: str) -> bool:
+    first, dot, _ = key.strip().partition(".")
+    return bool(dot) and first not in Config.model_fields and first in names("suites")
 
 
 def place_of(key: Key, layers: Sequence[Layer]) -> str | None:

@@ -25,28 +25,26 @@ def sections(
     *,
     tasks: Sequence[str],
     common: Mapping[str, Any],
-    settings: Sequence[str],
+    settings: Mapping[str, Mapping[str, Any]],
     data_root: Path | None,
 ) -> dict[str, Suite]:
-    """The suites of a command line. `common` holds options that each suite takes if it knows them; settings are
-    SUITE.KEY=VALUE. Raises UserError for what no suite knows.
+    """The suites of a command line, by name.
+
+    tasks: only these; a suite that has none of them is left out with a line about it. common: options that each suite
+    takes if it knows them. settings: by suite, keys and values of its own. Raises UserError for what no suite knows.
     """
     from omegaconf import OmegaConf
 
     suites: dict[str, Suite] = {}
     skipped: list[str] = []
     unknown = {task: UserError("") for task in tasks}
-    for item in settings:
-        if "=" not in item or item.split(".")[0] not in names:
-            raise UserError(f"--set {item} is no setting of {', '.join(names)}: write --set SUITE.KEY=VALUE.")
-    own: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(settings)), resolve=True)
     for name in dict.fromkeys(names):
         kind = suite(name)
         fields = kind.schema.model_fields
         given = {key: value for key, value in common.items() if key in fields and value is not None}
         if standalone_config := getattr(kind, "standalone_config", None):
             given = standalone_config(common)
-        merged: Any = OmegaConf.to_container(OmegaConf.merge(given, own.get(name) or {}))
+        merged: Any = OmegaConf.to_container(OmegaConf.merge(given, dict(settings.get(name, {}))))
         if tasks and "tasks" in fields:
             known = []
             for task in tasks:

@@ -1,5 +1,6 @@
 """The command line as a user meets it; mistakes and faults have files of their own."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Set
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from harness.cli import suite_commands
 from tests.harness.command import answer, fusellm, sentence
 
 SLOW = {"torch", "transformers", "lm_eval", "mergekit", "pandas"}
@@ -183,7 +185,9 @@ def test_commands_of_one_process_refuse_a_launcher(monkeypatch: pytest.MonkeyPat
 def test_show_prints_what_was_set() -> None:
     arguments = ["experiment", "show", "main", "--set", "methods.FuseLLM.lambda=0.5", "--seed", "3", "--seed", "4"]
     shown = yaml.safe_load(answer(*arguments)[1])
-    assert shown["methods"]["FuseLLM"] == {"method": "fusellm", "preset": "corrected", "lambda": 0.5}
+    row = shown["methods"]["FuseLLM"]
+    assert {**row, "method": "fusellm", "preset": "corrected", "lambda": 0.5} == row
+    assert row["alignment"] == "same_end"  # every switch with its value under the preset
     assert shown["seeds"] == [3, 4] and shown["training"]["warmup_ratio"] == 0.008
     assert list(shown["methods"])[:2] == ["SmolLM2-135M-Instruct", "Gemma-3-270M"]
 
@@ -192,3 +196,48 @@ def test_paper_profile_plans_without_models_or_text(tmp_path: Path) -> None:
     status, printed, said = answer("experiment", "run", "main", "--profile", "paper", "--dry-run", "--root", tmp_path)
     assert status == 0, said
     assert "FuseLLM" in printed and "missing" in printed
+
+
+def test_validate_names_every_mistake_with_its_line(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
+    good.write_text("extends: quickstart\nprofile: micro\n", encoding="utf-8")
+    bad.write_text("extends: quickstart\nprofile: micro\ntraining:\n  learning_rat: 1\nseeds: x\n", encoding="utf-8")
+    assert answer("experiment", "validate", good) == (0, f"{good}: no error\n", "")
+    status, printed, said = answer("experiment", "validate", good, bad)
+    assert status == 2 and sentence(said) == "fusellm: 2 errors in 1 of 2 experiments."
+    assert f"{bad}, line 4" in printed and f"{bad}, line 5" in printed and "did you mean 'learning_rate'" in printed
+    status, printed, _ = answer("experiment", "validate", bad, "--json")
+    rows = json.loads(printed)
+    assert status == 2 and {row["key"] for row in rows} == {"training.learning_rat", "seeds"}
+
+
+def test_the_schema_is_json_with_methods_and_suites() -> None:
+    status, printed, _ = answer("schema")
+    schema = json.loads(printed)
+    assert status == 0 and "learning_rate" in printed and schema["properties"]["methods"]
+    for name in ("fusellm", "distillation", "commonsense", "multipl_e"):
+        assert name in printed
+
+
+@pytest.mark.parametrize("setting", ["suites.bbh.limit=3", "bbh.limit=3"])
+def test_a_suite_is_set_by_its_name_alone_as_well(setting: str) -> None:
+    shown = yaml.safe_load(answer("experiment", "show", "quickstart", "--set", setting)[1])
+    assert shown["suites"]["bbh"]["limit"] == 3
+
+
+@pytest.mark.parametrize(
+    ("items", "expected"),
+    [
+        (["suites.bbh.limit=3", "bbh.variant=zeroshot"], ({"bbh": {"limit": 3, "variant": "zeroshot"}}, None)),
+        (["data.root=rows", "commonsense.limit=2"], ({"commonsense": {"limit": 2}}, Path("rows"))),
+        ([], ({}, None)),
+    ],
+)
+def test_eval_takes_settings_as_experiments_do(items: list[str], expected: tuple[object, object]) -> None:
+    assert suite_commands._settings(items, ["bbh", "commonsense"]) == expected
+
+
+@pytest.mark.parametrize("item", ["training.epochs=3", "multipl_e.k=3", "suites.multipl_e.k=3", "data.x=1", "bbh=3"])
+def test_eval_refuses_what_is_no_setting_of_its_suites(item: str) -> None:
+    status, _, said = answer("eval", "x", "--suite", "bbh", "--set", item)
+    assert status == 2 and f"--set {item} is no setting of bbh" in sentence(said)

@@ -184,7 +184,7 @@ def test_what_is_no_task_is_refused(section: dict[str, Any], sentence: str, own_
 
 
 def test_sections_of_a_command_line_take_tasks_by_name(rows: Path) -> None:  # noqa: F811
-    chosen = standalone.sections(["lm_eval"], tasks=["arc_easy"], common={"limit": 3}, settings=[], data_root=rows)
+    chosen = standalone.sections(["lm_eval"], tasks=["arc_easy"], common={"limit": 3}, settings={}, data_root=rows)
     assert chosen["lm_eval"].section.limit == 3
     with pytest.raises(UserError, match="tasks"):
-        standalone.sections(["lm_eval"], tasks=[], common={}, settings=[], data_root=rows)
+        standalone.sections(["lm_eval"], tasks=[], common={}, settings={}, data_root=rows)

@@ -244,7 +244,7 @@ def test_tasks_that_do_not_fit_are_found_before_the_run(
 
 def test_what_cannot_be_fetched_is_named_and_not_averaged(rows: Path, models: dict[str, Path], tmp_path: Path) -> None:
     suites = standalone.sections(
-        ["generative"], tasks=[], common={"limit": 3}, settings=["generative.max_new_tokens=4"], data_root=rows
+        ["generative"], tasks=[], common={"limit": 3}, settings={"generative": {"max_new_tokens": 4}}, data_root=rows
     )
     spec = ModelSpec(name=str(models["one"]), dtype="float32")
     folder = standalone.evaluate(spec, suites, tmp_path, device="cpu")
@@ -360,7 +360,7 @@ def test_passing_samples_are_counted(
     found = {(e.task, e.example, e.metric): (e.numerator, e.denominator) for e in measured.examples()}
     assert len(found) == 8 and set(found.values()) == {(2, 3)}
     suites = standalone.sections(
-        ["multipl_e"], tasks=["js"], common={"limit": 2, "samples": 3}, settings=["multipl_e.k=2"], data_root=rows
+        ["multipl_e"], tasks=["js"], common={"limit": 2, "samples": 3}, settings={"multipl_e": {"k": 2}}, data_root=rows
     )
     spec = ModelSpec(name=str(models["one"]), dtype="float32")
     folder = standalone.evaluate(spec, suites, tmp_path, device="cpu")
@@ -407,10 +407,10 @@ def test_perplexity_is_the_experiments(made: Path, models: dict[str, Path], tmp_
 def test_default_documents_of_perplexity_are_those_of_the_profile_small() -> None:
     from harness.config.loading import load
 
-    (suite,) = standalone.sections(["perplexity"], tasks=[], common={}, settings=[], data_root=None).values()
+    (suite,) = standalone.sections(["perplexity"], tasks=[], common={}, settings={}, data_root=None).values()
     assert suite.section == load("main", profile="small").suites["perplexity"]
     common = {"limit": 3}
-    (few,) = standalone.sections(["perplexity"], tasks=[], common=common, settings=[], data_root=None).values()
+    (few,) = standalone.sections(["perplexity"], tasks=[], common=common, settings={}, data_root=None).values()
     assert few.section.documents == suite.section.documents.model_copy(update={"per_domain": 3})
 
 
