@@ -63,7 +63,7 @@ def resample(ratios: Mapping[K, Ratio]) -> dict[K, Resamples]:
 
     What a ratio gets depends on itself alone, not on the others, nor on the machine.
     """
-    found: dict[K, Resamples] = {}
+    resamples: dict[K, Resamples] = {}
     together: dict[tuple[str, int], dict[K, Ratio]] = {}
     for key, ratio in ratios.items():
         n = len(ratio.top)
@@ -76,18 +76,18 @@ def resample(ratios: Mapping[K, Ratio]) -> dict[K, Resamples]:
         order = np.argsort(-counts, kind="stable")
         draws = _generator(ratio.task).multinomial(n, counts[order] / n, RESAMPLES).astype(np.float64)
         residual, bottom = residual[order], ratio.bottom[: len(order)]
-        found[key] = _resamples(_sums(draws, _tops(residual, bottom)), _sums(draws, _bottoms(bottom)), n)
+        resamples[key] = _resamples(_sums(draws, _tops(residual, bottom)), _sums(draws, _bottoms(bottom)), n)
     for (task, n), alike in together.items():
         # Of methods measured on the same data the denominators are the same.
         bottoms = list({ratio.bottom.tobytes(): ratio.bottom for ratio in alike.values()}.values())
-        tops = [_tops(one.residuals, one.bottom) for one in alike.values()]
+        tops = [_tops(ratio.residuals, ratio.bottom) for ratio in alike.values()]
         columns = np.concatenate([*tops, *map(_bottoms, bottoms)], axis=1)
         sums = np.concatenate([_sums(draws, columns) for draws in _draws(task, n)])
-        at = {one.tobytes(): 3 * len(alike) + 2 * i for i, one in enumerate(bottoms)}
+        column_of = {bottom.tobytes(): 3 * len(alike) + 2 * i for i, bottom in enumerate(bottoms)}
         for i, (key, ratio) in enumerate(alike.items()):
-            below = at[ratio.bottom.tobytes()]
-            found[key] = _resamples(sums[:, 3 * i : 3 * i + 3], sums[:, below : below + 2], n)
-    return found
+            column = column_of[ratio.bottom.tobytes()]
+            resamples[key] = _resamples(sums[:, 3 * i : 3 * i + 3], sums[:, column : column + 2], n)
+    return resamples
 
 
 def studentised(ratios: Sequence[Ratio], resamples: Sequence[Resamples]) -> tuple[float, np.ndarray]:
@@ -98,11 +98,11 @@ def studentised(ratios: Sequence[Ratio], resamples: Sequence[Resamples]) -> tupl
     error = float(np.sqrt(sum(ratio.variance for ratio in ratios)) / len(ratios))
     if error == 0:
         return 0.0, np.empty(0)
-    deviation = np.abs(np.mean([one.deviation for one in resamples], axis=0))
-    own = np.sqrt(np.sum([one.variance for one in resamples], axis=0)) / len(ratios)
+    deviation = np.abs(np.mean([task.deviation for task in resamples], axis=0))
+    own_error = np.sqrt(np.sum([task.variance for task in resamples], axis=0)) / len(ratios)
     # A resample whose examples are all alike (the few that differ were not drawn) knows no error of its own, but for
     # the square root of what rounding left of nothing.
-    return error, deviation / np.where(own > 1e-4 * error, own, error)
+    return error, deviation / np.where(own_error > 1e-4 * error, own_error, error)
 
 
 def _tops(residual: np.ndarray, bottom: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from results.errors import UnknownName
-from results.layout import Entry, Layout, grid
+from results.layout import CellText, Layout, grid
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -65,7 +65,7 @@ def to_rich(table: Layout) -> "Group":
     from rich.text import Text
 
     shown = grid(table)
-    body = [[(one.text("\n"), "bold" if one.best else "") for one in row] for row in shown.rows]
+    body = [[(cell.text("\n"), "bold" if cell.best else "") for cell in row] for row in shown.rows]
     parts: list[RenderableType] = [Text(table.banner.upper(), style="bold reverse")] if table.banner else []
     parts.append(_rich(shown.header, body, [False] + [True] * (len(shown.header) - 1), table.title))
     parts += [Text(note, style="dim") for note in shown.notes]
@@ -75,13 +75,13 @@ def to_rich(table: Layout) -> "Group":
 def _as_markdown(table: Layout) -> str:
     shown = grid(table)
 
-    def text(one: Entry) -> str:
-        whole = _escaped(one.text())
-        value = _escaped(one.value)
-        return f"**{value}**{whole.removeprefix(value)}" if one.best else whole
+    def text(cell: CellText) -> str:
+        whole = _escaped(cell.text())
+        value = _escaped(cell.value)
+        return f"**{value}**{whole.removeprefix(value)}" if cell.best else whole
 
     lines = [f"**{table.banner.upper()}**\n"] if table.banner else []
-    body = [[text(one) for one in row] for row in shown.rows]
+    body = [[text(cell) for cell in row] for row in shown.rows]
     lines += [f"**{table.title}**\n", _markdown(shown.header, body, escape=False)]
     lines += [f"{_escaped(note)}  " for note in shown.notes]
     return "\n".join(lines).rstrip() + "\n"
@@ -123,14 +123,14 @@ def _as_latex(table: Layout) -> str:
     """Needs the packages booktabs and amssymb."""
     shown = grid(table)
 
-    def text(one: Entry) -> str:
-        value = rf"\textbf{{{_tex(one.value)}}}" if one.best else _tex(one.value)
+    def text(cell: CellText) -> str:
+        value = rf"\textbf{{{_tex(cell.value)}}}" if cell.best else _tex(cell.value)
         return " ".join(
-            [value, *map(_tex, one.about), *([rf"{{\scriptsize {_tex(one.interval)}}}"] * bool(one.interval))]
+            [value, *map(_tex, cell.about), *([rf"{{\scriptsize {_tex(cell.interval)}}}"] * bool(cell.interval))]
         )
 
     lines = [r"\begin{table}", r"\centering"]
-    lines.append(rf"\caption{{{_tex(': '.join(one for one in (table.banner.upper(), table.title) if one))}}}")
+    lines.append(rf"\caption{{{_tex(': '.join(part for part in (table.banner.upper(), table.title) if part))}}}")
     lines += [rf"\begin{{tabular}}{{l{'r' * (len(shown.header) - 1)}}}", r"\toprule"]
     lines += [" & ".join(map(_tex, shown.header)) + r" \\", r"\midrule"]
     lines += [" & ".join(map(text, row)) + r" \\" for row in shown.rows]
@@ -156,19 +156,19 @@ def _as_html(table: Layout) -> str:
     """A fragment, to be put into a page."""
     shown = grid(table)
 
-    def text(one: Entry) -> str:
-        value = f"<strong>{escape(one.value)}</strong>" if one.best else escape(one.value)
-        interval = f" <small>{escape(one.interval)}</small>" if one.interval else ""
-        return " ".join([value, *map(escape, one.about)]) + interval
+    def text(cell: CellText) -> str:
+        value = f"<strong>{escape(cell.value)}</strong>" if cell.best else escape(cell.value)
+        interval = f" <small>{escape(cell.interval)}</small>" if cell.interval else ""
+        return " ".join([value, *map(escape, cell.about)]) + interval
 
     lines = ['<figure class="fusellm-table">', "<figcaption>"]
     lines += [f"<strong>{escape(table.banner.upper())}</strong><br>"] if table.banner else []
     lines += [escape(table.title), "</figcaption>", "<table>", "<thead>"]
-    lines.append("<tr>" + "".join(f'<th scope="col">{escape(one)}</th>' for one in shown.header) + "</tr>")
+    lines.append("<tr>" + "".join(f'<th scope="col">{escape(head)}</th>' for head in shown.header) + "</tr>")
     lines += ["</thead>", "<tbody>"]
     for label, *row in shown.rows:
         lines.append(
-            f'<tr><th scope="row">{text(label)}</th>' + "".join(f"<td>{text(one)}</td>" for one in row) + "</tr>"
+            f'<tr><th scope="row">{text(label)}</th>' + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>"
         )
     lines += ["</tbody>", "</table>", *(f"<p><small>{escape(note)}</small></p>" for note in shown.notes), "</figure>"]
     return "\n".join(lines) + "\n"

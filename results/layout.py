@@ -113,7 +113,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Entry:
+class CellText:
     """One text of a grid: the number, and what is known about it; `best` is for bold."""
 
     value: str
@@ -131,7 +131,7 @@ class Grid:
     """The header, the rows (each begins with its label), and the sentences below."""
 
     header: tuple[str, ...]
-    rows: tuple[tuple[Entry, ...], ...]
+    rows: tuple[tuple[CellText, ...], ...]
     notes: tuple[str, ...]
 
 
@@ -149,9 +149,9 @@ def grid(table: Layout) -> Grid:
     header += [f"{table.columns[j].label} − {table.reference}" for j in compared]
     rows = []
     for i, label in enumerate(table.rows):
-        entries = [Entry(_row_label(table, i, label))]
+        entries = [CellText(_row_label(table, i, label))]
         if seeds:
-            entries.append(Entry(_seeds(table.cells[i])))
+            entries.append(CellText(_seeds(table.cells[i])))
         for j, cell in enumerate(table.cells[i]):
             entries.append(_value(table, cell, (i, j) in best, footnotes))
             if table.published and table.published[j]:
@@ -173,7 +173,7 @@ def _seeds(cells: Sequence[Cell]) -> str:
     return "–".join(str(count) if count else "none" for count in dict.fromkeys([*counts[:1], *counts[-1:]]))
 
 
-def _value(table: Layout, cell: Cell, best: bool, footnotes: list[str]) -> Entry:
+def _value(table: Layout, cell: Cell, best: bool, footnotes: list[str]) -> CellText:
     form = f".{table.digits}f"
     about = [f"±{cell.spread:{form}}"] if cell.spread is not None else []
     about += _change(cell.change)
@@ -183,22 +183,22 @@ def _value(table: Layout, cell: Cell, best: bool, footnotes: list[str]) -> Entry
     if not table.differences and cell.difference_note != cell.note:  # there is no other place to say it
         about += _marked(cell.difference_note, footnotes)
     value = MISSING if cell.value is None else f"{cell.value:{form}}"
-    return Entry(value, tuple(about), _interval(cell.interval, form), best)
+    return CellText(value, tuple(about), _interval(cell.interval, form), best)
 
 
-def _published(table: Layout, cell: Cell, best: bool) -> Entry:
+def _published(table: Layout, cell: Cell, best: bool) -> CellText:
     if cell.published is None:
-        return Entry(MISSING)
-    return Entry(f"{cell.published:.{table.digits}f}", tuple(_change(cell.published_change)), best=best)
+        return CellText(MISSING)
+    return CellText(f"{cell.published:.{table.digits}f}", tuple(_change(cell.published_change)), best=best)
 
 
-def _difference(table: Layout, label: str, cell: Cell, footnotes: list[str]) -> Entry:
+def _difference(table: Layout, label: str, cell: Cell, footnotes: list[str]) -> CellText:
     if label == table.reference:
-        return Entry("reference")
+        return CellText("reference")
     form = f"+.{table.digits}f"
     value = MISSING if cell.difference is None else f"{cell.difference:{form}}"
     about = (*_sign(cell), *_marked(cell.difference_note, footnotes))
-    return Entry(value, about, _interval(cell.difference_interval, form))
+    return CellText(value, about, _interval(cell.difference_interval, form))
 
 
 def _change(change: float | None) -> list[str]:

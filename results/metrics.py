@@ -34,7 +34,6 @@ class Metric:
         Raises UserError for a score outside 0 to 1, and for fewer than k samples.
         """
         import numpy as np
-        from scipy.special import comb
 
         if self.bounds is None:
             return numerator, denominator
@@ -47,8 +46,7 @@ class Metric:
                 f"{self.label} needs {self.k} samples per {self.unit}, but one has {denominator.min():g}; draw more "
                 "samples or ask for a smaller k"
             )
-        failing = comb(denominator - numerator, self.k) / comb(denominator, self.k)
-        return 1 - failing, np.ones_like(denominator)
+        return pass_at_k(denominator, numerator, self.k), np.ones_like(denominator)
 
     def value(self, numerator: "np.ndarray", denominator: "np.ndarray") -> "np.ndarray":
         """The metric's values from sums of numerators and denominators of one shape."""
@@ -57,6 +55,18 @@ class Metric:
     def at(self, k: int) -> "Metric":
         """The same metric at another k; itself where it has none."""
         return self if self.k is None else replace(self, label=self.label.replace(f"@{self.k}", f"@{k}"), k=k)
+
+
+def pass_at_k(samples: "np.ndarray", passing: "np.ndarray", k: int) -> "np.ndarray":
+    """The unbiased estimate of the chance that one of k samples passes, elementwise.
+
+    samples, passing: of a problem, of one shape; none of `samples` is below k. (Chen et al. 2021, arXiv 2107.03374,
+    equation 1: 1 - C(n - c, k) / C(n, k).)
+    """
+    from scipy.special import comb
+
+    estimate: np.ndarray = 1 - comb(samples - passing, k) / comb(samples, k)
+    return estimate
 
 
 def _score(name: str, label: str, unit: str = "example", k: int | None = None) -> Metric:

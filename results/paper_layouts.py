@@ -14,7 +14,7 @@ from results.layout import Cell, Column, Part
 from results.metrics import measure
 from results.paper_numbers import AVERAGE, Published, load
 from results.table import Table
-from results.tables import Reason, SuiteResult, measured, sentences, transposed
+from results.tables import Comparison, Reason, compare, sentences, transposed
 
 TARGET, SOURCE, TEACHER = "{target}", "{source}", "{teacher}"
 
@@ -32,7 +32,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Layout:
+class PaperLayout:
     """One table of the paper: its methods, and what is measured of them.
 
     A column averages its parts, and one without parts is measured by no suite here. No columns: the domains of held-out
@@ -75,11 +75,11 @@ _GENERATIVE = tuple(
     for label, part in _parts("table8", "generative", "exact_match", {"drop": "em", "lambada": "acc"}).items()
 )
 LAYOUTS = {
-    "table1": Layout(_MAIN, _by_task(BBH), methods_across=True),
-    "table2": Layout(_MAIN, _by_task(COMMONSENSE), methods_across=True),
-    "table3": Layout(_MAIN, _by_task(MULTIPL_E), methods_across=True),
-    "table4": Layout((*_MAIN[:3], Line(f"FuseLLM from {SOURCE}", f"Llama-2 + {SOURCE}"), _MAIN[3]), _AVERAGES),
-    "table5": Layout(
+    "table1": PaperLayout(_MAIN, _by_task(BBH), methods_across=True),
+    "table2": PaperLayout(_MAIN, _by_task(COMMONSENSE), methods_across=True),
+    "table3": PaperLayout(_MAIN, _by_task(MULTIPL_E), methods_across=True),
+    "table4": PaperLayout((*_MAIN[:3], Line(f"FuseLLM from {SOURCE}", f"Llama-2 + {SOURCE}"), _MAIN[3]), _AVERAGES),
+    "table5": PaperLayout(
         (
             Line("FuseLLM em", "EM", "EM"),
             Line("FuseLLM", "MinED", "MinED"),
@@ -88,8 +88,8 @@ LAYOUTS = {
         ),
         _AVERAGES,
     ),
-    "table6": Layout((Line(TEACHER, "Llama-2 13B"), *_MAIN[:3], Line("KD", "Llama-2 KD"), _MAIN[3]), _AVERAGES),
-    "table7": Layout(
+    "table6": PaperLayout((Line(TEACHER, "Llama-2 13B"), *_MAIN[:3], Line("KD", "Llama-2 KD"), _MAIN[3]), _AVERAGES),
+    "table7": PaperLayout(
         (
             Line(TARGET, "Pythia"),
             Line(SOURCE, SOURCE),
@@ -98,8 +98,8 @@ LAYOUTS = {
             _MAIN[3],
         )
     ),
-    "table8": Layout(_MAIN, _GENERATIVE, methods_across=True),
-    "table10": Layout(
+    "table8": PaperLayout(_MAIN, _GENERATIVE, methods_across=True),
+    "table10": PaperLayout(
         (
             Line(SOURCE, SOURCE),
             Line(TARGET, "Llama-2 Evol-Instruct"),
@@ -154,35 +154,35 @@ def comparison(
     rows = _rows(layout, published, methods, roles)
     labels = list(dict.fromkeys(row.label for row in rows))
     final = records[records["tokens"].isna() & records["method"].isin(labels)]
-    found = measured(final, labels, _columns(layout, final, with_paper), reference, reasons=reasons)
-    own = dict(zip(labels, found.cells, strict=True))
-    target = own[roles["target"]] if roles.get("target") in own else (Cell(None),) * len(found.columns)
-    comparable = [with_paper and _same_tasks(column, published, layout) for column in found.columns]
+    compared = compare(final, labels, _columns(layout, final, with_paper), reference, reasons=reasons)
+    own = dict(zip(labels, compared.cells, strict=True))
+    target = own[roles["target"]] if roles.get("target") in own else (Cell(None),) * len(compared.columns)
+    comparable = [with_paper and _same_tasks(column, published, layout) for column in compared.columns]
 
     def cell(row: _Row, j: int) -> Cell:
-        made, reference, column = own[row.label][j], target[j].value, found.columns[j].label
-        if made.value is not None and reference and row.label not in roles.values():
-            made = replace(made, change=made.value / reference - 1)
+        result, reference, column = own[row.label][j], target[j].value, compared.columns[j].label
+        if result.value is not None and reference and row.label not in roles.values():
+            result = replace(result, change=result.value / reference - 1)
         if not row.published or not comparable[j]:
-            return made
+            return result
         value, change = published.value(row.published, column), published.change(row.published, column)
-        return replace(made, published=None if value is None else float(value), published_change=change)
+        return replace(result, published=None if value is None else float(value), published_change=change)
 
     table = Table(
         title=f"{name}, profile {profile}: {published.title}",
         rows=tuple(row.shown for row in rows),
-        columns=found.columns,
-        cells=tuple(tuple(cell(row, j) for j in range(len(found.columns))) for row in rows),
+        columns=compared.columns,
+        cells=tuple(tuple(cell(row, j) for j in range(len(compared.columns))) for row in rows),
         higher_is_better=published.higher_is_better,
         digits=published.digits,
         reference=reference,
         differences=False,
         banner=banner,
-        notes=tuple(_notes(published, rows, found, reference, roles, with_paper, command)),
+        notes=tuple(_notes(published, rows, compared, reference, roles, with_paper, command)),
     )
     if layout.methods_across:
         return _headed(transposed(table), [row.published or "" for row in rows])
-    return _headed(table, [column.label for column in found.columns])
+    return _headed(table, [column.label for column in compared.columns])
 
 
 def _headed(table: Table, names: Sequence[str]) -> Table:
@@ -192,31 +192,31 @@ def _headed(table: Table, names: Sequence[str]) -> Table:
     return replace(table, published=heads if any(heads) else ())
 
 
-def _rows(layout: Layout, published: Published, methods: Sequence[str], roles: Mapping[str, str]) -> list[_Row]:
+def _rows(layout: PaperLayout, published: Published, methods: Sequence[str], roles: Mapping[str, str]) -> list[_Row]:
     sources = [label for role, label in roles.items() if role not in ("target", "teacher")]
-    found = []
+    rows = []
     for line in layout.lines:
         if SOURCE in line.label:
             for source in sources:
                 theirs = next((one for one in published.as_is[1:] if _alike(one, source)), None)
                 label = line.label.replace(SOURCE, source)
-                found.append(_Row(label, label, line.published.replace(SOURCE, theirs) if theirs else None))
+                rows.append(_Row(label, label, line.published.replace(SOURCE, theirs) if theirs else None))
         else:
             label = {TARGET: roles.get("target", "target"), TEACHER: roles.get("teacher", "teacher")}.get(
                 line.label, line.label
             )
-            found.append(_Row(label, line.shown or label, line.published))
-    known = {row.label for row in found}
-    return [*found, *(_Row(method, method, None) for method in methods if method not in known)]
+            rows.append(_Row(label, line.shown or label, line.published))
+    known = {row.label for row in rows}
+    return [*rows, *(_Row(method, method, None) for method in methods if method not in known)]
 
 
 def _alike(published: str, label: str) -> bool:
     """Whether a source of ours is the paper's, by the beginning of its name (OpenLLaMA, OpenLLaMA-7B-v2)."""
-    one, other = ("".join(filter(str.isalnum, text.lower())) for text in (published, label))
-    return other.startswith(one)
+    beginning, name = ("".join(filter(str.isalnum, text.lower())) for text in (published, label))
+    return name.startswith(beginning)
 
 
-def _columns(layout: Layout, records: pd.DataFrame, with_paper: bool) -> list[Column]:
+def _columns(layout: PaperLayout, records: pd.DataFrame, with_paper: bool) -> list[Column]:
     if not layout.columns:
         text = records.loc[records["suite"] == "perplexity", ["task", "metric"]].drop_duplicates()
         if text.empty:
@@ -232,7 +232,7 @@ def _columns(layout: Layout, records: pd.DataFrame, with_paper: bool) -> list[Co
     return [replace(one, parts=tuple(map(as_published, one.parts))) for one in layout.columns]
 
 
-def _same_tasks(column: Column, published: Published, layout: Layout) -> bool:
+def _same_tasks(column: Column, published: Published, layout: PaperLayout) -> bool:
     """Whether a published value of the column's name is over the same tasks as ours."""
     if layout.columns or column.label != AVERAGE:
         return True
@@ -242,16 +242,16 @@ def _same_tasks(column: Column, published: Published, layout: Layout) -> bool:
 def _notes(
     published: Published,
     rows: Sequence[_Row],
-    found: SuiteResult,
+    compared: Comparison,
     reference: str,
     roles: Mapping[str, str],
     with_paper: bool,
     command: str,
 ) -> list[str]:
-    metrics = [measure(part.metric) for column in found.columns for part in column.parts]
-    notes = sentences(metrics[0], reference, found, "task") if metrics else []
+    metrics = [measure(part.metric) for column in compared.columns for part in column.parts]
+    notes = sentences(metrics[0], reference, compared, "task") if metrics else []
     notes.append(f"In brackets: relative to {roles.get('target', 'the target')}.")
-    if command and any(cell.note for row in found.cells for cell in row):
+    if command and any(cell.note for row in compared.cells for cell in row):
         notes.append(f"What is missing is made by `{command}`, as far as this harness can.")
     if with_paper:
         pairs = [f"{row.published} ({row.shown})" for row in rows if row.published and row.published != row.shown]

@@ -124,19 +124,20 @@ def averages(table: Published) -> dict[str, tuple[Decimal, Decimal]]:
     Raises UserError where no rounding of the entries could give the printed average: then a number is wrong.
     """
     if AVERAGE in table.rows:
-        at = table.rows.index(AVERAGE)
+        index = table.rows.index(AVERAGE)
         lines = {
-            method: ([row[j] for i, row in enumerate(table.values) if i != at], table.values[at][j])
+            method: ([row[j] for i, row in enumerate(table.values) if i != index], table.values[index][j])
             for j, method in enumerate(table.columns)
         }
     elif AVERAGE in table.columns:
-        at = table.columns.index(AVERAGE)
+        index = table.columns.index(AVERAGE)
         lines = {
-            method: ([*row[:at], *row[at + 1 :]], row[at]) for method, row in zip(table.rows, table.values, strict=True)
+            method: ([*row[:index], *row[index + 1 :]], row[index])
+            for method, row in zip(table.rows, table.values, strict=True)
         }
     else:
         return {}
-    found = {}
+    result = {}
     for method, (entries, printed) in lines.items():
         mean = sum(entries, Decimal(0)) / len(entries)
         # Half a unit in the last digit from the average itself, and another half from the entries behind it.
@@ -144,8 +145,8 @@ def averages(table: Published) -> dict[str, tuple[Decimal, Decimal]]:
             raise UserError(
                 f"{table.name}: the average {printed} of {method} is not the mean of its entries, {mean:.6f}"
             )
-        found[method] = (printed, mean)
-    return found
+        result[method] = (printed, mean)
+    return result
 
 
 def rounded(mean: Decimal, printed: Decimal) -> Decimal:

@@ -86,20 +86,20 @@ def write(path: Path | str, records: Iterable[Record], provenance: Mapping[str, 
     if provenance is not None:
         # Before the records, so that there are no records without it.
         text = json.dumps(provenance, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-        beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.json")
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path.with_suffix(".json"))
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.json")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path.with_suffix(".json"))
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        pq.write_table(pa.Table.from_pandas(frame, schema=_SCHEMA, preserve_index=False), beside)
+        pq.write_table(pa.Table.from_pandas(frame, schema=_SCHEMA, preserve_index=False), temporary)
         try:
-            os.link(beside, path)  # unlike a rename it never replaces what another process has just written there
+            os.link(temporary, path)  # unlike a rename it never replaces what another process has just written there
         except FileExistsError:
             _refuse_other(path, frame)
         except OSError:  # a file system without hard links
-            beside.replace(path)
+            temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def read(paths: Path | str | Sequence[Path | str]) -> pd.DataFrame:
@@ -125,13 +125,13 @@ def _frame(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def _files(paths: Iterable[Path]) -> list[Path]:
-    found: dict[Path, Path] = {}
+    files: dict[Path, Path] = {}
     for path in paths:
         if not path.exists():
             raise UserError(f"there are no records at {path}; run the experiment first or name another folder")
         inside = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-        found.update({file.resolve(): file for file in inside})
-    return [found[resolved] for resolved in sorted(found)]
+        files.update({file.resolve(): file for file in inside})
+    return [files[resolved] for resolved in sorted(files)]
 
 
 def _load(file: Path) -> pd.DataFrame:

@@ -30,8 +30,8 @@ class Figure:
     @property
     def broad(self) -> bool:
         """Whether it is too wide to stand beside another."""
-        found = re.search(rb'viewBox="0 0 ([\d.]+) ([\d.]+)"', self.svg)
-        return found is not None and float(found[1]) > 2 * float(found[2])
+        view_box = re.search(rb'viewBox="0 0 ([\d.]+) ([\d.]+)"', self.svg)
+        return view_box is not None and float(view_box[1]) > 2 * float(view_box[2])
 
     @property
     def address(self) -> str:
@@ -48,7 +48,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ReportedExample:
     """One example: what was asked, what is right, and the answers by method."""
 
     example: str
@@ -64,11 +64,11 @@ class Task:
     name: str
     metric: str
     total: int
-    examples: Sequence[Asked]
+    examples: Sequence[ReportedExample]
 
 
 @dataclass(frozen=True)
-class Entry:
+class Provenance:
     """Something that is known by its fingerprint: facts about it, and the fingerprints of what it was made from."""
 
     fingerprint: str
@@ -103,8 +103,8 @@ class RunPage:
     tasks: Sequence[Task] = ()
     costs: Sequence[Cost] = ()
     configuration: str = ""
-    evaluations: Sequence[Entry] = ()
-    artifacts: Sequence[Entry] = ()
+    evaluations: Sequence[Provenance] = ()
+    artifacts: Sequence[Provenance] = ()
     notes: Sequence[str] = field(default_factory=tuple)
 
 
@@ -120,12 +120,12 @@ def page(runs: Sequence[RunPage], title: str) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"minutes": _minutes, "gigabytes": _gigabytes, "thousands": lambda n: f"{n:,}"}
-    environment.globals |= {"shown": shown, "examples": _examples}
+    environment.globals |= {"page_cells": page_cells, "examples": _examples}
     return environment.get_template("report.html").render(runs=runs, title=title, modes=MODES)
 
 
 @dataclass(frozen=True)
-class Shown:
+class PageCell:
     """One cell of the page: by mode its text and the number that it sorts by, its marks, and what is behind it."""
 
     texts: Mapping[str, str]
@@ -137,24 +137,27 @@ class Shown:
     """JSON: pairs of a name and a text, and the fingerprints of the evaluations."""
 
 
-def shown(table: Table) -> list[list[Shown]]:
+def page_cells(table: Table) -> list[list[PageCell]]:
     """The cells of a table for the page."""
     best, ranks = table.best(), _ranks(table)
     reference = [table.reference in (row, column.label) for row in table.rows for column in table.columns]
     width = len(table.columns)
     return [
-        [_shown(table, cell, (i, j) in best, ranks.get((i, j)), reference[i * width + j]) for j, cell in enumerate(row)]
+        [
+            _page_cell(table, cell, (i, j) in best, ranks.get((i, j)), reference[i * width + j])
+            for j, cell in enumerate(row)
+        ]
         for i, row in enumerate(table.cells)
     ]
 
 
-def _shown(table: Table, cell: Cell, best: bool, rank: int | None, is_reference: bool) -> Shown:
+def _page_cell(table: Table, cell: Cell, best: bool, rank: int | None, is_reference: bool) -> PageCell:
     form = f".{table.digits}f"
     difference = "reference" if is_reference else MISSING
     if cell.difference is not None:
         difference = f"{cell.difference:+{form}}"
     intervals = {"value": (cell.interval, form), "difference": (cell.difference_interval, f"+{form}")}
-    return Shown(
+    return PageCell(
         texts={
             "value": MISSING if cell.value is None else f"{cell.value:{form}}",
             "difference": difference,
@@ -185,7 +188,7 @@ def findings(table: Table) -> list[str]:
     # Where not every task has enough examples to say anything of the whole, the average over those that have.
     whole = [name for name in names if name == AVERAGE or name.endswith(WITH_INTERVAL)][-1:]
     averages = whole or [column.label for column in table.columns if column.compared]
-    found = []
+    lines = []
     for method, name, cell in cells:
         if name not in averages or cell.difference is None:
             continue
@@ -196,11 +199,11 @@ def findings(table: Table) -> list[str]:
         untested = "no difference shown" if cell.difference_interval else "too little to say more"
         verdict = f"{cell.verdict} than {table.reference}" if cell.verdict else untested
         about = "" if cell.general or not cell.verdict else ", about these checkpoints only"
-        found.append(
+        lines.append(
             f"{method}, {name}: {cell.value:{form}}, which is {cell.difference:+{form}} against {table.reference} "
             f"({interval}): {verdict}{about}."
         )
-    return found
+    return lines
 
 
 def _about(table: Table, cell: Cell) -> list[tuple[str, str]]:

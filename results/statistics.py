@@ -102,7 +102,7 @@ def group(records: pd.DataFrame) -> dict[tuple[str, Part], Units]:
     for name in ("experiment", "profile", "tokens"):
         several = records[name].drop_duplicates()
         if len(several) > 1:
-            listed = ", ".join(sorted("the final one" if pd.isna(one) else str(one) for one in several))
+            listed = ", ".join(sorted("the final one" if pd.isna(value) else str(value) for value in several))
             raise UserError(f"the records are of more than one {name} ({listed}); choose one of them")
     if records.empty:
         return {}
@@ -115,28 +115,28 @@ def group(records: pd.DataFrame) -> dict[tuple[str, Part], Units]:
         "dict[tuple[str, str, str, str, int], np.ndarray]",
         ordered.groupby(["method", "suite", "task", "metric", "seed"]).indices,
     )
-    found: dict[tuple[str, Part], list[Units]] = {}
-    for (method, suite, task, name, seed), at in sorted(rows.items()):
+    by_seed: dict[tuple[str, Part], list[Units]] = {}
+    for (method, suite, task, name, seed), index in sorted(rows.items()):
         part, metric = Part(suite, task, name), measure(name)
-        top, bottom = metric.examples(numerators[at], denominators[at])
-        one = Units(method, part, metric, tuple(examples[at]), (int(seed),), top[None], bottom, weights[at])
-        found.setdefault((method, part), []).append(one)
-    return {key: _join_seeds(one_seed) for key, one_seed in found.items()}
+        top, bottom = metric.examples(numerators[index], denominators[index])
+        units = Units(method, part, metric, tuple(examples[index]), (int(seed),), top[None], bottom, weights[index])
+        by_seed.setdefault((method, part), []).append(units)
+    return {key: _join_seeds(one_seed) for key, one_seed in by_seed.items()}
 
 
-def _join_seeds(one_seed: Sequence[Units]) -> Units:
-    first = one_seed[0]
-    for other in one_seed[1:]:
+def _join_seeds(by_seed: Sequence[Units]) -> Units:
+    first = by_seed[0]
+    for other in by_seed[1:]:
         check_same_examples(first, other)
-    seeds = tuple(one.seeds[0] for one in one_seed)
+    seeds = tuple(seed_units.seeds[0] for seed_units in by_seed)
     if NO_SEED in seeds and len(seeds) > 1:
         raise UserError(f"{first.method} has records in {first.task} with a seed and without; remove the wrong ones")
-    return replace(first, seeds=seeds, numerator=np.concatenate([one.numerator for one in one_seed]))
+    return replace(first, seeds=seeds, numerator=np.concatenate([seed_units.numerator for seed_units in by_seed]))
 
 
 def check_same_examples(a: Units, b: Units) -> None:
     """Raises UserError, naming both, unless a and b were measured on the same examples with the same denominators."""
-    names = [f"{one.method} (seed {_listed(one.seeds)})" for one in (a, b)]
+    names = [f"{units.method} (seed {_listed(units.seeds)})" for units in (a, b)]
     if a.examples != b.examples:
         apart = sorted(set(a.examples) ^ set(b.examples))
         raise UserError(
@@ -145,11 +145,11 @@ def check_same_examples(a: Units, b: Units) -> None:
         )
     differ = np.flatnonzero((a.denominator != b.denominator) | (a.weight != b.weight))
     if differ.size:
-        at = int(differ[0])
+        index = int(differ[0])
         raise UserError(
-            f"{names[0]} and {names[1]} disagree about the data of {a.task}: example {a.examples[at]!r} has "
-            f"denominator {a.denominator[at]:.17g} and {b.denominator[at]:.17g}, weight {a.weight[at]:.17g} and "
-            f"{b.weight[at]:.17g}; evaluate both on the same"
+            f"{names[0]} and {names[1]} disagree about the data of {a.task}: example {a.examples[index]!r} has "
+            f"denominator {a.denominator[index]:.17g} and {b.denominator[index]:.17g}, weight {a.weight[index]:.17g} "
+            f"and {b.weight[index]:.17g}; evaluate both on the same"
         )
 
 
@@ -175,8 +175,8 @@ def contrast(a: Units, b: Units) -> Units:
 
 def resample(units: Mapping[K, Units]) -> dict[K, Units]:
     """The same units, those with enough examples with their resamples."""
-    drawn = resample_ratios({key: one.ratio for key, one in units.items() if len(one.examples) >= MIN_UNITS})
-    return {key: replace(one, resamples=drawn.get(key)) for key, one in units.items()}
+    drawn = resample_ratios({key: task.ratio for key, task in units.items() if len(task.examples) >= MIN_UNITS})
+    return {key: replace(task, resamples=drawn.get(key)) for key, task in units.items()}
 
 
 def estimate(tasks: Sequence[Units]) -> Estimate:
@@ -187,16 +187,16 @@ def estimate(tasks: Sequence[Units]) -> Estimate:
     same bootstrap. Raises UserError where the seeds differ between tasks.
     """
     seeds = tasks[0].seeds
-    for one in tasks:
-        if one.seeds != seeds:
+    for task in tasks:
+        if task.seeds != seeds:
             raise UserError(
-                f"{one.method} has seeds {_listed(seeds)} in {tasks[0].task} but {_listed(one.seeds)} in {one.task}, "
-                "so no average can be given; run the missing seeds"
+                f"{task.method} has seeds {_listed(seeds)} in {tasks[0].task} but {_listed(task.seeds)} in {task.task}"
+                ", so no average can be given; run the missing seeds"
             )
-    per_seed = np.mean([one.by_seed() for one in tasks], axis=0)
+    per_seed = np.mean([task.by_seed() for task in tasks], axis=0)
     value = float(per_seed.mean())
     spread = float(per_seed.std(ddof=1)) if len(seeds) > 1 else None
-    n = sum(len(one.examples) for one in tasks)
+    n = sum(len(task.examples) for task in tasks)
     interval, p = _inferred(tasks, value)
     general = p is not None and interval is not None and len(seeds) >= MIN_SEEDS
     if general:
@@ -213,19 +213,19 @@ def holm(values: Sequence[float]) -> list[float]:
 
 def _inferred(tasks: Sequence[Units], value: float) -> tuple[tuple[float, float] | None, float | None]:
     """The interval, and the p-value of a contrast, over examples."""
-    if min(len(one.examples) for one in tasks) < MIN_UNITS:
+    if min(len(task.examples) for task in tasks) < MIN_UNITS:
         return None, None
     first = tasks[0]
     contrast = first.against is not None
     if len(tasks) == 1 and first.right_or_wrong:
         low, high, p = _paired_proportions(first) if contrast else _proportion(first)
     else:
-        resamples = [one.resamples for one in tasks if one.resamples is not None]
+        resamples = [task.resamples for task in tasks if task.resamples is not None]
         if len(resamples) < len(tasks):
             return None, None
-        if first.metric.bounds and sum(one.ratio.unlike for one in tasks) < MIN_UNLIKE:
+        if first.metric.bounds and sum(task.ratio.unlike for task in tasks) < MIN_UNLIKE:
             return None, 1.0 if contrast else None
-        error, off = studentised([one.ratio for one in tasks], resamples)
+        error, off = studentised([task.ratio for task in tasks], resamples)
         low, high, p = _bootstrapped(value, error * first.metric.scale, off)
     if first.metric.bounds:
         least, most = first.metric.bounds
@@ -233,22 +233,22 @@ def _inferred(tasks: Sequence[Units], value: float) -> tuple[tuple[float, float]
     return (low, high), p if contrast else None
 
 
-def _proportion(one: Units) -> tuple[float, float, None]:
+def _proportion(units: Units) -> tuple[float, float, None]:
     from statsmodels.stats.proportion import proportion_confint
 
-    low, high = proportion_confint(one.numerator.sum(), len(one.examples), 1 - CONFIDENCE, method="wilson")
-    return float(low) * one.metric.scale, float(high) * one.metric.scale, None
+    low, high = proportion_confint(units.numerator.sum(), len(units.examples), 1 - CONFIDENCE, method="wilson")
+    return float(low) * units.metric.scale, float(high) * units.metric.scale, None
 
 
-def _paired_proportions(one: Units) -> tuple[float, float, float]:
+def _paired_proportions(units: Units) -> tuple[float, float, float]:
     """McNemar's test, and the interval of Bonett and Price (2012): Wald's with one more win and one more loss."""
     from statsmodels.stats.contingency_tables import mcnemar
 
-    won, lost, n = int((one.numerator > 0).sum()), int((one.numerator < 0).sum()), len(one.examples) + 2
+    won, lost, n = int((units.numerator > 0).sum()), int((units.numerator < 0).sum()), len(units.examples) + 2
     middle = (won - lost) / n
     half = -float(ndtri((1 - CONFIDENCE) / 2)) * math.sqrt(((won + lost + 2) / n - middle**2) / n)
     p = float(mcnemar([[0, won], [lost, 0]], exact=won + lost < 25).pvalue)
-    return (middle - half) * one.metric.scale, (middle + half) * one.metric.scale, p
+    return (middle - half) * units.metric.scale, (middle + half) * units.metric.scale, p
 
 
 def _bootstrapped(value: float, error: float, off: np.ndarray) -> tuple[float, float, float]:
@@ -269,8 +269,8 @@ def _over_seeds(tasks: Sequence[Units], per_seed: np.ndarray) -> float:
     """
     from scipy.stats import ttest_1samp, ttest_ind_from_stats
 
-    metric, n = tasks[0].metric, min(len(one.examples) for one in tasks)
-    error = float(np.sqrt(sum(one.ratio.variance for one in tasks)) / len(tasks)) * metric.scale
+    metric, n = tasks[0].metric, min(len(task.examples) for task in tasks)
+    error = float(np.sqrt(sum(task.ratio.variance for task in tasks)) / len(tasks)) * metric.scale
     value, over_seeds = float(per_seed.mean()), float(per_seed.std(ddof=1))
     if error == over_seeds == 0:
         return 1.0

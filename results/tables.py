@@ -88,7 +88,7 @@ def suite_table(
     wanted = [Column(f"{part.task} ({part.metric})" if several else part.task, (part,)) for part in parts]
     wanted.append(Column(AVERAGE, tuple(parts), compared=True))
     final = records[records["tokens"].isna() & records["method"].isin(list(order))]
-    found = measured(final, order, wanted, reference, unit=f"{task}s", reasons=reasons)
+    compared = compare(final, order, wanted, reference, unit=f"{task}s", reasons=reasons)
     kind = measure(parts[0].metric)
     difference = (
         f"− {reference}: the method minus {reference}, paired over the same {kind.unit}s; "
@@ -97,18 +97,18 @@ def suite_table(
     return Table(
         title=title,
         rows=tuple(order),
-        columns=found.columns,
-        cells=found.cells,
+        columns=compared.columns,
+        cells=compared.cells,
         higher_is_better=kind.higher_is_better,
         digits=kind.digits,
         reference=reference,
         banner=banner,
-        notes=tuple(sentences(kind, reference, found, task, *([difference] if reference else []))),
+        notes=tuple(sentences(kind, reference, compared, task, *([difference] if reference else []))),
     )
 
 
 @dataclass(frozen=True)
-class SuiteResult:
+class Comparison:
     """The columns with their numbers of examples, the cells of all methods in them, and how many were to be tested."""
 
     columns: tuple[Column, ...]
@@ -116,7 +116,7 @@ class SuiteResult:
     comparisons: int
 
 
-def measured(
+def compare(
     records: pd.DataFrame,
     methods: Sequence[str],
     wanted: Sequence[Column],
@@ -124,7 +124,7 @@ def measured(
     *,
     unit: str = "tasks",
     reasons: Mapping[Reason, str] | None = None,
-) -> SuiteResult:
+) -> Comparison:
     """What `methods` reach in the `wanted` columns, compared with `reference` and tested (see `suite_table`).
 
     records: final ones of one experiment and profile. A column of several parts of which some have fewer than 20
@@ -135,7 +135,7 @@ def measured(
         raise UnknownName("reference row", reference, methods)
     parts = list(dict.fromkeys(part for column in wanted for part in column.parts))
     measures = _Measures.of(records, methods, parts, reference, reasons or {})
-    columns = [column for one in wanted for column in measures.columns(one, unit)]
+    columns = [column for needed in wanted for column in measures.columns(needed, unit)]
     cells = {(method, j): measures.cell(method, column) for method in methods for j, column in enumerate(columns)}
     # What is missing counts as a comparison that shows nothing, lest a lost file make another method better.
     family = [at for at in cells if reference not in (None, at[0]) and measures.testable(columns[at[1]])]
@@ -143,7 +143,7 @@ def measured(
     for at, p in zip(family, statistics.holm([1.0 if p is None else p for p in values]), strict=True):
         cells[at] = _judged(cells[at], p, columns[at[1]])
     rows = tuple(tuple(cells[method, j] for j in range(len(columns))) for method in methods)
-    return SuiteResult(tuple(columns), rows, len(family))
+    return Comparison(tuple(columns), rows, len(family))
 
 
 def _judged(cell: Cell, p: float, column: Column) -> Cell:
@@ -185,27 +185,27 @@ class _Measures:
             present = {method: grouped[method, part] for method in methods if (method, part) in grouped}
             for other in list(present.values())[1:]:
                 statistics.check_same_examples(next(iter(present.values())), other)
-            for method, one in present.items():
-                both[False, method, part] = one
+            for method, units in present.items():
+                both[False, method, part] = units
                 if method != reference and reference in present:
                     try:
-                        both[True, method, part] = statistics.contrast(one, present[reference])
+                        both[True, method, part] = statistics.contrast(units, present[reference])
                     except UserError as error:  # no seed in common
                         self.refusals[method, part] = str(error)
-        for (contrast, method, part), one in statistics.resample(both).items():
-            (self.contrasts if contrast else self.units)[method, part] = one
+        for (contrast, method, part), units in statistics.resample(both).items():
+            (self.contrasts if contrast else self.units)[method, part] = units
         return self
 
     def columns(self, column: Column, unit: str) -> list[Column]:
         """The column with its number of examples, and the one after it over the parts that have enough of them."""
-        counts = {part: len(one.examples) for (_, part), one in self.units.items() if part in column.parts}
+        counts = {part: len(units.examples) for (_, part), units in self.units.items() if part in column.parts}
         whole = len(counts) == len(column.parts) and bool(counts)
-        found = [replace(column, n=sum(counts.values()) if whole else None)]
+        columns = [replace(column, n=sum(counts.values()) if whole else None)]
         enough = tuple(part for part in column.parts if counts.get(part, 0) >= MIN_UNITS)
         if len(column.parts) > 1 and enough and len(enough) < len(column.parts):
             n = sum(counts[part] for part in enough)
-            found.append(replace(column, label=f"{column.label} of {unit}{WITH_INTERVAL}", parts=enough, n=n))
-        return found
+            columns.append(replace(column, label=f"{column.label} of {unit}{WITH_INTERVAL}", parts=enough, n=n))
+        return columns
 
     def testable(self, column: Column) -> bool:
         """Whether its differences are to be tested, if none is missing."""
@@ -268,12 +268,12 @@ class _Measures:
 
 def _evaluations(records: pd.DataFrame) -> dict[tuple[str, Part], tuple[str, ...]]:
     names = ["method", "suite", "task", "metric", "evaluation"]
-    found: dict[tuple[str, Part], tuple[str, ...]] = {}
+    evaluations: dict[tuple[str, Part], tuple[str, ...]] = {}
     for method, suite, task, metric, evaluation in records[names].drop_duplicates().itertuples(index=False):
         if evaluation:
             key = method, Part(suite, task, metric)
-            found[key] = (*found.get(key, ()), evaluation)
-    return found
+            evaluations[key] = (*evaluations.get(key, ()), evaluation)
+    return evaluations
 
 
 def transposed(table: Table) -> Table:
@@ -282,7 +282,7 @@ def transposed(table: Table) -> Table:
         label: {seed for cell in cells for seed in cell.seeds} - {NO_SEED}
         for label, cells in zip(table.rows, table.cells, strict=True)
     }
-    counts = ", ".join(f"{label} {len(found)}" for label, found in seeds.items() if found)
+    counts = ", ".join(f"{label} {len(own_seeds)}" for label, own_seeds in seeds.items() if own_seeds)
     return replace(
         table,
         rows=tuple(column.label for column in table.columns),
@@ -295,9 +295,9 @@ def transposed(table: Table) -> Table:
     )
 
 
-def sentences(metric: Metric, reference: str | None, found: SuiteResult, task: str, *more: str) -> list[str]:
+def sentences(metric: Metric, reference: str | None, compared: Comparison, task: str, *more: str) -> list[str]:
     """What a reader must know to read the numbers; `task` is what one is called, `more` comes after the intervals."""
-    everything = [cell for row in found.cells for cell in row]
+    cells = [cell for row in compared.cells for cell in row]
     alike = f", or fewer than {MIN_UNLIKE} in all score unlike the rest" if metric.bounds else ""
     notes = [
         f"The average is the unweighted mean over {task}s; n counts {metric.unit}s.",
@@ -305,19 +305,21 @@ def sentences(metric: Metric, reference: str | None, found: SuiteResult, task: s
         f"checkpoints only; none where a {task} has fewer than {MIN_UNITS} {metric.unit}s{alike}.",
         *more,
     ]
-    if found.comparisons:
+    if compared.comparisons:
         about = "about these checkpoints only"
-        if any(cell.general for cell in everything):
+        if any(cell.general for cell in cells):
             about += f"; doubled where {MIN_SEEDS} seeds or more let it be said of the method"
         notes.append(
-            f"▲ better, ▼ worse than {reference}: {_test(metric)}, corrected for the {found.comparisons} comparisons "
-            f"of this table (Holm, {1 - CONFIDENCE:.0%}), {about}."
+            f"▲ better, ▼ worse than {reference}: {_test(metric)}, corrected for the {compared.comparisons} "
+            f"comparisons of this table (Holm, {1 - CONFIDENCE:.0%}), {about}."
         )
     notes.append("Bold: the best value, whether or not chance would do as well.")
-    if any(cell.spread is not None for cell in everything):
+    if any(cell.spread is not None for cell in cells):
         notes.append("±: standard deviation over seeds.")
     notes += [
-        f"The {one.label} covers {', '.join(one.tasks)}." for one in found.columns if one.label.endswith(WITH_INTERVAL)
+        f"The {one.label} covers {', '.join(one.tasks)}."
+        for one in compared.columns
+        if one.label.endswith(WITH_INTERVAL)
     ]
     return notes
 

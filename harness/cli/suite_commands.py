@@ -208,7 +208,7 @@ def multipl_e_execute(
     from harness.evaluation.multipl_e.generations import read_generations
 
     for problem in read_generations(generations):
-        scores.pass_at_k(len(problem.programs), 0, k)  # too few samples should not be found out at the end
+        scores.check_samples(len(problem.programs), k)  # too few samples should not be found out at the end
     done = execute.execute(
         generations, out or execute.results_path(generations), cache=root / TOOLCHAINS, workers=workers, unsafe=unsafe
     )

@@ -1,6 +1,5 @@
-"""The report of finished runs, put together from what they left behind: records, manifests and the suites' answers."""
+"""The report of finished runs: one HTML page from their records, the manifests of artifacts, and stored answers."""
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,21 +16,22 @@ from harness.reporting.tables import held_out_table, run_table, suite_tables
 from harness.store.artifacts import read_manifest
 from harness.store.files import write_atomically
 from harness.store.fingerprint import canonical
-from harness.store.paths import RECORDS, root_of_run
-from results.report import Answer, Asked, Cost, Entry, Figure, RunPage, Task, findings, page
+from harness.store.paths import RECORDS
+from harness.store.run_files import read_run_file
+from results.report import Answer, Cost, Figure, Provenance, ReportedExample, RunPage, Task, findings, page
 
 if TYPE_CHECKING:
     from results.table import Table
 
 PAGE = "report.html"
-_SHORT = 16  # characters of a fingerprint that tell it from others
 
 
 def report(root: Path, runs: Sequence[str], profile: str | None, out: Path, *, examples: int) -> Path:
-    """Writes the page about `runs`: names of experiments (the newest run of each) or runs' folders; all without any.
+    """Writes one page about `runs` into the folder `out`, and gives its path.
 
-    examples: how many of a task are kept for reading, those first about which methods disagree. Raises UserError for
-    what is not there.
+    runs: names of experiments (the newest run of each) or folders of runs. Default: the newest run of every experiment.
+    examples: how many of each task can be read on the page; those about which methods disagree come first. Raises
+    UserError for a run that is not there.
     """
     folders = [run_folder(root, name, profile) for name in runs] or newest_runs(root, profile)
     pages = [read(open_run(folder), examples=examples) for folder in folders]
@@ -42,7 +42,7 @@ def report(root: Path, runs: Sequence[str], profile: str | None, out: Path, *, e
 
 @dataclass(frozen=True)
 class _Evaluated:
-    """One record file: what it holds, and what its provenance says."""
+    """One record file: the method, seed and suite of its records, and its provenance."""
 
     file: str
     sha256: str
@@ -58,12 +58,11 @@ class _Evaluated:
 
 
 def read(run: Run, *, examples: int) -> RunPage:
-    """Everything that the page shows of a run. examples: how many of a task are kept for reading."""
+    """Everything that the page shows of a run. examples: how many of each task can be read."""
     description, configuration = run.description, run.configuration
     artifacts = description.get("artifacts", [])
     main = run_table(run)
-    root = root_of_run(run.folder)
-    manifests = {m["fingerprint"]: (path, m) for path, m in _manifests(root, artifacts)}
+    manifests = {m["fingerprint"]: (path, m) for path, m in _manifests(run.root, artifacts)}
     order = list(run.methods)
     evaluated = sorted(
         _evaluated(run.folder, description["records"]), key=lambda file: (order.index(file.method), file.seed)
@@ -92,8 +91,8 @@ def read(run: Run, *, examples: int) -> RunPage:
         tasks=list(_tasks(evaluated, manifests, run.suites, examples)),
         costs=costs,
         configuration=yaml.safe_dump(dict(configuration), sort_keys=False, allow_unicode=True),
-        evaluations=[_evaluation(one, manifests) for one in evaluated],
-        artifacts=[_artifact(path, root, manifest, manifests) for path, manifest in manifests.values()],
+        evaluations=[_evaluation(file, manifests) for file in evaluated],
+        artifacts=[_artifact(path, run.root, manifest, manifests) for path, manifest in manifests.values()],
         notes=[
             "A stage that other runs share is counted here, too. Tokens are those that a model was trained on or read "
             "in an extraction.",
@@ -115,9 +114,9 @@ def _evaluated(folder: Path, files: Mapping[str, str]) -> Iterator[_Evaluated]:
         path = folder / RECORDS / name
         if path.suffix != ".parquet" or not path.exists():
             continue
-        beside = path.with_suffix(".json")
+        provenance_file = path.with_suffix(".json")
         first = pq.read_table(path, columns=["method", "seed", "suite"]).slice(0, 1).to_pylist()[0]
-        provenance = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {"evaluation": ""}
+        provenance = read_run_file(provenance_file) or {"evaluation": ""}
         yield _Evaluated(name, files[name], **first, provenance=provenance)
 
 
@@ -125,12 +124,10 @@ def _other_tables(run: Run) -> "list[Table]":
     from results.paper_layouts import LAYOUTS
 
     layout, tables = LAYOUTS.get(run.experiment), []
-    if (
-        layout and layout.columns and "perplexity" in set(run.records["suite"])
-    ):  # the paper's table has no held-out text
-        tables.append(held_out_table(run))
-    if layout and (layout.methods_across or not layout.columns):  # it shows every task already
-        return tables
+    if layout and layout.columns and "perplexity" in set(run.records["suite"]):
+        tables.append(held_out_table(run))  # which the paper's table lacks
+    if layout and (layout.methods_across or not layout.columns):
+        return tables  # the paper's table shows every task already
     return [*tables, *suite_tables(run).values()]
 
 
@@ -149,29 +146,29 @@ def _tasks(
     evaluated: Sequence[_Evaluated], manifests: _Manifests, noted: Mapping[str, Any], limit: int
 ) -> Iterator[Task]:
     """The examples of every task whose answers were kept, of all methods and seeds."""
-    seeds = {one.seed for one in evaluated if one.seed >= 0}
-    found: dict[tuple[str, str], dict[str, dict[str, tuple[str, str, Answer]]]] = {}
-    for one in evaluated:
-        label = f"{one.method} (seed {one.seed})" if one.seed >= 0 and len(seeds) > 1 else one.method
-        for task, fingerprint in one.by_task.items():
-            metric = noted.get(one.suite, {}).get("shown", {}).get(task)
+    seeds = {file.seed for file in evaluated if file.seed >= 0}
+    by_task: dict[tuple[str, str], dict[str, dict[str, tuple[str, str, Answer]]]] = {}
+    for file in evaluated:
+        label = f"{file.method} (seed {file.seed})" if file.seed >= 0 and len(seeds) > 1 else file.method
+        for task, fingerprint in file.by_task.items():
+            metric = noted.get(file.suite, {}).get("shown", {}).get(task)
             if metric is None or fingerprint not in manifests:
                 continue
             for example, prompt, target, answer in _answers(manifests, fingerprint, metric):
-                found.setdefault((one.suite, task), {}).setdefault(example, {})[label] = (prompt, target, answer)
-    for (suite, task), by_example in sorted(found.items()):
+                by_task.setdefault((file.suite, task), {}).setdefault(example, {})[label] = (prompt, target, answer)
+    for (suite, task), by_example in sorted(by_task.items()):
         metric = noted[suite]["shown"][task]
-        everything = [
-            Asked(
+        examples = [
+            ReportedExample(
                 example,
-                *next(iter(said.values()))[:2],
-                {label: answer for label, (_, _, answer) in said.items()},
+                *next(iter(rows.values()))[:2],
+                {label: answer for label, (_, _, answer) in rows.items()},
             )
-            for example, said in sorted(by_example.items())
+            for example, rows in sorted(by_example.items())
         ]
-        differing = sorted(everything, key=lambda asked: len({a.score > 0.5 for a in asked.answers.values()}) < 2)
+        differing = sorted(examples, key=lambda asked: len({a.score > 0.5 for a in asked.answers.values()}) < 2)
         kept = sorted(differing[:limit], key=lambda asked: asked.example)
-        yield Task(f"{suite}: {task}", metric, len(everything), kept)
+        yield Task(f"{suite}: {task}", metric, len(examples), kept)
 
 
 def _answers(manifests: _Manifests, fingerprint: str, metric: str) -> Iterator[tuple[str, str, str, Answer]]:
@@ -221,11 +218,11 @@ def _of_lm_eval(line: Mapping[str, Any], metric: str) -> tuple[str, str, Answer]
     return question, right, Answer(said, score)
 
 
-def _costs(made: Any) -> Iterator[Cost]:
+def _costs(manifests: Any) -> Iterator[Cost]:
     from harness.stages.training_log import tokens_seen
 
     groups: dict[tuple[str, str], list[tuple[Path, dict[str, Any]]]] = {}
-    for path, manifest in made:
+    for path, manifest in manifests:
         label = str(manifest["info"].get("candidate", manifest["label"]))  # the tasks of a suite are one line
         groups.setdefault((manifest["kind"], label), []).append((path, manifest))
     for (kind, label), parts in sorted(groups.items()):
@@ -255,20 +252,20 @@ def _covered(intervals: Sequence[tuple[float, float]]) -> float:
     return total
 
 
-def _evaluation(one: _Evaluated, manifests: _Manifests) -> Entry:
-    fingerprint = str(one.provenance.get("evaluation", ""))
-    seed = f", seed {one.seed}" if one.seed >= 0 else ""
+def _evaluation(file: _Evaluated, manifests: _Manifests) -> Provenance:
+    fingerprint = str(file.provenance.get("evaluation", ""))
+    seed = f", seed {file.seed}" if file.seed >= 0 else ""
     facts = {
-        "record file": f"records/{one.file}",
-        "its SHA-256": one.sha256,
+        "record file": f"records/{file.file}",
+        "its SHA-256": file.sha256,
         "evaluation": fingerprint,
-        **{key: one.provenance[key] for key in ("candidate",) if key in one.provenance},
+        **{key: file.provenance[key] for key in ("candidate",) if key in file.provenance},
     }
-    sources = [f for f in one.by_task.values() if f in manifests]
-    return Entry(fingerprint, f"{one.method}{seed}, {one.suite}", _facts(facts), sources)
+    sources = [f for f in file.by_task.values() if f in manifests]
+    return Provenance(fingerprint, f"{file.method}{seed}, {file.suite}", _facts(facts), sources)
 
 
-def _artifact(path: Path, root: Path, manifest: Mapping[str, Any], known: _Manifests) -> Entry:
+def _artifact(path: Path, root: Path, manifest: Mapping[str, Any], known: _Manifests) -> Provenance:
     facts = {
         "folder": path.relative_to(root),
         "fingerprint": manifest["fingerprint"],
@@ -281,7 +278,7 @@ def _artifact(path: Path, root: Path, manifest: Mapping[str, Any], known: _Manif
         "resolved configuration": "in its manifest.json, under info.configuration",
     }
     sources = sorted({one for one in _strings(manifest["inputs"]) if one in known})
-    return Entry(manifest["fingerprint"], f"{manifest['kind']}: {manifest['label']}", _facts(facts), sources)
+    return Provenance(manifest["fingerprint"], f"{manifest['kind']}: {manifest['label']}", _facts(facts), sources)
 
 
 def _facts(facts: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UnknownName, UserError
 from harness.store.fingerprint import file_sha256
-from harness.store.paths import PRESETS, RECORDS, RUN_FILE, RUNS, SUITES_FILE, experiment_of
+from harness.store.paths import (
+    PRESETS,
+    RECORDS,
+    RUN_FILE,
+    RUNS,
+    SUITES_FILE,
+    experiment_of,
+    root_of_evaluation,
+    root_of_run,
+)
 from harness.store.run_files import read_run_file
 
 if TYPE_CHECKING:
@@ -32,6 +41,11 @@ class Run:
 
     def __repr__(self) -> str:
         return f"<Run {self.experiment} ({self.profile}): {len(self.records)} records in {self.folder}>"
+
+    @property
+    def root(self) -> Path:
+        """The folder below which runs and artifacts lie (the `--root` of the command that made the run)."""
+        return root_of_evaluation(self.folder) if "evaluation" in self.description else root_of_run(self.folder)
 
     @property
     def configuration(self) -> Mapping[str, Any]:

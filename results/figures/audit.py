@@ -106,9 +106,9 @@ def _by_source(measures: pd.DataFrame, names: Sequence[str]) -> tuple[list[str],
     if measures.duplicated(["source", "domain"]).any():
         raise UserError("the audit measures one source twice in one domain; make the audit again")
     sources, domains = list(dict.fromkeys(measures["source"])), list(dict.fromkeys(measures["domain"]))
-    at = measures.set_index(["source", "domain"])
-    found = {
-        name: {source: [float(at[name].get((source, domain), np.nan)) for domain in domains] for source in sources}
+    indexed = measures.set_index(["source", "domain"])
+    by_measure = {
+        name: {source: [float(indexed[name].get((source, domain), np.nan)) for domain in domains] for source in sources}
         for name in names
     }
-    return domains, found
+    return domains, by_measure

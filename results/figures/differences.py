@@ -36,11 +36,11 @@ def differences_figure(
         figure = style.new((2.2 + 3.6 * across, 0.8 + (1 + 0.24 * longest) * down))
         for i, (method, panel) in enumerate(panels.items()):
             axes = figure.add_subplot(down, across, i + 1)
-            for at, (_, cell) in enumerate(panel):
+            for height, (_, cell) in enumerate(panel):
                 assert cell.difference is not None
                 low, high = cell.difference_interval or (cell.difference, cell.difference)
-                axes.barh(at, cell.difference, 0.7, **_verdict_style(cell))
-                axes.plot([low, high], [at, at], color="black", linewidth=1)
+                axes.barh(height, cell.difference, 0.7, **_verdict_style(cell))
+                axes.plot([low, high], [height, height], color="black", linewidth=1)
             axes.set_yticks(range(len(panel)), [task for task, _ in panel], fontsize=8)
             axes.axvline(0, color="black", linewidth=0.8)
             axes.set_xlabel(f"{method} − {table.reference}", fontsize=8)
@@ -59,14 +59,14 @@ def _verdict_style(cell: Cell) -> dict[str, Any]:
     return {"color": style[0], "hatch": style[1], "edgecolor": "black", "linewidth": 0.5}
 
 
-def _differences(table: Table, at: int) -> list[tuple[str, Cell]]:
-    """The tasks with the cells of the method number `at`, by difference."""
+def _differences(table: Table, index: int) -> list[tuple[str, Cell]]:
+    """The tasks and cells of the method with this index, sorted by difference."""
     across = table.best_along == "row"
-    cells = [row[at] for row in table.cells] if across else list(table.cells[at])
+    cells = [row[index] for row in table.cells] if across else list(table.cells[index])
     tasks = table.rows if across else [column.label for column in table.columns]
-    found = [
+    differing = [
         (task, cell)
         for task, cell in zip(tasks, cells, strict=True)
         if cell.difference is not None and not task.startswith(AVERAGE)
     ]
-    return sorted(found, key=lambda one: (one[1].difference or 0.0, one[0]))
+    return sorted(differing, key=lambda one: (one[1].difference or 0.0, one[0]))

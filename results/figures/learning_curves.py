@@ -107,14 +107,14 @@ def equal_quality(curve: Curve, other: Curve, higher_is_better: bool) -> EqualQu
     """The training tokens at which `curve` first is as good as `other` is at its last step."""
     goal = float(other.values[-1])
     behind = (goal - curve.values) if higher_is_better else (curve.values - goal)
-    there = np.flatnonzero(behind <= 0)
+    reached = np.flatnonzero(behind <= 0)
     tokens: float | None = None
-    if there.size:
-        at = int(there[0])
-        tokens = float(curve.tokens[at])
-        if at > 0:
-            share = behind[at - 1] / (behind[at - 1] - behind[at])
-            tokens = float(curve.tokens[at - 1] + share * (curve.tokens[at] - curve.tokens[at - 1]))
+    if reached.size:
+        index = int(reached[0])
+        tokens = float(curve.tokens[index])
+        if index > 0:
+            share = behind[index - 1] / (behind[index - 1] - behind[index])
+            tokens = float(curve.tokens[index - 1] + share * (curve.tokens[index] - curve.tokens[index - 1]))
     return EqualQuality(curve.method, other.method, goal, tokens, int(other.tokens[-1]))
 
 
@@ -123,36 +123,36 @@ def _curves(records: pd.DataFrame, methods: Sequence[str]) -> Iterator[Curve]:
     at_step = {step: statistics.resample(statistics.group(records[records["tokens"] == step])) for step in steps}
     first: dict[str, statistics.Units] = {}
     for method in methods:
-        found = {step: [one for (name, _), one in units.items() if name == method] for step, units in at_step.items()}
-        found = {step: units for step, units in found.items() if units}
-        if not found:
+        by_step = {step: [one for (name, _), one in units.items() if name == method] for step, units in at_step.items()}
+        by_step = {step: units for step, units in by_step.items() if units}
+        if not by_step:
             raise UserError(
                 f"there are no records of {method} along its training; evaluate it during training, or leave it out"
             )
-        domains = sorted({one.task for units in found.values() for one in units})
+        domains = sorted({one.task for units in by_step.values() for one in units})
         # A step that not every seed and domain has come to would bend the mean; it is not drawn.
-        seeds = {seed for units in found.values() for one in units for seed in one.seeds}
-        whole = {
+        seeds = {seed for units in by_step.values() for one in units for seed in one.seeds}
+        complete = {
             step: units
-            for step, units in found.items()
+            for step, units in by_step.items()
             if [one.task for one in units] == domains and all(set(one.seeds) == seeds for one in units)
         }
-        if not whole:
+        if not complete:
             raise UserError(f"no training step of {method} has records of all its domains and seeds; run it to the end")
-        first = first or {one.task: one for one in next(iter(whole.values()))}
+        first = first or {one.task: one for one in next(iter(complete.values()))}
         if domains != sorted(first):
             raise UserError(
                 f"the curves of {method} and {methods[0]} are over other domains; evaluate both on the same"
             )
-        for one in (one for units in whole.values() for one in units):
+        for one in (one for units in complete.values() for one in units):
             statistics.check_same_examples(first[one.task], one)
-        found_at = [statistics.estimate(units) for units in whole.values()]
-        intervals = [one.interval for one in found_at if one.interval is not None]
+        estimates = [statistics.estimate(units) for units in complete.values()]
+        intervals = [one.interval for one in estimates if one.interval is not None]
         yield Curve(
             method,
-            np.array(list(whole), dtype=np.int64),
-            np.array([one.value for one in found_at]),
-            np.array(intervals) if len(intervals) == len(found_at) else None,
+            np.array(list(complete), dtype=np.int64),
+            np.array([one.value for one in estimates]),
+            np.array(intervals) if len(intervals) == len(estimates) else None,
         )
 
 

@@ -44,20 +44,20 @@ def quality_figure(
                     points.append((x, cell.difference, cell.difference_interval))
             if not points:
                 raise UserError(f"no row of {name} has a difference to {table.reference} in {column}; evaluate both")
-            at = sorted({x for x, _, _ in points})
-            ticks |= set(at)
+            settings = sorted({x for x, _, _ in points})
+            ticks |= set(settings)
             # Several rows may have one value; the line goes through their mean, and each has its own place beside it.
-            means = [float(np.mean([y for other, y, _ in points if other == x])) for x in at]
+            means = [float(np.mean([y for other, y, _ in points if other == x])) for x in settings]
             line = style.line_style(i)
-            axes.plot(at, means, **{**line, "marker": ""})
-            apart = 0.012 * (max(at) - min(at))
-            for x in at:
-                beside = [(y, interval) for other, y, interval in points if other == x]
-                for k, (y, interval) in enumerate(beside):
-                    place = x + apart * (2 * k - len(beside) + 1)
-                    axes.plot([place], [y], label=name if (x, k) == (at[0], 0) else None, **line)
+            axes.plot(settings, means, **{**line, "marker": ""})
+            apart = 0.012 * (max(settings) - min(settings))
+            for x in settings:
+                points_at = [(y, interval) for other, y, interval in points if other == x]
+                for k, (y, interval) in enumerate(points_at):
+                    shifted = x + apart * (2 * k - len(points_at) + 1)
+                    axes.plot([shifted], [y], label=name if (x, k) == (settings[0], 0) else None, **line)
                     if interval:
-                        axes.plot([place] * 2, interval, color=line["color"], linewidth=1, marker="_", markersize=6)
+                        axes.plot([shifted] * 2, interval, color=line["color"], linewidth=1, marker="_", markersize=6)
         axes.axhline(0, color="0.4", linewidth=0.8)
         axes.set_xticks(sorted(ticks))
         axes.set_xlabel(along)

@@ -22,16 +22,25 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1))
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
 
 
-def bar_style(at: int) -> dict[str, Any]:
-    """Colour and hatch of the series number `at`."""
-    at %= len(COLOURS)
-    return {"color": COLOURS[at] if at else "0.45", "hatch": HATCHES[at], "edgecolor": "white", "linewidth": 0.5}
+def bar_style(number: int) -> dict[str, Any]:
+    """Colour and hatch of the series with this number."""
+    number %= len(COLOURS)
+    return {
+        "color": COLOURS[number] if number else "0.45",
+        "hatch": HATCHES[number],
+        "edgecolor": "white",
+        "linewidth": 0.5,
+    }
 
 
-def line_style(at: int) -> dict[str, Any]:
-    """Colour, marker and line of the series number `at`."""
+def line_style(number: int) -> dict[str, Any]:
+    """Colour, marker and line of the series with this number."""
     n = len(COLOURS)
-    style = {"color": COLOURS[at % n], "marker": MARKERS[at % n], "linestyle": LINES[(at + at // n) % n]}
+    style = {
+        "color": COLOURS[number % n],
+        "marker": MARKERS[number % n],
+        "linestyle": LINES[(number + number // n) % n],
+    }
     return {**style, "markersize": 5, "linewidth": 1.6}
 
 
@@ -101,6 +110,6 @@ def save(figure: "Figure", path: Path) -> tuple[Path, ...]:
 
 
 def _write(figure: "Figure", path: Path, **options: Any) -> None:
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, format=path.suffix[1:], **options)
-    beside.replace(path)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format=path.suffix[1:], **options)
+    temporary.replace(path)

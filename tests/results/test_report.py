@@ -3,7 +3,7 @@
 import json
 
 from results.layout import Cell, Column
-from results.report import findings, shown
+from results.report import findings, page_cells
 from results.table import Table
 from results.tables import main_table
 from tests.results.sample import final
@@ -39,9 +39,9 @@ def records_frame(records):  # type: ignore[no-untyped-def]
 def test_ranks_are_along_the_methods_and_missing_cells_have_none() -> None:
     cells = ((Cell(3.0), Cell(1.0)), (Cell(3.0), Cell(None, note="not run")), (Cell(4.0), Cell(2.0)))
     table = Table("t", ("a", "b", "c"), (Column("x"), Column("y")), cells, True, 1, reference="a")
-    assert [[cell.texts["rank"] for cell in row] for row in shown(table)] == [["2", "2"], ["2", "—"], ["1", "1"]]
-    assert [[cell.keys["value"] for cell in row] for row in shown(table)] == [[3.0, 1.0], [3.0, None], [4.0, 2.0]]
-    assert shown(table)[0][0].texts["difference"] == "reference"
-    assert ["note", "not run"] in json.loads(shown(table)[1][1].about)["facts"]
+    assert [[cell.texts["rank"] for cell in row] for row in page_cells(table)] == [["2", "2"], ["2", "—"], ["1", "1"]]
+    assert [[cell.keys["value"] for cell in row] for row in page_cells(table)] == [[3.0, 1.0], [3.0, None], [4.0, 2.0]]
+    assert page_cells(table)[0][0].texts["difference"] == "reference"
+    assert ["note", "not run"] in json.loads(page_cells(table)[1][1].about)["facts"]
     across = Table("t", ("x", "y"), (Column("a"), Column("b")), (cells[0], cells[2]), False, 1, best_along="row")
-    assert [[cell.texts["rank"] for cell in row] for row in shown(across)] == [["2", "1"], ["2", "1"]]
+    assert [[cell.texts["rank"] for cell in row] for row in page_cells(across)] == [["2", "1"], ["2", "1"]]

@@ -1,13 +1,15 @@
 """From results to pass@k, strictly and by exit status, over all problems that were executed."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from fusion.errors import UserError
 from harness.evaluation.multipl_e.generations import json_lines
 from harness.evaluation.multipl_e.languages import LANGUAGES, UNSOLVABLE, language_of
+from results.metrics import pass_at_k
 
 COLUMNS = ("language", "problems", "samples", "pass@{k}", "pass@{k} by exit status", "note")
 
@@ -28,14 +30,10 @@ class Example:
         return any(self.name.startswith(f"HumanEval_{n}_") for n in UNSOLVABLE.get(self.language, ()))
 
 
-def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """The unbiased estimate of the probability that one of k completions passes (arXiv 2107.03374, equation 1).
-
-    Raises UserError where there are fewer samples than k.
-    """
+def check_samples(samples: int, k: int) -> None:
+    """Raises UserError where a problem has fewer samples than pass@k needs."""
     if not 1 <= k <= samples:
         raise UserError(f"pass@{k} needs at least {k} samples a problem, and there are {samples}: choose another k.")
-    return 1.0 - math.comb(samples - passed, k) / math.comb(samples, k)
 
 
 def read_results(path: Path) -> list[Example]:
@@ -59,8 +57,10 @@ def summary(examples: Sequence[Example], not_run: Mapping[str, str], k: int) -> 
         ours = [example for example in examples if example.language == name]
         if ours:
             samples = sorted({example.samples for example in ours})
-            strict = sum(pass_at_k(e.samples, e.strict, k) for e in ours) / len(ours)
-            by_exit = sum(pass_at_k(e.samples, e.by_exit_status, k) for e in ours) / len(ours)
+            check_samples(samples[0], k)
+            n = np.array([example.samples for example in ours])
+            strict = pass_at_k(n, np.array([example.strict for example in ours]), k).mean()
+            by_exit = pass_at_k(n, np.array([example.by_exit_status for example in ours]), k).mean()
             unsolvable = [example.name for example in ours if example.unsolvable]
             note = f"cannot be solved as published: {', '.join(unsolvable)}" if unsolvable else ""
             shown = " to ".join(str(n) for n in dict.fromkeys((samples[0], samples[-1])))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,8 +25,9 @@ from harness.evaluation.multipl_e import toolchains
 from harness.evaluation.multipl_e.execute import Executed, execute
 from harness.evaluation.multipl_e.generations import read_generations
 from harness.evaluation.multipl_e.languages import LANGUAGES, cut, language_of
-from harness.evaluation.multipl_e.scores import Example, pass_at_k, read_results, summary
+from harness.evaluation.multipl_e.scores import Example, check_samples, read_results, summary
 from harness.evaluation.sandbox import Limits
+from results.metrics import pass_at_k
 from tests.shared import needed, shared
 
 LIMITS = Limits(cpu=2, wall=20.0)
@@ -357,14 +359,14 @@ def test_files_without_problems_are_refused(tmp_path: Path) -> None:
 def test_pass_at_k_is_the_mean_over_all_choices(samples: int, data: st.DataObject) -> None:
     passed, k = data.draw(st.integers(0, samples)), data.draw(st.integers(1, samples))
     choices = list(itertools.combinations([True] * passed + [False] * (samples - passed), k))
-    assert pass_at_k(samples, passed, k) == pytest.approx(sum(map(any, choices)) / len(choices))
+    assert pass_at_k(np.array(samples), np.array(passed), k) == pytest.approx(sum(map(any, choices)) / len(choices))
 
 
 def test_pass_at_k_needs_k_samples_before_anything_is_run(tmp_path: Path) -> None:
     from harness.cli.suite_commands import multipl_e_execute
 
     with pytest.raises(UserError, match="at least 5 samples"):
-        pass_at_k(4, 4, 5)
+        check_samples(4, 5)
     path = write(tmp_path / "g.jsonl", [problem(RIGHT)])
     with pytest.raises(UserError, match="at least 2 samples"):
         multipl_e_execute(path, k=2, root=tmp_path)

@@ -13,7 +13,7 @@ from harness.reporting.tables import run_table
 from harness.store.artifacts import Store, read_manifest
 from harness.store.paths import RUN_FILE
 from harness.store.run_files import read_run_file
-from results.report import Answer, Asked, RunPage, Task, page
+from results.report import Answer, ReportedExample, RunPage, Task, page
 from tests.harness.browser import DESKTOP, PHONE, chromium, resize
 from tests.harness.command import answer
 
@@ -160,7 +160,7 @@ def test_the_page_in_a_browser(written: Path, browser: Any, size: tuple[int, int
 
 def test_examples_are_filtered_in_the_browser(browser: Any, tmp_path: Path) -> None:
     examples = [
-        Asked(
+        ReportedExample(
             f"{i}", "<b>asked</b> </script>", "right", {"A": Answer("a", float(i % 2)), "B": Answer("b", float(i < 8))}
         )
         for i in range(12)
