@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fusion.errors import UserError
+from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.evaluation.lm_eval.suites import Bbh, BbhConfig, Commonsense
 from harness.evaluation.lm_eval.task_suite import LmEvalConfig, LmEvalSuite
 from harness.evaluation.lm_eval.tasks import _include
-from harness.evaluation.suite import EvaluatedModel
 from harness.models.resolution import ModelSpec, ResolvedModel, count_parameters, resolve
 from harness.store.artifacts import Store
 from harness.store.costs import Costs

@@ -69,13 +69,13 @@ def evaluate(
     <hub id>/<configuration>/<split>.parquet (or .jsonl). Default: the hub.
     """
     from harness.evaluation import standalone
-    from harness.evaluation.suite import suite, suite_config
+    from harness.evaluation.suite import SUITES, suite_config
     from harness.models.resolution import ModelSpec
     from harness.runtime.device import usable_device
 
     settings: Mapping[str, Mapping[str, Any]] = suites if isinstance(suites, Mapping) else {name: {} for name in suites}
     folder = None if data_root is None else Path(data_root)
-    measured = {name: suite(name)(suite_config(name, given), folder) for name, given in settings.items()}
+    measured = {name: SUITES.get(name)(suite_config(name, given), folder) for name, given in settings.items()}
     spec = ModelSpec(name=model, dtype=dtype, trust_remote_code=trust_remote_code)
     return open_run(standalone.evaluate(spec, measured, _root(root), device=usable_device(device, dry=False)))
 

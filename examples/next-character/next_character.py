@@ -3,13 +3,13 @@ from typing import ClassVar
 
 from pydantic import BaseModel, Field
 
-from harness.evaluation.suite import Example, Section, SuiteResult
+from harness.evaluation.suite import Example, SuiteConfig, SuiteResult
 from harness.store.artifacts import Spec
 from harness.store.files import write_atomically
 from harness.store.fingerprint import fingerprint
 
 
-class NextCharacterSection(Section):
+class NextCharacterConfig(SuiteConfig):
     texts: list[str] = Field(["the quick brown fox", "to be or not to be"], description="texts to continue")
 
 
@@ -17,16 +17,16 @@ class NextCharacter:
     """Is the first character that the model would write the next one of the text?"""
 
     name = "next_character"
-    schema: ClassVar[type[BaseModel]] = NextCharacterSection
+    schema: ClassVar[type[BaseModel]] = NextCharacterConfig
 
-    def __init__(self, section, data_root):
-        self.section = section
+    def __init__(self, config, data_root):
+        self.config = config
 
-    def shown(self):
+    def task_metrics(self):
         return {"characters": "acc"}
 
     def identity(self):
-        return {"version": 1, "texts": fingerprint(self.section.texts)}
+        return {"version": 1, "texts": fingerprint(self.config.texts)}
 
     def measure(self, evaluated, store, costs):
         inputs = {"model": evaluated.fingerprint, **self.identity()}
@@ -34,7 +34,7 @@ class NextCharacter:
 
         def build(folder):
             lines = []
-            for text in self.section.texts:
+            for text in self.config.texts:
                 ids = evaluated.tokenizer(text[:-1], return_tensors="pt")["input_ids"]
                 answer = evaluated.tokenizer.decode(evaluated.model(ids).logits[0, -1].argmax())
                 lines.append(json.dumps({"text": text, "right": answer[:1] == text[-1]}))

@@ -28,13 +28,12 @@ multipl_e = typer.Typer(help="MultiPL-E: execute generated programs in the sandb
 @suites.command("list")
 def suite_list(form: FormatOption = None, json: Json = False) -> None:
     """Every suite, those of installed packages included, with its tasks and where it is from."""
-    from harness.evaluation.suite import SUITES, suite
+    from harness.evaluation.suite import SUITES
 
-    suite("perplexity")  # registers our own
     rows = []
     for name in SUITES.names():
         try:
-            kind = suite(name)
+            kind = SUITES.get(name)
             summary, tasks = (kind.__doc__ or "").strip().partition("\n")[0], ", ".join(_tasks(name))
         except UserError as error:  # a package that cannot be imported hides no other suite
             summary, tasks = str(error), ""
@@ -50,9 +49,9 @@ def suite_show(
 ) -> None:
     """What can be set of a suite: type or choices, default and meaning of each setting."""
     from baselines.listing import settings_of
-    from harness.evaluation.suite import suite
+    from harness.evaluation.suite import SUITES
 
-    kind = suite(name)
+    kind = SUITES.get(name)
     rows = [list(vars(setting).values()) for setting in settings_of(kind.schema)]
     print_rows(["setting", "type", "default", "what it is"], rows, form)
     if form is None:
@@ -64,11 +63,11 @@ def _tasks(name: str) -> dict[str, str]:
     """The tasks that a suite has when nothing is set, with the metric shown for each; none where they must be named."""
     from pydantic import ValidationError
 
-    from harness.evaluation.suite import suite
+    from harness.evaluation.suite import SUITES
 
-    kind = suite(name)
+    kind = SUITES.get(name)
     try:
-        return kind(kind.schema.model_validate({}), None).shown()
+        return kind(kind.schema.model_validate({}), None).task_metrics()
     except ValidationError:
         return {}
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from baselines.method import Ensemble
 from fusion.errors import UserError
-from harness.evaluation.suite import EvaluatedModel
+from harness.evaluation.evaluated_model import EvaluatedModel
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -131,7 +131,7 @@ def _steps(advance: Callable[[float], None], size: int) -> Callable[[int, int], 
     return progress
 
 
-def joint_subject(label: str, ensemble: Ensemble, parts: Sequence[tuple[EvaluatedModel, float]]) -> JointModel:
+def make_joint_model(label: str, ensemble: Ensemble, parts: Sequence[tuple[EvaluatedModel, float]]) -> JointModel:
     """The ensemble of subjects; the first is the pivot."""
     pivot = parts[0][0]
     dtypes = [member.dtype for member, _ in parts]

@@ -13,7 +13,8 @@ from fusion.inference.windows import window_stride
 from harness.config.schema import CorpusConfig
 from harness.data import corpus
 from harness.data.corpus import Document
-from harness.evaluation.suite import NO_VOTE, SUITES, EvaluatedModel, Example, Section, SuiteResult
+from harness.evaluation.evaluated_model import EvaluatedModel
+from harness.evaluation.suite import NO_VOTE, SUITES, Example, Suite, SuiteConfig, SuiteResult
 from harness.runtime.progress import track
 from harness.stages.training_log import read_curve
 from harness.store.artifacts import Spec, Store
@@ -31,7 +32,7 @@ METRICS = {"rolling": "bits_per_byte", "strided": "bits_per_byte_strided"}
 _PART = 32  # documents measured between two savings
 
 
-class PerplexityConfig(Section):
+class PerplexityConfig(SuiteConfig):
     """Bits per byte of whole held-out documents."""
 
     documents: CorpusConfig = Field(description="held-out text; no document of it may be in a training corpus")
@@ -62,14 +63,14 @@ class HeldOutText:
 
 
 @SUITES.register("perplexity")
-class Perplexity:
+class Perplexity(Suite):
     """Nats and bytes of every held-out document; its tasks are the documents' domains."""
 
     name = "perplexity"
     schema: ClassVar[type[BaseModel]] = PerplexityConfig
 
-    def __init__(self, section: PerplexityConfig, data_root: Path | None) -> None:
-        self.section = section
+    def __init__(self, config: PerplexityConfig, data_root: Path | None) -> None:
+        self.config = config
         self._data_root = data_root
 
     @classmethod
@@ -91,14 +92,14 @@ class Perplexity:
     @cached_property
     def documents(self) -> list[Document]:
         """The documents that are measured."""
-        return list(corpus.documents(self.section.documents, self._data_root))
+        return list(corpus.documents(self.config.documents, self._data_root))
 
     def text(self, *, dry: bool = False, per_domain: int | None = None) -> HeldOutText:
         """The documents, or the first `per_domain` of each domain. With `dry`, text on the hub is not fetched where its
         size is configured.
         """
-        expected = self.section.documents.expected_bytes
-        if dry and expected and corpus.is_on_hub(self.section.documents, self._data_root):
+        expected = self.config.documents.expected_bytes
+        if dry and expected and corpus.is_on_hub(self.config.documents, self._data_root):
             # About 4 kB a document, of one domain at least.
             return HeldOutText([], float(expected) if per_domain is None else min(expected, 4000.0 * per_domain))
         documents = self.documents
@@ -109,8 +110,8 @@ class Perplexity:
             documents = [document for domain in by_domain.values() for document in domain[:per_domain]]
         return HeldOutText(documents, float(sum(len(document.text.encode()) for document in documents)))
 
-    def shown(self) -> dict[str, str]:
-        return dict.fromkeys(sorted({document.domain for document in self.documents}), METRICS[self.section.mode])
+    def task_metrics(self) -> dict[str, str]:
+        return dict.fromkeys(sorted({document.domain for document in self.documents}), METRICS[self.config.mode])
 
     def identity(self) -> dict[str, Any]:
         return {"version": VERSION, "documents": self.text().fingerprint}
@@ -120,10 +121,10 @@ class Perplexity:
         if evaluated.votes:
             domains = {document.domain for document in text.documents}
             return SuiteResult(lambda: iter(()), missing=dict.fromkeys(sorted(domains), NO_VOTE))
-        spec = evaluation_spec(evaluated, text, self.section)
+        spec = evaluation_spec(evaluated, text, self.config)
 
         def build(folder: Path) -> None:
-            evaluate(folder, evaluated, text.documents, self.section)
+            evaluate(folder, evaluated, text.documents, self.config)
 
         path = store.ensure(spec, build, costs.forward(evaluated.parameters, text.n_bytes))
         return SuiteResult(
@@ -141,7 +142,7 @@ class Perplexity:
 
     def _examples(self, rows: Sequence[Mapping[str, Any]], tokens: int | None = None) -> Iterator[Example]:
         for row in rows:
-            metric = METRICS[self.section.mode]
+            metric = METRICS[self.config.mode]
             yield Example(row["domain"], row["example"], metric, row["nats"], row["bytes"], tokens)
 
 

@@ -60,8 +60,8 @@ def note_suites(folder: Path, suites: Mapping[str, Suite], results: Mapping[str,
     """
     noted = {
         name: {
-            "shown": suite.shown(),
-            "k": getattr(suite.section, "k", 1),
+            "metrics": suite.task_metrics(),
+            "k": getattr(suite.config, "k", 1),
             "missing": {row: result.missing for row, result in results[name].items()},
             "notes": sorted({note for result in results[name].values() for note in result.notes}),
         }

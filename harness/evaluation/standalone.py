@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
+from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.evaluation.records import note_suites, write_records
-from harness.evaluation.suite import EvaluatedModel, Suite, SuiteResult, suite, suite_config
+from harness.evaluation.suite import SUITES, Suite, SuiteResult, suite_config
 from harness.models.resolution import ModelSpec, count_parameters, resolve
 from harness.runtime.device import compute_dtype
 from harness.runtime.progress import notify
@@ -39,7 +40,7 @@ def sections(
     skipped: list[str] = []
     unknown = {task: UserError("") for task in tasks}
     for name in dict.fromkeys(names):
-        kind = suite(name)
+        kind = SUITES.get(name)
         fields = kind.schema.model_fields
         given = {key: value for key, value in common.items() if key in fields and value is not None}
         if standalone_config := getattr(kind, "standalone_config", None):
@@ -83,7 +84,7 @@ def evaluate(
         parameters=count_parameters(resolved.folder),
         models_dir=root / MODELS,
     )
-    parts = {name: {"section": one.section.model_dump(mode="json"), **one.identity()} for name, one in suites.items()}
+    parts = {name: {"config": one.config.model_dump(mode="json"), **one.identity()} for name, one in suites.items()}
     identity = {"model": resolved.fingerprint, "dtype": dtype, "suites": parts}
     folder = evaluation_path(root, resolved.name, fingerprint(identity))
     (folder / RECORDS).mkdir(parents=True, exist_ok=True)

@@ -8,112 +8,26 @@ store the same code only plans.
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fusion.errors import UserError, did_you_mean
 from fusion.registry import Registry
 from harness.config.errors import ConfigurationError, problems_of
-from harness.models.checkpoints import load_model, load_tokenizer
-from harness.models.resolution import ModelSpec, ResolvedModel, resolve
+from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.store.artifacts import Estimate, Spec, Store
 from harness.store.costs import Costs
 from harness.store.files import whole_lines, write_atomically
 
-if TYPE_CHECKING:
-    from lm_eval.api.model import LM
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-    from fusion.inference.ensembles import PrefixCachedEnsemble
-
-
 NO_VOTE = "there is no answer to vote on"
 
 
-class Section(BaseModel):
-    """Base of every suite's section of the configuration: unknown keys are refused."""
+class SuiteConfig(BaseModel):
+    """Base of the configuration of every suite: unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid")
-
-
-@dataclass
-class EvaluatedModel:
-    """A candidate as a suite sees it: what it is called and what it is; it is loaded when it is first needed."""
-
-    label: str
-    fingerprint: str
-    spec: ModelSpec
-    dtype: str
-    """Computing precision, made definite."""
-    device: str
-    batch_tokens: int
-    parameters: float
-    models_dir: Path
-    _lm: "tuple[tuple[Any, int], LM] | None" = field(default=None, init=False)
-
-    @cached_property
-    def resolved(self) -> ResolvedModel:
-        return resolve(self.spec, self.models_dir)
-
-    @cached_property
-    def tokenizer(self) -> "PreTrainedTokenizerFast":
-        return load_tokenizer(self.resolved)
-
-    @cached_property
-    def model(self) -> "PreTrainedModel":
-        return load_model(self.resolved, self.dtype, self.device)  # type: ignore[arg-type]
-
-    @property
-    def predictor(self) -> "PreTrainedModel | PrefixCachedEnsemble":
-        """What gives the distributions over the next token."""
-        return self.model
-
-    @property
-    def members(self) -> "Sequence[tuple[EvaluatedModel, float]]":
-        """The models that it is made of, and their weights."""
-        return [(self, 1.0)]
-
-    @property
-    def votes(self) -> bool:
-        """Whether its members answer each for itself, and their answers are counted."""
-        return False
-
-    @cached_property
-    def context(self) -> int:
-        """The longest text that the model reads (tokens), as lm-eval has it."""
-        from lm_eval.models.utils import resolve_max_length
-        from transformers import AutoConfig
-
-        trusted = self.spec.trust_remote_code
-        config = AutoConfig.from_pretrained(self.resolved.folder, local_files_only=True, trust_remote_code=trusted)
-        return resolve_max_length(config, self.tokenizer)
-
-    def release(self) -> None:
-        """Frees the model's memory; it is loaded again when it is needed again."""
-        self._lm = None
-        self.__dict__.pop("model", None)
-
-    def lm(self, *, batch_size: Any, seed: int) -> "LM":
-        """The candidate as lm-eval's LM."""
-        if self._lm is None or self._lm[0] != (batch_size, seed):
-            self._lm = (batch_size, seed), self._make_lm(batch_size, seed)
-        return self._lm[1]
-
-    def _make_lm(self, batch_size: Any, seed: int, **joint: Any) -> "LM":
-        from harness.evaluation.lm_eval.shared_prefix_lm import SharedPrefixLM
-
-        return SharedPrefixLM(
-            self.model,
-            self.tokenizer,
-            label=self.label,
-            batch_size=batch_size,
-            batch_tokens=self.batch_tokens,
-            seed=seed,
-            **joint,
-        )
 
 
 @dataclass(frozen=True)
@@ -129,14 +43,27 @@ class Example:
     """Training tokens before the measurement; None for a finished candidate."""
 
 
+@dataclass(frozen=True)
+class StoredAnswer:
+    """One example as a person reads it: the question, what is right, and what a candidate answered."""
+
+    example: str
+    prompt: str
+    target: str
+    answer: str
+    score: float
+    """From 0 to 1."""
+
+
 @dataclass
 class SuiteResult:
-    """What a suite found out about one candidate."""
+    """What a suite measured of one candidate."""
 
     examples: Callable[[], Iterator[Example]]
     artifacts: dict[str, Path] = field(default_factory=dict)
-    """By task (or a name for all of them): where prompts, answers and targets lie."""
+    """By task (or a name for all of them): the folder of prompts, answers and targets."""
     fingerprints: dict[str, str] = field(default_factory=dict)
+    """By task (or a name for all of them): the fingerprint of that artifact."""
     missing: dict[str, str] = field(default_factory=dict)
     """By task that could not be run: why not."""
     notes: list[str] = field(default_factory=list)
@@ -144,24 +71,30 @@ class SuiteResult:
 
 
 class Suite(Protocol):
-    """Measures candidates. Registered in `SUITES` or by the entry-point group `fusellm.suites`."""
+    """Measures candidates. Registered in `SUITES`, or by the entry-point group `fusellm.suites`."""
 
     schema: ClassVar[type[BaseModel]]
-    """Its section of the configuration."""
-    section: Any
+    """The model of its configuration."""
+    config: Any
 
-    def __init__(self, section: Any, data_root: Path | None) -> None: ...
+    def __init__(self, config: Any, data_root: Path | None) -> None: ...
 
-    def shown(self) -> dict[str, str]:
+    def task_metrics(self) -> dict[str, str]:
         """The tasks that were asked for, in the order of the table's columns, and the metric shown for each."""
 
     def identity(self) -> dict[str, Any]:
-        """What the numbers come from beside the section and the candidate: versions, hashes of the data."""
+        """What the numbers come from beside the configuration and the candidate: versions, hashes of the data."""
 
     def measure(self, evaluated: EvaluatedModel, store: Store, costs: Costs) -> SuiteResult:
-        """Evaluates what is missing. Under a dry store only notes it, and must not open the candidate."""
+        """Evaluates what is missing. Under a dry store only plans it, and must not load the candidate."""
+
+    @classmethod
+    def answers(cls, folder: Path, metric: str) -> Iterator[StoredAnswer]:
+        """The answers that an artifact of this suite holds, scored by `metric`; none where it keeps no answers."""
+        return iter(())
 
 
+# Modules of the suites that ship with the harness; each registers its suites when it is imported.
 SUITES: Registry[type[Suite]] = Registry(
     "suite",
     "fusellm.suites",
@@ -176,18 +109,13 @@ SUITES: Registry[type[Suite]] = Registry(
 )
 
 
-def suite(name: str) -> type[Suite]:
-    """The registered suite of that name. Raises UserError with the nearest spelling where there is none."""
-    return SUITES.get(name)
-
-
 def suite_config(name: str, given: Any, where: str | None = None) -> BaseModel:
     """A suite's settings, validated by the suite's own model.
 
     where: what errors call the configuration that they are in. Raises UserError for an unknown suite, and a
     ConfigurationError with every unknown key and wrong value.
     """
-    schema = suite(name).schema
+    schema = SUITES.get(name).schema
     try:
         return given if isinstance(given, schema) else schema.model_validate(given)
     except ValidationError as error:

@@ -12,11 +12,17 @@ Answers = Callable[[Line], Mapping[str, Any]]
 """The answer in a line by each metric, of those that look at one."""
 
 
-def choices(line: Line) -> dict[str, Any]:
-    """The chosen option by metric: the likeliest one (acc), and the likeliest one a byte of its text (acc_norm)."""
-    log_p = [answer[0] for answer in line["answer"]]
-    by_length = [p / max(len(choice), 1) for p, choice in zip(log_p, line["choices"], strict=True)]
-    return {"acc": log_p.index(max(log_p)), "acc_norm": by_length.index(max(by_length))}
+def chosen_indices(line: Line) -> dict[str, Any]:
+    """The index of the choice that each of lm-eval's metrics takes as the answer.
+
+    acc: the choice with the greatest log-likelihood; acc_norm: with the greatest log-likelihood per character.
+    """
+    log_likelihoods = [answer[0] for answer in line["answer"][: len(line["choices"])]]
+    normalised = [p / max(len(choice), 1) for p, choice in zip(log_likelihoods, line["choices"], strict=True)]
+    return {
+        "acc": log_likelihoods.index(max(log_likelihoods)),
+        "acc_norm": normalised.index(max(normalised)),
+    }
 
 
 def voted(task: str, members: Sequence[tuple[Sequence[Line], float]], answers: Answers) -> Iterator[Example]:

@@ -43,7 +43,7 @@ def check_sizes(experiment: Experiment) -> None:
     """Refuses a k above a vocabulary and a window above a context, as far as the models are here."""
     config = experiment.config
     k, perplexity = config.extraction.k, experiment.corpora.perplexity
-    window = perplexity.section.window if perplexity is not None else 0
+    window = perplexity.config.window if perplexity is not None else 0
     evaluated = {entry.get("role", TARGET) for entry in config.methods.values()}
     for name in experiment.models.names:
         vocabulary, context = experiment.models.limits(name)

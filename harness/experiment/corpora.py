@@ -91,7 +91,7 @@ class Corpora:
         if self.perplexity is None:
             validation = Perplexity(PerplexityConfig(documents=documents), self.data_root)
         else:
-            config = self.perplexity.section.model_copy(update={"documents": documents})
+            config = self.perplexity.config.model_copy(update={"documents": documents})
             validation = Perplexity(config, self.data_root)
         text = validation.text(dry=self.store.dry)
         self._check_not_trained(text.documents, "validation")

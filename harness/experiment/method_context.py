@@ -68,7 +68,7 @@ class MethodContext:
             {
                 "documents": validation.text(dry=experiment.workspace.store.dry).fingerprint,
                 "dtypes": {name: models.dtype(name) for name in models.names},
-                **validation.section.method(),
+                **validation.config.method(),
             }
         )
 

@@ -17,9 +17,10 @@ from harness.config.schema import Config
 from harness.data.passages import Passages
 from harness.data.predictions import PredictionsReader
 from harness.data.shards import position_bytes
-from harness.evaluation.joint_model import joint_subject
+from harness.evaluation.evaluated_model import EvaluatedModel
+from harness.evaluation.joint_model import make_joint_model
 from harness.evaluation.perplexity import Perplexity, measure_documents
-from harness.evaluation.suite import EvaluatedModel, Suite, SuiteResult, suite
+from harness.evaluation.suite import SUITES, Suite, SuiteResult
 from harness.experiment.corpora import Corpora
 from harness.experiment.model_pool import ModelPool
 from harness.models.checkpoints import load_config, load_tokenizer
@@ -56,7 +57,7 @@ def open_experiment(config: Config, root: Path, *, dry: bool = False, flops: flo
     """
     info = {"configuration": config.model_dump(mode="json")}
     workspace = open_workspace(root, config.device, dry=dry, info=info, flops=flops)
-    suites = {name: suite(name)(section, config.data.folder) for name, section in config.suites.items()}
+    suites = {name: SUITES.get(name)(given, config.data.folder) for name, given in config.suites.items()}
     perplexity = suites.get(Perplexity.name)
     corpora = Corpora(workspace.store, config, perplexity if isinstance(perplexity, Perplexity) else None)
     return Experiment(config, workspace, ModelPool(workspace, config, corpora), corpora, suites)
@@ -205,14 +206,14 @@ def _curve(experiment: Experiment) -> HeldOutCurve:
     batch_tokens = experiment.models.role(TARGET).batch_tokens
     identity = {
         "curve": {"points": points, "documents": text.fingerprint},
-        "perplexity": None if perplexity is None else perplexity.section.method(),
+        "perplexity": None if perplexity is None else perplexity.config.method(),
     }
     if perplexity is None or not text.documents:
         return HeldOutCurve(points, identity, text.n_bytes, None)
-    section = perplexity.section
+    config = perplexity.config
 
     def measure(model: "PreTrainedModel", tokenizer: Any) -> list[dict[str, Any]]:
-        return measure_documents(model, tokenizer, text.documents, section, batch_tokens=batch_tokens)
+        return measure_documents(model, tokenizer, text.documents, config, batch_tokens=batch_tokens)
 
     return HeldOutCurve(points, identity, text.n_bytes, measure)
 
@@ -223,7 +224,7 @@ def evaluated_model(experiment: Experiment, label: str, candidate: Candidate | E
         members = [
             (evaluated_model(experiment, member.name, member.candidate), member.weight) for member in candidate.members
         ]
-        return joint_subject(label, candidate, members)
+        return make_joint_model(label, candidate, members)
     models, workspace, role = experiment.models, experiment.workspace, candidate.role
     return EvaluatedModel(
         label=label,

@@ -1,5 +1,6 @@
 """The report of finished runs: one HTML page from their records, the manifests of artifacts, and stored answers."""
 
+import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from fusion.errors import UserError
 from harness.reporting.export import equal_quality
 from harness.reporting.figures import drawings
 from harness.reporting.runs import Run, newest_runs, open_run, run_folder
@@ -17,10 +19,10 @@ from harness.store.artifacts import read_manifest
 from harness.store.files import write_atomically
 from harness.store.fingerprint import canonical
 from harness.store.paths import RECORDS
-from harness.store.run_files import read_run_file
 from results.report import Answer, Cost, Figure, Provenance, ReportedExample, RunPage, Task, findings, page
 
 if TYPE_CHECKING:
+    from harness.evaluation.suite import StoredAnswer
     from results.table import Table
 
 PAGE = "report.html"
@@ -116,7 +118,9 @@ def _evaluated(folder: Path, files: Mapping[str, str]) -> Iterator[_Evaluated]:
             continue
         provenance_file = path.with_suffix(".json")
         first = pq.read_table(path, columns=["method", "seed", "suite"]).slice(0, 1).to_pylist()[0]
-        provenance = read_run_file(provenance_file) or {"evaluation": ""}
+        provenance = {"evaluation": ""}
+        if provenance_file.exists():
+            provenance = json.loads(provenance_file.read_text(encoding="utf-8"))
         yield _Evaluated(name, files[name], **first, provenance=provenance)
 
 
@@ -147,75 +151,40 @@ def _tasks(
 ) -> Iterator[Task]:
     """The examples of every task whose answers were kept, of all methods and seeds."""
     seeds = {file.seed for file in evaluated if file.seed >= 0}
-    by_task: dict[tuple[str, str], dict[str, dict[str, tuple[str, str, Answer]]]] = {}
+    by_task: dict[tuple[str, str], dict[str, dict[str, StoredAnswer]]] = {}
     for file in evaluated:
         label = f"{file.method} (seed {file.seed})" if file.seed >= 0 and len(seeds) > 1 else file.method
         for task, fingerprint in file.by_task.items():
-            metric = noted.get(file.suite, {}).get("shown", {}).get(task)
+            metric = noted.get(file.suite, {}).get("metrics", {}).get(task)
             if metric is None or fingerprint not in manifests:
                 continue
-            for example, prompt, target, answer in _answers(manifests, fingerprint, metric):
-                by_task.setdefault((file.suite, task), {}).setdefault(example, {})[label] = (prompt, target, answer)
+            for answer in _stored_answers(file.suite, manifests[fingerprint][0], metric):
+                by_task.setdefault((file.suite, task), {}).setdefault(answer.example, {})[label] = answer
     for (suite, task), by_example in sorted(by_task.items()):
-        metric = noted[suite]["shown"][task]
-        examples = [
-            ReportedExample(
-                example,
-                *next(iter(rows.values()))[:2],
-                {label: answer for label, (_, _, answer) in rows.items()},
-            )
-            for example, rows in sorted(by_example.items())
-        ]
-        differing = sorted(examples, key=lambda asked: len({a.score > 0.5 for a in asked.answers.values()}) < 2)
-        kept = sorted(differing[:limit], key=lambda asked: asked.example)
-        yield Task(f"{suite}: {task}", metric, len(examples), kept)
+        examples = [_reported(rows) for _, rows in sorted(by_example.items())]
+        differing_first = sorted(examples, key=lambda one: len({a.score > 0.5 for a in one.answers.values()}) < 2)
+        kept = sorted(differing_first[:limit], key=lambda one: one.example)
+        yield Task(f"{suite}: {task}", noted[suite]["metrics"][task], len(examples), kept)
 
 
-def _answers(manifests: _Manifests, fingerprint: str, metric: str) -> Iterator[tuple[str, str, str, Answer]]:
-    """Example, prompt, target and answer from a suite's artifact; nothing where it keeps none in a form known here."""
-    from harness.evaluation.lm_eval.examples import EXAMPLES
-    from harness.evaluation.multipl_e import code_suite
-    from harness.evaluation.suite import read_lines
-
-    path, _ = manifests[fingerprint]
-    if (path / EXAMPLES).exists():
-        for line in read_lines(path / EXAMPLES):
-            if metric in line["scores"]:
-                yield str(line["example"]), *_of_lm_eval(line, metric)
-    elif (path / code_suite.RESULTS).exists():
-        for line in read_lines(path / code_suite.RESULTS):
-            passing = [bool(r["strict"] if metric == "passed" else r["exit_code"] == 0) for r in line["results"]]
-            first = line["results"][0]
-            text = f"{first['program'].removeprefix(line['prompt']).removesuffix(line['tests']).strip()}"
-            said = f"{text}\n\n[{first['status']}; {sum(passing)} of {len(passing)} samples pass]"
-            yield (
-                line["name"],
-                line["prompt"],
-                "programs that pass the tests",
-                Answer(said, sum(passing) / len(passing)),
-            )
+def _reported(rows: "Mapping[str, StoredAnswer]") -> ReportedExample:
+    """One example with the answers of all methods, by label."""
+    first = next(iter(rows.values()))
+    answers = {label: Answer(row.answer, row.score) for label, row in rows.items()}
+    return ReportedExample(first.example, first.prompt, first.target, answers)
 
 
-def _of_lm_eval(line: Mapping[str, Any], metric: str) -> tuple[str, str, Answer]:
-    choices, target, answers = line["choices"], line["target"], line["answer"]
-    question, score = line["question"] or "", float(line["scores"][metric])
-    if choices and all(isinstance(one, list) for one in answers):
-        likelihoods = [float(one[0]) for one in answers[: len(choices)]]
-        by = [v / len(c) for v, c in zip(likelihoods, choices, strict=True)] if metric == "acc_norm" else likelihoods
-        best = by.index(max(by))
-        lines = [
-            f"{'→' if i == best else ' '} {choice}  ({value:.2f} nats)"
-            for i, (choice, value) in enumerate(zip(choices, likelihoods, strict=True))
-        ]
-        right = choices[target] if isinstance(target, int) and target < len(choices) else target
-        return question, str(right), Answer("\n".join(lines), score)
-    if isinstance(answers[0], list):
-        likelihood, greedy = answers[0][:2]
-        said = f"{'the likeliest' if greedy else 'not the likeliest'} continuation ({float(likelihood):.2f} nats)"
-    else:
-        said = str(answers[0])
-    right = ", ".join(map(str, target)) if isinstance(target, list) else str(target)
-    return question, right, Answer(said, score)
+def _stored_answers(suite: str, folder: Path, metric: str) -> "Iterator[StoredAnswer]":
+    """The answers that a suite's artifact holds; none where the package that offers the suite has been removed."""
+    from harness.evaluation.suite import SUITES
+
+    try:
+        kind = SUITES.get(suite)
+    except UserError:
+        return
+    answers = getattr(kind, "answers", None)  # a suite of another package need not have them
+    if answers is not None:
+        yield from answers(folder, metric)
 
 
 def _costs(manifests: Any) -> Iterator[Cost]:

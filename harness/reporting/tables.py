@@ -205,7 +205,7 @@ def _tables_of_suite(
     from results.tables import suite_table, transposed
 
     rows = list(run.methods)
-    metrics: dict[str, str] = noted["shown"]
+    metrics: dict[str, str] = noted["metrics"]
     if noted["k"] != 1:
         at_k = {"passed": f"passed@{noted['k']}"}
         metrics = {task: at_k.get(metric, metric) for task, metric in metrics.items()}

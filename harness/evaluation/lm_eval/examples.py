@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.evaluation.lm_eval.tasks import Prepared
-from harness.evaluation.suite import Example, read_lines
+from harness.evaluation.suite import Example, StoredAnswer, read_lines
+from harness.evaluation.vote import chosen_indices
 
 EXAMPLES = "examples.jsonl"
 
@@ -75,3 +76,35 @@ def read_examples(task: str, folder: Path) -> Iterator[Example]:
     for line in sorted(read_lines(folder / EXAMPLES), key=lambda line: str(line["example"])):
         for metric, score in line["scores"].items():
             yield Example(task, line["example"], metric, score)
+
+
+def stored_answers(folder: Path, metric: str) -> Iterator[StoredAnswer]:
+    """The examples of a task that `metric` scores, as a person reads them."""
+    if not (folder / EXAMPLES).exists():
+        return
+    for line in read_lines(folder / EXAMPLES):
+        if metric in line["scores"]:
+            target, answer = _target_and_answer(line, metric)
+            score = float(line["scores"][metric])
+            yield StoredAnswer(str(line["example"]), line["question"] or "", target, answer, score)
+
+
+def _target_and_answer(line: Mapping[str, Any], metric: str) -> tuple[str, str]:
+    """What is right and what was answered: the choices with an arrow at the chosen one, or the text."""
+    target, answers = line["target"], line["answer"]
+    if line["choices"] and all(isinstance(answer, list) for answer in answers):
+        chosen = chosen_indices(line)
+        index = chosen.get(metric, chosen["acc"])
+        text = "\n".join(
+            f"{'→' if i == index else ' '} {choice}  ({float(answer[0]):.2f} nats)"
+            for i, (choice, answer) in enumerate(zip(line["choices"], answers, strict=False))
+        )
+        right = line["choices"][target] if isinstance(target, int) and target < len(line["choices"]) else target
+        return str(right), text
+    if isinstance(answers[0], list):
+        log_likelihood, is_greedy = answers[0][:2]
+        likeliest = "the likeliest" if is_greedy else "not the likeliest"
+        text = f"{likeliest} continuation ({float(log_likelihood):.2f} nats)"
+    else:
+        text = str(answers[0])
+    return ", ".join(map(str, target)) if isinstance(target, list) else str(target), text

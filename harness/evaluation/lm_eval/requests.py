@@ -3,8 +3,8 @@
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.evaluation.lm_eval.tasks import Prepared
-from harness.evaluation.suite import EvaluatedModel
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

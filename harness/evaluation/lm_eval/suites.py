@@ -28,12 +28,12 @@ class Bbh(LmEvalSuite):
 
     name = "bbh"
     schema: ClassVar[type[BaseModel]] = BbhConfig
-    section: BbhConfig
+    config: BbhConfig
 
     def _chosen(self) -> dict[str, tuple[str, Path]]:
-        folder, prefix = task_folder() / "bbh" / self.section.variant, f"bbh_{self.section.variant}_"
+        folder, prefix = task_folder() / "bbh" / self.config.variant, f"bbh_{self.config.variant}_"
         files = {path.stem: path for path in sorted(folder.glob("[!_]*.yaml"))}
-        wanted = [name.removeprefix(prefix) for name in self.section.tasks] if self.section.tasks else None
+        wanted = [name.removeprefix(prefix) for name in self.config.tasks] if self.config.tasks else None
         return {task: (prefix + task, files[task]) for task in chosen(wanted, list(files), self.name)}
 
     def metric(self, task: str) -> str:
@@ -66,7 +66,7 @@ class Commonsense(LmEvalSuite):
     }
 
     def _chosen(self) -> dict[str, tuple[str, Path]]:
-        tasks = chosen(self.section.tasks, list(self._FILES), self.name)
+        tasks = chosen(self.config.tasks, list(self._FILES), self.name)
         return {task: (task, task_folder() / self._FILES[task]) for task in tasks}
 
     def metric(self, task: str) -> str:
@@ -85,7 +85,7 @@ class Generative(LmEvalSuite):
     }
 
     def _chosen(self) -> dict[str, tuple[str, Path]]:
-        return {task: (task, self._file(task)) for task in dict.fromkeys(self.section.tasks or self._FILES)}
+        return {task: (task, self._file(task)) for task in dict.fromkeys(self.config.tasks or self._FILES)}
 
     def _file(self, task: str) -> Path:
         if task in self._FILES:
@@ -119,17 +119,17 @@ class NamedTasks(LmEvalSuite):
 
     name = "lm_eval"
     schema: ClassVar[type[BaseModel]] = NamedTasksConfig
-    section: NamedTasksConfig
+    config: NamedTasksConfig
 
     def _chosen(self) -> dict[str, tuple[str, Path]]:
         own: dict[str, tuple[str, Path]] = {}
-        if self.section.include_path is not None:
-            folder = Path(self.section.include_path).expanduser()
+        if self.config.include_path is not None:
+            folder = Path(self.config.include_path).expanduser()
             if not folder.is_dir():
                 raise UserError(f"There is no folder {folder}: correct suites.lm_eval.include_path.")
             own = index_tasks(folder)
         tasks: dict[str, tuple[str, Path]] = {}
-        for task in self.section.tasks:
+        for task in self.config.tasks:
             name, path = self._of_file(Path(task).expanduser()) if task.endswith((".yaml", ".yml")) else (task, None)
             if path is None:
                 path = own[name][1] if own.get(name, ("",))[0] == "task" else find_task(name, task_index() | own)

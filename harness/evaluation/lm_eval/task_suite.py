@@ -10,21 +10,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
-from harness.evaluation.lm_eval.examples import EXAMPLES, mean_metrics, read_examples, scored_line
+from harness.evaluation.evaluated_model import EvaluatedModel
+from harness.evaluation.lm_eval.examples import EXAMPLES, mean_metrics, read_examples, scored_line, stored_answers
 from harness.evaluation.lm_eval.requests import answer_requests, too_long
 from harness.evaluation.lm_eval.tasks import Overrides, Prepared, Source, find_source, prepare
 from harness.evaluation.suite import (
     NO_VOTE,
-    EvaluatedModel,
     Example,
-    Section,
+    StoredAnswer,
+    SuiteConfig,
     SuiteResult,
     append_line,
     ensure_jointly,
     kept_lines,
     read_lines,
 )
-from harness.evaluation.vote import Answers, choices, voted
+from harness.evaluation.vote import Answers, chosen_indices, voted
 from harness.runtime.progress import notify, track
 from harness.store.artifacts import Spec, Store
 from harness.store.costs import Costs
@@ -38,7 +39,7 @@ _DEFAULT_METRICS = {"multiple_choice": "acc", "loglikelihood": "acc", "generate_
 _UNKNOWN_ROWS = 1000  # of a task whose rows are not on this machine, for estimates
 
 
-class LmEvalConfig(Section):
+class LmEvalConfig(SuiteConfig):
     """The configuration of a suite of lm-eval tasks; by default the tasks are as lm-eval defines them."""
 
     tasks: list[str] | None = Field(None, min_length=1, description="only these tasks. Default: all of the suite")
@@ -57,8 +58,8 @@ class LmEvalSuite:
     example_bytes: ClassVar[float] = 4000.0
     """Bytes of text that are read and written for one example, roughly, for estimates."""
 
-    def __init__(self, section: LmEvalConfig, data_root: Path | None) -> None:
-        self.section = section
+    def __init__(self, config: LmEvalConfig, data_root: Path | None) -> None:
+        self.config = config
         self._data_root = data_root
         self._tasks = self._chosen()
 
@@ -82,20 +83,24 @@ class LmEvalSuite:
         """The filter (lm-eval's way to clean an answer) whose scores bear the plain name of their metric."""
         return filters[0]
 
-    def shown(self) -> dict[str, str]:
+    def task_metrics(self) -> dict[str, str]:
         return {task: self.metric(task) for task in self._tasks}
+
+    @classmethod
+    def answers(cls, folder: Path, metric: str) -> Iterator[StoredAnswer]:
+        return stored_answers(folder, metric)
 
     def identity(self) -> dict[str, Any]:
         return {"version": VERSION, "tasks": {task: source.identity() for task, source in self._sources.items()}}
 
     @cached_property
     def _sources(self) -> dict[str, Source]:
-        overrides = Overrides(self.section.num_fewshot, self.section.max_new_tokens)
+        overrides = Overrides(self.config.num_fewshot, self.config.max_new_tokens)
         return {task: find_source(name, yaml, self._data_root, overrides) for task, (name, yaml) in self._tasks.items()}
 
     @cached_property
     def _prepared(self) -> tuple[dict[str, Prepared], dict[str, str]]:
-        return prepare(list(self._sources.values()), self.section.limit)
+        return prepare(list(self._sources.values()), self.config.limit)
 
     def measure(self, evaluated: EvaluatedModel, store: Store, costs: Costs) -> SuiteResult:
         if evaluated.votes:
@@ -149,7 +154,7 @@ class LmEvalSuite:
     def _answers(self, task: str) -> Answers | None:
         """The function that extracts the answers of a task for a vote; None for a task without answers."""
         kind = self._sources[task].config.get("output_type")
-        return {"multiple_choice": choices, "generate_until": self._texts}.get(str(kind))
+        return {"multiple_choice": chosen_indices, "generate_until": self._texts}.get(str(kind))
 
     def _texts(self, line: Mapping[str, Any]) -> dict[str, Any]:
         filters = list(line["filtered"])
@@ -162,10 +167,10 @@ class LmEvalSuite:
             f"{evaluated.label}-{task}",
             VERSION,
             {"model": evaluated.fingerprint, "task": self._sources[task].identity()},
-            {"limit": self.section.limit, "seed": self.section.seed, "dtype": evaluated.dtype},
+            {"limit": self.config.limit, "seed": self.config.seed, "dtype": evaluated.dtype},
             {
                 "candidate": evaluated.label,
-                "batch_size": self.section.batch_size,
+                "batch_size": self.config.batch_size,
                 "batch_tokens": evaluated.batch_tokens,
             },
         )
@@ -176,7 +181,7 @@ class LmEvalSuite:
 
         files = [path for path in self._sources[task].files.values() if path.suffix == ".parquet"]
         rows = pq.read_metadata(files[0]).num_rows if files else _UNKNOWN_ROWS
-        return min(rows, self.section.limit or rows)
+        return min(rows, self.config.limit or rows)
 
     def _missing(self, evaluated: EvaluatedModel, tasks: Sequence[str]) -> dict[str, str]:
         """The reason why each task that cannot be run cannot, without loading the model."""
@@ -211,7 +216,7 @@ class LmEvalSuite:
                 )
                 advance(1)
 
-            answer_requests(evaluated.lm(batch_size=self.section.batch_size, seed=self.section.seed), pending, finished)
+            answer_requests(evaluated.lm(batch_size=self.config.batch_size, seed=self.config.seed), pending, finished)
 
 
 def function_name(metric: str) -> str:

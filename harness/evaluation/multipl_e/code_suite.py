@@ -13,20 +13,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from fusion.errors import UserError
+from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.evaluation.lm_eval.requests import answer_requests
 from harness.evaluation.lm_eval.tasks import load_rows, local_split
 from harness.evaluation.multipl_e.languages import LANGUAGES
 from harness.evaluation.suite import (
     NO_VOTE,
     SUITES,
-    EvaluatedModel,
     Example,
-    Section,
+    StoredAnswer,
+    SuiteConfig,
     SuiteResult,
     append_line,
     chosen,
     ensure_jointly,
     kept_lines,
+    read_lines,
 )
 from harness.runtime.progress import notify, track
 from harness.store.artifacts import Estimate, Spec, Store
@@ -53,7 +55,7 @@ Sample = tuple[str, str, int]
 """A language, a problem's name, and the sample's number."""
 
 
-class MultiplEConfig(Section):
+class MultiplEConfig(SuiteConfig):
     """The configuration of the suite `multipl_e`."""
 
     tasks: list[str] | None = Field(None, min_length=1, description="only these languages. Default: all ten")
@@ -86,31 +88,44 @@ class MultiplE:
     name = "multipl_e"
     schema: ClassVar[type[BaseModel]] = MultiplEConfig
 
-    def __init__(self, section: MultiplEConfig, data_root: Path | None) -> None:
-        self.section = section
+    def __init__(self, config: MultiplEConfig, data_root: Path | None) -> None:
+        self.config = config
         self._data_root = data_root
-        self._languages = chosen(section.tasks, list(LANGUAGES), self.name)
+        self._languages = chosen(config.tasks, list(LANGUAGES), self.name)
         self._problems: dict[str, list[dict[str, Any]]] = {}
         self._tried: dict[str, str | None] = {}  # why a language's toolchain does not work, None where it does
 
-    def shown(self) -> dict[str, str]:
+    def task_metrics(self) -> dict[str, str]:
         return dict.fromkeys(self._languages, "passed")
 
     def identity(self) -> dict[str, Any]:
         return {"version": VERSION, "data": {language: self._data(language) for language in self._languages}}
 
+    @classmethod
+    def answers(cls, folder: Path, metric: str) -> Iterator[StoredAnswer]:
+        """The first program of every problem, and how many samples pass."""
+        if not (folder / RESULTS).exists():
+            return
+        for line in read_lines(folder / RESULTS):
+            passing = [bool(r["strict"] if metric == "passed" else r["exit_code"] == 0) for r in line["results"]]
+            first = line["results"][0]
+            program = f"{first['program'].removeprefix(line['prompt']).removesuffix(line['tests']).strip()}"
+            text = f"{program}\n\n[{first['status']}; {sum(passing)} of {len(passing)} samples pass]"
+            score = sum(passing) / len(passing)
+            yield StoredAnswer(line["name"], line["prompt"], "programs that pass the tests", text, score)
+
     def measure(self, evaluated: EvaluatedModel, store: Store, costs: Costs) -> SuiteResult:
         if evaluated.votes:
             return SuiteResult(lambda: iter(()), missing=dict.fromkeys(self._languages, NO_VOTE))
         todo = [] if store.dry else [n for n in self._languages if not store.path(self._results(evaluated, n)).exists()]
-        if todo and self.section.execute and self.section.sandbox:
+        if todo and self.config.execute and self.config.sandbox:
             from harness.evaluation.sandbox import refusal
 
             if why := refusal():  # before hours are spent on samples
                 raise UserError(f"{why} Without it write samples only (--generate-only) and run them elsewhere.")
         samples, missing = self._generate(evaluated, store, costs)
         artifacts = {f"{language} samples": path for language, path in samples.items()}
-        if not self.section.execute:
+        if not self.config.execute:
             return SuiteResult(lambda: iter(()), artifacts, missing=missing)
         not_run = self._without_toolchain([name for name in todo if name in samples], store)
         for language, reason in not_run.items():
@@ -118,7 +133,7 @@ class MultiplE:
         paths: dict[str, Path] = {}
         for language, written in samples.items():
             if language not in not_run:
-                programs = (self.section.limit or _PROBLEMS) * self.section.n
+                programs = (self.config.limit or _PROBLEMS) * self.config.n
                 paths[language] = store.ensure(
                     self._results(evaluated, language),
                     partial(self._execute, samples=written, store=store),
@@ -136,7 +151,7 @@ class MultiplE:
         from harness.evaluation.multipl_e.execute import VERSION as executing
 
         samples = self._spec(evaluated, language)
-        params = {"sandbox": self.section.sandbox}
+        params = {"sandbox": self.config.sandbox}
         info = {"candidate": evaluated.label}
         return Spec(self.name, samples.label, executing, {"samples": samples.fingerprint}, params, info)
 
@@ -145,7 +160,7 @@ class MultiplE:
 
         unknown = [name for name in languages if name not in self._tried]
         if unknown:
-            _, not_run = available(unknown, _toolchains(store), unsafe=not self.section.sandbox)
+            _, not_run = available(unknown, _toolchains(store), unsafe=not self.config.sandbox)
             self._tried |= {name: not_run.get(name) for name in unknown}
         return {name: reason for name in languages if (reason := self._tried[name])}
 
@@ -153,7 +168,7 @@ class MultiplE:
         from harness.evaluation.multipl_e.execute import execute
 
         out = folder / RESULTS
-        done = execute(samples / COMPLETIONS, out, cache=_toolchains(store), unsafe=not self.section.sandbox)
+        done = execute(samples / COMPLETIONS, out, cache=_toolchains(store), unsafe=not self.config.sandbox)
         if done.not_run:
             raise UserError(next(iter(done.not_run.values())))
         for lock in folder.glob(".*.lock"):
@@ -170,14 +185,14 @@ class MultiplE:
                 if not store.path(spec).exists() and (reason := self._obstacle(language, evaluated)):
                     missing[language] = reason
                     notify(f"{self.name} {evaluated.label}: {language} is left out, {reason}.")
-        tokens = (self.section.limit or _PROBLEMS) * self.section.n * min(self.section.max_new_tokens, 256)
+        tokens = (self.config.limit or _PROBLEMS) * self.config.n * min(self.config.max_new_tokens, 256)
         estimate = costs.forward(evaluated.parameters, BYTES_PER_TOKEN * tokens)
         wanted = [(language, spec, estimate) for language, spec in specs.items() if language not in missing]
         return ensure_jointly(store, wanted, partial(self._write, evaluated)), missing
 
     def _spec(self, evaluated: EvaluatedModel, language: str) -> Spec:
-        section = self.section
-        sampling = {} if section.greedy else {"temperature": TEMPERATURE, "top_p": TOP_P, "seed": section.seed}
+        config = self.config
+        sampling = {} if config.greedy else {"temperature": TEMPERATURE, "top_p": TOP_P, "seed": config.seed}
         return Spec(
             "multipl_e_samples",
             f"{evaluated.label}-{language}",
@@ -185,13 +200,13 @@ class MultiplE:
             {"model": evaluated.fingerprint, "data": self._data(language)},
             {
                 "language": language,
-                "limit": section.limit,
-                "samples": section.n,
-                "max_new_tokens": section.max_new_tokens,
+                "limit": config.limit,
+                "samples": config.n,
+                "max_new_tokens": config.max_new_tokens,
                 "dtype": evaluated.dtype,
                 **sampling,
             },
-            {"candidate": evaluated.label, "batch_size": section.batch_size, "batch_tokens": evaluated.batch_tokens},
+            {"candidate": evaluated.label, "batch_size": config.batch_size, "batch_tokens": evaluated.batch_tokens},
         )
 
     def _place(self, language: str) -> tuple[str, str, str]:
@@ -210,7 +225,7 @@ class MultiplE:
     def problems(self, language: str) -> list[dict[str, Any]]:
         """The problems of a language: name, prompt, tests, stop_tokens. Raises UserError where they are unavailable."""
         if language not in self._problems:
-            rows = load_rows(*self._place(language), self._file(language))[: self.section.limit]
+            rows = load_rows(*self._place(language), self._file(language))[: self.config.limit]
             self._problems[language] = [_problem(language, row) for row in rows]
         return self._problems[language]
 
@@ -222,7 +237,7 @@ class MultiplE:
                 raise
             return f"its problems cannot be had ({error})"
         prompts = [problem["prompt"] for problem in self.problems(language)]
-        new = self.section.max_new_tokens
+        new = self.config.max_new_tokens
         for member, _ in evaluated.members:
             longest = max(len(ids) for ids in member.tokenizer(prompts)["input_ids"])
             if longest + new > member.context:
@@ -251,17 +266,17 @@ class MultiplE:
 
             if pending:
                 answer_requests(
-                    evaluated.lm(batch_size=self.section.batch_size, seed=self.section.seed), pending, finished
+                    evaluated.lm(batch_size=self.config.batch_size, seed=self.config.seed), pending, finished
                 )
         for language, folder in folders.items():
             lines = [
                 {
                     **problem,
                     "language": language,
-                    "completions": [done[language, problem["name"], sample] for sample in range(self.section.n)],
-                    "temperature": 0.0 if self.section.greedy else TEMPERATURE,
-                    "top_p": 1.0 if self.section.greedy else TOP_P,
-                    "max_tokens": self.section.max_new_tokens,
+                    "completions": [done[language, problem["name"], sample] for sample in range(self.config.n)],
+                    "temperature": 0.0 if self.config.greedy else TEMPERATURE,
+                    "top_p": 1.0 if self.config.greedy else TOP_P,
+                    "max_tokens": self.config.max_new_tokens,
                 }
                 for problem in self.problems(language)
             ]
@@ -275,14 +290,14 @@ class MultiplE:
 
         kwargs = {
             "until": problem["stop_tokens"],
-            "max_gen_toks": self.section.max_new_tokens,
+            "max_gen_toks": self.config.max_new_tokens,
             # Whatever the checkpoint's generation_config.json says: the protocol knows no penalty.
             "repetition_penalty": 1.0,
             "do_sample": False,
         }
-        if not self.section.greedy:
+        if not self.config.greedy:
             kwargs |= {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0}
-        keys = [(language, str(problem["name"]), sample) for sample in range(self.section.n)]
+        keys = [(language, str(problem["name"]), sample) for sample in range(self.config.n)]
         return {
             key: [Instance("generate_until", dict(problem), (problem["prompt"], kwargs), key[2])]
             for key in keys

@@ -11,12 +11,12 @@ from fusion.errors import UserError
 from harness.config.loading import load
 from harness.config.validation import method_parameters, suite_config
 from harness.data.corpus import Document
-from harness.evaluation import suite
-from harness.evaluation.joint_model import JointModel, joint_subject
+from harness.evaluation.evaluated_model import EvaluatedModel
+from harness.evaluation.joint_model import JointModel, make_joint_model
 from harness.evaluation.lm_eval import tasks
 from harness.evaluation.perplexity import PerplexityConfig, measure_documents
-from harness.evaluation.suite import EvaluatedModel, SuiteResult
-from harness.evaluation.vote import choices, voted
+from harness.evaluation.suite import SUITES, SuiteResult
+from harness.evaluation.vote import chosen_indices, voted
 from harness.experiment import run
 from harness.experiment.plan import plan
 from harness.models.resolution import ModelSpec, count_parameters, resolve
@@ -87,11 +87,11 @@ def together(
         map="first_piece",
         label="E",
     )
-    return joint_subject("E", made, [(alone[m.name], m.weight) for m in made.members])
+    return make_joint_model("E", made, [(alone[m.name], m.weight) for m in made.members])
 
 
 def measure(name: str, section: dict[str, Any], of: EvaluatedModel, root: Path, data: Path) -> SuiteResult:
-    return suite.suite(name)(suite_config(name, section), data).measure(of, Store(root / "artifacts"), Costs("cpu"))
+    return SUITES.get(name)(suite_config(name, section), data).measure(of, Store(root / "artifacts"), Costs("cpu"))
 
 
 SECTIONS: dict[str, dict[str, Any]] = {
@@ -192,7 +192,7 @@ def test_votes_by_hand() -> None:
 
     def score(*votes: tuple[int, float]) -> float:
         members = [([line(choice, 1)], weight) for choice, weight in votes]
-        (found,) = [e.numerator for e in voted("t", members, choices) if e.metric == "acc"]
+        (found,) = [e.numerator for e in voted("t", members, chosen_indices) if e.metric == "acc"]
         return found
 
     assert score((0, 0.4), (1, 0.3), (1, 0.3)) == 1
@@ -200,7 +200,7 @@ def test_votes_by_hand() -> None:
     assert score((0, 0.5), (1, 0.5)) == score((1, 0.5), (0, 0.5)) == 0.5  # a draw
     assert score((0, 1 / 3), (1, 1 / 3), (2, 1 / 3)) == pytest.approx(1 / 3)
     # By its length a choice may be another one.
-    assert choices({"answer": [[-3.0, 0], [-2.0, 0]], "choices": ["four", "x"]}) == {"acc": 1, "acc_norm": 0}
+    assert chosen_indices({"answer": [[-3.0, 0], [-2.0, 0]], "choices": ["four", "x"]}) == {"acc": 1, "acc_norm": 0}
 
 
 class _Context:

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from fusion.errors import UserError
-from harness.evaluation import standalone, suite
+from harness.evaluation import standalone
 from harness.evaluation.lm_eval import tasks
+from harness.evaluation.suite import SUITES
 from results.metrics import measure
 from tests.harness.command import answer
 from tests.harness.evaluation.test_suites import evaluated, lines, models, rows  # noqa: F401  fixtures
@@ -77,8 +78,8 @@ def test_tasks_of_ones_own_have_lm_evals_numbers(
         limit=5,
         bootstrap_iters=0,
     )
-    section = {"tasks": ["my_choices", str(own_tasks / "answers.yaml")], "include_path": str(own_tasks), "limit": 5}
-    result = measured_on("lm_eval", section, models["one"], tmp_path, None)
+    given = {"tasks": ["my_choices", str(own_tasks / "answers.yaml")], "include_path": str(own_tasks), "limit": 5}
+    result = measured_on("lm_eval", given, models["one"], tmp_path, None)
     examples = list(result.examples())
     for task, metric, recorded in [
         ("my_choices", "acc", "acc"),
@@ -96,15 +97,15 @@ def test_tasks_of_ones_own_have_lm_evals_numbers(
             assert line["prompt_hash"] == sample["prompt_hash"]
             if task == "my_answers":
                 assert line["answer"] == sample["resps"][0]
-    made = suite.suite("lm_eval")(suite.suite("lm_eval").schema.model_validate(section), None)
-    assert made.shown() == {"my_choices": "acc", "my_answers": "distance:lower"}
+    made = SUITES.get("lm_eval")(SUITES.get("lm_eval").schema.model_validate(given), None)
+    assert made.task_metrics() == {"my_choices": "acc", "my_answers": "distance:lower"}
     assert not measure("distance:lower").higher_is_better and measure("distance:lower").bounds is None
 
 
 def test_a_changed_definition_is_another_task(own_tasks: Path, models: dict[str, Path]) -> None:  # noqa: F811
     def identity() -> Any:
-        config = suite.suite("lm_eval").schema.model_validate({"tasks": [str(own_tasks / "answers.yaml")]})
-        return suite.suite("lm_eval")(config, None).identity()
+        config = SUITES.get("lm_eval").schema.model_validate({"tasks": [str(own_tasks / "answers.yaml")]})
+        return SUITES.get("lm_eval")(config, None).identity()
 
     before = identity()
     assert identity() == before
@@ -123,8 +124,8 @@ def test_a_task_without_data_is_left_out_with_the_file_that_is_expected(
     tmp_path: Path,
 ) -> None:
     (own_tasks / "rows.jsonl").unlink()
-    section = {"tasks": ["drop", "arc_easy", "my_choices"], "include_path": str(own_tasks), "limit": 2}
-    result = measured_on("lm_eval", section, models["one"], tmp_path, rows)
+    given = {"tasks": ["drop", "arc_easy", "my_choices"], "include_path": str(own_tasks), "limit": 2}
+    result = measured_on("lm_eval", given, models["one"], tmp_path, rows)
     assert {example.task for example in result.examples()} == {"arc_easy"}
     assert str(rows / "EleutherAI/drop/default/validation.parquet") in result.missing["drop"]
     assert str(own_tasks / "rows.jsonl") in result.missing["my_choices"]
@@ -161,7 +162,7 @@ def test_metrics_that_differ_in_kind_have_tables_of_their_own(
 
 
 @pytest.mark.parametrize(
-    ("section", "sentence"),
+    ("given", "sentence"),
     [
         ({"tasks": ["hellaswg"]}, "did you mean 'hellaswag'"),
         ({"tasks": ["my_choises"], "include_path": "FOLDER"}, "did you mean 'my_choices'"),
@@ -173,18 +174,18 @@ def test_metrics_that_differ_in_kind_have_tables_of_their_own(
         ({"tasks": ["FOLDER/many.yaml"]}, "name one local file a split"),
     ],
 )
-def test_what_is_no_task_is_refused(section: dict[str, Any], sentence: str, own_tasks: Path) -> None:
+def test_what_is_no_task_is_refused(given: dict[str, Any], sentence: str, own_tasks: Path) -> None:
     (own_tasks / "functions.yaml").write_text("dataset_path: json\n")
     (own_tasks / "broken.yaml").write_text("task: broken\ndataset_path: [json\n")
     many = {"task": "many", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": ["a", "b"]}}}
     (own_tasks / "many.yaml").write_text(yaml.safe_dump(many))
-    section = json.loads(json.dumps(section).replace("FOLDER", str(own_tasks)))
+    given = json.loads(json.dumps(given).replace("FOLDER", str(own_tasks)))
     with pytest.raises(UserError, match=sentence):
-        suite.suite("lm_eval")(suite.suite("lm_eval").schema.model_validate(section), None).identity()
+        SUITES.get("lm_eval")(SUITES.get("lm_eval").schema.model_validate(given), None).identity()
 
 
 def test_sections_of_a_command_line_take_tasks_by_name(rows: Path) -> None:  # noqa: F811
     chosen = standalone.sections(["lm_eval"], tasks=["arc_easy"], common={"limit": 3}, settings={}, data_root=rows)
-    assert chosen["lm_eval"].section.limit == 3
+    assert chosen["lm_eval"].config.limit == 3
     with pytest.raises(UserError, match="tasks"):
         standalone.sections(["lm_eval"], tasks=[], common={}, settings={}, data_root=rows)

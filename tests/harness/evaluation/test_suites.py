@@ -12,14 +12,15 @@ import yaml
 
 from fusion.errors import UserError
 from harness.config.validation import suite_config
-from harness.evaluation import standalone, suite
+from harness.evaluation import evaluated_model, standalone
+from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.evaluation.lm_eval import task_suite, tasks
 from harness.evaluation.lm_eval.examples import EXAMPLES
 from harness.evaluation.lm_eval.requests import answer_requests, too_long
 from harness.evaluation.lm_eval.tasks import task_folder
 from harness.evaluation.multipl_e import code_suite
 from harness.evaluation.multipl_e.code_suite import COMPLETIONS
-from harness.evaluation.suite import EvaluatedModel, SuiteResult, append_line, read_lines
+from harness.evaluation.suite import SUITES, SuiteResult, append_line, read_lines
 from harness.models.resolution import ModelSpec, count_parameters, resolve
 from harness.reporting.export import write_evaluation
 from harness.reporting.runs import open_run
@@ -62,7 +63,7 @@ def evaluated(folder: Path, root: Path) -> EvaluatedModel:
 
 
 def measure(name: str, section: dict[str, Any], model: Path, root: Path, data: Path | None) -> SuiteResult:
-    made = suite.suite(name)(suite_config(name, section), data)
+    made = SUITES.get(name)(suite_config(name, section), data)
     return made.measure(evaluated(model, root), Store(root / "artifacts"), Costs("cpu"))
 
 
@@ -298,7 +299,7 @@ def test_rows_that_are_not_as_expected_are_named(rows: Path, models: dict[str, P
 )
 def test_unknown_names_have_a_nearest_spelling(name: str, section: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        suite.suite(name)(suite_config(name, section), None)
+        SUITES.get(name)(suite_config(name, section), None)
 
 
 def test_samples_are_in_multipl_es_form_and_independent(
@@ -408,10 +409,10 @@ def test_default_documents_of_perplexity_are_those_of_the_profile_small() -> Non
     from harness.config.loading import load
 
     (suite,) = standalone.sections(["perplexity"], tasks=[], common={}, settings={}, data_root=None).values()
-    assert suite.section == load("main", profile="small").suites["perplexity"]
+    assert suite.config == load("main", profile="small").suites["perplexity"]
     common = {"limit": 3}
     (few,) = standalone.sections(["perplexity"], tasks=[], common=common, settings={}, data_root=None).values()
-    assert few.section.documents == suite.section.documents.model_copy(update={"per_domain": 3})
+    assert few.config.documents == suite.config.documents.model_copy(update={"per_domain": 3})
 
 
 def test_an_experiment_may_measure_no_held_out_text(experiment_file: Path, rows: Path, tmp_path: Path) -> None:
@@ -468,7 +469,7 @@ def test_eval_prints_a_table_and_computes_nothing_twice(
     status, printed, said = answer(*command, "--format", "md")
     assert status == 0, said
     assert "one: bbh" in printed and "one: commonsense" in printed and "| navigate (n=3) | average (n=3) |" in printed
-    monkeypatch.setattr(suite, "load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(evaluated_model, "load_model", lambda *_: pytest.fail("loaded"))
     status, again, said = answer(*command, "--format", "json")
     assert status == 0, said
     assert '"value"' in again

@@ -65,7 +65,7 @@ def main() -> list[Record]:
 @pytest.mark.slow
 def test_a_table_of_the_paper_has_its_layout_and_another_the_main_one(tmp_path: Path) -> None:
     folder = finished(tmp_path, "table2", commonsense())
-    noted = {"commonsense": {"shown": {}, "missing": {"Gemma": {"hellaswag": "its rows cannot be had"}}}}
+    noted = {"commonsense": {"metrics": {}, "missing": {"Gemma": {"hellaswag": "its rows cannot be had"}}}}
     write_json(folder / SUITES_FILE, noted)
     table = run_table(runs.open_run(runs.find_run(tmp_path, "table2", None)), with_paper=True)
     assert [one.label for one in table.columns] == ["Gemma", "SmolLM2", "CLM", "FuseLLM"]

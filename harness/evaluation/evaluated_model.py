@@ -1,0 +1,93 @@
+"""A candidate as a suite sees it: its names and settings, and the model, which is loaded when it is first needed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.models.checkpoints import load_model, load_tokenizer
+from harness.models.resolution import ModelSpec, ResolvedModel, resolve
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from fusion.inference.ensembles import PrefixCachedEnsemble
+
+
+@dataclass
+class EvaluatedModel:
+    """A candidate as a suite sees it: what it is called and what it is; it is loaded when it is first needed."""
+
+    label: str
+    fingerprint: str
+    spec: ModelSpec
+    dtype: str
+    """Computing precision, made definite."""
+    device: str
+    batch_tokens: int
+    parameters: float
+    models_dir: Path
+    _lm: "tuple[tuple[Any, int], LM] | None" = field(default=None, init=False)
+
+    @cached_property
+    def resolved(self) -> ResolvedModel:
+        return resolve(self.spec, self.models_dir)
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
+        return load_tokenizer(self.resolved)
+
+    @cached_property
+    def model(self) -> "PreTrainedModel":
+        return load_model(self.resolved, self.dtype, self.device)  # type: ignore[arg-type]
+
+    @property
+    def predictor(self) -> "PreTrainedModel | PrefixCachedEnsemble":
+        """What gives the distributions over the next token."""
+        return self.model
+
+    @property
+    def members(self) -> "Sequence[tuple[EvaluatedModel, float]]":
+        """The models that it is made of, and their weights."""
+        return [(self, 1.0)]
+
+    @property
+    def votes(self) -> bool:
+        """Whether its members answer each for itself, and their answers are counted."""
+        return False
+
+    @cached_property
+    def context(self) -> int:
+        """The longest text that the model reads (tokens), as lm-eval has it."""
+        from lm_eval.models.utils import resolve_max_length
+        from transformers import AutoConfig
+
+        trusted = self.spec.trust_remote_code
+        config = AutoConfig.from_pretrained(self.resolved.folder, local_files_only=True, trust_remote_code=trusted)
+        return resolve_max_length(config, self.tokenizer)
+
+    def release(self) -> None:
+        """Frees the model's memory; it is loaded again when it is needed again."""
+        self._lm = None
+        self.__dict__.pop("model", None)
+
+    def lm(self, *, batch_size: Any, seed: int) -> "LM":
+        """The candidate as lm-eval's LM."""
+        if self._lm is None or self._lm[0] != (batch_size, seed):
+            self._lm = (batch_size, seed), self._make_lm(batch_size, seed)
+        return self._lm[1]
+
+    def _make_lm(self, batch_size: Any, seed: int, **joint: Any) -> "LM":
+        from harness.evaluation.lm_eval.shared_prefix_lm import SharedPrefixLM
+
+        return SharedPrefixLM(
+            self.model,
+            self.tokenizer,
+            label=self.label,
+            batch_size=batch_size,
+            batch_tokens=self.batch_tokens,
+            seed=seed,
+            **joint,
+        )
