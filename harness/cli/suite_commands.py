@@ -21,6 +21,8 @@ from harness.cli.options import (
 )
 from harness.store.paths import TOOLCHAINS
 
+MULTIPL_E = "MultiPL-E"  # a help panel
+
 suites = typer.Typer(help="What models are measured on: list, show.", no_args_is_help=True)
 multipl_e = typer.Typer(help="MultiPL-E: execute generated programs in the sandbox.", no_args_is_help=True)
 
@@ -80,32 +82,27 @@ def evaluate(
     suites: Annotated[
         str,
         typer.Option(
-            "--suite", help="Suites (see `suite list`), separated by commas.", autocompletion=completed("suites")
+            "--suite",
+            metavar="NAME,...",
+            help="Suites (see `suite list`), separated by commas.",
+            autocompletion=completed("suites"),
+            rich_help_panel=CONFIGURATION,
         ),
     ] = "",
-    tasks: Annotated[list[str], typer.Option("--task", help="Only this task or language. Repeatable.")] = [],  # noqa: B006
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first LIMIT examples of each task.")] = None,
-    data_root: Annotated[
-        Path | None,
+    tasks: Annotated[
+        list[str],
         typer.Option(
-            help="Folder of <hub id>/<configuration>/<split>.parquet (or .jsonl). Default: the hub.",
-            rich_help_panel=FILES,
+            "--task", metavar="NAME", help="Only this task or language. Repeatable.", rich_help_panel=CONFIGURATION
         ),
+    ] = [],  # noqa: B006
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Only the first N examples of each task.", rich_help_panel=CONFIGURATION),
     ] = None,
-    batch_size: Annotated[
-        str, typer.Option(help="Answers generated at a time, or auto.", rich_help_panel=COMPUTING)
-    ] = "auto",
-    samples: Annotated[
-        int | None, typer.Option(min=1, help="multipl_e: completions of a problem. Default: 20.")
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="Seed of sampled answers. Default: 0.", rich_help_panel=CONFIGURATION),
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of sampled answers. Default: 0.")] = None,
-    generate_only: Annotated[
-        bool, typer.Option("--generate-only", help="multipl_e: write completions, execute none.")
-    ] = False,
-    execute: Annotated[
-        Path | None, typer.Option("--execute", help="multipl_e: execute completions that were written before.")
-    ] = None,
-    unsafe: Unsafe = False,
     settings: Annotated[
         list[str],
         typer.Option(
@@ -116,7 +113,23 @@ def evaluate(
             rich_help_panel=CONFIGURATION,
         ),
     ] = [],  # noqa: B006
-    revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Completions of each problem. Default: 20.", rich_help_panel=MULTIPL_E),
+    ] = None,
+    generate_only: Annotated[
+        bool,
+        typer.Option("--generate-only", help="Write completions and execute none.", rich_help_panel=MULTIPL_E),
+    ] = False,
+    execute: Annotated[
+        Path | None,
+        typer.Option("--execute", help="Execute completions that were written before.", rich_help_panel=MULTIPL_E),
+    ] = None,
+    unsafe: Unsafe = False,
+    revision: Annotated[
+        str | None,
+        typer.Option(help="Hub revision. Default: that of the catalogue, else main.", rich_help_panel=COMPUTING),
+    ] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(help="Computing precision.", rich_help_panel=COMPUTING),
@@ -124,9 +137,22 @@ def evaluate(
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.", rich_help_panel=COMPUTING)
     ] = "auto",
-    trust_remote_code: Annotated[bool, typer.Option(help="Run Python code of the model's folder.")] = False,
+    batch_size: Annotated[
+        str, typer.Option(help="Answers generated at a time, or auto.", rich_help_panel=COMPUTING)
+    ] = "auto",
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run Python code of the model's folder.", rich_help_panel=COMPUTING),
+    ] = False,
     form: FormatOption = None,
     json: Json = False,
+    data_root: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of <hub id>/<configuration>/<split>.parquet (or .jsonl). Default: the hub.",
+            rich_help_panel=FILES,
+        ),
+    ] = None,
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Measure one model on suites; what an earlier call finished is not computed again.
