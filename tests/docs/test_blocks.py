@@ -10,12 +10,15 @@ import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 import yaml
 
 from baselines.registry import METHODS
 from fusion.losses.loss import LOSSES
+from harness.cli import app
 from harness.evaluation.suite import SUITES
 from tests.harness.command import answer
 from tests.registries import restore_after
@@ -168,3 +171,18 @@ def test_what_is_wrong_is_found() -> None:
     ):
         with pytest.raises(AssertionError):
             _parse(shlex.split(wrong))
+
+
+def test_the_table_of_commands_names_all_of_them() -> None:
+    program: Any = typer.main.get_command(app)
+    commands = {
+        (name, own) for name, command in program.commands.items() for own in getattr(command, "commands", None) or [""]
+    }
+    named = set[tuple[str, str]]()
+    for cell in re.findall(r"^\| (`fusellm .+?) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE):
+        first, *others = re.findall(r"`([^`]+)`", cell)
+        _, name, *rest = first.split()
+        grouped = hasattr(program.commands[name], "commands")
+        named.add((name, rest[0] if grouped else ""))
+        named |= {(name, other) if grouped else (other, "") for other in others}
+    assert named == commands
