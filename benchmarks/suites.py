@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     from lm_eval.models.huggingface import HFLM
 
-    from harness.evaluation.lm_eval.shared_prefix_lm import SharedPrefixLM
+    from harness.evaluation.shared_prefix_lm import SharedPrefixLM
 
     try:
         resolved = resolve(ModelSpec(name=options.model, dtype="float32"), options.root / "models")

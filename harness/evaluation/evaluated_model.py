@@ -80,7 +80,7 @@ class EvaluatedModel:
         return self._lm[1]
 
     def _make_lm(self, batch_size: Any, seed: int, **joint: Any) -> "LM":
-        from harness.evaluation.lm_eval.shared_prefix_lm import SharedPrefixLM
+        from harness.evaluation.shared_prefix_lm import SharedPrefixLM
 
         return SharedPrefixLM(
             self.model,

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -65,3 +66,15 @@ def test_a_module_name_is_used_once_in_a_package(package: str) -> None:
         path.parent.name if path.name == "__init__.py" else path.stem for path in sorted((ROOT / package).rglob("*.py"))
     ]
     assert {name: count for name, count in Counter(names).items() if count > 1} == {}
+
+
+def test_every_room_has_its_layer() -> None:
+    """A new room, or a new module of harness.config (which is on two floors), is given its place in the contracts."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    (layers,) = (contract["layers"] for contract in settings["contracts"] if contract["type"] == "layers")
+    placed = {name for layer in layers for name in layer.split(" : ")}
+    rooms = {f"harness.{path.parent.name}" for path in (ROOT / "harness").glob("*/__init__.py")} - {"harness.config"}
+    modules = {f"harness.config.{path.stem}" for path in (ROOT / "harness" / "config").glob("[!_]*.py")}
+    assert placed == rooms | modules | {"harness.api"}
+    (acyclic,) = (contract["ancestors"] for contract in settings["contracts"] if contract["type"] == "acyclic_siblings")
+    assert set(acyclic) == rooms | {"harness.config", "fusion", "baselines", "results"}

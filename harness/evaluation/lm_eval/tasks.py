@@ -7,7 +7,6 @@ that are needed are read, since reading all 14,000 YAML files of lm-eval takes l
 import importlib.metadata
 import importlib.util
 import json
-import logging
 import os
 import re
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
+from harness.evaluation.quiet import quietly
 from harness.store.fingerprint import file_sha256, fingerprint
 
 if TYPE_CHECKING:
@@ -329,23 +329,3 @@ def _hub_answers() -> bool:
     except Exception:  # of whichever HTTP library the hub's client uses
         return False
     return True
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Silences progress bars and advice of lm-eval and datasets; compiles each template once instead of once a row."""
-    import datasets
-    from lm_eval import utils
-
-    logger, bars = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled()
-    level, compile_template = logger.level, utils.env.from_string
-    logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    utils.env.from_string = cache(compile_template)
-    try:
-        yield
-    finally:
-        utils.env.from_string = compile_template
-        logger.setLevel(level)
-        if not bars:
-            datasets.enable_progress_bars()

@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from fusion.errors import UserError
-from harness.evaluation.lm_eval.shared_prefix_lm import SharedPrefixLM
+from harness.evaluation.shared_prefix_lm import SharedPrefixLM
 from tests.harness.tiny_models import save_model, sentences
 
 _KINDS = ["sliding_attention", "full_attention"]
@@ -107,7 +107,7 @@ def test_a_sample_depends_on_itself_alone(parts: tuple[Any, Any], monkeypatch: p
 def test_sampling_is_transformers_distribution() -> None:
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    from harness.evaluation.lm_eval.shared_prefix_lm import _Sampling
+    from harness.evaluation.shared_prefix_lm import _Sampling
 
     logits = torch.randn(300, generator=torch.Generator().manual_seed(0)) * 2
     for temperature, top_k, top_p in [(1.0, 0, 0.9), (0.5, 5, 0.8), (2.0, 0, 1.0), (3.0, 100, 0.99)]:
@@ -128,7 +128,7 @@ def test_sampling_is_transformers_distribution() -> None:
 def test_what_cannot_share_is_answered_by_hflm(
     parts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import harness.evaluation.lm_eval.shared_prefix_lm
+    import harness.evaluation.shared_prefix_lm
     from fusion.inference.prefix_cache import UnsupportedModel
 
     def refuse(model: Any) -> None:
@@ -137,7 +137,7 @@ def test_what_cannot_share_is_answered_by_hflm(
     greedy = asked(CONTEXTS[:4], until=["\n"], max_gen_toks=10)
     sampled = asked(CONTEXTS[:4], until=["\n"], max_gen_toks=10, do_sample=True, temperature=0.7)
     expected = ours(parts).generate_until(greedy)
-    monkeypatch.setattr(harness.evaluation.lm_eval.shared_prefix_lm, "PrefixCachedModel", refuse)
+    monkeypatch.setattr(harness.evaluation.shared_prefix_lm, "PrefixCachedModel", refuse)
     slow = ours(parts)
     assert "it is a test" in " ".join(capsys.readouterr().err.split())
     assert slow.generate_until(greedy) == expected

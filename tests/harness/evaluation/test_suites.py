@@ -182,7 +182,7 @@ def test_a_record_does_not_depend_on_what_ran_before(rows: Path, models: dict[st
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The prompts that were generated for."""
-    from harness.evaluation.lm_eval.shared_prefix_lm import SharedPrefixLM
+    from harness.evaluation.shared_prefix_lm import SharedPrefixLM
 
     prompts: list[str] = []
     own = SharedPrefixLM._decode
@@ -344,9 +344,9 @@ def test_passing_samples_are_counted(
     rows: Path, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Written by a model whose second and third samples are right, run in the sandbox, averaged as pass@k."""
-    from harness.evaluation.lm_eval.shared_prefix_lm import SharedPrefixLM
     from harness.evaluation.multipl_e import toolchains
     from harness.evaluation.sandbox import refusal
+    from harness.evaluation.shared_prefix_lm import SharedPrefixLM
 
     needed(refusal())
     right = {"js": "  return x / 2;\n}", "python": "    return x / 2\n"}

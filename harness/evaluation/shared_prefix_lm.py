@@ -25,7 +25,7 @@ from fusion.inference.decoding import decode, group_by_prefix, pack_consecutive
 from fusion.inference.ensembles import PrefixCachedEnsemble
 from fusion.inference.prefix_cache import PrefixCachedModel, UnsupportedModel
 from fusion.inference.prefix_tree import Branching
-from harness.evaluation.lm_eval.tasks import quietly
+from harness.evaluation.quiet import quietly
 from harness.runtime.progress import notify
 
 ROWS = 64  # sequences decoded at one time, if memory allows
