@@ -165,8 +165,8 @@ class SharedPrefixLM(HFLM):
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         """Log-probability (nats) of each (_, context, continuation), and True where the continuation is greedy."""
-        for _, context, branching in requests:
-            self._check_window(len(context) + len(branching) - 1, 0)
+        for _, context, continuation in requests:
+            self._check_window(len(context) + len(continuation) - 1, 0)
         if self.reader is None:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         of_context: dict[tuple[int, ...], list[int]] = {}
@@ -184,7 +184,7 @@ class SharedPrefixLM(HFLM):
                     for part in pack_consecutive(sizes, max(1, self._batch_tokens - len(trunk))):
                         some = [all_of_it[p] for p in part]
                         branchings.append((Branching(trunk, cached, [requests[i][2][:-1] for i in some]), some))
-                # Families wait for one another to fill a call, but not all of them: their stems are kept meanwhile.
+                # Groups wait for one another to fill a call, but not all of them: their cached prefixes take memory meanwhile.
                 if sum(len(branching.tokens) for branching, _ in branchings) >= self._batch_tokens:
                     self._score(branchings, requests, answers)
                     branchings = []
