@@ -184,7 +184,7 @@ class SharedPrefixLM(HFLM):
                     for part in pack_consecutive(sizes, max(1, self._batch_tokens - len(trunk))):
                         some = [all_of_it[p] for p in part]
                         branchings.append((Branching(trunk, cached, [requests[i][2][:-1] for i in some]), some))
-                # Groups wait for one another to fill a call, but not all of them: their cached prefixes take memory meanwhile.
+                # Groups wait for one another to fill a call, but not all: their cached prefixes take memory meanwhile.
                 if sum(len(branching.tokens) for branching, _ in branchings) >= self._batch_tokens:
                     self._score(branchings, requests, answers)
                     branchings = []
