@@ -1,7 +1,7 @@
 """The suite perplexity: nats and bytes of whole documents, from which bits per byte follow."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -131,14 +131,20 @@ class Perplexity(Suite):
             lambda: self._examples(read_evaluation(path)), {self.name: path}, {self.name: spec.fingerprint}
         )
 
-    def curve(self, training: Path, training_fingerprint: str) -> SuiteResult:
-        """What a finished training measured of held-out text: examples with the tokens that were trained on before."""
+    def with_curve(self, result: SuiteResult, training: Path, training_fingerprint: str) -> SuiteResult:
+        """A trained candidate's result and the measurements of its training, with the tokens trained on before each."""
 
         def examples() -> Iterator[Example]:
+            yield from result.examples()
             for point in read_curve(training):
                 yield from self._examples(point["records"], int(point["tokens"]))
 
-        return SuiteResult(examples, {self.name: training}, {self.name: training_fingerprint})
+        return replace(
+            result,
+            examples=examples,
+            artifacts={**result.artifacts, "curve": training},
+            fingerprints={**result.fingerprints, "curve": training_fingerprint},
+        )
 
     def _examples(self, rows: Sequence[Mapping[str, Any]], tokens: int | None = None) -> Iterator[Example]:
         for row in rows:

@@ -181,12 +181,14 @@ def _notes(experiment: Experiment, row: Row) -> Iterator[str]:
 
 
 def _record(experiment: Experiment, row: Row, results: Mapping[str, SuiteResult], folder: Path) -> Iterator[str]:
-    """Writes the records of a row: one file a suite, and one for the held-out curve of a training; their names."""
-    config, training = experiment.config, row.candidate.training
-    measured = list(results.items())
-    if training is not None and (perplexity := experiment.corpora.perplexity) is not None:
-        measured.append((perplexity.name, perplexity.curve(training, row.candidate.fingerprint)))
-    for name, result in measured:
+    """Writes the records of a row, one file a suite, and gives the files' names.
+
+    Those of the perplexity suite hold the held-out curve of the row's training, too.
+    """
+    config, training, perplexity = experiment.config, row.candidate.training, experiment.corpora.perplexity
+    for name, result in results.items():
+        if perplexity is not None and name == perplexity.name and training is not None:
+            result = perplexity.with_curve(result, training, row.candidate.fingerprint)
         file = write_records(
             folder,
             name,
