@@ -396,6 +396,7 @@ def test_a_damaged_part_of_an_evaluation_is_not_continued(
 ) -> None:
     config = load(str(experiment_file))
     config.methods = {name: entry for name, entry in config.methods.items() if entry["method"] == "as_is"}
+    config.reference = next(iter(config.methods))
     monkeypatch.setattr(perplexity, "_PART", 8)
     with monkeypatch.context() as patch:
         patch.setattr(perplexity, "measure_documents", _dying(perplexity.measure_documents, 1))
