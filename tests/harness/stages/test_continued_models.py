@@ -105,7 +105,7 @@ def test_all_trained_rows_see_the_same_and_share_what_is_made(finished: tuple[Co
     _, root, _ = finished
     trained = _manifests(root, "train")
     assert trained.keys() == {"CLM-seed0", "FuseLLM-seed0", "FuseLLM em-seed0"}
-    own = {"lambda", "fusion"}
+    own = {"lambda", "loss"}
     alike = [{k: v for k, v in manifest["params"].items() if k not in own} for manifest in trained.values()]
     assert alike[0] == alike[1] == alike[2]
     assert len({json.dumps([m["inputs"][k] for k in ("model", "passages")]) for m in trained.values()}) == 1
