@@ -190,7 +190,7 @@ def has_next(passages: Sequence[Predictions]) -> np.ndarray:
 
 
 def mean_weights(paired: Sequence[np.ndarray]) -> np.ndarray:
-    """float32[N, S]: each of S teachers' weight in the mean over those that have a partner; paired holds S times bool[N]."""
+    """float32[N, S]: the weight of each of S teachers in the mean over those that are paired (S arrays bool[N])."""
     stacked = np.stack(paired, 1)
     return (stacked / np.maximum(stacked.sum(axis=1, keepdims=True), 1)).astype(np.float32)
 
