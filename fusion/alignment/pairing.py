@@ -45,8 +45,9 @@ def same_end(source_ends: np.ndarray, target_ends: np.ndarray) -> np.ndarray:
     """int32[Mt]: the source position whose prefix ends at the same byte, or -1.
 
     A prediction depends on nothing but the text before it, so equal byte ends mean predictions of the same text. Both
-    arrays ascend except for unknown ends (-1), which never pair. Of several source positions with one end (zero-length
-    tokens) the last is taken: only its next token adds text.
+    arrays ascend except for unknown ends (-1), which never pair. Of several positions with one end (zero-length tokens)
+    on either side the last is taken: only its next token adds text, and a target position before it must predict the
+    zero-length token itself.
     """
     known = np.flatnonzero(source_ends >= 0)
     ends = source_ends[known]
@@ -54,6 +55,7 @@ def same_end(source_ends: np.ndarray, target_ends: np.ndarray) -> np.ndarray:
     pairs = np.full(len(target_ends), -1, dtype=np.int32)
     found = (last >= 0) & (target_ends >= 0)
     found[found] = ends[last[found]] == target_ends[found]
+    found[:-1] &= target_ends[:-1] != target_ends[1:]
     pairs[found] = known[last[found]]
     return pairs
 

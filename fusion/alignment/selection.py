@@ -46,10 +46,20 @@ class SourceScores:
     """int64[U], bytes of text in the unit."""
     unit: np.ndarray
     """int64[N], the unit of each target position."""
+    spelled: np.ndarray | None = None
+    """bool[S, U], true where the source's tokens spell the whole unit; None if all of them do."""
 
     def nats_per_byte(self) -> np.ndarray:
-        """float64[S, U]: nats per byte of text, which does not depend on the tokenizer."""
-        return self.nats / np.maximum(self.n_bytes, 1)
+        """float64[S, U]: nats per byte of text, which does not depend on the tokenizer; infinite for no competitor.
+
+        A source whose tokens do not spell a unit was not asked for all of its bytes, so its sum is no likelihood of the
+        text: it does not compete there, unless no source spells the unit.
+        """
+        per_byte: np.ndarray = self.nats / np.maximum(self.n_bytes, 1)
+        if self.spelled is None:
+            return per_byte
+        spells = self.spelled & np.isfinite(self.nats)
+        return np.where(spells | ~spells.any(axis=0), per_byte, np.inf)
 
     def rewards(self) -> np.ndarray:
         """float32[S, U]: exp(-CE) in bfloat16, CE the mean nats per token of the source's own tokenizer.
@@ -95,7 +105,7 @@ def avgce(members: Sequence[Sparse], scores: SourceScores, switches: Switches) -
         score = -scores.nats_per_byte() / switches.weight_temperature
     else:
         score = scores.rewards().astype(np.float64)
-    unread = np.isinf(scores.nats)
+    unread = np.isinf(scores.nats_per_byte() if switches.weights == "nats_per_byte" else scores.nats)
     score = np.where(unread.all(axis=0), 0.0, np.where(unread, -np.inf, score))
     by_name = np.argsort(scores.names)  # sums in one order, so that the result does not depend on the given one
     weight = np.exp(score - score.max(axis=0))[by_name]
@@ -179,11 +189,13 @@ def score_sources(
     tokens: list[np.ndarray] = []
     sizes: list[np.ndarray] = []
     units: list[np.ndarray] = []
+    spelled: list[np.ndarray] = []
     for by_source, target, size in zip(passages, targets, n_bytes, strict=True):
         heard = [predictions for predictions in by_source if not predictions.skipped]
         starts = segment_starts([*heard, target], size) if select_over == "token" else np.zeros(1, np.int64)
         count = len(starts)
         sums, counts = np.zeros((n_sources, count)), np.zeros((n_sources, count), np.int64)
+        whole = np.ones((n_sources, count), bool)
         for s, predictions in enumerate(by_source):
             if predictions.skipped:
                 sums[s] = np.inf
@@ -191,13 +203,20 @@ def score_sources(
             unit = segment_of(predictions, starts)[:-1]  # the last position has no next token
             sums[s] = np.bincount(unit, predictions.nats[:-1], count)
             counts[s] = np.bincount(unit, minlength=count)
+            whole[s, -1] = predictions.ends[-1] == size  # what is not spelled belongs to the last unit
         nats.append(sums)
         tokens.append(counts)
+        spelled.append(whole)
         sizes.append(np.diff(starts, append=size))
         units.append(segment_of(target, starts) + first)
         first += count
     scores = SourceScores(
-        names, np.concatenate(nats, 1), np.concatenate(tokens, 1), np.concatenate(sizes), np.concatenate(units)
+        names,
+        np.concatenate(nats, 1),
+        np.concatenate(tokens, 1),
+        np.concatenate(sizes),
+        np.concatenate(units),
+        np.concatenate(spelled, 1),
     )
     if select_over != "sequence":
         return scores
@@ -208,7 +227,15 @@ def score_sources(
         total: np.ndarray = np.where(members, values[..., None, :], 0).sum(axis=-1)
         return total
 
-    return SourceScores(names, summed(scores.nats), summed(scores.tokens), summed(scores.n_bytes), group[scores.unit])
+    assert scores.spelled is not None
+    return SourceScores(
+        names,
+        summed(scores.nats),
+        summed(scores.tokens),
+        summed(scores.n_bytes),
+        group[scores.unit],
+        summed(~scores.spelled) == 0,
+    )
 
 
 def segment_starts(passages: Sequence[Predictions], n_bytes: int) -> np.ndarray:

@@ -278,7 +278,7 @@ def test_avgce_weighs_by_nats_per_byte_and_temperature() -> None:
 def test_avgce_averages_one_hots_where_a_source_is_unpaired() -> None:
     lost = predictions(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"c": 0.5}, {"a": 0.5}], ends=[0, -1, -1])
     other = predictions(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"c": 0.5}, {"a": 0.5}])
-    row = fuse(("lost", lost), ("other", other), fusion="avgce", loss_positions="all")
+    row = fuse(("lost", lost), ("other", other), fusion="avgce", weights="exp_ce", loss_positions="all")
     assert at(row, 1) == {"cd": 0.5, "c": 0.25, "tail": 0.25}
     # The last position has no next token: the source that needs it has no part there.
     assert at(row, 2) == {"a": 0.5, "tail": 0.5}
@@ -604,3 +604,22 @@ def test_fusion_functions_are_registered_with_a_reference() -> None:
     assert FUSIONS.get("mince") is mince
     assert FUSIONS.get("avgce") is avgce
     assert "2401.10491" in FUSIONS.reference("avgce")
+
+
+# --- lossy tokenizers
+
+
+def test_a_source_that_does_not_spell_the_text_does_not_compete() -> None:
+    """It reads the rest as one unknown token, so that its sum of nats is no likelihood of the text."""
+    lossy = replace(READ, ends=np.array([0, 2, -1, -1], np.int32), nats=np.float32([0.1, 0.1, 0.1, 0]))
+    honest = replace(READ, nats=np.float32([1, 1, 1, 0]))
+    both = ("honest", honest), ("lossy", lossy)
+    assert fuse(*both).chosen.tolist()[:2] == [0, 0]
+    assert fuse(*both, select_over="sequence").chosen.tolist()[:2] == [0, 0]
+    by_token = fuse(*both, select_over="token")
+    assert by_token.chosen.tolist()[:2] == [1, 0]  # up to the mismatch it spells the text and is better
+    averaged = fuse(*both, fusion="avgce")
+    assert averaged.targets.p.tolist() == fuse(("honest", honest)).targets.p.tolist()
+    # Where nobody spells the text, all compete; and the published rule knows no such thing.
+    assert fuse(("worse", replace(lossy, nats=lossy.nats * 9)), ("lossy", lossy)).chosen.tolist()[:1] == [1]
+    assert fuse(*both, select_by="mean_ce_bfloat16").chosen.tolist()[:1] == [1]

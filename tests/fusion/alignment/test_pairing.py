@@ -67,20 +67,29 @@ def test_same_end_pairs_have_the_same_text_before(source: str, target: str, text
         # Only the spaces at the very start may be the tokenizer's own.
         assert before.lstrip(b" ") == after.lstrip(b" ")
         assert ends[j] == target_ends[i] >= 0
-    assert pairs[0] >= 0
+    assert pairs[np.flatnonzero(target_ends == 0)[-1]] >= 0
     if ends[-1] == target_ends[-1] == len(text.encode()):
         assert pairs[-1] == len(tokens) - 1
 
 
 @given(ENDS, ENDS, st.integers(0, 3), st.integers(0, 3))
 @settings(deadline=None)
-def test_same_end_is_the_last_source_position_with_that_end(
+def test_same_end_pairs_the_last_positions_with_that_end(
     source: list[int], target: list[int], lost_source: int, lost_target: int
 ) -> None:
     source, target = source + [-1] * lost_source, target + [-1] * lost_target
     pairs = same_end(np.array(source, dtype=np.int32), np.array(target, dtype=np.int32))
     expected = [max((j for j, e in enumerate(source) if e == end and e >= 0), default=-1) for end in target]
-    assert pairs.tolist() == expected
+    last = [i + 1 == len(target) or target[i + 1] != end for i, end in enumerate(target)]
+    assert pairs.tolist() == [j if is_last else -1 for j, is_last in zip(expected, last, strict=True)]
+
+
+def test_a_zero_length_token_is_not_taught_its_successors_distribution() -> None:
+    # SentencePiece with a dummy prefix may begin with "▁" alone: the position before it predicts "▁", not the word.
+    tokens, ends, vocabulary = _reading("dummy_prefix", "𓀀")
+    assert vocabulary.tokens[tokens[1]] == "▁" and ends[:2].tolist() == [0, 0]
+    _, source_ends, _ = _reading("byte_level", "𓀀")
+    assert same_end(source_ends, ends)[:2].tolist() == [-1, 0]
 
 
 def test_same_end_of_a_reading_with_itself_is_the_identity() -> None:
