@@ -141,7 +141,7 @@ def check_one_tokenizer(shapes: Mapping[str, Path | Mapping[str, Any]], label: s
     """
     from transformers import PreTrainedTokenizerFast
 
-    from fusion.vocabulary.token_bytes import encode_alike
+    from fusion.vocabulary.tokenization import encode_alike
 
     folders = {name: shape for name, shape in shapes.items() if isinstance(shape, Path)}
     loaded = {n: PreTrainedTokenizerFast.from_pretrained(f, local_files_only=True) for n, f in folders.items()}

@@ -62,7 +62,7 @@ class Model:
         return resolve(ModelSpec(name=self.name, dtype=self.dtype), self.root / "models")
 
     def encode(self, text: str) -> list[int]:
-        from fusion.vocabulary.token_bytes import encode
+        from fusion.vocabulary.tokenization import encode
 
         return encode(self.tokenizer, text)
 
@@ -88,7 +88,7 @@ def translators(
 
     from fusion.inference.ensembles import CrossTokenizerMember
     from fusion.vocabulary.maps import build_map
-    from fusion.vocabulary.token_bytes import encode_all, prefix_id
+    from fusion.vocabulary.tokenization import encode_all, prefix_id
 
     class OneToOne(CrossTokenizerMember):
         to_own: dict[int, int]
@@ -96,7 +96,9 @@ def translators(
         def encode(self, texts: Sequence[Sequence[int]]) -> list[list[int]]:
             return [[self.to_own[i] for i in text] for text in texts]
 
-    onto = build_map("first_piece", member.vocabulary, pivot.vocabulary, encode_target=pivot.encode)
+    onto = build_map(
+        "first_piece", member.vocabulary, pivot.vocabulary, encode_target=partial(encode_all, pivot.tokenizer)
+    )
 
     def made(kind: type[CrossTokenizerMember], overlaps: int) -> Any:
         return kind(
@@ -126,7 +128,7 @@ def translators(
 def nats(reader: Any, model: Model, given: Sequence[Document]) -> np.ndarray:
     """float64[N] of the texts, which the reader reads in the model's tokens."""
     from fusion.inference.likelihood import document_nats
-    from fusion.vocabulary.token_bytes import prefix_id
+    from fusion.vocabulary.tokenization import prefix_id
 
     return document_nats(
         reader,

@@ -23,7 +23,7 @@ from fusion.losses.objective import CHUNK, Head, Objective, mixed_loss
 from fusion.losses.sparse_cross_entropy import SparseCrossEntropy
 from fusion.modeling.heads import fused_forward
 from fusion.modeling.packing import Packing, attending_by_passage, check_packing, own_forward, packed_inputs
-from fusion.vocabulary.token_bytes import encode, prefix_id
+from fusion.vocabulary.tokenization import encode, prefix_id
 from harness.data.passages import Passages
 from harness.data.predictions import PredictionsReader
 from harness.data.sequences import IGNORED, PackedSequences, collate

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from fusion.switches import PRESETS, Switches
     from fusion.types import Predictions, Sparse
     from fusion.vocabulary.maps import MAPS, build_map
-    from fusion.vocabulary.token_bytes import Vocabulary, byte_ends, encode, prefix_id
+    from fusion.vocabulary.token_bytes import Vocabulary, byte_ends
+    from fusion.vocabulary.tokenization import encode, prefix_id
 
 _MODULES = {
     "alignment.fuse": ("FusedSequence", "Source", "fuse_sequence"),
@@ -35,7 +36,8 @@ _MODULES = {
     "switches": ("PRESETS", "Switches"),
     "types": ("Predictions", "Sparse"),
     "vocabulary.maps": ("MAPS", "build_map"),
-    "vocabulary.token_bytes": ("Vocabulary", "byte_ends", "encode", "prefix_id"),
+    "vocabulary.token_bytes": ("Vocabulary", "byte_ends"),
+    "vocabulary.tokenization": ("encode", "prefix_id"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

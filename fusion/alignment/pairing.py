@@ -60,7 +60,9 @@ def same_end(source_ends: np.ndarray, target_ends: np.ndarray) -> np.ndarray:
     return pairs
 
 
-@ALIGNMENTS.register("same_end", reference="same text before, same question; replaces the published warping path")
+@ALIGNMENTS.register(
+    "same_end", version=2, reference="same text before, same question; replaces the published warping path"
+)
 def _same_end(
     source_tokens: np.ndarray,
     source_ends: np.ndarray,

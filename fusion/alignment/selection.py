@@ -50,7 +50,7 @@ class SourceScores:
     """bool[S, U], true where the source's tokens spell the whole unit; None if all of them do."""
 
     def nats_per_byte(self) -> np.ndarray:
-        """float64[S, U]: nats per byte of text, which does not depend on the tokenizer; infinite for no competitor.
+        """float64[S, U]: nats per byte of text, whatever the tokenizer; infinite where a source does not compete.
 
         A source whose tokens do not spell a unit was not asked for all of its bytes, so its sum is no likelihood of the
         text: it does not compete there, unless no source spells the unit.
@@ -74,7 +74,7 @@ FusionFunction = Callable[[Sequence[Sparse], SourceScores, Switches], tuple[Spar
 FUSIONS: Registry[FusionFunction] = Registry("fusion function", "fusellm.fusions")
 
 
-@FUSIONS.register("mince", reference="arXiv 2401.10491, MinCE")
+@FUSIONS.register("mince", version=2, reference="arXiv 2401.10491, MinCE")
 def mince(members: Sequence[Sparse], scores: SourceScores, switches: Switches) -> tuple[Sparse, np.ndarray]:
     """The distributions of the source with the least cross-entropy in each unit.
 
@@ -93,7 +93,7 @@ def mince(members: Sequence[Sparse], scores: SourceScores, switches: Switches) -
     return Sparse(ids[selected, rows], p[selected, rows], tail[selected, rows]), selected
 
 
-@FUSIONS.register("avgce", reference="arXiv 2401.10491, AvgCE")
+@FUSIONS.register("avgce", version=2, reference="arXiv 2401.10491, AvgCE")
 def avgce(members: Sequence[Sparse], scores: SourceScores, switches: Switches) -> tuple[Sparse, np.ndarray]:
     """The average of the sources' distributions, weights[S, U] by cross-entropy.
 

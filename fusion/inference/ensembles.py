@@ -8,7 +8,7 @@ reads and writes. Where the text ends inside a token of its own, the continuatio
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -22,7 +22,8 @@ from fusion.inference.prefix_cache import DecodingBatch, LayerOffset, PrefixCach
 from fusion.inference.prefix_tree import Branching, CachedPrefix, PrefixTree, common_prefix_length
 from fusion.inference.token_healing import MOST, CoveringTokens, TokenHealing
 from fusion.vocabulary.maps import control_ids
-from fusion.vocabulary.token_bytes import Vocabulary, encode_all
+from fusion.vocabulary.token_bytes import Vocabulary
+from fusion.vocabulary.tokenization import EncodeTexts, encode_all
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -75,7 +76,7 @@ class CrossTokenizerMember:
         pivot: Vocabulary,
         vocabulary_map: Tensor,
         *,
-        encode_pivot: Callable[[Sequence[str]], list[list[int]]],
+        encode_pivot: EncodeTexts,
         prefix: int,
         label: str,
         overlaps: int = MOST,

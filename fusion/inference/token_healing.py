@@ -7,14 +7,16 @@ beyond the end (Phan et al. 2024, arXiv 2410.09303; Vieira et al. 2024, arXiv 24
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fusion.vocabulary.token_bytes import Vocabulary
+from fusion.vocabulary.tokenization import EncodeTexts, written_ids
 
 MOST = 2  # of a model's last tokens that a longer one may begin with; a third changed nothing that was measured
 _KEPT = 4096  # ends whose covering tokens are remembered
@@ -36,7 +38,7 @@ class TokenHealing:
         self,
         vocabulary: Vocabulary,
         pivot: Vocabulary,
-        encode_pivot: Callable[[Sequence[str]], list[list[int]]],
+        encode_pivot: EncodeTexts,
         *,
         most: int = MOST,
         device: torch.device | None = None,
@@ -50,8 +52,9 @@ class TokenHealing:
         spelled = sorted((spelling, i) for i, spelling in enumerate(self._own) if spelling)
         self._spellings, self._ids = [spelling for spelling, _ in spelled], [i for _, i in spelled]
         self._spelling = {i: spelling for i, spelling in enumerate(pivot.token_bytes) if spelling}
-        self._by_bytes = {spelling: i for i, spelling in reversed(self._spelling.items())}
-        self._longest = max(map(len, self._by_bytes))
+        written = np.flatnonzero(written_ids(pivot, encode_pivot)).tolist()
+        self._by_bytes = {self._spelling[i]: i for i in reversed(written)}
+        self._longest = max(map(len, self._by_bytes), default=0)
         self._none = (torch.zeros(0, dtype=torch.long, device=device),) * 2
         self._cover = lru_cache(_KEPT)(self._find)
 

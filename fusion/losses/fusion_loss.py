@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fusion.losses.sparse_cross_entropy import SparseCrossEntropy
 
 
-@LOSSES.register("fusion", version=1, reference="arXiv 2401.10491, equations 3 to 5")
+@LOSSES.register("fusion", version=2, reference="arXiv 2401.10491, equations 3 to 5")
 @dataclass(frozen=True)
 class FusionLoss(Loss):
     """Cross-entropy - sum_v p_v log q_v of the target's q from the fused p, one distribution a position.

@@ -73,13 +73,9 @@ class LossResources:
     """int32[V_source] for each role in `LossRequirements.maps`: target ids, see `fusion.vocabulary.maps`."""
 
     def source(self, name: str) -> Source:
-        """The role with its map, for `fuse_sequence`."""
-        return Source(name, self.vocabularies[name], self.maps[name])
-
-    def teacher(self, name: str) -> Source:
-        """The role with the identity for a map where its token ids are the target's, else as `source`."""
+        """The role for `fuse_sequence`: with its map, or the identity where its token ids are the target's."""
         if name not in self._with_target_ids:
-            return self.source(name)
+            return Source(name, self.vocabularies[name], self.maps[name])
         vocabulary, size = self.vocabularies[name], len(self.vocabularies[self.target])
         ids = np.arange(len(vocabulary), dtype=np.int32)
         return Source(name, vocabulary, np.where(ids < size, ids, -1))

@@ -120,7 +120,7 @@ class TopKDistillationLoss(Loss):
             predictions,
             n_bytes,
             target=resources.target,
-            sources=[] if is_target else [resources.teacher(name)],
+            sources=[] if is_target else [resources.source(name)],
             target_vocabulary=resources.vocabularies[resources.target],
             switches=Switches(alignment=self.alignment, tail=self.tail, include_target=is_target),
         )

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@LOSSES.register("uld", version=1, reference="arXiv 2402.12030")
+@LOSSES.register("uld", version=2, reference="arXiv 2402.12030")
 @dataclass(frozen=True)
 class ULDLoss(Loss):
     """Wasserstein-1 distance sum_i |p_(i) - q_(i)| of teacher's and target's probabilities, each sorted (section 3.2).

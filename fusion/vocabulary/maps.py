@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,7 @@ from fusion.errors import UserError
 from fusion.registry import Registry
 from fusion.vocabulary.edit_distance import Codes, Targets, code_points, nearest, to_alphabet
 from fusion.vocabulary.token_bytes import Vocabulary, respace
+from fusion.vocabulary.tokenization import EncodeTexts, encode_after_text, written_ids
 
 NOTHING = -1
 NOT_COMPUTED = -2
@@ -27,9 +29,8 @@ Progress = Callable[[int, int], None]
 # A control token with several roles takes the first that the target has: one that ends texts and begins them
 # (GPT-2's) is predicted where a text ends.
 _ROLE_ORDER = ("eos", "bos", "pad", "unk")
-# What a target with a dummy prefix is given before the text, so that the text's own first token carries no added space.
-_SENTINELS = ("\n", "|", "=", "a", "0", "\u4e00")
 _PATTERNS_AT_ONCE = 512
+_TEXTS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class MapTask:
     target: Vocabulary
     on: Unit
     ids: np.ndarray
-    encode_target: Callable[[str], list[int]] | None
+    encode_target: EncodeTexts | None
     progress: Progress
 
 
@@ -58,7 +59,7 @@ def build_map(
     *,
     on: Unit = "bytes",
     only: np.ndarray | None = None,
-    encode_target: Callable[[str], list[int]] | None = None,
+    encode_target: EncodeTexts | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
     """The vocabulary map int32[V_source] of the registered `kind`: "mined", "em" or "first_piece".
@@ -66,8 +67,9 @@ def build_map(
     `on="bytes"` compares the bytes that tokens stand for; control tokens map to the control token of the same role or
     to nothing, and no text ever maps to a control token. `on="strings"` compares raw strings with the source's space
     mark replaced by the target's, control tokens included, as the published code does. With `only` (the source ids that
-    occur) all other ids stay uncomputed, -2. `encode_target` (text to ids, no special tokens) is needed by
-    "first_piece". `progress(done, total)` counts source tokens. Raises UserError for unknown kinds and units.
+    occur) all other ids stay uncomputed, -2. `encode_target` (texts to ids, no special tokens) is the target's
+    tokenizer: with it no map on bytes names an id that it never writes (see `written_ids`); "first_piece" needs it.
+    `progress(done, total)` counts source tokens. Raises UserError for unknown kinds and units.
     """
     if on not in ("bytes", "strings"):
         raise UserError(f'A vocabulary map compares "bytes" or "strings", not {on!r}.')
@@ -152,18 +154,15 @@ def first_piece(task: MapTask) -> np.ndarray:
         raise UserError('The map "first_piece" works on bytes: set the map\'s unit to "bytes".')
     texts, candidates, places = _texts(task)
     by_bytes = {text: places[place] for text, place in _first_places(candidates).items()}
-    encode = _without_dummy_prefix(task.encode_target) if task.target.dummy_prefix else task.encode_target
     result = np.empty(len(texts), dtype=np.int32)
-    for n, spelling in enumerate(texts):
-        assert isinstance(spelling, bytes)
-        first = _first_token(spelling, encode, task.target)
-        if first is None:
-            starts = (by_bytes.get(spelling[:length], NOTHING) for length in range(len(spelling), 0, -1))
-            first = next((i for i in starts if i != NOTHING), NOTHING)
-        result[n] = first
-        if n % _PATTERNS_AT_ONCE == 0:
-            task.progress(n, len(texts))
-    task.progress(len(texts), len(texts))
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        some = [spelling for spelling in texts[start : start + _TEXTS_AT_ONCE] if isinstance(spelling, bytes)]
+        for n, (spelling, first) in enumerate(zip(some, _first_tokens(some, task), strict=True), start):
+            if first == NOTHING:
+                starts = (by_bytes.get(spelling[:length], NOTHING) for length in range(len(spelling), 0, -1))
+                first = next((i for i in starts if i != NOTHING), NOTHING)
+            result[n] = first
+        task.progress(min(start + _TEXTS_AT_ONCE, len(texts)), len(texts))
     return result
 
 
@@ -175,8 +174,11 @@ def _texts(task: MapTask) -> tuple[list[Text], list[Text], list[int]]:
         strings: list[Text] = [respace(source.tokens[i], source.space, target.space) for i in task.ids.tolist()]
         return strings, [target.tokens[i] for i in places], places
     spelled = target.token_bytes
-    ordinary = [i for i, spelling in enumerate(spelled) if spelling and i not in target.byte_fallback]
-    places = ordinary + sorted(target.byte_fallback)
+    if task.encode_target is None:
+        usable = [i for i, spelling in enumerate(spelled) if spelling]
+    else:
+        usable = np.flatnonzero(written_ids(target, task.encode_target)).tolist()
+    places = sorted(usable, key=lambda i: (i in target.byte_fallback, i))
     texts: list[Text] = [source.token_bytes[i] or b"" for i in task.ids.tolist()]
     return texts, [spelled[i] or b"" for i in places], places
 
@@ -219,27 +221,16 @@ def _pick(rows: Sequence[np.ndarray], chunk: Iterable[int]) -> Codes:
     return Codes(np.concatenate(picked), np.concatenate([[0], np.cumsum([len(row) for row in picked])]))
 
 
-def _first_token(spelling: bytes, encode: Callable[[str], list[int]], target: Vocabulary) -> int | None:
-    """The first token of the bytes encoded as text; None where they are not text or do not begin with that token."""
-    try:
-        ids = encode(spelling.decode("utf-8"))
-    except UnicodeDecodeError:
-        return None
-    if not ids or not 0 <= ids[0] < len(target):
-        return None
-    spelled = target.token_bytes[ids[0]]
-    return ids[0] if spelled and spelling.startswith(spelled) else None
-
-
-def _without_dummy_prefix(encode: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
-    """Encodes text as it is encoded in the middle of other text; [] where every sentinel character merges with it."""
-    sentinels = {sentinel: encode(sentinel) for sentinel in _SENTINELS}
-
-    def encode_after(text: str) -> list[int]:
-        for sentinel, before in sentinels.items():
-            ids = encode(sentinel + text)
-            if len(ids) > len(before) and ids[: len(before)] == before:
-                return ids[len(before) :]
-        return []
-
-    return encode_after
+def _first_tokens(spellings: Sequence[bytes], task: MapTask) -> list[int]:
+    """The first token of each spelling encoded as text; -1 where it is no text or does not begin with that token."""
+    assert task.encode_target is not None
+    found, texts = [NOTHING] * len(spellings), dict[int, str]()
+    for n, spelling in enumerate(spellings):
+        with suppress(UnicodeDecodeError):
+            texts[n] = spelling.decode("utf-8")
+    encoded = encode_after_text(task.encode_target, task.target, list(texts.values()))
+    for n, ids in zip(texts, encoded, strict=True):
+        spelled = task.target.token_bytes[ids[0]] if ids and 0 <= ids[0] < len(task.target) else None
+        if spelled and spellings[n].startswith(spelled):
+            found[n] = ids[0]
+    return found

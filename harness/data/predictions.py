@@ -8,7 +8,8 @@ import numpy as np
 
 from fusion.errors import UserError
 from fusion.types import Predictions
-from fusion.vocabulary.token_bytes import Vocabulary, byte_ends, encode, prefix_id
+from fusion.vocabulary.token_bytes import Vocabulary, byte_ends
+from fusion.vocabulary.tokenization import encode, prefix_id
 from harness.data.passages import Passages
 from harness.data.shards import LOST, Shard, shard_path
 from harness.store.artifacts import read_manifest

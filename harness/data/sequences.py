@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 
 from fusion.errors import UserError
 from fusion.types import Predictions, SequencePredictions
-from fusion.vocabulary.token_bytes import Vocabulary, byte_ends, encode, prefix_id
+from fusion.vocabulary.token_bytes import Vocabulary, byte_ends
+from fusion.vocabulary.tokenization import encode, prefix_id
 from harness.data.passages import Passages
 from harness.data.predictions import PredictionsReader
 

@@ -46,7 +46,8 @@ class JointModel(EvaluatedModel):
         """Loads all members. Raises UserError for one that cannot take part."""
         from fusion.inference.ensembles import CrossTokenizerMember, PrefixCachedEnsemble
         from fusion.inference.prefix_cache import PrefixCachedModel, UnsupportedModel
-        from fusion.vocabulary.token_bytes import Vocabulary, encode_alike, encode_all, prefix_id
+        from fusion.vocabulary.token_bytes import Vocabulary
+        from fusion.vocabulary.tokenization import encode_alike, encode_all, prefix_id
 
         assert self.ensemble.combine != "vote"
         readers = []
@@ -90,7 +91,7 @@ class JointModel(EvaluatedModel):
         import torch
 
         from fusion.vocabulary.maps import build_map
-        from fusion.vocabulary.token_bytes import encode
+        from fusion.vocabulary.tokenization import encode_all
         from harness.runtime.progress import track
 
         label = f"map {member.label} to {self.parts[0][0].label}"
@@ -99,7 +100,7 @@ class JointModel(EvaluatedModel):
                 self.ensemble.map,
                 vocabulary,
                 pivot,
-                encode_target=lambda text: encode(self.tokenizer, text),
+                encode_target=partial(encode_all, self.tokenizer),
                 progress=_steps(advance, len(vocabulary)),
             )
         return torch.from_numpy(found).long()

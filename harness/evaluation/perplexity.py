@@ -175,7 +175,7 @@ def measure_documents(
 ) -> list[dict[str, Any]]:
     """One row a document: example (SHA-256), domain, nats, bytes. Raises UserError for a stride that does not fit."""
     from fusion.inference.likelihood import document_nats
-    from fusion.vocabulary.token_bytes import encode, prefix_id
+    from fusion.vocabulary.tokenization import encode, prefix_id
 
     tokens = [encode(tokenizer, document.text) for document in documents]
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fusion.errors import UserError
-from fusion.vocabulary.token_bytes import encode, prefix_id
+from fusion.vocabulary.tokenization import encode, prefix_id
 from harness.data.passages import Passages
 from harness.experiment.pipeline import TARGET, Experiment
 from harness.models.checkpoints import load_tokenizer

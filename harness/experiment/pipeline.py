@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from baselines.method import Candidate, Ensemble
 from fusion.errors import UserError
 from fusion.losses.loss import Loss, LossRequirements, LossResources
-from fusion.vocabulary.token_bytes import Vocabulary, encode_alike, same_ids
+from fusion.vocabulary.token_bytes import Vocabulary, same_ids
+from fusion.vocabulary.tokenization import encode_alike
 from harness.config.schema import Config
 from harness.data.passages import Passages
 from harness.data.predictions import PredictionsReader

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusion.errors import UserError
-from fusion.vocabulary.token_bytes import Vocabulary, byte_ends, encode, prefix_id
+from fusion.vocabulary.token_bytes import Vocabulary, byte_ends
+from fusion.vocabulary.tokenization import encode, prefix_id
 from harness.config.schema import ExtractionConfig
 from harness.data.passages import Passages
 from harness.data.shards import checked, shard_path, write_shard

@@ -1,19 +1,21 @@
 """The map stage: the target token that stands for each token of a source's vocabulary."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from fusion.vocabulary.maps import MAPS
-from fusion.vocabulary.token_bytes import Vocabulary, encode
+from fusion.vocabulary.token_bytes import Vocabulary
+from fusion.vocabulary.tokenization import encode_all
 from harness.data.predictions import PredictionsReader
 from harness.models.resolution import ResolvedModel
 from harness.runtime.progress import track
 from harness.store.artifacts import Estimate, Spec, Store
 
-VERSION = 1
+VERSION = 2
 MAP_FILE = "map.npy"
 
 
@@ -59,7 +61,7 @@ def make_map(
                 vocabulary,
                 on=spec.params["on"],
                 only=only,
-                encode_target=lambda text: encode(tokenizer, text),
+                encode_target=partial(encode_all, tokenizer),
                 progress=progress,
             )
         unfinished = folder / f"{MAP_FILE}.tmp"

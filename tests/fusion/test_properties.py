@@ -1,6 +1,6 @@
 """What holds for the preset `corrected` on any text: tokenizers of four families, their real maps, models at random."""
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ from fusion.alignment.fuse import FusedSequence, Source, fuse_sequence
 from fusion.switches import Switches
 from fusion.types import Predictions
 from fusion.vocabulary.maps import build_map
-from fusion.vocabulary.token_bytes import Vocabulary, byte_ends, encode, prefix_id
+from fusion.vocabulary.token_bytes import Vocabulary, byte_ends
+from fusion.vocabulary.tokenization import encode, encode_all, prefix_id
 from tests.fusion.alignment.test_pairing import PASSAGES
 from tests.fusion.tokenizers_for_tests import FAMILIES
 from tests.fusion.vocabulary.test_token_bytes import TEXT
@@ -38,7 +39,7 @@ def vocabulary(family: str) -> Vocabulary:
 @cache
 def mapped(source: str, target: str, kind: str) -> np.ndarray:
     tokenizer = FAMILIES[target]()
-    return build_map(kind, vocabulary(source), vocabulary(target), encode_target=lambda text: encode(tokenizer, text))
+    return build_map(kind, vocabulary(source), vocabulary(target), encode_target=partial(encode_all, tokenizer))
 
 
 def predictions(family: str, text: str, rng: np.random.Generator, k: int) -> Predictions:

@@ -11,7 +11,8 @@ from rapidfuzz.distance import Levenshtein
 
 from fusion.alignment.pairing import ALIGNMENTS, consulted_ids, same_end, warping_path
 from fusion.errors import UserError
-from fusion.vocabulary.token_bytes import Vocabulary, byte_ends, encode
+from fusion.vocabulary.token_bytes import Vocabulary, byte_ends
+from fusion.vocabulary.tokenization import encode
 from tests.fusion.tokenizers_for_tests import FAMILIES
 from tests.fusion.vocabulary.test_token_bytes import TEXT
 from tests.shared import shared

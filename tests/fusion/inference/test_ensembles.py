@@ -36,7 +36,8 @@ from fusion.inference.likelihood import document_nats
 from fusion.inference.prefix_cache import PrefixCachedModel
 from fusion.inference.prefix_tree import Branching, PrefixTree
 from fusion.vocabulary.maps import build_map
-from fusion.vocabulary.token_bytes import Vocabulary, encode, encode_all, prefix_id
+from fusion.vocabulary.token_bytes import Vocabulary
+from fusion.vocabulary.tokenization import encode, encode_all, prefix_id
 from tests.fusion.tokenizers_for_tests import FAMILIES, TEXTS, byte_level, sentencepiece_bpe
 
 _SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -253,7 +254,7 @@ def cross_tokenizer_member(
     tokens = byte_level()
     own = Vocabulary.from_tokenizer(tokens)
     vocabulary = Vocabulary.from_tokenizer(tokenizer, member.config.vocab_size)
-    onto = build_map("first_piece", vocabulary, own, encode_target=lambda text: encode(tokens, text))
+    onto = build_map("first_piece", vocabulary, own, encode_target=partial(encode_all, tokens))
     return kind(
         PrefixCachedModel(member),
         tokenizer,
@@ -527,7 +528,7 @@ def test_text_read_anew_tells_more_than_tokens_for_tokens_where_words_are_split_
     mapped = cross_tokenizer_member(member, tokenizer, OneToOne, overlaps=0)
     assert isinstance(mapped, OneToOne)
     own, theirs = Vocabulary.from_tokenizer(byte_level()), Vocabulary.from_tokenizer(tokenizer)
-    onto = build_map("mined", own, theirs, encode_target=lambda text: encode(tokenizer, text))
+    onto = build_map("mined", own, theirs, encode_target=partial(encode_all, tokenizer))
     mapped.to_own = [int(i) if i >= 0 else prefix_id(tokenizer) for i in onto]
     readers = [PrefixCachedEnsemble([(PrefixCachedModel(pivot), 0.3)], [(one, 0.7)]) for one in (covered, anew, mapped)]
     held_out = chain(60, 1)

@@ -106,7 +106,7 @@ def test_rows_beyond_the_tokens_do_not_make_another_vocabulary() -> None:
     assert same_ids(TARGET, padded) and same_ids(padded, TARGET)
     assert not same_ids(TARGET, Vocabulary.from_tokens([*TARGET.tokens, "x"], space=" ", control={0}))
     assert not same_ids(TARGET, Vocabulary.from_tokens(list(TARGET.tokens), space=" "))
-    source = LossResources("target", {"target": TARGET, "twin": padded}).teacher("twin")
+    source = LossResources("target", {"target": TARGET, "twin": padded}).source("twin")
     assert source.map.tolist() == [*range(len(TARGET)), -1, -1]
 
 

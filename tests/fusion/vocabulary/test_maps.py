@@ -1,6 +1,7 @@
 import gzip
 import json
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from rapidfuzz.distance import Levenshtein
 from fusion.errors import UserError
 from fusion.vocabulary.edit_distance import Targets, code_points, distances, nearest, to_alphabet
 from fusion.vocabulary.maps import build_map
-from fusion.vocabulary.token_bytes import Vocabulary, encode
+from fusion.vocabulary.token_bytes import Vocabulary
+from fusion.vocabulary.tokenization import encode, encode_all, written_ids
 from tests.fusion.tokenizers_for_tests import FAMILIES, byte_level, sentencepiece_bpe
 from tests.shared import shared
 
@@ -55,16 +57,20 @@ def _strings(*tokens: str, **how: Any) -> Vocabulary:
 def test_a_vocabulary_maps_onto_itself(kind: str, family: str) -> None:
     tokenizer = FAMILIES[family]()
     v = Vocabulary.from_tokenizer(tokenizer)
-    image = build_map(kind, v, v, encode_target=lambda text: encode(tokenizer, text))
+    encode_target = partial(encode_all, tokenizer)
+    image, written = build_map(kind, v, v, encode_target=encode_target), written_ids(v, encode_target)
     assert image.dtype == np.int32
     for i, passage in enumerate(v.token_bytes):
         if i in v.control:
             assert image[i] == i
         elif kind == "first_piece":
             assert passage is not None and passage.startswith(v.token_bytes[image[i]] or b"?")
+        elif written[i]:
+            assert image[i] == i
+        elif kind == "em":  # of a byte twice in the vocabulary the token that the tokenizer writes
+            assert image[i] == -1 or (v.token_bytes[image[i]] == passage and written[image[i]])
         else:
-            assert v.token_bytes[image[i]] == passage  # of a byte twice in the vocabulary the ordinary token
-            assert image[i] == i or i in v.byte_fallback
+            assert written[image[i]]
 
 
 def test_strings_map_onto_themselves() -> None:
@@ -130,7 +136,7 @@ def test_first_piece() -> None:
     tokenizer = sentencepiece_bpe(True)
     target = Vocabulary.from_tokenizer(tokenizer)
     source = _strings("The", "ĠThe", "Ġ", "Ċ", "çĮ«", "çĮ", "Ġçļ", "Ġqqqq", "ðŁ", space="Ġ")
-    image = build_map("first_piece", source, target, encode_target=lambda text: encode(tokenizer, text))
+    image = build_map("first_piece", source, target, encode_target=partial(encode_all, tokenizer))
     passages = [target.token_bytes[i] or b"" for i in image]
     for passage, whole in zip(passages, source.token_bytes, strict=True):
         assert whole is not None and whole.startswith(passage) and passage
@@ -143,9 +149,13 @@ def test_first_piece() -> None:
 def test_first_piece_of_what_the_target_cannot_write() -> None:
     target = _strings("a", "b", "ab")
     source = _strings("abc", "c", "ba")
-    # A tokenizer that normalises gives tokens that the bytes do not begin with.
-    assert build_map("first_piece", source, target, encode_target=lambda text: [1]).tolist() == [2, -1, 1]
-    assert build_map("first_piece", source, target, encode_target=lambda text: []).tolist() == [2, -1, 1]
+    # A tokenizer that normalises gives tokens that the bytes do not begin with; one that drops text gives none.
+    for lost in ([1], list[int]()):
+
+        def encode_target(texts: Sequence[str], lost: list[int] = lost) -> list[list[int]]:
+            return [[target.ids[text]] if text in target.ids else lost for text in texts]
+
+        assert build_map("first_piece", source, target, encode_target=encode_target).tolist() == [2, -1, 1]
 
 
 def test_mistakes_are_named() -> None:
@@ -157,7 +167,7 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(UserError, match="needs the target's tokenizer"):
         build_map("first_piece", v, v)
     with pytest.raises(UserError, match="works on bytes"):
-        build_map("first_piece", v, v, on="strings", encode_target=lambda text: [0])
+        build_map("first_piece", v, v, on="strings", encode_target=lambda texts: [[0]] * len(texts))
     with pytest.raises(UserError, match="from another tokenizer"):
         build_map("mined", v, v, only=np.array([1]))
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from fusion.errors import UserError
-from fusion.vocabulary.token_bytes import BYTE_LEVEL_ALPHABET, Vocabulary, byte_ends, encode, prefix_id
+from fusion.vocabulary.token_bytes import BYTE_LEVEL_ALPHABET, Vocabulary, byte_ends
+from fusion.vocabulary.tokenization import encode, prefix_id
 from tests.fusion.tokenizers_for_tests import FAMILIES, byte_level, sentencepiece_bpe, word_piece
 from tests.shared import shared
 

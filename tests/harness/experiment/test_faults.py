@@ -25,7 +25,7 @@ import typer
 from filelock import FileLock
 
 from fusion.errors import UserError
-from fusion.vocabulary.token_bytes import encode
+from fusion.vocabulary.tokenization import encode
 from harness import cli
 from harness.config.loading import load
 from harness.data import predictions

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusion.errors import UserError
-from fusion.vocabulary.token_bytes import Vocabulary, byte_ends, encode, prefix_id
+from fusion.vocabulary.token_bytes import Vocabulary, byte_ends
+from fusion.vocabulary.tokenization import encode, prefix_id
 from harness.data.standard_library import LibraryDocument
 from harness.models.tiny import (
     TinyModel,
