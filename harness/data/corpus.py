@@ -6,7 +6,7 @@ A document is identified by the SHA-256 of its whole text. It is cut into passag
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ class Document:
     domain: str
     text: str
     sha256: str
+    whole: bool = True
+    """False where the text was cut, so that it does not end where the document does."""
 
 
 @dataclass
@@ -275,7 +277,7 @@ def documents(config: CorpusConfig, data_root: Path | None, summary: CorpusSumma
             text = first_bytes(document.text, config.first_bytes)
             if text != document.text:
                 summary.limit("first_bytes")
-            document = Document(document.name, document.domain, text, document.sha256)
+            document = replace(document, text=text, whole=text == document.text)
         summary.documents_taken += 1
         summary.n_bytes_taken += len(document.text.encode())
         yield document

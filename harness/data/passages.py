@@ -12,7 +12,7 @@ from harness.config.schema import CorpusConfig
 from harness.data.corpus import CorpusSummary, Document, content_fingerprint, documents, expected_bytes
 from harness.store.artifacts import Estimate, Spec, Store, read_manifest
 
-VERSION = 1
+VERSION = 2
 PASSAGES_FILE = "passages.arrow"
 _BATCH = 1024  # passages written at once, so that memory stays bounded
 
@@ -43,7 +43,8 @@ def cut(text: str, max_bytes: int) -> list[str]:
 class Passages:
     """A stored list of passages, read through a memory map.
 
-    `n_bytes` int32[N] are the sizes of the passages, `last` bool[N] is True for the last passage of each document.
+    `n_bytes` int32[N] are the sizes of the passages, `last` bool[N] is True for the last passage of each document that
+    was taken to its end.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -105,7 +106,7 @@ def write_passages(folder: Path, texts: Iterable[Document], max_bytes: int) -> N
                         "text": text,
                         "start": start,
                         "n_bytes": size,
-                        "last": i + 1 == len(parts),
+                        "last": document.whole and i + 1 == len(parts),
                     }
                 )
                 start += size

@@ -29,7 +29,7 @@ class EvaluatedModel:
     batch_tokens: int
     parameters: float
     models_dir: Path
-    _lm: "tuple[tuple[Any, int], LM] | None" = field(default=None, init=False)
+    _lm: "tuple[dict[str, Any], LM] | None" = field(default=None, init=False)
 
     @cached_property
     def resolved(self) -> ResolvedModel:
@@ -73,21 +73,20 @@ class EvaluatedModel:
         self._lm = None
         self.__dict__.pop("model", None)
 
-    def lm(self, *, batch_size: Any, seed: int) -> "LM":
-        """The candidate as lm-eval's LM."""
-        if self._lm is None or self._lm[0] != (batch_size, seed):
-            self._lm = (batch_size, seed), self._make_lm(batch_size, seed)
+    def lm(self, *, batch_size: Any, seed: int, after_prompt: bool = False) -> "LM":
+        """The candidate as lm-eval's LM. With `after_prompt` its answers join to the prompt (see `SharedPrefixLM`)."""
+        settings = {"batch_size": batch_size, "seed": seed, "after_prompt": after_prompt}
+        if self._lm is None or self._lm[0] != settings:
+            self._lm = settings, self._make_lm(**settings)
         return self._lm[1]
 
-    def _make_lm(self, batch_size: Any, seed: int, **joint: Any) -> "LM":
+    def _make_lm(self, **settings: Any) -> "LM":
         from harness.evaluation.shared_prefix_lm import SharedPrefixLM
 
         return SharedPrefixLM(
             self.model,
             self.tokenizer,
             label=self.label,
-            batch_size=batch_size,
             batch_tokens=self.batch_tokens,
-            seed=seed,
-            **joint,
+            **settings,
         )

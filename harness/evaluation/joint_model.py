@@ -109,8 +109,8 @@ class JointModel(EvaluatedModel):
     def context(self) -> int:
         return min(member.context for member, _ in self.parts)
 
-    def _make_lm(self, batch_size: Any, seed: int, **joint: Any) -> "LM":
-        return super()._make_lm(batch_size, seed, joint=self.reader, context=self.context)
+    def _make_lm(self, **settings: Any) -> "LM":
+        return super()._make_lm(joint=self.reader, context=self.context, **settings)
 
     def release(self) -> None:
         super().release()

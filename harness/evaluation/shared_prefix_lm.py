@@ -25,6 +25,7 @@ from fusion.inference.decoding import decode, group_by_prefix, pack_consecutive
 from fusion.inference.ensembles import PrefixCachedEnsemble
 from fusion.inference.prefix_cache import PrefixCachedModel, UnsupportedModel
 from fusion.inference.prefix_tree import Branching
+from fusion.vocabulary.tokenization import decode_continuation
 from harness.evaluation.quiet import quietly
 from harness.runtime.progress import notify
 
@@ -130,12 +131,14 @@ class SharedPrefixLM(HFLM):
         seed: int = 0,
         joint: PrefixCachedEnsemble | None = None,
         context: int | None = None,
+        after_prompt: bool = False,
     ) -> None:
         """Wraps a loaded model. Raises UserError where the tokenizer has no end-of-text token.
 
         `batch_size` is the number of sequences decoded at one time, `batch_tokens` the number of prompt tokens read at
         one time. `joint` are the models of an ensemble, with `model` among them, and `context` is then the shortest of
-        theirs.
+        theirs. With `after_prompt` an answer is what the new tokens add to the text of the prompt (see
+        `decode_continuation`); by default they are decoded by themselves, as HFLM does, and may lack a first space.
         """
         if tokenizer.eos_token_id is None:
             raise UserError(
@@ -152,11 +155,20 @@ class SharedPrefixLM(HFLM):
         self._batch_tokens = batch_tokens
         self._seed = seed
         self._joint = joint
+        self._after_prompt = after_prompt
+        self._prompt: list[int] | None = None
+        """With `after_prompt`, the prompt that HFLM is answering."""
         try:
             self.reader: PrefixCachedModel | None = joint or PrefixCachedModel(model)
         except UnsupportedModel as reason:
             self.reader = None
             notify(f"{label}: common prefixes are read again for every prompt, by lm-eval's own HFLM ({reason}).")
+
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
+        if self._prompt is None:
+            return str(super().tok_decode(tokens, skip_special_tokens))
+        new = [tokens] if isinstance(tokens, int) else tokens
+        return decode_continuation(self.tokenizer, self._prompt, new, skip_special_tokens=skip_special_tokens)
 
     def _loglikelihood_tokens(
         self,
@@ -251,9 +263,12 @@ class SharedPrefixLM(HFLM):
                 )
             if self.reader is not None and config is not None:
                 rows[index] = self._row(request, prompt, [u for u in until if u], limit, config, seed)
-            elif kwargs["do_sample"]:  # one by one, for the answer must not depend on its neighbours
+            elif kwargs["do_sample"] or self._after_prompt:
+                # One by one: the answer must not depend on its neighbours, and is decoded after its own prompt.
                 torch.manual_seed(int(hashlib.sha256(seed.encode()).hexdigest()[:15], 16))
+                self._prompt = prompt if self._after_prompt else None
                 answers[index] = super().generate_until([request], disable_tqdm=True)[0]
+                self._prompt = None
                 self.cache_hook.add_partial("generate_until", request.args, answers[index])
             else:
                 slow.append(index)
@@ -319,7 +334,9 @@ class SharedPrefixLM(HFLM):
                 ended = row.ended(tail)
                 chosen.append(None if ended else row.new[-1])
                 if ended:
+                    self._prompt = row.prompt if self._after_prompt else None
                     text = self.tok_decode(row.new)
+                    self._prompt = None
                     answers[indices[n]] = postprocess_generated_text(text, row.until, None)
                     self.cache_hook.add_partial("generate_until", row.request.args, answers[indices[n]])
             return chosen

@@ -174,7 +174,8 @@ def _without_default_tokens(tokenizer: "PreTrainedTokenizerFast", metadata: Mapp
     roles = {}
     for role, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
         token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if token_id is not None:
+        # Every file names a bos; a model that was never given one (Qwen's) is worse with it before a text.
+        if token_id is not None and (role != "bos" or metadata.get("tokenizer.ggml.add_bos_token") is not False):
             roles[f"{role}_token"] = backend.id_to_token(token_id)
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=tokenizer.chat_template, **roles)
 

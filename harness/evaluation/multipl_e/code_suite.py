@@ -40,7 +40,7 @@ from harness.store.paths import TOOLCHAINS
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-VERSION = 1
+VERSION = 2
 SAMPLES = "samples.jsonl"
 COMPLETIONS = "completions.jsonl"
 RESULTS = "results.jsonl"
@@ -265,9 +265,9 @@ class MultiplE:
                 advance(1)
 
             if pending:
-                answer_requests(
-                    evaluated.lm(batch_size=self.config.batch_size, seed=self.config.seed), pending, finished
-                )
+                config = self.config
+                lm = evaluated.lm(batch_size=config.batch_size, seed=config.seed, after_prompt=True)
+                answer_requests(lm, pending, finished)
         for language, folder in folders.items():
             lines = [
                 {

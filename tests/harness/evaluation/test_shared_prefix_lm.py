@@ -3,6 +3,7 @@
 import random
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,22 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from fusion.errors import UserError
+from fusion.inference.prefix_cache import UnsupportedModel
+from fusion.inference.prefix_tree import common_prefix_length
+from harness.evaluation import shared_prefix_lm
 from harness.evaluation.shared_prefix_lm import SharedPrefixLM
 from tests.harness.tiny_models import save_model, sentences
+from tests.tokenizer_zoo import ZOO
 
 _KINDS = ["sliding_attention", "full_attention"]
 _GEMMA = {"num_key_value_heads": 1, "head_dim": 8, "sliding_window": 20, "layer_types": _KINDS, "pad_token_id": 0}
@@ -187,3 +199,57 @@ def test_memory_bounds_the_rows(parts: tuple[Any, Any], tmp_path: Path, monkeypa
     assert lm._room(100) == 64
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
     assert lm._room(100) == 1
+
+
+def _forced(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> LlamaForCausalLM:
+    """A Llama that says `ids` one after the other, each of which occurs once."""
+    size = len(tokenizer)
+    config = LlamaConfig(
+        vocab_size=size,
+        hidden_size=size,
+        intermediate_size=1,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        head_dim=2,
+        max_position_embeddings=256,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.eye(size))
+        for layer in (model.lm_head, model.model.layers[0].self_attn.o_proj, model.model.layers[0].mlp.down_proj):
+            layer.weight.zero_()
+        for before, after in pairwise([*ids, tokenizer.eos_token_id]):
+            model.lm_head.weight[after, before] = 9.0
+    return model
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared prefixes", "HFLM's own"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "prefix_space", "t5"])
+def test_an_answer_after_its_prompt_keeps_its_first_space(
+    name: str, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Llama 2's decoder strips a space: every indented completion of a program would be one short."""
+    tokenizer = ZOO[name]()
+    prompt, answer = "def half(x):\n", " the"
+    before, whole = tokenizer(prompt)["input_ids"], tokenizer(prompt + answer)["input_ids"]
+    n = common_prefix_length(before, whole)
+    prompt = tokenizer.decode(before[:n], skip_special_tokens=True)
+    if tokenizer(prompt)["input_ids"] != whole[:n]:
+        pytest.skip(f"{name} does not split there")
+    if not shared:
+        monkeypatch.setattr(shared_prefix_lm, "PrefixCachedModel", _unsupported)
+    model = _forced(tokenizer, whole[n - 1 :])
+    request = asked([prompt], until=["\n\n"], max_gen_toks=20, do_sample=False)
+    found = {
+        after: ours((model, tokenizer), batch_size=1, after_prompt=after).generate_until(request)[0]
+        for after in (True, False)
+    }
+    assert prompt + found[True] == tokenizer.decode(whole, skip_special_tokens=True)
+    # lm-eval's tasks keep HFLM's way.
+    assert found[False] == theirs((model, tokenizer), 1).generate_until(request, disable_tqdm=True)[0]
+    assert (found[False] != found[True]) == (name in ("llama", "t5"))
+
+
+def _unsupported(model: Any) -> Any:
+    raise UnsupportedModel("it is not")

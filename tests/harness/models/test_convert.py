@@ -35,7 +35,14 @@ def make_pickle(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     return folder
 
 
-def make_gguf(path: Path, folder: Path, *, split: str = "smollm", tensors: dict[str, np.ndarray] | None = None) -> Path:
+def make_gguf(
+    path: Path,
+    folder: Path,
+    *,
+    split: str = "smollm",
+    tensors: dict[str, np.ndarray] | None = None,
+    add_bos: bool | None = None,
+) -> Path:
     """The Llama in `folder` as a GGUF file, written by llama.cpp's own library."""
     config = json.loads((folder / "config.json").read_text())
     tokenizer = json.loads((folder / "tokenizer.json").read_text())["model"]
@@ -58,6 +65,8 @@ def make_gguf(path: Path, folder: Path, *, split: str = "smollm", tensors: dict[
     writer.add_token_merges([" ".join(merge) for merge in tokenizer["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
+    if add_bos is not None:
+        writer.add_add_bos_token(add_bos)
     names = {
         "embed_tokens": "token_embd",
         "norm": "output_norm",
@@ -122,6 +131,15 @@ def test_weights_that_fit_in_16_bits_are_stored_so(llama: Path, tmp_path: Path) 
     out = convert(make_gguf(tmp_path / "rounded.gguf", folder), tmp_path / "out")
     assert {value.dtype for value in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
     torch.testing.assert_close(logits_of(out, tmp_path), logits_of(folder, tmp_path), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("add_bos", "bos"), [(None, 0), (True, 0), (False, None)])
+def test_a_bos_that_the_model_is_never_given_is_none(
+    llama: Path, tmp_path: Path, add_bos: bool | None, bos: int | None
+) -> None:
+    out = convert(make_gguf(tmp_path / "tiny.gguf", llama, add_bos=add_bos), tmp_path / "out")
+    tokenizer = load_tokenizer(resolve(ModelSpec(name=str(out)), tmp_path / "models"))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (bos, 1)
 
 
 def test_gguf_that_would_not_come_out_exact_is_refused(llama: Path, tmp_path: Path) -> None:
