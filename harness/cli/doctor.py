@@ -92,6 +92,6 @@ def _gpu_tests(cuda: bool) -> Row:
         return name, "no CUDA device to run them on", "no"
     if not tests.is_dir():
         return name, "the tests come with the source, not with the installed package", "no"
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(tests)], check=False)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(tests)], check=False, cwd=SOURCE)
     passed = done.returncode in (0, _NO_TESTS)
     return name, "passed" if passed else f"failed (pytest exit status {done.returncode})", "yes" if passed else "no"

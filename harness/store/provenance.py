@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
+from harness.runtime.programs import which
 from harness.store.paths import SOURCE
 
 DISTRIBUTION = "fusellm-harness"
@@ -28,16 +29,17 @@ def made_by() -> dict[str, Any]:
 def commit() -> str | None:
     """The git commit of the checkout that the harness runs from, with a + where files differ; None without one."""
     checkout = SOURCE
-    if not (checkout / ".git").exists():
+    program = which("git")
+    if program is None or not (checkout / ".git").exists():
         return None
 
     def git(*arguments: str) -> str:
-        process = subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True, check=True)
+        process = subprocess.run([program, "-C", str(checkout), *arguments], capture_output=True, text=True, check=True)
         return process.stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):  # no git on this machine, or somebody else's checkout
+    except (OSError, subprocess.CalledProcessError):  # somebody else's checkout
         return None
 
 

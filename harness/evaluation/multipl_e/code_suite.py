@@ -16,7 +16,7 @@ from fusion.errors import UserError
 from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.evaluation.lm_eval.requests import answer_requests
 from harness.evaluation.lm_eval.tasks import load_rows, local_split
-from harness.evaluation.multipl_e.languages import LANGUAGES
+from harness.evaluation.multipl_e.languages import LANGUAGES, cut
 from harness.evaluation.suite import (
     NO_VOTE,
     SUITES,
@@ -260,7 +260,8 @@ class MultiplE:
 
             def finished(key: Sample) -> None:
                 language, name, sample = key
-                done[key] = pending[key][0].resps[0]
+                request = pending[key][0]
+                done[key] = cut(request.resps[0], request.doc["stop_tokens"])
                 append_line(folders[language] / SAMPLES, {"name": name, "sample": sample, "completion": done[key]})
                 advance(1)
 

@@ -18,13 +18,13 @@ from typing import Any
 
 from fusion.errors import UserError
 from harness.evaluation.multipl_e.generations import Problem, json_lines, read_generations
-from harness.evaluation.multipl_e.languages import LANGUAGES, language_of
+from harness.evaluation.multipl_e.languages import LANGUAGES, language_of, nonce_line
 from harness.evaluation.multipl_e.toolchains import Toolchain, available
 from harness.evaluation.sandbox import Limits, Sandbox, refusal
 from harness.runtime.progress import notify, track
 from harness.store.files import whole_lines, write_atomically
 
-VERSION = 1  # of the way in which programs are put together, run and scored
+VERSION = 2  # of the way in which programs are put together, run and scored
 
 Key = tuple[str, str]
 """A toolchain, with everything else that can change a verdict, and a program."""
@@ -172,12 +172,12 @@ def _run(toolchain: Toolchain, key: Key, tests: str, sandbox: Sandbox) -> dict[s
     kind, program = key
     nonce = secrets.token_hex(16)
     language = toolchain.language
-    outcome = sandbox.run(toolchain.program(language.with_nonce(program, tests, nonce), nonce))
+    outcome = sandbox.run(toolchain.program(language.with_nonce(program, tests, nonce), nonce_line(nonce)))
     if outcome.exit_code and (lost := toolchain.lacking()):
         raise UserError(f"{language.title} stopped: {lost} has disappeared, install it again.")
     return {
         "program": program,
-        "stdout": outcome.stdout.replace(f"{nonce}\n", ""),
+        "stdout": outcome.stdout.replace(nonce_line(nonce), ""),
         "stderr": outcome.stderr,
         "exit_code": outcome.exit_code,
         "status": language.status(outcome),

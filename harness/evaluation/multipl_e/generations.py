@@ -65,7 +65,7 @@ def _problem(row: dict[str, Any]) -> Problem:
         raise UserError("it has no completions")
     language = language_of(row["language"])
     language.with_nonce(row["tests"], row["tests"], "")
-    programs = [program_of(row["prompt"], one, row["tests"], row["stop_tokens"]) for one in row["completions"]]
+    programs = [program_of(row["prompt"], one, row["tests"]) for one in row["completions"]]
     rest = {key: value for key, value in row.items() if key != "completions"}
     return Problem(language, row["name"], rest, programs)
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fusion.errors import UserError
-from harness.evaluation.multipl_e.languages import LANGUAGES, Language
+from harness.evaluation.multipl_e.languages import LANGUAGES, Language, nonce_line
 from harness.evaluation.sandbox import Program, Sandbox
+from harness.runtime.programs import search_path, which
 from harness.store.paths import SOURCE
 
 JAVATUPLES = Path("/usr/share/java/javatuples.jar")
-TYPESCRIPT = ".toolchain"  # where `make toolchains` puts the compiler, below the project or the current folder
-_CLEAN = {"PATH": os.environ.get("PATH", os.defpath), "LANG": "C.UTF-8"}
+TYPESCRIPT = ".toolchain"  # where `make toolchains` puts the compiler, below the checkout
 
 _HEADER = "#include<assert.h>\n#include<bits/stdc++.h>\n"  # what every C++ prompt begins with
 _JAVA_SAMPLE = """import java.util.*;
@@ -102,7 +102,7 @@ class Toolchain:
         """Raises UserError, with the remedy, unless a correct program passes in the sandbox."""
         nonce = secrets.token_hex(16)
         sample = _SAMPLES[self.language.name]
-        outcome = sandbox.run(self.program(self.language.with_nonce(sample, sample, nonce), nonce))
+        outcome = sandbox.run(self.program(self.language.with_nonce(sample, sample, nonce), nonce_line(nonce)))
         if outcome.exit_code or not outcome.seen:
             said = (outcome.stderr or outcome.stdout).strip().partition("\n")[0] or f"exit status {outcome.exit_code}"
             raise _refused(self.language, f"its toolchain fails in the sandbox, {said}")
@@ -138,15 +138,21 @@ def _refused(language: Language, why: str) -> UserError:
 
 
 def _which(language: Language, command: str) -> str:
-    found = shutil.which(command)
+    found = which(command)
     if found is None:
         raise _refused(language, f"{command} is not installed")
     return found
 
 
 def _ask(language: Language, *command: str) -> list[str]:
-    """The output lines of a tool, called where it is installed, since the command may be a version manager's shim."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    """The output lines of a tool, called where it is installed, since the command may be a version manager's shim.
+
+    It does not run in the current folder: a shim may take from there which program it starts (`rust-toolchain.toml`).
+    """
+    env = {**os.environ, "PATH": search_path()}
+    done = subprocess.run(
+        command, cwd="/", env=env, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         raise _refused(language, f"`{' '.join(command)}` fails, {done.stderr.strip() or 'no answer'}")
@@ -177,7 +183,8 @@ def _prepared(language: Language, cache: Path, version: str, make: Callable[[Pat
 
 
 def _made(command: Sequence[str | Path], folder: Path, **env: str) -> None:
-    subprocess.run(command, cwd=folder, env={**_CLEAN, "HOME": str(folder), **env}, check=True, capture_output=True)
+    env = {"PATH": search_path(), "LANG": "C.UTF-8", "HOME": str(folder), **env}
+    subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True)
 
 
 def _cpp(language: Language, cache: Path) -> Toolchain:
@@ -254,8 +261,7 @@ def _js(language: Language, cache: Path) -> Toolchain:
 def _ts(language: Language, cache: Path) -> Toolchain:
     node, node_version = _node(language)
     # The native compiler itself: the script that npm links starts Node only to start it.
-    places = [SOURCE / TYPESCRIPT, Path.cwd() / TYPESCRIPT]
-    native = [tsc for place in places for tsc in place.glob("node_modules/@typescript/*/lib/tsc")]
+    native = list((SOURCE / TYPESCRIPT).glob("node_modules/@typescript/*/lib/tsc"))
     compiler = (native[0] if native else Path(_which(language, "tsc"))).resolve()
     version = _ask(language, str(compiler), "--version")[0]
     # Not strict: the rows were made for compilers whose default that was, and version 7's default refuses some.

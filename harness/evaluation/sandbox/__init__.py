@@ -6,7 +6,6 @@ else: no other file, process, socket or environment variable. Nothing of it rema
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from fusion.errors import UserError
+from harness.runtime.programs import which
 
 INSTALL = "apt-get install bubblewrap"
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
@@ -75,7 +75,7 @@ class Sandbox:
         `roots` are the folders outside /usr that programs may read. With `unsafe` there is no sandbox, only the limits
         of a process.
         """
-        bwrap = shutil.which("bwrap")
+        bwrap = which("bwrap")
         if bwrap is None and not unsafe:
             raise UserError(f"bubblewrap is not installed: {INSTALL}.")
         seen = {str(root) for root in map(Path, roots) if not root.is_relative_to("/usr")}
