@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from harness.config.loading import load
 from harness.config.schema import Config
 from harness.reporting.runs import Run
+from harness.runtime import distributed
 
 if TYPE_CHECKING:
     from harness.store.artifacts import Planned
@@ -46,10 +47,15 @@ def run(config: Config, *, root: Folder | None = None) -> Run:
     be made, the others are finished and then `harness.experiment.run.IncompleteRun` (a UserError) is raised, whose
     `folder` can be opened.
     """
-    from harness.experiment.run import make_records, write_tables
+    from harness.experiment.run import run as run_experiment
 
-    finished, _ = write_tables(make_records(config, _root(root)))
-    return finished
+    def release(*written: object) -> None:
+        distributed.broadcast(0)
+
+    folder = run_experiment(config, _root(root), show=release)
+    if not distributed.is_main_process():
+        release()  # waits until the first rank has written all
+    return open_run(folder)
 
 
 def evaluate(

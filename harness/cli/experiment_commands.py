@@ -3,7 +3,7 @@
 Heavy libraries are imported where they are used: `--help` must answer at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,6 +31,7 @@ from harness.runtime.device import refuse_missing_device
 
 if TYPE_CHECKING:
     from harness.config.schema import Config
+    from harness.reporting.runs import Run
     from results.table import Table
 
 experiments = typer.Typer(help="List, show, plan, run and compare experiments.", no_args_is_help=True)
@@ -198,25 +199,25 @@ def _run(config: "Config", root: Path, incomplete: list[UserError], *, quiet: bo
 
     incomplete: takes the error of a run that has finished without some of its rows.
     """
-    from harness.experiment.run import IncompleteRun, make_records, write_tables
+    from harness.experiment.run import IncompleteRun, run
     from harness.reporting.export import equal_quality
     from harness.reporting.tables import summary
 
+    shown: list[Table] = []
+
+    def show(finished: "Run", tables: "Mapping[str, Table]") -> None:
+        shown.extend(summary(finished, tables).values())
+        for table in () if quiet else shown:
+            print_table(table, None)
+        for line in () if quiet else equal_quality(finished.folder):
+            typer.echo(line)
+        typer.echo(f"Table, figure and records: {finished.folder}", err=True)
+
     try:
-        folder = make_records(config, root)
+        run(config, root, show=show)
     except IncompleteRun as error:
         incomplete.append(error)
-        folder = error.folder
-    if not distributed.is_main_process():
-        return []
-    tables = list(summary(*write_tables(folder)).values())
-    if not quiet:
-        for table in tables:
-            print_table(table, None)
-        for line in equal_quality(folder):
-            typer.echo(line)
-    typer.echo(f"Table, figure and records: {folder}", err=True)
-    return tables
+    return shown
 
 
 def schema() -> None:

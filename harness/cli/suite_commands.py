@@ -169,7 +169,7 @@ def evaluate(
     prepare(root, device)
     from harness.evaluation import standalone
     from harness.models.resolution import ModelSpec
-    from harness.reporting.export import write_evaluation
+    from harness.reporting.export import write_run
     from harness.reporting.runs import open_run
     from harness.runtime.device import usable_device
     from results.formats import render_all
@@ -180,7 +180,7 @@ def evaluate(
     spec = ModelSpec(name=model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     folder = standalone.evaluate(spec, chosen, root, device=usable_device(device, dry=False))
     run = open_run(folder)
-    tables = [table for table in write_evaluation(run).values() if table.columns or not generate_only]
+    tables = [table for table in write_run(run).values() if table.columns or not generate_only]
     if form is not None:
         typer.echo(render_all(tables, form), nl=False)
     else:

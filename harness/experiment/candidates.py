@@ -98,16 +98,23 @@ class CandidateBuilder:
 
 
 def candidates(
-    experiment: Experiment, labels: Sequence[str] | None = None, failures: list[FailedRow] | None = None
+    experiment: Experiment,
+    labels: Sequence[str] | None = None,
+    failures: list[FailedRow] | None = None,
+    impossible: Sequence[FailedRow] = (),
 ) -> Iterator[Row]:
     """Every row of the table made in turn, for every seed; only the rows `labels` where they are given.
 
     failures: takes the rows that cannot be made, while the others go on. Default: the first of them raises UserError.
+    impossible: rows that the plan has found to be so; they are not tried.
     """
     config = experiment.config
     builder = CandidateBuilder(experiment)
+    refused = {(row.label, row.seed) for row in impossible}
     for label in config.methods if labels is None else labels:
         for seed in config.seeds:
+            if (label, seed) in refused:
+                continue
             try:
                 candidate = builder.build(label, seed)
             except UserError as error:

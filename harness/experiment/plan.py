@@ -21,15 +21,20 @@ def plan(config: Config, root: Path, *, flops: float | None = None) -> list[Plan
     return plan_stages(experiment)
 
 
-def plan_stages(dry: Experiment) -> list[Planned]:
+def plan_stages(dry: Experiment, failures: list[FailedRow] | None = None) -> list[Planned]:
     """The stages of an experiment that was opened to plan, each once, in the order in which a run makes them.
 
-    Raises UserError, naming all of them, for rows of which is known already that they cannot be made.
+    failures: takes the rows of which is known already that they cannot be made. Default: UserError, naming all of them.
+    Raises UserError where no row can be made.
     """
     check_sizes(dry)
-    failures: list[FailedRow] = []
-    for row in candidates(dry, failures=failures):
+    impossible: list[FailedRow] = []
+    possible = 0
+    for row in candidates(dry, failures=impossible):
         measure(dry, evaluated_model(dry, row.label, row.candidate))
-    if failures:
-        raise UserError(failure_sentence(failures))
+        possible += 1
+    if impossible and (failures is None or not possible):
+        raise UserError(failure_sentence(impossible))
+    if failures is not None:
+        failures += impossible
     return list(dry.workspace.store.planned.values())

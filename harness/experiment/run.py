@@ -1,7 +1,7 @@
 """Running an experiment: what is missing is made, and records, tables and figures are written."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from harness.experiment.plan import plan_stages
 from harness.reporting.export import write_run
 from harness.reporting.runs import Run, open_run
 from harness.runtime import distributed
-from harness.runtime.progress import whole_run
+from harness.runtime.progress import notify, whole_run
 from harness.stages.training_log import tokens_seen
 from harness.store.artifacts import Planned, read_manifest
 from harness.store.files import exclusive_lock, write_json
@@ -46,59 +46,58 @@ def run_folder(experiment: Experiment, root: Path) -> Path:
     return run_path(root, config.experiment, config.profile, run_fingerprint(experiment))
 
 
-def run(config: Config, root: Path) -> Path:
+def run(
+    config: Config, root: Path, *, show: "Callable[[Run, Mapping[str, Table]], object]" = lambda finished, tables: None
+) -> Path:
     """Makes what is missing and writes records, tables and figures; returns the run's folder.
 
-    Raises IncompleteRun, after all is written, when rows are missing.
+    show: called by the main process, once all is written, with the run and its tables by the stem of their files'
+    names. Raises IncompleteRun, after that, when rows are missing.
     """
-    try:
-        folder = make_records(config, root)
-    except IncompleteRun as error:
-        write_tables(error.folder)
-        raise
+    folder, failures = make_records(config, root)
     if distributed.is_main_process():
-        write_tables(folder)
+        with exclusive_lock(folder / ".lock", f"run {folder.name}"):
+            finished = open_run(folder)
+            tables = write_run(finished)
+        show(finished, tables)
+        if failures:
+            raise IncompleteRun(folder, failures)
     return folder
 
 
-def write_tables(folder: Path) -> "tuple[Run, dict[str, Table]]":
-    """Opens the run in `folder`, whose records are checked once, and writes its tables and figures.
-
-    Returns the run, and its tables by the stem of their files' names.
-    """
-    with exclusive_lock(folder / ".lock", f"run {folder.name}"):
-        finished = open_run(folder)
-        return finished, write_run(finished)
-
-
-def make_records(config: Config, root: Path) -> Path:
+def make_records(config: Config, root: Path) -> tuple[Path, Sequence[FailedRow]]:
     """Makes what is missing, then writes records and the description of the run; returns the run's folder.
 
-    A row that cannot be made or measured is noted in the description and the others are finished; IncompleteRun is
-    raised at the end. All ranks walk through the stages; the first one evaluates and writes. With several ranks the
-    first row that fails ends the run.
+    A row that cannot be made or measured is noted in the description, returned beside the folder, and the others are
+    finished. All ranks walk through the stages; the first one evaluates and writes. With several ranks a row that fails
+    ends the run, unless the plan has found it out. Raises UserError where no row can be made.
     """
     experiment = open_experiment(config, root)
     start(experiment)
     check_inputs(experiment)
     dry = open_experiment(config, root, dry=True)
-    planned = plan_stages(dry)
+    impossible: list[FailedRow] = []
+    planned = plan_stages(dry, impossible)
+    if impossible:
+        notify(f"{failure_sentence(impossible)} The other rows are made.")
     missing = {stage.spec.fingerprint: stage.estimate.seconds for stage in planned if stage.state != "ready"}
     with whole_run(missing):
         check_validation(dry, experiment)
         if missing:
             check_space(planned, root)
             check_lengths(experiment)
-        return _make(experiment, planned, root)
+        return _make(experiment, planned, impossible, root)
 
 
-def _make(experiment: Experiment, planned: Sequence[Planned], root: Path) -> Path:
-    """Makes the rows, measures them, and writes the run's folder, which it returns."""
+def _make(
+    experiment: Experiment, planned: Sequence[Planned], impossible: Sequence[FailedRow], root: Path
+) -> tuple[Path, Sequence[FailedRow]]:
+    """Makes the rows but the impossible ones, measures them, and writes the run's folder; that, and all that failed."""
     config, folder = experiment.config, run_folder(experiment, root)
     if not distributed.is_main_process():
-        for _ in candidates(experiment):
+        for _ in candidates(experiment, impossible=impossible):
             pass  # the first rank evaluates
-        return folder
+        return folder, impossible
     (folder / RECORDS).mkdir(parents=True, exist_ok=True)
     # What the plan has not asked for, naming the run has (the passages, where nothing is trained).
     artifacts = {str(p.path.relative_to(root)) for p in [*planned, *experiment.workspace.store.planned.values()]}
@@ -113,10 +112,10 @@ def _make(experiment: Experiment, planned: Sequence[Planned], root: Path) -> Pat
     passages = experiment.corpora.passages[1]
     if corpus_summary(passages).limits:
         notes[corpus_sentence(config.corpus, passages)] = None
-    failures: list[FailedRow] = []
+    failures = list(impossible)
     # Of several ranks the others wait for what this one makes: there the first row that fails ends the run.
     alone = distributed.world_size() == 1
-    for row in candidates(experiment, failures=failures if alone else None):
+    for row in candidates(experiment, failures=failures if alone else None, impossible=impossible):
         evaluated = evaluated_model(experiment, row.label, row.candidate)
         try:
             of_row = measure(experiment, evaluated)
@@ -150,9 +149,7 @@ def _make(experiment: Experiment, planned: Sequence[Planned], root: Path) -> Pat
             "finished": time.time(),
         }
         write_json(folder / RUN_FILE, description)
-    if failures:
-        raise IncompleteRun(folder, failures)
-    return folder
+    return folder, failures
 
 
 def _failures(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from harness.reporting.figures import drawings, learning_curves
 from harness.reporting.runs import Run
-from harness.reporting.tables import Tables, run_table, suite_tables
+from harness.reporting.tables import Tables, all_tables
 from harness.store.files import write_atomically
 
 if TYPE_CHECKING:
@@ -41,13 +41,13 @@ def write_formats(tables: "Mapping[str, Table]", folder: Path, forms: Sequence[s
 
 
 def write_run(run: Run) -> "dict[str, Table]":
-    """Writes the tables of an experiment's run into its folder, and its learning curves where something was trained.
+    """Writes the tables of a run or an evaluation into its folder, and its learning curves where something was trained.
 
     Returns the tables by the stem of their files' names: `table`, and `table-SUITE` for every suite.
     """
     from results.formats import FORMATS
 
-    tables = {"table": run_table(run), **_named(suite_tables(run))}
+    tables = all_tables(run)
     write_formats(tables, run.folder, list(FORMATS))
     if curves := learning_curves(run, run.folder / "learning_curves"):
         lines = [result.sentence(curves.metric.digits) for result in curves.equal_quality]
@@ -55,20 +55,7 @@ def write_run(run: Run) -> "dict[str, Table]":
     return tables
 
 
-def write_evaluation(run: Run) -> "dict[str, Table]":
-    """Writes the tables of a model that was measured by itself beside its records; the tables by suite."""
-    from results.formats import FORMATS
-
-    tables = suite_tables(run)
-    write_formats(_named(tables), run.folder, list(FORMATS))
-    return tables
-
-
 def equal_quality(folder: Path) -> list[str]:
     """The sentences about training tokens at equal quality that a run wrote beside its learning curves."""
     path = folder / EQUAL_QUALITY
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-
-
-def _named(tables: "Mapping[str, Table]") -> "dict[str, Table]":
-    return {f"table-{name}": table for name, table in tables.items()}

@@ -15,12 +15,16 @@ if TYPE_CHECKING:
 
 HELD_OUT = "perplexity"
 """The suite that measures held-out text."""
+MAIN = "table"
+"""The stem of the files of a run's main table."""
 _MANY = 12  # tasks that do not fit side by side
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Tables by name, the run of each that has one, and a sentence for each table that was asked for and has none."""
+    """Tables by name (NAME-SUITE for the further ones of a run), the run by the name of its main table, and a sentence
+    for each table that was asked for and is not there.
+    """
 
     by_name: "dict[str, Table]"
     runs: dict[str, Run]
@@ -62,7 +66,9 @@ def tables(
         # Several runs of one experiment, given by their folders, are told apart by what their folders are called.
         label = name if folder != Path(name) else "/".join(folder.resolve().parts[-3:])
         beside = with_paper and (run.experiment in NAMES or not everything)
-        runs[label], by_name[label] = run, run_table(run, reference=reference, with_paper=beside)
+        for stem, table in printed_tables(run, reference=reference, with_paper=beside).items():
+            by_name[f"{label}{stem.removeprefix(MAIN)}"] = table
+        runs[label] = run
     if not by_name:
         raise no_runs(root)
     return Tables(by_name, runs, tuple(absent))
@@ -126,24 +132,34 @@ def _reference(run: Run) -> str:
     return run.reference
 
 
-def printed_tables(run: Run, *, reference: str | None = None, with_paper: bool = False) -> "dict[str, Table]":
-    """The tables that a finished run is summed up by: its main table, and those of its suites where that shows none.
+def all_tables(run: Run, *, reference: str | None = None, with_paper: bool = False) -> "dict[str, Table]":
+    """Every table of a run by the stem of its files' names: `table`, the main one, and `table-SUITE` for every suite.
 
-    reference, with_paper: of the main table, as for `run_table`. The evaluation of one model has no main table.
+    reference, with_paper: as for `run_table`. The evaluation of one model has no main table.
     """
-    tables = {f"table-{name}": table for name, table in suite_tables(run).items()}
+    tables = {f"{MAIN}-{name}": table for name, table in suite_tables(run, reference).items()}
     if run.reference is None and reference is None and not with_paper:
         return tables
-    return summary(run, {"table": run_table(run, reference=reference, with_paper=with_paper), **tables})
+    return {MAIN: run_table(run, reference=reference, with_paper=with_paper), **tables}
+
+
+def printed_tables(run: Run, *, reference: str | None = None, with_paper: bool = False) -> "dict[str, Table]":
+    """The tables that a run is summed up by, of `all_tables`: the main one, and those of suites that it does not show.
+
+    The same are printed by `experiment run` and by `tables`.
+    """
+    return summary(run, all_tables(run, reference=reference, with_paper=with_paper))
 
 
 def summary(run: Run, tables: "Mapping[str, Table]") -> "dict[str, Table]":
     """Those of all tables of a run that it is summed up by (see `printed_tables`)."""
     from results.paper_layouts import LAYOUTS
 
-    main = tables["table"]
+    main = tables.get(MAIN)
+    if main is None:
+        return dict(tables)
     if run.experiment in LAYOUTS:  # the paper's tables show their suites themselves
-        return {"table": main}
+        return {MAIN: main}
     # Without held-out text the main table is that of a suite.
     return {name: table for name, table in tables.items() if table is main or table.title != main.title}
 

@@ -22,7 +22,7 @@ from harness.evaluation.multipl_e import code_suite
 from harness.evaluation.multipl_e.code_suite import COMPLETIONS
 from harness.evaluation.suite import SUITES, SuiteResult, append_line, read_lines
 from harness.models.resolution import ModelSpec, count_parameters, resolve
-from harness.reporting.export import write_evaluation
+from harness.reporting.export import write_run
 from harness.reporting.runs import open_run
 from harness.store.artifacts import Store
 from harness.store.costs import Costs
@@ -249,7 +249,7 @@ def test_what_cannot_be_fetched_is_named_and_not_averaged(rows: Path, models: di
     )
     spec = ModelSpec(name=str(models["one"]), dtype="float32")
     folder = standalone.evaluate(spec, suites, tmp_path, device="cpu")
-    table = write_evaluation(open_run(folder))["generative"]
+    table = write_run(open_run(folder))["table-generative"]
     assert [column.label for column in table.columns] == ["triviaqa (exact_match)", "lambada_openai (acc)", "average"]
     (cells,) = table.cells
     assert cells[2].value == pytest.approx((cells[0].value + cells[1].value) / 2)  # type: ignore[operator]
@@ -365,7 +365,7 @@ def test_passing_samples_are_counted(
     )
     spec = ModelSpec(name=str(models["one"]), dtype="float32")
     folder = standalone.evaluate(spec, suites, tmp_path, device="cpu")
-    table = write_evaluation(open_run(folder))["multipl_e"]
+    table = write_run(open_run(folder))["table-multipl_e"]
     assert table.cells[0][0].value == pytest.approx(100) and "pass@2" in table.title
     # A machine without Node: named, not zero, and the other language stands.
     own = toolchains.available

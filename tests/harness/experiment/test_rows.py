@@ -154,6 +154,21 @@ def test_rows_of_one_shape_can_be_planned_before_any_model_exists(tmp_path: Path
     assert ("merge", "M") in [(stage.spec.kind, stage.spec.label) for stage in plan(config, tmp_path)]
 
 
+def test_a_row_that_the_plan_refuses_does_not_cost_the_others_their_table(file: Path, tmp_path: Path) -> None:
+    rows = ["methods.M.method=merge", "methods.M.models=[CLM,neox]", "methods.E.method=ensemble"]
+    rows += ["methods.E.models=[M,CLM]", "methods.Together=null", "methods.Merged=null"]
+    status, _, said = answer(*_command(file, tmp_path, *rows), "--dry-run")
+    assert status == 2 and "2 rows cannot be made (M, E): M cannot merge CLM and neox" in sentence(said)
+    assert not (tmp_path / "artifacts").exists()
+    status, printed, said = answer(*_command(file, tmp_path, *rows))
+    assert status == 2 and "2 rows cannot be made (M, E): M cannot merge CLM and neox" in sentence(said)
+    assert said.index("The other rows are made.") < said.index("Table, figure and records")
+    assert "FuseLLM" in printed and "E is missing with seed 0: E needs the row M" in " ".join(printed.split())
+    with pytest.raises(run.IncompleteRun) as incomplete:
+        run.run(load(str(file), overrides=rows), tmp_path)
+    assert (incomplete.value.folder / "table.md").exists()
+
+
 class _Failing:
     """A method that finds out only when it is at work that it cannot be done."""
 

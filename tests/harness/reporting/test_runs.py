@@ -7,7 +7,7 @@ import pytest
 
 from fusion.errors import UserError
 from harness.reporting import export, runs
-from harness.reporting.tables import run_table, tables
+from harness.reporting.tables import run_table, summary, tables
 from harness.store.files import write_json
 from harness.store.fingerprint import file_sha256
 from harness.store.paths import RUN_FILE, SUITES_FILE
@@ -183,3 +183,15 @@ def test_nothing_heavy_is_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parents[3])
     assert done.stdout.strip() == b"set()"
+
+
+def test_the_tables_of_a_run_are_those_that_the_run_printed(tmp_path: Path) -> None:
+    records = [*main(), *(one for one in commonsense() if one.task == "boolq")]
+    folder = finished(tmp_path, "main", records)
+    suite = {"metrics": {"boolq": "acc"}, "missing": {}, "k": 1, "notes": []}
+    write_json(folder / SUITES_FILE, {"perplexity": {**suite, "metrics": {}}, "commonsense": suite})
+    run = runs.open_run(folder)
+    printed = summary(run, export.write_run(run))
+    assert list(printed) == ["table", "table-commonsense"]
+    assert list(printed.values()) == list(tables(tmp_path, ["main"], None).by_name.values())
+    assert list(tables(tmp_path, ["main"], None).by_name) == ["main", "main-commonsense"]
