@@ -16,7 +16,7 @@ from fusion.errors import UserError
 from fusion.registry import Registered
 from fusion.vocabulary.maps import MAPS
 
-VERSION = 2
+VERSION = 3
 
 
 class EnsembleParameters(Parameters):
@@ -118,7 +118,7 @@ def make_ensemble(
         "members": [[m.candidate.fingerprint, None if chosen_by else m.weight] for m in members],
         "weights": dict(chosen_by or {}),
         "combine": combine,
-        "map": map,
+        "map": MAPS.choose(map).identity(),
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return Ensemble(tuple(members), combine, map, digest, any(member.candidate.seeded for member in members))

@@ -227,8 +227,9 @@ class _Members:
         return {"configuration": by_fingerprint, "seed": self.seed}
 
     def fingerprint(self, configuration: Mapping[str, Any]) -> str:
-        """SHA-256 (hexadecimal) of `params`."""
-        return hashlib.sha256(json.dumps(self.params(configuration), sort_keys=True).encode()).hexdigest()
+        """SHA-256 (hexadecimal) of `params` and the version of the code that merges: the key of what a trial scores."""
+        identity = {"version": VERSION, **self.params(configuration)}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def merge(self, context: Context, configuration: Mapping[str, Any], out: Path) -> None:
         """Writes the merged checkpoint to `out`, whose previous content is removed."""

@@ -75,7 +75,9 @@ class Candidate:
     seeded: bool
     """True if it depends on the seed, so that its row is made once per seed."""
     training: Path | None = None
-    """The training artifact, which holds the validation curve; None for a model that was not trained."""
+    """The training artifact; None for a model that was not trained."""
+    curve: "Artifact | None" = field(default=None, compare=False)
+    """The held-out curve of the training, whose folder need not exist; None where none is measured."""
     role: str = "target"
     """The role whose precision, batch size and loading options the model is run with."""
     shape: "Path | Mapping[str, Any] | None" = field(default=None, compare=False)
@@ -117,6 +119,7 @@ class Ensemble:
     fingerprint: str
     seeded: bool
     training: None = None
+    curve: None = None
 
     @property
     def checkpoints(self) -> Sequence[Candidate]:

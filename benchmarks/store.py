@@ -42,7 +42,8 @@ def _measure(
     path, published = folder / "shard.safetensors", folder / "published.arrow"
     written = [TopKPredictions(r.ids, r.log_p, r.tail, r.nats) for r in readings]
     ends = [r.ends[1:] for r in readings]
-    write_shard(path, folder / "beside", written, ends, wide=wide, compression=compression)
+    tokens = [r.tokens for r in readings]
+    write_shard(path, folder / "beside", written, ends, tokens, wide=wide, compression=compression)
     for columns, predictions in zip(_read(path, len(readings)), readings, strict=True):
         if not (columns["ids"] == predictions.ids).all() or not (columns["nats"] == predictions.nats).all():
             raise AssertionError("what is read from a shard is not what was written to it")

@@ -12,6 +12,7 @@ from typing import Any
 
 from fusion.errors import UserError, did_you_mean
 from harness.config.schema import CorpusConfig
+from harness.data.hub import dataset_commit, dataset_fingerprint
 from harness.data.standard_library import standard_library
 from harness.store.fingerprint import file_sha256
 
@@ -109,14 +110,14 @@ def _is_stdlib(config: CorpusConfig) -> bool:
 
 
 def content_fingerprint(config: CorpusConfig, data_root: Path | None) -> str:
-    """Identifies the text itself: SHA-256 of the files, the Python release for `stdlib`, or the hub id and revision."""
+    """Identifies the text itself: SHA-256 of the files, the Python release for `stdlib`, or the hub id and commit."""
     if _is_stdlib(config):
         import sys
 
         return f"{config.path}:{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
     path = local_path(config, data_root)
     if path is None:
-        return f"hub:{config.path}:{config.configuration}:{config.split}:{config.revision}"
+        return f"{dataset_fingerprint(config.path, config.revision)}:{config.configuration}:{config.split}"
     if path.is_dir():
         files = sorted(p for p in path.rglob("*.txt"))
         return hashlib.sha256("".join(f"{p.relative_to(path)}:{file_sha256(p)};" for p in files).encode()).hexdigest()
@@ -183,8 +184,9 @@ def _hub_rows(config: CorpusConfig) -> Iterator[dict[str, Any]]:
     import datasets
 
     try:
+        revision = dataset_commit(config.path, config.revision) or config.revision
         rows = datasets.load_dataset(
-            config.path, config.configuration, split=config.split, revision=config.revision, streaming=True
+            config.path, config.configuration, split=config.split, revision=revision, streaming=True
         )
         yield from rows
     except (OSError, ValueError, ConnectionError) as error:

@@ -11,7 +11,7 @@ from fusion.types import Predictions
 from fusion.vocabulary.token_bytes import Vocabulary, byte_ends
 from fusion.vocabulary.tokenization import encode, prefix_id
 from harness.data.passages import Passages
-from harness.data.shards import LOST, Shard, shard_path
+from harness.data.shards import LOST, Shard, shard_path, token_digest
 from harness.store.artifacts import read_manifest
 
 _OPEN_SHARDS = 128  # file handles kept open; they hold no memory, since passages are read from the map
@@ -20,8 +20,8 @@ _OPEN_SHARDS = 128  # file handles kept open; they hold no memory, since passage
 class PredictionsReader:
     """The predictions of one model on all passages, as the extraction stage stored them.
 
-    Token ids are not stored but computed by the tokenizer, and `predictions` refuses a passage whose number of tokens
-    is not the stored one.
+    Token ids are not stored but computed by the tokenizer, and a passage is refused whose ids do not have the stored
+    hash.
     """
 
     def __init__(
@@ -55,33 +55,40 @@ class PredictionsReader:
         self._temperature_column = None if temperature == 1 else params["temperatures"].index(temperature)
         self._open: OrderedDict[int, Shard] = OrderedDict()
 
-    def _columns(self, passage: int) -> dict[str, np.ndarray]:
-        """The stored columns of a passage; the most recently used shards stay open."""
+    def _shard(self, passage: int) -> Shard:
+        """The shard that holds a passage; the most recently used ones stay open."""
         index = passage // self._shard_size
         if index not in self._open:
             self._open[index] = Shard(shard_path(self._folder, index))
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open.move_to_end(index)
-        return self._open[index].columns(passage % self._shard_size)
+        return self._open[index]
+
+    def _columns(self, passage: int) -> dict[str, np.ndarray]:
+        return self._shard(passage).columns(passage % self._shard_size)
+
+    def _tokens(self, passage: int) -> np.ndarray:
+        """The token ids int32[M] of a passage, prefix included. Raises UserError where the model read others."""
+        tokens = np.array([self._prefix, *encode(self._tokenizer, self._passages.text(passage))], np.int32)
+        if token_digest(tokens) != int(self._shard(passage).tokens[passage % self._shard_size]):
+            raise UserError(
+                f"{self._folder} was made of other tokens of {self._passages.name(passage)} than the tokenizer gives "
+                "now: the tokenizer's library has changed; remove that folder to have it made again."
+            )
+        return tokens
 
     def predictions(self, passage: int) -> Predictions:
         """The predictions of a passage, without positions where the passage was skipped.
 
-        Raises UserError when the tokenizer gives another number of tokens than were stored.
+        Raises UserError when the tokenizer gives other tokens than the model read.
         """
-        columns = self._columns(passage)
-        text = self._passages.text(passage)
-        tokens = np.array([self._prefix, *encode(self._tokenizer, text)], np.int32)
+        columns, tokens = self._columns(passage), self._tokens(passage)
         m, k = columns["ids"].shape
         if not m:
+            text = self._passages.text(passage)
             ends = np.append(0, byte_ends(tokens[1:], self.vocabulary, text.encode("utf-8"))).astype(np.int32)
             return Predictions.empty(tokens, ends, self._k or k)
-        if len(tokens) != m:
-            raise UserError(
-                f"{self._folder} holds {m} positions of {self._passages.name(passage)}, but the tokenizer now gives "
-                f"{len(tokens)}: the tokenizer's library has changed; remove that folder to have it made again."
-            )
         steps = columns["steps"].astype(np.int64)
         ends = np.cumsum(steps).astype(np.int32)
         ends[np.maximum.accumulate(steps == int(LOST))] = -1
@@ -101,8 +108,8 @@ class PredictionsReader:
 
     def occurring_ids(self) -> np.ndarray:
         """int64[n], every token id that is in the text or among the stored top k: a vocabulary map must cover these."""
-        ids: set[int] = {self._prefix}
+        ids: set[int] = set()
         for passage in range(len(self._passages)):
-            ids.update(encode(self._tokenizer, self._passages.text(passage)))
+            ids.update(self._tokens(passage).tolist())
             ids.update(np.unique(self._columns(passage)["ids"]).tolist())
         return np.array(sorted(ids), np.int64)

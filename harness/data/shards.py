@@ -1,9 +1,10 @@
 """The files of stored predictions. A shard holds a model's predictions on some passages and is complete or absent.
 
 A shard is a safetensors file of the columns `ids`, `log_p`, `tail`, `nats` and `steps` (and `log_z` where temperatures
-were asked for), with the positions of all passages concatenated, and of the passages' `offsets` in them. In a
-compressed shard the columns are empty and only give types and shapes; `zstd` holds one frame a passage, so that each
-is read without its neighbours, and `frames` the offsets of the frames.
+were asked for), with the positions of all passages concatenated, of the passages' `offsets` in them, and of `tokens`, a
+hash of each passage's token ids, which are not stored themselves. In a compressed shard the columns are empty and only
+give types and shapes; `zstd` holds one frame a passage, so that each is read without its neighbours, and `frames` the
+offsets of the frames.
 """
 
 import hashlib
@@ -46,6 +47,7 @@ def write_shard(
     beside: Path,
     results: "Sequence[TopKPredictions]",
     ends: Sequence[np.ndarray],
+    tokens: Sequence[Sequence[int] | np.ndarray],
     *,
     wide: bool,
     compression: Compression,
@@ -58,6 +60,7 @@ def write_shard(
         beside: A temporary file on the same file system.
         results: The predictions of each passage; a skipped passage has none.
         ends: The `byte_ends` of each passage's tokens.
+        tokens: The token ids that the model read of each passage.
         wide: Ids are stored as uint32 instead of uint16.
         compression: `zstd` or `none`; the numbers are the same.
         dtype: Type of log-probabilities and tails.
@@ -81,6 +84,7 @@ def write_shard(
         "nats": np.concatenate([r.nats for r in results]).astype(np.float32),
         "steps": np.concatenate([np.zeros(0, np.uint16), *steps]),
         "offsets": np.cumsum([0, *(len(r.nats) for r in results)]).astype(np.int64),
+        "tokens": np.array([token_digest(ids) for ids in tokens], np.uint64),
     }
     log_z = [r.log_z for r in results if r.log_z is not None]
     if log_z:
@@ -114,6 +118,7 @@ def _compressed(tensors: Columns) -> Columns:
     ]
     return {
         "offsets": tensors["offsets"],
+        "tokens": tensors["tokens"],
         "frames": np.cumsum([0, *map(len, frames)]).astype(np.int64),
         "zstd": np.frombuffer(b"".join(frames), np.uint8),
         **{name: column[:0] for name, column in columns.items()},
@@ -153,6 +158,11 @@ def _parted(raw: memoryview, positions: int, empty: Columns) -> Columns:
     return columns
 
 
+def token_digest(tokens: Sequence[int] | np.ndarray) -> int:
+    """A hash of 64 bits of a passage's token ids, in their order."""
+    return int.from_bytes(hashlib.blake2b(np.asarray(tokens, "<i4").tobytes(), digest_size=8).digest(), "little")
+
+
 def _digest(tensors: Columns) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -162,13 +172,17 @@ def _digest(tensors: Columns) -> str:
 
 
 class Shard:
-    """An open, memory-mapped shard. `offsets` int64[passages + 1] are the passages' first positions."""
+    """An open, memory-mapped shard.
+
+    `offsets` int64[passages + 1] are the passages' first positions, `tokens` uint64[passages] the hashes of their ids.
+    """
 
     def __init__(self, path: Path) -> None:
         from safetensors import safe_open
 
         self._file = safe_open(path, framework="numpy")
         self.offsets: np.ndarray = self._file.get_tensor("offsets")
+        self.tokens: np.ndarray = self._file.get_tensor("tokens")
         self._frames = self._empty = None
         there = self._file.keys()
         self._names = [name for name in _COLUMNS if name in there]

@@ -10,10 +10,10 @@ from harness.models.checkpoints import load_model, load_tokenizer
 from harness.models.resolution import ModelSpec, ResolvedModel, resolve
 
 if TYPE_CHECKING:
-    from lm_eval.api.model import LM
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from fusion.inference.ensembles import PrefixCachedEnsemble
+    from harness.evaluation.shared_prefix_lm import SharedPrefixLM
 
 
 @dataclass
@@ -29,7 +29,12 @@ class EvaluatedModel:
     batch_tokens: int
     parameters: float
     models_dir: Path
-    _lm: "tuple[dict[str, Any], LM] | None" = field(default=None, init=False)
+    _lm: "tuple[dict[str, Any], SharedPrefixLM] | None" = field(default=None, init=False)
+
+    @property
+    def computing(self) -> dict[str, Any]:
+        """How the model computes, as the key of what is measured of it holds it."""
+        return self.spec.computing(self.dtype)
 
     @cached_property
     def resolved(self) -> ResolvedModel:
@@ -73,14 +78,14 @@ class EvaluatedModel:
         self._lm = None
         self.__dict__.pop("model", None)
 
-    def lm(self, *, batch_size: Any, seed: int, after_prompt: bool = False) -> "LM":
+    def lm(self, *, batch_size: Any, seed: int, after_prompt: bool = False) -> "SharedPrefixLM":
         """The candidate as lm-eval's LM. With `after_prompt` its answers join to the prompt (see `SharedPrefixLM`)."""
         settings = {"batch_size": batch_size, "seed": seed, "after_prompt": after_prompt}
         if self._lm is None or self._lm[0] != settings:
             self._lm = settings, self._make_lm(**settings)
         return self._lm[1]
 
-    def _make_lm(self, **settings: Any) -> "LM":
+    def _make_lm(self, **settings: Any) -> "SharedPrefixLM":
         from harness.evaluation.shared_prefix_lm import SharedPrefixLM
 
         return SharedPrefixLM(

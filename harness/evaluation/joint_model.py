@@ -10,12 +10,12 @@ from fusion.errors import UserError
 from harness.evaluation.evaluated_model import EvaluatedModel
 
 if TYPE_CHECKING:
-    from lm_eval.api.model import LM
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from fusion.inference.ensembles import PrefixCachedEnsemble
     from fusion.vocabulary.token_bytes import Vocabulary
+    from harness.evaluation.shared_prefix_lm import SharedPrefixLM
 
 
 @dataclass
@@ -28,6 +28,11 @@ class JointModel(EvaluatedModel):
     @property
     def members(self) -> Sequence[tuple[EvaluatedModel, float]]:
         return self.parts
+
+    @property
+    def computing(self) -> dict[str, Any]:
+        each = [member.computing for member, _ in self.parts]
+        return each[0] if all(one == each[0] for one in each) else {"members": each}
 
     @property
     def votes(self) -> bool:
@@ -109,7 +114,7 @@ class JointModel(EvaluatedModel):
     def context(self) -> int:
         return min(member.context for member, _ in self.parts)
 
-    def _make_lm(self, **settings: Any) -> "LM":
+    def _make_lm(self, **settings: Any) -> "SharedPrefixLM":
         return super()._make_lm(joint=self.reader, context=self.context, **settings)
 
     def release(self) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
+from baselines.method import Artifact
 from fusion.errors import UserError
 from fusion.inference.windows import window_stride
 from harness.config.schema import CorpusConfig
@@ -44,9 +45,9 @@ class PerplexityConfig(SuiteConfig):
         None, gt=0, description="strided: distance of two windows (tokens). Default: half the window"
     )
 
-    def method(self) -> dict[str, Any]:
-        """How documents are measured: the configuration without the documents."""
-        return self.model_dump(exclude={"documents"})
+    def key(self) -> dict[str, Any]:
+        """How documents are measured, as the key of what is measured holds it."""
+        return {"window": self.window, "mode": self.mode, "stride": window_stride(self.mode, self.window, self.stride)}
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,10 @@ class Perplexity(Suite):
             documents = [document for domain in by_domain.values() for document in domain[:per_domain]]
         return HeldOutText(documents, float(sum(len(document.text.encode()) for document in documents)))
 
+    def key(self, text: HeldOutText) -> dict[str, Any]:
+        """What the nats of a text depend on beside the model: the text, how it is measured, and by which version."""
+        return {"version": VERSION, "documents": text.fingerprint, **self.config.key()}
+
     def task_metrics(self) -> dict[str, str]:
         return dict.fromkeys(sorted({document.domain for document in self.documents}), METRICS[self.config.mode])
 
@@ -131,19 +136,19 @@ class Perplexity(Suite):
             lambda: self._examples(read_evaluation(path)), {self.name: path}, {self.name: spec.fingerprint}
         )
 
-    def with_curve(self, result: SuiteResult, training: Path, training_fingerprint: str) -> SuiteResult:
+    def with_curve(self, result: SuiteResult, curve: Artifact) -> SuiteResult:
         """A trained candidate's result and the measurements of its training, with the tokens trained on before each."""
 
         def examples() -> Iterator[Example]:
             yield from result.examples()
-            for point in read_curve(training):
+            for point in read_curve(curve.folder):
                 yield from self._examples(point["records"], int(point["tokens"]))
 
         return replace(
             result,
             examples=examples,
-            artifacts={**result.artifacts, "curve": training},
-            fingerprints={**result.fingerprints, "curve": training_fingerprint},
+            artifacts={**result.artifacts, "curve": curve.folder},
+            fingerprints={**result.fingerprints, "curve": curve.fingerprint},
         )
 
     def _examples(self, rows: Sequence[Mapping[str, Any]], tokens: int | None = None) -> Iterator[Example]:
@@ -154,13 +159,12 @@ class Perplexity(Suite):
 
 def evaluation_spec(evaluated: EvaluatedModel, text: HeldOutText, config: PerplexityConfig) -> Spec:
     """The key of a candidate's nats on the text."""
-    stride = window_stride(config.mode, config.window, config.stride)
     return Spec(
         "perplexity",
         evaluated.label,
         VERSION,
         {"model": evaluated.fingerprint, "documents": text.fingerprint},
-        {"window": config.window, "mode": config.mode, "stride": stride, "dtype": evaluated.dtype},
+        {**config.key(), **evaluated.computing},
         {"batch_tokens": evaluated.batch_tokens},
     )
 

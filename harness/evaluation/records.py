@@ -1,8 +1,9 @@
 """Records of what suites measured, and the notes that tables need beside them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from harness.evaluation.suite import Suite, SuiteResult
 from harness.store.files import write_json
@@ -20,8 +21,10 @@ def write_records(
     profile: str,
     method: str,
     seed: int | None,
-) -> str | None:
-    """Writes one record file of a candidate's examples in a suite; its name, or None where there are no examples.
+) -> dict[str, Any]:
+    """Writes one record file of a candidate's examples in a suite; gives the entry of `run.json` about it.
+
+    Its `file` is the file's name, None where there are no examples.
 
     experiment, profile, method, seed: what every record is stamped with; seed None for a candidate without. candidate:
     the candidate's fingerprint, for the provenance beside the records.
@@ -33,8 +36,9 @@ def write_records(
         Record(experiment=experiment, profile=profile, method=method, seed=number, suite=name, **asdict(example))
         for example in result.examples()
     ]
+    entry = {"row": method, "seed": seed, "suite": name, "missing": result.missing, "notes": result.notes}
     if not records:
-        return None
+        return {**entry, "file": None}
     evaluation = fingerprint(result.fingerprints)
     slug = "".join(c if c.isalnum() else "-" for c in method)
     file = f"{slug}-{'as-is' if seed is None else seed}-{name}-{evaluation[:16]}.parquet"
@@ -45,7 +49,7 @@ def write_records(
         "artifacts": places(result.artifacts),
     }
     write(folder / RECORDS / file, records, provenance)
-    return file
+    return {**entry, "file": file}
 
 
 def places(artifacts: Mapping[str, Path]) -> dict[str, str]:
@@ -53,18 +57,21 @@ def places(artifacts: Mapping[str, Path]) -> dict[str, str]:
     return {name: place_of_artifact(path) for name, path in artifacts.items()}
 
 
-def note_suites(folder: Path, suites: Mapping[str, Suite], results: Mapping[str, Mapping[str, SuiteResult]]) -> None:
+def note_suites(folder: Path, suites: Mapping[str, Suite], measured: Sequence[Mapping[str, Any]]) -> None:
     """Writes what tables need beside the records: tasks and their metrics, what was left out by row, and notes.
 
-    results: what every suite measured, by row.
+    measured: the entries of `run.json`, of all rows, seeds and suites.
     """
-    noted = {
-        name: {
+    noted: dict[str, Any] = {}
+    for name, suite in suites.items():
+        of_suite = [entry for entry in measured if entry["suite"] == name]
+        missing: dict[str, dict[str, str]] = {}
+        for entry in of_suite:
+            missing.setdefault(entry["row"], {}).update(entry["missing"])
+        noted[name] = {
             "metrics": suite.task_metrics(),
             "k": getattr(suite.config, "k", 1),
-            "missing": {row: result.missing for row, result in results[name].items()},
-            "notes": sorted({note for result in results[name].values() for note in result.notes}),
+            "missing": missing,
+            "notes": sorted({note for entry in of_suite for note in entry["notes"]}),
         }
-        for name, suite in suites.items()
-    }
     write_json(folder / SUITES_FILE, noted)

@@ -293,6 +293,12 @@ class SharedPrefixLM(HFLM):
             return None
         return config
 
+    @property
+    def end_tokens(self) -> list[int]:
+        """The tokens that end an answer: the tokenizer's end of text and those that the model generates with."""
+        ends = self.model.generation_config.eos_token_id
+        return sorted({self.eot_token_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])})
+
     def _row(
         self, request: Instance, prompt: list[int], until: list[str], limit: int, config: GenerationConfig, seed: str
     ) -> _Row:
@@ -300,7 +306,6 @@ class SharedPrefixLM(HFLM):
         if config.do_sample:
             top_p = 1.0 if config.top_p is None else config.top_p
             sampling = _Sampling(config.temperature or 1.0, config.top_k or 0, top_p, random.Random(seed))
-        ends = config.eos_token_id or []
         config.do_sample = False  # what is left to transformers are the processors, not the sampling
         config.max_length = len(prompt) + limit
         self.model._prepare_special_tokens(config, True, device=self.device)
@@ -309,7 +314,7 @@ class SharedPrefixLM(HFLM):
             request,
             prompt,
             until,
-            frozenset([self.eot_token_id, *(ends if isinstance(ends, list) else [ends])]),
+            frozenset(self.end_tokens),
             limit,
             max(len(stop.encode()) for stop in until) + 2,
             processors,

@@ -8,7 +8,7 @@ from typing import Any
 from fusion.errors import UserError
 from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.evaluation.records import note_suites, write_records
-from harness.evaluation.suite import SUITES, Suite, SuiteResult, suite_config
+from harness.evaluation.suite import SUITES, Suite, suite_config
 from harness.models.resolution import ModelSpec, count_parameters, resolve
 from harness.runtime.device import compute_dtype
 from harness.runtime.progress import notify
@@ -16,9 +16,9 @@ from harness.store.artifacts import Store
 from harness.store.costs import Costs
 from harness.store.files import write_json
 from harness.store.fingerprint import fingerprint
-from harness.store.paths import ARTIFACTS, MODELS, RECORDS, RUN_FILE, evaluation_path, root_of_evaluation
+from harness.store.paths import ARTIFACTS, MODELS, PLAN_FILE, RECORDS, RUN_FILE, evaluation_path, root_of_evaluation
 from harness.store.provenance import made_by
-from harness.store.run_files import read_run_file, record_hashes
+from harness.store.run_files import list_measured, read_run_file
 
 
 def sections(
@@ -93,37 +93,24 @@ def evaluate(
     for one in suites.values():
         one.measure(evaluated, plan, costs)
     # Known from the beginning, so that cleaning up spares what is under way.
-    _describe(folder, identity, evaluated, plan, root, [])
+    write_json(folder / PLAN_FILE, {"artifacts": _artifacts(plan, root)})
+    before = read_run_file(folder / RUN_FILE)  # refused now if it is damaged, not when all is done
     store = Store(root / ARTIFACTS, info={"configuration": identity})
-    files: list[str] = []
-    results: dict[str, dict[str, SuiteResult]] = {}
-    for name, one in suites.items():
-        result = one.measure(evaluated, store, costs)
-        results[name] = {evaluated.label: result}
-        file = write_records(
+    measured = [
+        write_records(
             folder,
             name,
-            result,
+            one.measure(evaluated, store, costs),
             candidate=evaluated.fingerprint,
             experiment="eval",
             profile=dtype,
             method=evaluated.label,
             seed=None,
         )
-        files += [file] if file else []
-    note_suites(folder, suites, results)
-    _describe(folder, identity, evaluated, store, root, files)
-    return folder
-
-
-def _describe(
-    folder: Path,
-    identity: Mapping[str, Any],
-    evaluated: EvaluatedModel,
-    store: Store,
-    root: Path,
-    files: Sequence[str],
-) -> None:
+        for name, one in suites.items()
+    ]
+    listed = list_measured(folder, before, measured)
+    note_suites(folder, suites, listed["measured"])
     description = {
         "evaluation": identity,
         # What a table needs to know of a run: this one has a single row.
@@ -136,11 +123,16 @@ def _describe(
             "banner": None,
         },
         **made_by(),
-        "artifacts": sorted(str(p.path.relative_to(root)) for p in store.planned.values()),
-        "records": record_hashes(folder, files),
+        "artifacts": _artifacts(store, root),
+        **listed,
         "finished": time.time(),
     }
     write_json(folder / RUN_FILE, description)
+    return folder
+
+
+def _artifacts(store: Store, root: Path) -> list[str]:
+    return sorted(str(planned.path.relative_to(root)) for planned in store.planned.values())
 
 
 def generated(folder: Path) -> list[str]:

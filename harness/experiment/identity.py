@@ -4,6 +4,7 @@ from typing import Any
 
 from baselines.registry import get_method
 from harness.data import corpus, passages
+from harness.evaluation.suite import SUITES
 from harness.experiment.pipeline import Experiment
 from harness.stages import extraction, training, vocabulary_maps
 from harness.store.fingerprint import fingerprint
@@ -15,11 +16,16 @@ VERSIONS = {
     "train": training.VERSION,
 }
 """The version of each stage, by the kind of artifact that it makes."""
+_OF_ROLE = {"batch_tokens"}
 _NO_EFFECT: Any = {
     "seeds": True,  # runs with other seeds belong together, in one table
     "device": True,
     "threads": True,
+    "data": True,  # what lies there is hashed
     "extraction": {"compression", "max_skipped_fraction"},
+    "training": training.NO_EFFECT,
+    "roles": {"target": _OF_ROLE, "teacher": _OF_ROLE, "sources": {"__all__": _OF_ROLE}},
+    "suites": {"__all__": {"batch_size"}},
 }
 """Settings that change no number."""
 
@@ -37,7 +43,10 @@ def named(experiment: Experiment) -> dict[str, Any]:
         "versions": VERSIONS,
         "methods": {entry["method"]: get_method(entry["method"]).version for entry in config.methods.values()},
         "passages": corpora.passages[0].fingerprint,
-        "suites": {name: suite.identity() for name, suite in experiment.suites.items()},
+        "suites": {
+            name: {"registered": SUITES.part(name).version, **suite.identity()}
+            for name, suite in experiment.suites.items()
+        },
         "models": {name: models.fingerprint(name) for name in models.names},
         "dtypes": {name: models.dtype(name) for name in models.names},
     }

@@ -66,9 +66,8 @@ class MethodContext:
         models, validation = experiment.models, experiment.corpora.validation
         return fingerprint(
             {
-                "documents": validation.text(dry=experiment.workspace.store.dry).fingerprint,
-                "dtypes": {name: models.dtype(name) for name in models.names},
-                **validation.config.method(),
+                "computing": {name: models.spec(name).computing(models.dtype(name)) for name in models.names},
+                **validation.key(validation.text(dry=experiment.workspace.store.dry)),
             }
         )
 

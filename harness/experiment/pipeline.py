@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from baselines.method import Candidate, Ensemble
+from baselines.method import Artifact, Candidate, Ensemble
 from fusion.errors import UserError
 from fusion.losses.loss import Loss, LossRequirements, LossResources
 from fusion.vocabulary.token_bytes import Vocabulary, same_ids
@@ -171,7 +171,7 @@ def train(
         loss,
         LossInputs() if loss is None else loss_inputs(experiment, label, requirements),
     )
-    spec, path = make_training(
+    (spec, path), curve = make_training(
         experiment.workspace,
         training,
         models.tokenizer,
@@ -180,7 +180,14 @@ def train(
         teacher_parameters={name: models.size(name).parameters for name in requirements.models},
         corpus_bytes=corpora.n_bytes,
     )
-    return Candidate(path / MODEL_FOLDER, spec.fingerprint, True, path, shape=models.shape(TARGET))
+    return Candidate(
+        path / MODEL_FOLDER,
+        spec.fingerprint,
+        seeded=True,
+        training=path,
+        curve=None if curve is None else Artifact(curve[1], curve[0].fingerprint),
+        shape=models.shape(TARGET),
+    )
 
 
 def _checkpoint(experiment: Experiment, label: str, candidate: Candidate) -> ResolvedModel:
@@ -205,18 +212,14 @@ def _curve(experiment: Experiment) -> HeldOutCurve:
     points, perplexity = experiment.config.curve.points, experiment.corpora.perplexity
     text = experiment.corpora.curve
     batch_tokens = experiment.models.role(TARGET).batch_tokens
-    identity = {
-        "curve": {"points": points, "documents": text.fingerprint},
-        "perplexity": None if perplexity is None else perplexity.config.method(),
-    }
     if perplexity is None or not text.documents:
-        return HeldOutCurve(points, identity, text.n_bytes, None)
+        return HeldOutCurve(points, {}, text.n_bytes, None)
     config = perplexity.config
 
     def measure(model: "PreTrainedModel", tokenizer: Any) -> list[dict[str, Any]]:
         return measure_documents(model, tokenizer, text.documents, config, batch_tokens=batch_tokens)
 
-    return HeldOutCurve(points, identity, text.n_bytes, measure)
+    return HeldOutCurve(points, perplexity.key(text), text.n_bytes, measure)
 
 
 def evaluated_model(experiment: Experiment, label: str, candidate: Candidate | Ensemble) -> EvaluatedModel:

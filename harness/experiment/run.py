@@ -23,9 +23,9 @@ from harness.runtime.progress import notify, whole_run
 from harness.stages.training_log import tokens_seen
 from harness.store.artifacts import Planned, read_manifest
 from harness.store.files import exclusive_lock, write_json
-from harness.store.paths import PLAN_FILE, RECORDS, RUN_FILE, run_path
+from harness.store.paths import PLAN_FILE, RECORDS, RUN_FILE, place_of_artifact, run_path
 from harness.store.provenance import made_by
-from harness.store.run_files import read_run_file, record_hashes
+from harness.store.run_files import list_measured, read_run_file
 
 if TYPE_CHECKING:
     from results.table import Table
@@ -106,12 +106,11 @@ def _make(
         before = read_run_file(folder / PLAN_FILE).get("artifacts", [])
         write_json(folder / PLAN_FILE, {"artifacts": sorted(artifacts.union(before))})
         read_run_file(folder / RUN_FILE)  # refused now if it is damaged, not when all is done
-    files: set[str] = set()
-    results: dict[str, dict[str, SuiteResult]] = {name: {} for name in experiment.suites}
-    notes: dict[str, None] = {}  # each sentence once, in order
+    measured: list[dict[str, Any]] = []
+    notes: list[dict[str, Any]] = []
     passages = experiment.corpora.passages[1]
     if corpus_summary(passages).limits:
-        notes[corpus_sentence(config.corpus, passages)] = None
+        notes.append({"row": None, "seed": None, "sentence": corpus_sentence(config.corpus, passages)})
     failures = list(impossible)
     # Of several ranks the others wait for what this one makes: there the first row that fails ends the run.
     alone = distributed.world_size() == 1
@@ -126,25 +125,26 @@ def _make(
             continue
         finally:
             evaluated.release()  # before the next row is trained
-        notes |= dict.fromkeys(_notes(experiment, row))
-        files.update(_record(experiment, row, of_row, folder))
-        for name, result in of_row.items():
-            results[name][row.label] = result
-    if failures and not files:
+        notes += [{"row": row.label, "seed": row.seed, "sentence": note} for note in _notes(experiment, row)]
+        measured += _record(experiment, row, of_row, folder)
+    if failures and not any(entry["file"] for entry in measured):
         raise UserError(failure_sentence(failures))
     with exclusive_lock(folder / ".lock", f"run {folder.name}"):
         # Other seeds that were finished before, or meanwhile by another process, belong to the same table.
         before = read_run_file(folder / RUN_FILE)
         # What was made to find out what to make is known by now.
         artifacts |= {str(p.path.relative_to(root)) for p in experiment.workspace.store.planned.values()}
-        note_suites(folder, experiment.suites, results)
+        listed = list_measured(folder, before, measured)
+        note_suites(folder, experiment.suites, listed["measured"])
+        again = {(None, None), *((entry["row"], entry["seed"]) for entry in measured)}
+        kept = [note for note in before.get("notes", []) if (note["row"], note["seed"]) not in again]
         description = {
             "configuration": config.model_dump(mode="json"),
             "named": named(experiment),
             **made_by(),
             "artifacts": sorted(artifacts.union(before.get("artifacts", []))),
-            "records": {**before.get("records", {}), **record_hashes(folder, files)},
-            "notes": list(dict.fromkeys([*before.get("notes", []), *notes])),
+            **listed,
+            "notes": [*kept, *notes],
             "failures": _failures(config, failures, before.get("failures", [])),
             "finished": time.time(),
         }
@@ -172,21 +172,30 @@ def _notes(experiment: Experiment, row: Row) -> Iterator[str]:
         tokens = tokens_seen(row.candidate.folder.parent) or 0
         base = models.base(role).name
         yield f"{row.label} is {base} continued on {tokens:,} tokens of its own text, which no other row counts."
+    curve, training = row.candidate.curve, row.candidate.training
+    if curve is not None and training is not None and not curve.folder.exists():
+        seed = "" if row.seed is None else f" (seed {row.seed})"
+        yield (
+            f"{row.label}{seed} has no learning curve: it was trained before under other settings of the curve, and "
+            f"the checkpoints along the way are gone. Remove {place_of_artifact(training)} to train it again."
+        )
     artifact = experiment.workspace.store.planned.get(row.candidate.fingerprint)
     if artifact is not None and (note := read_manifest(artifact.path)["info"].get("note")):
         yield str(note)
 
 
-def _record(experiment: Experiment, row: Row, results: Mapping[str, SuiteResult], folder: Path) -> Iterator[str]:
-    """Writes the records of a row, one file a suite, and gives the files' names.
+def _record(
+    experiment: Experiment, row: Row, results: Mapping[str, SuiteResult], folder: Path
+) -> Iterator[dict[str, Any]]:
+    """Writes the records of a row, one file a suite, and gives the entries of `run.json` about them.
 
     Those of the perplexity suite hold the held-out curve of the row's training, too.
     """
-    config, training, perplexity = experiment.config, row.candidate.training, experiment.corpora.perplexity
+    config, curve, perplexity = experiment.config, row.candidate.curve, experiment.corpora.perplexity
     for name, result in results.items():
-        if perplexity is not None and name == perplexity.name and training is not None:
-            result = perplexity.with_curve(result, training, row.candidate.fingerprint)
-        file = write_records(
+        if perplexity is not None and name == perplexity.name and curve is not None and curve.folder.exists():
+            result = perplexity.with_curve(result, curve)
+        yield write_records(
             folder,
             name,
             result,
@@ -196,5 +205,3 @@ def _record(experiment: Experiment, row: Row, results: Mapping[str, SuiteResult]
             method=row.label,
             seed=row.seed,
         )
-        if file is not None:
-            yield file

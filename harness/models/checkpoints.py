@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
 from fusion.modeling.loading import check_loading
-from harness.models.resolution import ResolvedModel
+from harness.models.resolution import GENERATION_FILE, ResolvedModel
 from harness.runtime.device import DType, compute_dtype
+from harness.store.files import read_json_object
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 
 def load_config(resolved: ResolvedModel) -> Any:
@@ -31,6 +32,7 @@ def load_model(resolved: ResolvedModel, dtype: DType | None = None, device: str 
     """The model in evaluation mode, in `dtype` on `device`. Default of `dtype`: the spec's.
 
     Only safetensors are read, the network is not used, and code from the folder runs only where the spec allows it.
+    Of generation_config.json only the ids of control tokens are taken: how an answer is decoded is the suite's to say.
     Raises UserError when a weight is missing, superfluous or of another shape, since the library would replace it by
     random numbers.
     """
@@ -52,12 +54,29 @@ def load_model(resolved: ResolvedModel, dtype: DType | None = None, device: str 
             local_files_only=True,
             trust_remote_code=resolved.spec.trust_remote_code,
             output_loading_info=True,
+            generation_config=_control_tokens(resolved),
             **options,
         ),
     )
     check_loading(info, model, str(resolved.folder))
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
+
+
+def _control_tokens(resolved: ResolvedModel) -> "GenerationConfig":
+    """The ids of bos, eos and pad that the model generates with: those of its generation_config.json if it has one.
+
+    No penalty, sampling, beam search or other setting of that file would be the same for all rows of a table.
+    """
+    from transformers import GenerationConfig
+
+    path = resolved.folder / GENERATION_FILE
+    source = read_json_object(path, "correct it, or remove it") if path.is_file() else load_config(resolved).to_dict()
+    ids = {f"{name}_token_id": source.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    for name, value in ids.items():
+        if not all(type(id) is int for id in (value if isinstance(value, list) else [value]) if id is not None):
+            raise UserError(f"{path} has {name} = {value!r}, which is no token id: correct it.")
+    return GenerationConfig(**ids)
 
 
 def load_tokenizer(resolved: ResolvedModel) -> "PreTrainedTokenizerFast":

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,16 @@ def read_model_manifest(folder: Path) -> dict[str, Any]:
     return read_json_object(path, f"delete {folder} and fetch or convert the model again") if path.is_file() else {}
 
 
-def check_model_manifest(folder: Path, hashes: Mapping[str, str], names: Sequence[str]) -> None:
-    """Raises UserError where the hash of a file differs from the one in the manifest, if there is a manifest."""
+def check_model_manifest(folder: Path, hashes: Mapping[str, str], optional: Iterable[str]) -> None:
+    """Raises UserError where the hash of a file differs from the one in the manifest, if there is a manifest.
+
+    hashes: those of the files that are read. optional: files that would be read if they were there.
+    """
     recorded = read_model_manifest(folder).get("files")
     if not isinstance(recorded, dict):
         return
-    for name in names:
-        if recorded.get(name) != hashes[name]:
+    for name in [*hashes, *(name for name in optional if name in recorded)]:
+        if recorded.get(name) != hashes.get(name):
             raise UserError(
                 f"{folder / name} is not the file that was put there (its SHA-256 differs from {MANIFEST}): "
                 f"delete {folder} and fetch or convert the model again."

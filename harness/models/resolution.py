@@ -18,6 +18,7 @@ from harness.runtime.device import DType
 from harness.store.files import read_json_object, write_atomically
 from harness.store.fingerprint import canonical, file_sha256, fingerprint
 
+GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SLOW_TOKENIZER_FILES = ("*.model", "vocab.json", "merges.txt", "vocab.txt", "*.tiktoken", "tokenization_*.py")
 PICKLE_FILES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -34,10 +35,21 @@ class ModelSpec(BaseModel):
     trust_remote_code: bool = Field(default=False, description="run Python code from the model's folder")
     attn_implementation: str | None = None
 
+    def computing(self, dtype: str) -> dict[str, str]:
+        """How the model computes, as the key of a stored result holds it: its precision, made definite, and attention.
+
+        The attention implementation is part of it where one is asked for; else it follows from the libraries.
+        """
+        attention = self.attn_implementation
+        return {"dtype": dtype, **({} if attention is None else {"attn_implementation": attention})}
+
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A model on this machine. `fingerprint` is a SHA-256 of configuration, tokenizer and weights, not of the place."""
+    """A model on this machine.
+
+    `fingerprint` is a SHA-256 of configuration, end tokens, tokenizer, weights and code that is run, not of the place.
+    """
 
     folder: Path
     name: str
@@ -66,9 +78,10 @@ def resolve(spec: ModelSpec, models_dir: Path) -> ResolvedModel:
     weights = weight_files(folder)
     check_tokenizer_files(folder)
     code = sorted(path.name for path in folder.glob("*.py")) if spec.trust_remote_code else []
-    names = ["config.json", *(name for name in TOKENIZER_FILES if (folder / name).exists()), *code]
+    optional = (GENERATION_FILE, *TOKENIZER_FILES)
+    names = ["config.json", *(name for name in optional if (folder / name).exists()), *code]
     hashes = _hashes(folder, [*names, *weights], models_dir / ".hashes.json")
-    check_model_manifest(folder, hashes, [*names, *weights])
+    check_model_manifest(folder, hashes, optional)
     entry = find_entry(spec.name)
     return ResolvedModel(folder, entry[0] if entry else folder.name, fingerprint(hashes), spec)
 

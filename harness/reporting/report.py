@@ -15,10 +15,12 @@ from harness.reporting.export import equal_quality
 from harness.reporting.figures import drawings
 from harness.reporting.runs import Run, newest_runs, open_run, run_folder
 from harness.reporting.tables import held_out_table, run_table, suite_tables
+from harness.runtime.progress import notify
 from harness.store.artifacts import read_manifest
 from harness.store.files import write_atomically
 from harness.store.fingerprint import canonical
 from harness.store.paths import RECORDS
+from results.errors import UserError as RecordsError
 from results.report import Answer, Cost, Figure, Provenance, ReportedExample, RunPage, Task, findings, page
 
 if TYPE_CHECKING:
@@ -36,7 +38,16 @@ def report(root: Path, runs: Sequence[str], profile: str | None, out: Path, *, e
     UserError for a run that is not there.
     """
     folders = [run_folder(root, name, profile) for name in runs] or newest_runs(root, profile)
-    pages = [read(open_run(folder), examples=examples) for folder in folders]
+    pages: list[RunPage] = []
+    for folder in folders:
+        try:
+            pages.append(read(open_run(folder), examples=examples))
+        except (UserError, RecordsError) as error:
+            if runs or len(folders) == 1:
+                raise
+            notify(f"A run is left out: {error}")
+    if not pages:
+        raise UserError("Every run is damaged, as the lines above say: run the experiments again.")
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / PAGE, page(pages, pages[0].title if len(pages) == 1 else f"{len(pages)} experiments"))
     return out / PAGE

@@ -1,12 +1,13 @@
 """Finished runs: finding and opening them, from their files alone and without importing anything heavy."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UnknownName, UserError
+from harness.runtime.progress import notify
 from harness.store.fingerprint import file_sha256
 from harness.store.paths import (
     PRESETS,
@@ -94,7 +95,8 @@ class Run:
         for (row, reason), seeds in missing.items():
             of_seeds = f" with seed {', '.join(seeds)}" if seeds else ""
             sentences.append(f"{row} is missing{of_seeds}: {reason}")
-        return [*self.description.get("notes", []), *sentences]
+        notes = dict.fromkeys(note["sentence"] for note in self.description.get("notes", []))
+        return [*notes, *sentences]
 
     @cached_property
     def seeds(self) -> list[int]:
@@ -165,7 +167,10 @@ def find_run(root: Path, name: str, profile: str | None) -> Path:
             f"The experiment {name!r} has no finished run{wanted} below {root}: run `fusellm experiment run {name}"
             f"{' --profile ' + profile if profile else ''}`."
         )
-    return max(finished, key=lambda path: read_run_file(path).get("finished", 0)).parent
+    if len(finished) == 1:
+        return finished[0].parent
+    described = _described(finished)
+    return max(described, key=lambda run: run[1].get("finished", 0))[0] if described else finished[0].parent
 
 
 def run_folder(root: Path, name: str, profile: str | None) -> Path:
@@ -188,9 +193,19 @@ def newest_runs(root: Path, profile: str | None) -> list[Path]:
 
 def finished_runs(root: Path, profile: str | None = None) -> list[tuple[Path, dict[str, Any]]]:
     """Folder and description of every finished run below `root`, the newest first; its records are not read."""
-    paths = (root / RUNS).glob(f"*/{profile or '*'}/*/{RUN_FILE}")
-    described = [(path.parent, read_run_file(path)) for path in paths]
-    return sorted(described, key=lambda run: run[1].get("finished", 0), reverse=True)
+    paths = sorted((root / RUNS).glob(f"*/{profile or '*'}/*/{RUN_FILE}"))
+    return sorted(_described(paths), key=lambda run: run[1].get("finished", 0), reverse=True)
+
+
+def _described(paths: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
+    """Folder and description of the runs with these files; one whose file is damaged is named and left out."""
+    described = []
+    for path in paths:
+        try:
+            described.append((path.parent, read_run_file(path)))
+        except UserError as error:
+            notify(f"A run is left out: {error}")
+    return described
 
 
 def no_runs(root: Path) -> UserError:

@@ -37,9 +37,10 @@ def tables(
     """The tables of `names`: experiments (their newest runs), folders of runs, `paper/NAME` for a published table, or
     `all` there are.
 
-    Under `all` a table that was not run is left to `absent`, or is the published one under with_paper. Raises UserError
-    for a name that is not there, and where there is nothing at all.
+    Under `all` a table that was not run is left to `absent`, or is the published one under with_paper; a run that is
+    damaged is left to `absent`, too. Raises UserError for a name that is not there, and where there is nothing at all.
     """
+    from results.errors import UserError as RecordsError
     from results.paper_numbers import NAMES, paper_table
 
     everything = ALL in names or not names
@@ -48,7 +49,8 @@ def tables(
         asked = [*NAMES, *(name for name in experiments(root) if profile in (None, *profiles(name)))]
     by_name: dict[str, Table] = {}
     runs: dict[str, Run] = {}
-    absent = []
+    absent: list[str] = []
+    damaged: list[str] = []
     for name in dict.fromkeys(asked):
         if name.startswith(PUBLISHED):
             by_name[name] = paper_table(name.removeprefix(PUBLISHED))
@@ -62,16 +64,22 @@ def tables(
             if with_paper and name in NAMES:
                 by_name[PUBLISHED + name] = paper_table(name)
             continue
-        run = open_run(folder)
+        try:
+            run = open_run(folder)
+            beside = with_paper and (run.experiment in NAMES or not everything)
+            of_run = printed_tables(run, reference=reference, with_paper=beside)
+        except (UserError, RecordsError) as error:
+            if not everything:
+                raise
+            damaged.append(f"{name} is left out: {error}")
+            continue
         # Several runs of one experiment, given by their folders, are told apart by what their folders are called.
         label = name if folder != Path(name) else "/".join(folder.resolve().parts[-3:])
-        beside = with_paper and (run.experiment in NAMES or not everything)
-        for stem, table in printed_tables(run, reference=reference, with_paper=beside).items():
-            by_name[f"{label}{stem.removeprefix(MAIN)}"] = table
+        by_name |= {f"{label}{stem.removeprefix(MAIN)}": table for stem, table in of_run.items()}
         runs[label] = run
     if not by_name:
-        raise no_runs(root)
-    return Tables(by_name, runs, tuple(absent))
+        raise UserError(damaged[0]) if damaged else no_runs(root)
+    return Tables(by_name, runs, (*absent, *damaged))
 
 
 def run_table(run: Run, *, reference: str | None = None, with_paper: bool = False) -> "Table":

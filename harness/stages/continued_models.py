@@ -22,7 +22,8 @@ def continued_model_spec(
     name: str, base: ResolvedModel, passages: Spec, settings: TrainingConfig, *, device: str
 ) -> Spec:
     """The key of `base` continued on the passages, called `name`."""
-    params = {"seed": SEED, **settings_identity(settings, device), "trainer": training.VERSION}
+    identity = settings_identity(settings, device)
+    params = {"seed": SEED, **identity, **base.spec.computing(identity["dtype"]), "trainer": training.VERSION}
     return Spec("continued_model", name, VERSION, {"model": base.fingerprint, "passages": passages.fingerprint}, params)
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fusion.inference.top_k import TopKPredictions
     from harness.models.resolution import ResolvedModel
 
-VERSION = 1
+VERSION = 2
 TOLERANCE: Mapping[str, float] = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
 """By how many nats a position, on average over a passage, a model may differ from its stored predictions.
 
@@ -50,7 +50,7 @@ def extraction_spec(
         model.name,
         VERSION,
         {"model": model.fingerprint, "passages": passages.fingerprint},
-        {"k": settings.k, "dtype": dtype, "passages_per_shard": settings.passages_per_shard, **optional},
+        {"k": settings.k, "passages_per_shard": settings.passages_per_shard, **model.spec.computing(dtype), **optional},
         {"batch_tokens": batch_tokens},
     )
 
@@ -223,8 +223,10 @@ class _Reader:
             )
         return tokens
 
-    def read(self, members: Sequence[int], advance: Advance) -> "tuple[list[TopKPredictions], list[np.ndarray]]":
-        """The predictions of the model on the passages `members`, and the byte ends of their tokens."""
+    def read(
+        self, members: Sequence[int], advance: Advance
+    ) -> "tuple[list[TopKPredictions], list[np.ndarray], list[list[int]]]":
+        """The predictions of the model on the passages `members`, the byte ends of their tokens, and the tokens."""
         from fusion.inference.top_k import batches_by_length
 
         sequences = [self._tokens(passage) for passage in members]
@@ -239,7 +241,7 @@ class _Reader:
         for passage, tokens in zip(members, sequences, strict=True):
             ends.append(byte_ends(tokens[1:], self._vocabulary, self._passages.text(passage).encode("utf-8")))
             self.lost += bool(len(ends[-1]) and ends[-1][-1] < 0)
-        return results, ends
+        return results, ends, sequences
 
     def _skip(self, passage: int) -> None:
         self._skipped.append(self._passages.name(passage))

@@ -42,7 +42,8 @@ class LossInputs:
             fingerprints["maps"] = {name: spec.fingerprint for name, (spec, _) in self.maps.items()}
         if self.teachers:
             fingerprints["models"] = {
-                name: {"model": model.fingerprint, "dtype": dtype} for name, (model, dtype) in self.teachers.items()
+                name: {"model": model.fingerprint, **model.spec.computing(dtype)}
+                for name, (model, dtype) in self.teachers.items()
             }
         return fingerprints
 

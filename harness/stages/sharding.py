@@ -24,6 +24,8 @@ _FILLED: dict[str, Any] = {
     "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",
     "bf16": {"enabled": "auto"},
+    # DeepSpeed's own default adds gradients up in bfloat16.
+    "data_types": {"grad_accum_dtype": "fp32"},
 }
 _REFUSED = ("optimizer", "scheduler", "fp16", "amp")
 
@@ -52,6 +54,11 @@ def zero_config(name: str) -> dict[str, Any]:
         if config.setdefault(key, filled) != filled:
             raise UserError(f"{file} sets {key}, which follows from the training settings: remove it.")
     return config
+
+
+def zero_stage(name: str | None) -> int | None:
+    """The stage of ZeRO of a DeepSpeed configuration; None without one."""
+    return int(zero_config(name)["zero_optimization"]["stage"]) if name else None
 
 
 def check_usable(name: str) -> None:

@@ -32,9 +32,9 @@ from harness.data.sequences import PackedSequences, collate
 from harness.runtime import distributed
 from harness.runtime.device import compute_dtype
 from harness.runtime.progress import notify, track
-from harness.stages.sharding import release, whole_weights, without_own_ops, zero_config
-from harness.stages.training_log import CURVE_FILE, LOG_FILE
-from harness.store.files import read_json, write_atomically, write_json
+from harness.stages.sharding import release, whole_weights, without_own_ops, zero_config, zero_stage
+from harness.stages.training_log import LOG_FILE, curve_files
+from harness.store.files import read_json, whole_lines, write_atomically, write_json
 from harness.store.fingerprint import file_sha256
 from harness.store.paths import MODEL_FOLDER
 
@@ -43,10 +43,22 @@ _COMPLETE = "complete"
 
 @dataclass(frozen=True)
 class Curve:
-    """Held-out text measured during training, at `points` steps: `measure(model)` gives one record a document."""
+    """Held-out text measured before the first step and at `points` steps: `measure(model)` gives a record a document.
+
+    `name` tells it from other curves by which the same training may have been begun.
+    """
 
     points: int
+    name: str
     measure: Callable[[PreTrainedModel], list[dict[str, Any]]]
+
+    def steps(self, steps: int) -> list[int]:
+        """The steps at which it is measured, of a training of so many."""
+        return sorted({0, *(round(steps * i / self.points) for i in range(1, self.points + 1))})
+
+    def file(self, folder: Path) -> Path:
+        """The measurements so far, in the folder of the training or of one of its checkpoints."""
+        return folder / f"curve-{self.name}.jsonl"
 
 
 def steps_of(config: TrainingConfig, rows: int) -> int:
@@ -82,9 +94,10 @@ class FusionTrainer(Trainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, order: Order, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, order: Order, layout: Mapping[str, int | None], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.order = order
+        self._layout = layout
         self.model_accepts_loss_kwargs = True  # have the tokens of the accumulated batch counted
         self._loss_shifts_labels = False  # labels stand at the position that predicts them
         self.sums = {"clm": 0.0, "fusion": 0.0, "tokens": 0.0}
@@ -131,14 +144,15 @@ class FusionTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # each rank writes a part
         folder = Path(self.args.output_dir or "") / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            shutil.copy(folder.parents[1] / CURVE_FILE, folder)
-            _seal(folder)
+            for curve in curve_files(folder.parents[1]):
+                shutil.copy(curve, folder)
+            _seal(folder, self._layout)
 
 
 class _Follow(TrainerCallback):
     """Progress, TensorBoard values and the held-out curve."""
 
-    def __init__(self, folder: Path, curve: Curve | None, at: set[int], advance: Callable[[float], None]) -> None:
+    def __init__(self, folder: Path, curve: Curve | None, at: list[int], advance: Callable[[float], None]) -> None:
         self.trainer: FusionTrainer | None = None
         self._folder, self._curve, self._at, self._advance = folder, curve, at, advance
         self._tokens = 0.0
@@ -147,8 +161,10 @@ class _Follow(TrainerCallback):
         self._tokens = next((e["tokens"] for e in reversed(state.log_history) if "tokens" in e), 0.0)
         if distributed.is_main_process():
             # What was measured after the checkpoint is measured again; without one the curve starts again, too.
-            kept = self._folder / "checkpoints" / f"checkpoint-{state.global_step}" / CURVE_FILE
-            write_atomically(self._folder / CURVE_FILE, kept.read_text(encoding="utf-8") if state.global_step else "")
+            for measured in curve_files(self._folder):
+                measured.unlink()
+            for kept in curve_files(self._folder / "checkpoints" / f"checkpoint-{state.global_step}"):
+                shutil.copy(kept, self._folder)
         if state.global_step == 0:
             self._measure(args, state)
 
@@ -169,6 +185,14 @@ class _Follow(TrainerCallback):
         if state.global_step in self._at:
             self._measure(args, state)
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._curve is None or not distributed.is_main_process():
+            return
+        file = self._curve.file(self._folder)
+        measured = [json.loads(line)["step"] for line in whole_lines(file)]
+        if measured != self._at:  # begun under another curve
+            file.unlink(missing_ok=True)
+
     def _measure(self, args: Any, state: Any) -> None:
         if self._curve is None:
             return
@@ -182,7 +206,7 @@ class _Follow(TrainerCallback):
         model.train(training)
         if not distributed.is_main_process():
             return
-        with (self._folder / CURVE_FILE).open("a", encoding="utf-8") as file:
+        with self._curve.file(self._folder).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, "tokens": self._tokens, "records": records}) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -209,10 +233,15 @@ def _replace_forward(
     model.forward = types.MethodType(forward, model)
 
 
-def _seal(folder: Path) -> None:
-    """Marks a folder as complete, its files as they are now, and by how many ranks it was made."""
+def _seal(folder: Path, layout: Mapping[str, int | None]) -> None:
+    """Marks a folder as complete, its files as they are now, and how its content is divided (see `layout_of`)."""
     files = {str(f.relative_to(folder)): file_sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}
-    write_json(folder / _COMPLETE, {"files": files, "ranks": distributed.world_size()})
+    write_json(folder / _COMPLETE, {"files": files, **layout})
+
+
+def layout_of(config: TrainingConfig) -> dict[str, int | None]:
+    """How the files of a checkpoint are divided: the number of ranks, and the stage of ZeRO (None without)."""
+    return {"ranks": distributed.world_size(), "zero": zero_stage(config.deepspeed)}
 
 
 def _check_seal(folder: Path, remedy: str) -> None:
@@ -222,11 +251,11 @@ def _check_seal(folder: Path, remedy: str) -> None:
             raise UserError(f"{folder / name} is damaged: {remedy}.")
 
 
-def last_checkpoint(folder: Path) -> Path | None:
+def last_checkpoint(folder: Path, layout: Mapping[str, int | None]) -> Path | None:
     """The newest complete checkpoint, the same on all ranks; half-written ones are removed.
 
-    Raises UserError where it has been damaged, and when another number of ranks wrote it: each has its part of it, and
-    the bits would not be the same.
+    Raises UserError where it has been damaged, and when it was written under another `layout`: by another number of
+    ranks, of which each has its part of it, or under another stage of ZeRO.
     """
     step = 0
     if distributed.is_main_process():
@@ -243,10 +272,17 @@ def last_checkpoint(folder: Path) -> Path | None:
         return None
     checkpoint = folder / f"checkpoint-{step}"
     remedy = f"remove {folder} to begin the training again"
-    if (wrote := read_json(checkpoint / _COMPLETE, remedy)["ranks"]) != distributed.world_size():
+    wrote = read_json(checkpoint / _COMPLETE, remedy)
+    if wrote["ranks"] != layout["ranks"]:
         raise UserError(
-            f"{checkpoint} is the checkpoint of {wrote} ranks and cannot be continued by {distributed.world_size()}: "
+            f"{checkpoint} is the checkpoint of {wrote['ranks']} ranks and cannot be continued by {layout['ranks']}: "
             f"start as many as before, or {remedy}."
+        )
+    if wrote["zero"] != layout["zero"]:
+        before, now = (f"ZeRO-{stage}" if stage else "no DeepSpeed" for stage in (wrote["zero"], layout["zero"]))
+        raise UserError(
+            f"{checkpoint} was written under {before} and cannot be continued under {now}: set training.deepspeed as "
+            f"before, or {remedy}."
         )
     return checkpoint
 
@@ -286,7 +322,7 @@ def train(
     packing = check_packing(model)
     split(model)  # says before the training starts when the fused objective cannot serve this model
     steps = steps_of(config, len(rows))
-    at = {round(steps * i / curve.points) for i in range(1, curve.points + 1)} if curve else set()
+    at = curve.steps(steps) if curve else []
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
@@ -320,7 +356,8 @@ def train(
     )
     distributed.check_world(arguments.world_size, "accelerate")
     _replace_forward(model, packing, lam, loss, {name: Teacher(teacher) for name, teacher in teachers.items()})
-    checkpoint = last_checkpoint(folder / "checkpoints")
+    layout = layout_of(config)
+    checkpoint = last_checkpoint(folder / "checkpoints", layout)
     done = 0.0
     if checkpoint is not None:
         history = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
@@ -333,6 +370,7 @@ def train(
             args=arguments,
             train_dataset=rows,
             order=Order(len(rows), seed, config.micro_batch_size * distributed.world_size()),
+            layout=layout,
             data_collator=collate,
             callbacks=[follow],
         )
@@ -347,7 +385,7 @@ def train(
         tokenizer.save_pretrained(final)
         (final / "README.md").write_text(card, encoding="utf-8")
         write_atomically(folder / LOG_FILE, json.dumps(trainer.state.log_history, indent=1))
-        _seal(final)
+        _seal(final, layout)
     if config.deepspeed:
         release(trainer.accelerator)
     _finish(folder)

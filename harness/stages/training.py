@@ -3,6 +3,7 @@
 The trained rows of an experiment, its continued models and the tiny models are all trained by `train_on_passages`.
 """
 
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
@@ -22,7 +23,8 @@ from harness.models.resolution import ResolvedModel
 from harness.runtime import distributed
 from harness.runtime.device import compute_dtype
 from harness.stages.loss_resources import TARGET, LossInputs, TokenizerOf, load_resources, open_predictions
-from harness.stages.sharding import zero_config
+from harness.stages.sharding import zero_stage
+from harness.stages.training_log import CURVE_FILE, curve_files
 from harness.store.artifacts import Estimate, Spec
 from harness.store.costs import BYTES_PER_TOKEN
 from harness.store.fingerprint import canonical, plain_json
@@ -34,24 +36,21 @@ if TYPE_CHECKING:
     from harness.data.sequences import Features
     from harness.stages.trainer import Curve
 
-VERSION = 4
-_NO_EFFECT = {"workers", "micro_batch_size", "save_every", "dtype"}
-"""Settings that do not change the weights, and the precision, which is made definite."""
+VERSION = 5
+CURVE_VERSION = 1
+NO_EFFECT = {"workers", "micro_batch_size", "save_every", "gradient_checkpointing", "deepspeed"}
+"""Settings that do not change the weights but for rounding: how the work is divided and where it is kept."""
 
 
 def settings_identity(settings: TrainingConfig, device: str) -> dict[str, Any]:
-    """The settings that change the weights of a training on `device`."""
-    return {
-        "dtype": compute_dtype(settings.dtype, device),
-        **settings.model_dump(mode="json", exclude=_NO_EFFECT),
-        "deepspeed": zero_config(settings.deepspeed) if settings.deepspeed else None,
-    }
+    """The settings that change the weights of a training on `device`, its precision made definite."""
+    params = settings.model_dump(mode="json", exclude=NO_EFFECT)
+    return {**params, "dtype": compute_dtype(settings.dtype, device)}
 
 
 def initial_device(settings: TrainingConfig, device: str) -> str:
     """Where the model is loaded before it is trained: what ZeRO-3 partitions may be more than one GPU holds."""
-    zero = zero_config(settings.deepspeed) if settings.deepspeed else None
-    return "cpu" if zero and zero["zero_optimization"]["stage"] == 3 else device
+    return "cpu" if zero_stage(settings.deepspeed) == 3 else device
 
 
 def train_on_passages(
@@ -105,7 +104,7 @@ def train_on_passages(
 
 @dataclass(frozen=True)
 class HeldOutCurve:
-    """Held-out text that is measured during a training, as the training's key knows it."""
+    """Held-out text that is measured during a training; an artifact of its own, so that it is no part of its key."""
 
     points: int
     identity: Mapping[str, Any]
@@ -114,6 +113,12 @@ class HeldOutCurve:
     """Bytes of the documents, for the estimate of the time."""
     measure: "Callable[[PreTrainedModel, Any], list[dict[str, Any]]] | None"
     """One record a document, of a model and its tokenizer; None where there are no documents."""
+
+    def spec(self, training: Spec) -> Spec:
+        """The key of the curve of a training."""
+        inputs = {"training": training.fingerprint}
+        params = {"points": self.points, **self.identity}
+        return Spec("curve", training.label, CURVE_VERSION, inputs, plain_json(params))
 
 
 @dataclass(frozen=True)
@@ -142,15 +147,15 @@ class Training:
         params: dict[str, Any] = {
             "lambda": self.lam,
             "seed": self.seed,
-            **self.curve.identity,
             **settings_identity(self.settings, device),
+            **self.base.spec.computing(compute_dtype(self.settings.dtype, device)),
         }
         inputs: dict[str, Any] = {"model": self.base.fingerprint, "passages": self.passages[0].fingerprint}
         if self.loss is not None:
             params["loss"] = self.loss.identity()
             inputs |= self.inputs.fingerprints()
-        # The number of ranks is not part of the key: like the size of a micro batch it only changes rounding.
-        info = {"ranks": distributed.world_size()}
+        # Neither is the number of ranks part of the key: like the size of a micro batch it only changes rounding.
+        info = {"ranks": distributed.world_size(), "settings": self.settings.model_dump(mode="json")}
         return Spec("train", f"{self.label}-seed{self.seed}", VERSION, plain_json(inputs), plain_json(params), info)
 
 
@@ -163,14 +168,18 @@ def make_training(
     parameters: float,
     teacher_parameters: Mapping[str, float],
     corpus_bytes: float,
-) -> tuple[Spec, Path]:
-    """The artifact of a training, with the checkpoint in `model`, the log and the curve.
+) -> tuple[tuple[Spec, Path], tuple[Spec, Path] | None]:
+    """The artifact of a training, with the checkpoint in `model` and the log, and that of its curve.
 
-    `card` gives the text of the model card. The numbers of parameters and the bytes of the corpus are for the estimate.
-    Called by all ranks. Raises UserError where the training cannot be done (see `harness.stages.trainer.train`).
+    The curve's is None where no text is held out for it, and does not exist where the training was finished before,
+    under another curve: the checkpoints along the way are gone by then. `card` gives the text of the model card. The
+    numbers of parameters and the bytes of the corpus are for the estimate. Called by all ranks. Raises UserError where
+    the training cannot be done (see `harness.stages.trainer.train`).
     """
-    settings, curve, device = training.settings, training.curve, workspace.device
+    settings, curve, device, store = training.settings, training.curve, workspace.device, workspace.store
     spec = training.spec(device)
+    curve_spec = None if curve.measure is None else curve.spec(spec)
+    trained_before = store.path(spec).exists()
 
     def build(folder: Path) -> None:
         from harness.stages.trainer import Curve
@@ -181,6 +190,9 @@ def make_training(
         if loss is not None:
             features = partial(loss.features, resources=load_resources(requirements, training.inputs, tokenizer_of))
         measure = curve.measure
+        along = None
+        if measure is not None and curve_spec is not None:
+            along = Curve(curve.points, curve_spec.fingerprint[:16], lambda model: measure(model, tokenizer))
         train_on_passages(
             folder,
             passages,
@@ -200,8 +212,13 @@ def make_training(
                 name: load_model(model, dtype, device)  # type: ignore[arg-type]
                 for name, (model, dtype) in training.inputs.teachers.items()
             },
-            curve=None if measure is None else Curve(curve.points, lambda model: measure(model, tokenizer)),
+            curve=along,
         )
+        if distributed.is_main_process():
+            if along is not None and curve_spec is not None and along.file(folder).exists():
+                store.ensure(curve_spec, partial(_keep_curve, along.file(folder)))
+            for measured in curve_files(folder):
+                measured.unlink()
 
     costs = workspace.costs
     whole = costs.training(parameters, corpus_bytes / BYTES_PER_TOKEN * settings.epochs)
@@ -212,7 +229,21 @@ def make_training(
         whole.memory + sum(teacher.memory for teacher in teachers),
         whole.seconds + measured.seconds + sum(teacher.seconds for teacher in teachers),
     )
-    return spec, workspace.store.ensure(spec, build, estimate, on_all_ranks=True)
+    path = store.ensure(spec, build, estimate, on_all_ranks=True)
+    if curve_spec is None:
+        return (spec, path), None
+    curve_path = store.path(curve_spec)
+    if curve_path.exists() or (store.dry and not trained_before):
+        store.ensure(curve_spec, _made_while_training)
+    return (spec, path), (curve_spec, curve_path)
+
+
+def _keep_curve(measured: Path, folder: Path) -> None:
+    shutil.copyfile(measured, folder / CURVE_FILE)
+
+
+def _made_while_training(folder: Path) -> None:
+    raise AssertionError("a curve is measured while the model is trained")
 
 
 def model_card(label: str, spec: Spec, config: Config, base: ResolvedModel) -> str:

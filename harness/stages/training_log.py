@@ -5,11 +5,17 @@ from pathlib import Path
 from typing import Any
 
 CURVE_FILE = "curve.jsonl"
+"""In the artifact of a curve: a line for every measurement."""
 LOG_FILE = "log.json"
 
 
+def curve_files(folder: Path) -> list[Path]:
+    """What a training has measured so far, in its own folder or in that of a checkpoint: a file for every curve."""
+    return sorted(folder.glob("curve-*.jsonl"))
+
+
 def read_curve(folder: Path) -> list[dict[str, Any]]:
-    """The held-out measurements of a finished training: step, tokens seen, and one record a document."""
+    """The held-out measurements of a curve's artifact: step, tokens seen, and one record a document."""
     return [json.loads(line) for line in (folder / CURVE_FILE).read_text(encoding="utf-8").splitlines()]
 
 

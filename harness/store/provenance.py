@@ -70,7 +70,7 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[tu
 
 def _flat(value: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
     for key, entry in value.items():
-        if not before and key in ("finished", "records", "artifacts"):
+        if not before and key in ("finished", "measured", "records", "artifacts"):
             continue
         if isinstance(entry, Mapping):
             yield from _flat(entry, f"{before}{key}.")

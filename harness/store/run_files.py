@@ -1,6 +1,11 @@
-"""The files that a run writes about itself, and the hashes by which its records are checked."""
+"""The files that a run writes about itself, and the hashes by which its records are checked.
 
-from collections.abc import Iterable
+`run.json` lists what was measured, one entry for each row, seed and suite: another command that measures the same again
+puts its entry in the place of the one before, so that no two files of records can disagree.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,20 @@ def read_run_file(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     return read_json(path, "remove that file and run the experiment again, with all its seeds")
+
+
+def list_measured(folder: Path, before: Mapping[str, Any], measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What `run.json` says of the measurements of the run in `folder`: `measured` and the hashes of their `records`.
+
+    before: what it said. measured: what was measured since, with row, seed, suite and file (None where there are no
+    records). Entries of other rows, seeds and suites are kept.
+    """
+    key = itemgetter("row", "seed", "suite")
+    entries = {key(entry): dict(entry) for entry in [*before.get("measured", []), *measured]}
+    written = {entry["file"] for entry in measured} - {None}
+    kept = {entry["file"] for entry in entries.values()} - written
+    hashes = {n: sha256 for n, sha256 in before.get("records", {}).items() if f"{Path(n).stem}.parquet" in kept}
+    return {"measured": list(entries.values()), "records": {**hashes, **record_hashes(folder, written)}}
 
 
 def record_hashes(folder: Path, files: Iterable[str]) -> dict[str, str]:

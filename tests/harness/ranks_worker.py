@@ -94,23 +94,29 @@ def _kill_the_last() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def place(root: Path, zero: str) -> Path:
+    """The folder of the artifacts of trainings under a stage of ZeRO, which are the same artifacts under another."""
+    return root if zero == "-" else root / zero
+
+
 def main(experiment: str, root: Path, *jobs: str) -> None:
     """Each job is ZERO:ROW, ZERO:ROW:interrupt:STEP (all ranks fail after that step, then start again) or
-    ZERO:ROW:kill:STEP (one rank is killed); ZERO may be -. Artifacts lie in `root`, and in `root/again`.
+    ZERO:ROW:kill:STEP (one rank is killed); ZERO may be -. Artifacts lie in `root` and `root/ZERO`, those of trainings
+    that start again in `root/again` and `root/again/ZERO`.
     """
     for job in jobs:
         zero, label, *fault = job.split(":")
         config = load(experiment, overrides=[] if zero == "-" else [f"training.deepspeed={zero}"])
         if not fault:
-            _, gradients = train(config, root, label)
+            _, gradients = train(config, place(root, zero), label)
             if distributed.is_main_process():
                 save_file(gradients, root / f"{zero}-{label}.safetensors")
             continue
         act = {"interrupt": _interrupt, "kill": _kill_the_last}[fault[0]]
         with suppress(Interrupted):
-            train(config, root / "again", label, {int(fault[1]): act})
+            train(config, place(root / "again", zero), label, {int(fault[1]): act})
         torch.distributed.barrier()  # the first rank has let the lock go
-        train(config, root / "again", label)
+        train(config, place(root / "again", zero), label)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.evaluation.lm_eval.tasks import Prepared
 from harness.evaluation.suite import Example, StoredAnswer, read_lines
 from harness.evaluation.vote import chosen_indices
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
 
 EXAMPLES = "examples.jsonl"
 
@@ -16,11 +19,13 @@ def scored_line(
     example: str,
     main_filter: Callable[[Sequence[str]], str],
     recorded_name: Callable[[str], str] = str,
+    end_tokens: Sequence[int] = (),
 ) -> dict[str, Any]:
     """The line that is stored of an example whose requests are answered, scored by the task's own code.
 
     `main_filter` picks, of the filters of the task, the one whose scores bear the plain name of their metric; those of
-    another filter are called METRIC,FILTER. `recorded_name` gives the name under which a metric is recorded.
+    another filter are called METRIC,FILTER. `recorded_name` gives the name under which a metric is recorded, and
+    `end_tokens` are the ids that end an answer.
     """
     from lm_eval.utils import hash_string
 
@@ -46,11 +51,22 @@ def scored_line(
         "question": question if isinstance(question, str) else None,
         "choices": plain(task.doc_to_choice(doc)) if task.config.doc_to_choice is not None else None,
         "target": plain(task.doc_to_target(doc)),
+        "generation": _settings(requests[0], end_tokens),
         "answer": [plain(r.resps[0] if len(r.resps) == 1 else r.resps) for r in requests],
         "filtered": {name: [plain(r.filtered_resps[name]) for r in requests] for name in filters},
         "scores": scores,
         "other_scores": others,
     }
+
+
+def _settings(request: "Instance", end_tokens: Sequence[int]) -> dict[str, Any] | None:
+    """How an answer was generated; None for a request that generates nothing.
+
+    These are all settings: what is not among them is transformers' own default, whatever the model's folder says.
+    """
+    if request.request_type != "generate_until":
+        return None
+    return {**plain(request.args[1]), "end_tokens": list(end_tokens)}
 
 
 def mean_metrics(prepared: Prepared) -> set[str]:

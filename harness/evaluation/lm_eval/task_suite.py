@@ -34,7 +34,7 @@ from harness.store.fingerprint import fingerprint
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-VERSION = 1
+VERSION = 2
 _DEFAULT_METRICS = {"multiple_choice": "acc", "loglikelihood": "acc", "generate_until": "exact_match"}
 _UNKNOWN_ROWS = 1000  # of a task whose rows are not on this machine, for estimates
 
@@ -167,7 +167,7 @@ class LmEvalSuite:
             f"{evaluated.label}-{task}",
             VERSION,
             {"model": evaluated.fingerprint, "task": self._sources[task].identity()},
-            {"limit": self.config.limit, "seed": self.config.seed, "dtype": evaluated.dtype},
+            {"limit": self.config.limit, "seed": self.config.seed, **evaluated.computing},
             {
                 "candidate": evaluated.label,
                 "batch_size": self.config.batch_size,
@@ -208,15 +208,16 @@ class LmEvalSuite:
             if not pending:
                 return
 
+            lm = evaluated.lm(batch_size=self.config.batch_size, seed=self.config.seed)
+
             def finished(key: tuple[str, str]) -> None:
                 task, example = key
-                append_line(
-                    folders[task] / EXAMPLES,
-                    scored_line(prepared[task], example, self.main_filter, partial(self.recorded_name, task)),
-                )
+                name = partial(self.recorded_name, task)
+                line = scored_line(prepared[task], example, self.main_filter, name, lm.end_tokens)
+                append_line(folders[task] / EXAMPLES, line)
                 advance(1)
 
-            answer_requests(evaluated.lm(batch_size=self.config.batch_size, seed=self.config.seed), pending, finished)
+            answer_requests(lm, pending, finished)
 
 
 def function_name(metric: str) -> str:

@@ -10,14 +10,15 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
+from harness.data.hub import dataset_commit, dataset_fingerprint, offline_unless_reachable
 from harness.evaluation.quiet import quietly
 from harness.store.fingerprint import file_sha256, fingerprint
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 FEWSHOT_SEED = 1234  # lm-eval's own default
 _FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}  # and what datasets calls them
 _TASK_LINE = re.compile(rb"""^["']?(task|group|tag)["']?:[ ]*["']?([^"'\s\[{#][^"'\n#]*?)["']?[ ]*\r?$""", re.M)
+
+_FUNCTION = re.compile(r'"(/[^"]+)\.\w+"')  # in a task's YAML: a module's path and a name in it
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,11 @@ class Source:
         return f"{self.config.get('dataset_path')} ({self.config.get('dataset_name') or 'default'})"
 
     @property
+    def revision(self) -> str:
+        """The revision of the data set: main unless the task's YAML names another."""
+        return str((self.config.get("dataset_kwargs") or {}).get("revision", "main"))
+
+    @property
     def names_own_files(self) -> bool:
         """True if the task's YAML names its data files itself."""
         return bool((self.config.get("dataset_kwargs") or {}).get("data_files"))
@@ -66,12 +74,11 @@ class Source:
         if absent := [path for path in self.files.values() if not path.is_file()]:
             data: Any = f"absent:{absent[0].name}"
         else:
-            data = {split: file_sha256(path) for split, path in self.files.items()} or f"hub:{self.hub}"
-        own = {} if self.yaml.is_relative_to(task_folder()) else {"definition": _definition(self)}
+            data = {split: file_sha256(path) for split, path in self.files.items()}
+            data = data or dataset_fingerprint(str(self.config.get("dataset_path")), self.revision)
         return {
-            **own,
             "task": self.name,
-            "version": str((self.config.get("metadata") or {}).get("version", "")),
+            "definition": _definition(self),
             "lm_eval": lm_eval_version(),
             "data": data,
             "num_fewshot": self.overrides.num_fewshot,
@@ -80,10 +87,14 @@ class Source:
 
 
 def _definition(source: Source) -> str:
-    """SHA-256 of a task of the user's own: its configuration with all includes, and the Python files beside it."""
+    """SHA-256 of a task: its configuration with all includes, the Python files beside it, and those it names."""
     folder = source.yaml.parent
-    config = json.dumps(source.config, sort_keys=True, default=str).replace(json.dumps(str(folder))[1:-1], "")
-    return fingerprint({"config": config, **{path.name: file_sha256(path) for path in sorted(folder.glob("*.py"))}})
+    config = json.dumps(source.config, sort_keys=True, default=str)
+    modules = {*folder.glob("*.py"), *(Path(f"{name}.py") for name in _FUNCTION.findall(config))}
+    code = sorted(file_sha256(path) for path in modules if path.is_file())
+    for place in (folder, task_folder()):
+        config = config.replace(json.dumps(str(place))[1:-1], "")
+    return fingerprint({"config": config, "code": code})
 
 
 @dataclass(frozen=True)
@@ -191,10 +202,10 @@ def load_rows(hub: str, configuration: str, split: str, path: Path | None) -> li
     """All rows of a split, from `path` or else the hub. Raises UserError when they cannot be had."""
     import datasets
 
-    with quietly(), offline_unless_reachable(path is not None):
+    with quietly(), nullcontext() if path else offline_unless_reachable():
         try:
             if path is None:
-                return list(datasets.load_dataset(hub, configuration, split=split))
+                return list(datasets.load_dataset(hub, configuration, split=split, revision=dataset_commit(hub)))
             return list(datasets.load_dataset(_FORMATS[path.suffix], data_files={split: str(path)}, split=split))
         except Exception as error:  # whatever datasets and its readers raise
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -237,6 +248,8 @@ def _include(source: Source) -> dict[str, Any]:
         for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
             if source.config.get(key) and source.config[key] not in source.files:
                 changed[key] = None
+    elif commit := dataset_commit(str(source.config.get("dataset_path")), source.revision):
+        changed["dataset_kwargs"] = {**(source.config.get("dataset_kwargs") or {}), "revision": commit}
     if source.overrides.num_fewshot is not None:
         changed["num_fewshot"] = source.overrides.num_fewshot
     if source.overrides.max_new_tokens is not None and source.config.get("output_type") == "generate_until":
@@ -265,7 +278,7 @@ def prepare(sources: Sequence[Source], limit: int | None) -> tuple[dict[str, Pre
         manager = TaskManager(include_defaults=False, include_path=[folder])
         for source in sources:
             try:
-                with offline_unless_reachable(bool(source.files)):
+                with nullcontext() if source.files else offline_unless_reachable():
                     prepared[source.name] = _prepared(source, manager.load([source.name])["tasks"][source.name], limit)
             except Exception as error:  # whatever a task's own code raises
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -299,33 +312,3 @@ def _prepared(source: Source, task: Any, limit: int | None) -> Prepared:
     for instance in task.instances:
         examples.setdefault(f"{instance.doc_id:05d}", []).append(instance)
     return Prepared(source, task, examples)
-
-
-@contextmanager
-def offline_unless_reachable(local: bool) -> Iterator[None]:
-    """Goes offline where the hub does not answer, so that each data set is looked up in the cache without waiting."""
-    import datasets
-    from huggingface_hub import constants
-
-    if local or constants.HF_HUB_OFFLINE or _hub_answers():
-        yield
-        return
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = False
-
-
-@cache
-def _hub_answers() -> bool:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        HfApi().dataset_info("EleutherAI/lambada_openai", timeout=5)
-    except HfHubHTTPError:
-        return True
-    except Exception:  # of whichever HTTP library the hub's client uses
-        return False
-    return True

@@ -6,13 +6,14 @@ another execute them. They are stored in the format of MultiPL-E's own tools.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
 from fusion.errors import UserError
+from harness.data.hub import dataset_fingerprint
 from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.evaluation.lm_eval.requests import answer_requests
 from harness.evaluation.lm_eval.tasks import load_rows, local_split
@@ -99,7 +100,18 @@ class MultiplE:
         return dict.fromkeys(self._languages, "passed")
 
     def identity(self) -> dict[str, Any]:
-        return {"version": VERSION, "data": {language: self._data(language) for language in self._languages}}
+        return {
+            "version": VERSION,
+            "data": {language: self._data(language) for language in self._languages},
+            "toolchains": self._verdict_keys,
+        }
+
+    @cached_property
+    def _verdict_keys(self) -> dict[str, str | None]:
+        """By language, what verdicts depend on beside programs (see `verdict_keys`); empty where none is executed."""
+        from harness.evaluation.multipl_e.execute import verdict_keys
+
+        return verdict_keys(self._languages, unsafe=not self.config.sandbox) if self.config.execute else {}
 
     @classmethod
     def answers(cls, folder: Path, metric: str) -> Iterator[StoredAnswer]:
@@ -151,7 +163,7 @@ class MultiplE:
         from harness.evaluation.multipl_e.execute import VERSION as executing
 
         samples = self._spec(evaluated, language)
-        params = {"sandbox": self.config.sandbox}
+        params = {"toolchain": self._verdict_keys[language]}
         info = {"candidate": evaluated.label}
         return Spec(self.name, samples.label, executing, {"samples": samples.fingerprint}, params, info)
 
@@ -203,7 +215,7 @@ class MultiplE:
                 "limit": config.limit,
                 "samples": config.n,
                 "max_new_tokens": config.max_new_tokens,
-                "dtype": evaluated.dtype,
+                **evaluated.computing,
                 **sampling,
             },
             {"candidate": evaluated.label, "batch_size": config.batch_size, "batch_tokens": evaluated.batch_tokens},
@@ -220,7 +232,8 @@ class MultiplE:
 
     def _data(self, language: str) -> str:
         path = self._file(language)
-        return file_sha256(path) if path else f"hub:{' '.join(self._place(language))}"
+        name, *part = self._place(language)
+        return file_sha256(path) if path else f"{dataset_fingerprint(name)}:{':'.join(part)}"
 
     def problems(self, language: str) -> list[dict[str, Any]]:
         """The problems of a language: name, prompt, tests, stop_tokens. Raises UserError where they are unavailable."""
@@ -292,8 +305,6 @@ class MultiplE:
         kwargs = {
             "until": problem["stop_tokens"],
             "max_gen_toks": self.config.max_new_tokens,
-            # Whatever the checkpoint's generation_config.json says: the protocol knows no penalty.
-            "repetition_penalty": 1.0,
             "do_sample": False,
         }
         if not self.config.greedy:

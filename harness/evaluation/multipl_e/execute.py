@@ -9,7 +9,7 @@ import os
 import queue
 import secrets
 import time
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from typing import Any
 from fusion.errors import UserError
 from harness.evaluation.multipl_e.generations import Problem, json_lines, read_generations
 from harness.evaluation.multipl_e.languages import LANGUAGES, language_of, nonce_line
-from harness.evaluation.multipl_e.toolchains import Toolchain, available
+from harness.evaluation.multipl_e.toolchains import Toolchain, available, locate
 from harness.evaluation.sandbox import Limits, Sandbox, refusal
 from harness.runtime.progress import notify, track
 from harness.store.files import whole_lines, write_atomically
@@ -165,6 +165,22 @@ def _identity(toolchain: Toolchain, limits: Limits, unsafe: bool) -> str:
     """Everything beside the program on which a verdict may depend."""
     bounds = f"{limits.cpu} s of processor, {limits.wall:g} s, {limits.memory >> 20} MiB, {limits.processes} processes"
     return f"{toolchain.version}; {bounds}{'; no sandbox' if unsafe else ''}; version {VERSION}"
+
+
+def verdict_keys(names: Sequence[str], *, unsafe: bool = False) -> dict[str, str | None]:
+    """By language, everything beside the program on which a verdict may depend, as the key of results holds it.
+
+    None for a language whose toolchain is not on this machine. Nothing is prepared.
+    """
+
+    def key(name: str) -> str | None:
+        try:
+            return _identity(locate(name), Limits(), unsafe)
+        except UserError:
+            return None
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return dict(zip(names, pool.map(key, names), strict=True))
 
 
 def _run(toolchain: Toolchain, key: Key, tests: str, sandbox: Sandbox) -> dict[str, Any]:

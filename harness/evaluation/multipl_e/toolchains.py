@@ -25,6 +25,7 @@ from harness.store.paths import SOURCE
 JAVATUPLES = Path("/usr/share/java/javatuples.jar")
 TYPESCRIPT = ".toolchain"  # where `make toolchains` puts the compiler, below the checkout
 
+_NOT_PREPARED = Path()  # in place of the folder of what is prepared
 _HEADER = "#include<assert.h>\n#include<bits/stdc++.h>\n"  # what every C++ prompt begins with
 _JAVA_SAMPLE = """import java.util.*;
 import java.util.stream.*;
@@ -113,6 +114,11 @@ def find(name: str, cache: Path) -> Toolchain:
     return _FINDERS[name](LANGUAGES[name], cache)
 
 
+def locate(name: str) -> Toolchain:
+    """As `find`, without preparing anything: it tells the version, and programs cannot be run by it."""
+    return _FINDERS[name](LANGUAGES[name], _NOT_PREPARED)
+
+
 def available(
     names: Sequence[str], cache: Path, *, unsafe: bool = False
 ) -> tuple[dict[str, Toolchain], dict[str, str]]:
@@ -163,6 +169,8 @@ def _prepared(language: Language, cache: Path, version: str, make: Callable[[Pat
     """A folder that is made once for a version of a toolchain, beside its place, and renamed when complete."""
     from filelock import FileLock
 
+    if cache is _NOT_PREPARED:
+        return cache
     key = hashlib.sha256(f"{version}\n{_SAMPLES[language.name]}".encode()).hexdigest()[:16]
     folder = cache.resolve() / f"{language.name}-{key}"
     cache.mkdir(parents=True, exist_ok=True)

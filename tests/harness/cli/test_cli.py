@@ -167,7 +167,7 @@ def test_another_run_makes_the_same_bytes(quickstart: Path, tmp_path: Path) -> N
         "runs/*/*/*/records/*.parquet": 6,
         "runs/*/*/*/table.*": 3,
         "artifacts/train/*/model/model.safetensors": 3,
-        "artifacts/train/*/curve.jsonl": 3,
+        "artifacts/curve/*/curve.jsonl": 3,
         "artifacts/predictions/*/shard-*.safetensors": 3,
         "artifacts/tiny/*/model/model.safetensors": 3,
         "artifacts/map/*/map.npy": 4,

@@ -27,7 +27,8 @@ def _said(rng: np.random.Generator, m: int, k: int, vocabulary: int) -> TopKPred
 
 def _written(path: Path, results: list[TopKPredictions], *, wide: bool, compression: Compression) -> Shard:
     ends = [LOSSY[: max(len(r.nats) - 1, 0)] for r in results]
-    write_shard(path, path.with_suffix(".beside"), results, ends, wide=wide, compression=compression)
+    tokens = [range(len(r.nats)) for r in results]
+    write_shard(path, path.with_suffix(".beside"), results, ends, tokens, wide=wide, compression=compression)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     return checked(path)
 
@@ -84,7 +85,8 @@ def test_a_real_position_takes_little(tmp_path: Path, source: str, wide: bool, p
         path = tmp_path / compression / "shard"
         path.parent.mkdir()
         ends = [np.cumsum(rng.integers(1, 8, len(p.nats) - 1)).astype(np.int32) for p in passages]
-        write_shard(path, path.with_suffix(".beside"), passages, ends, wide=wide, compression=compression)
+        tokens = [range(len(passage.nats)) for passage in passages]
+        write_shard(path, path.with_suffix(".beside"), passages, ends, tokens, wide=wide, compression=compression)
         sizes[compression] = (path.stat().st_size - 1000) / n  # less the file's header, which a whole shard shares
     assert position_bytes(10, 2**18 if wide else 2**15) == plain
     assert sizes["none"] <= plain and sizes["zstd"] <= packed

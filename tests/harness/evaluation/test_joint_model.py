@@ -10,10 +10,10 @@ from baselines.method import Candidate, Ensemble, Member
 from fusion.errors import UserError
 from harness.config.loading import load
 from harness.config.validation import method_parameters, suite_config
+from harness.data import hub
 from harness.data.corpus import Document
 from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.evaluation.joint_model import JointModel, make_joint_model
-from harness.evaluation.lm_eval import tasks
 from harness.evaluation.perplexity import PerplexityConfig, measure_documents
 from harness.evaluation.suite import SUITES, SuiteResult
 from harness.evaluation.vote import chosen_indices, voted
@@ -61,7 +61,7 @@ def _widened(model: Path, folder: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "_hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "_answers", lambda: False)
 
 
 def evaluated(folder: Path, root: Path, label: str | None = None) -> EvaluatedModel:

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from fusion.errors import UserError
+from harness.data import hub
 from harness.evaluation import standalone
-from harness.evaluation.lm_eval import tasks
 from harness.evaluation.suite import SUITES
 from results.metrics import measure
 from tests.harness.command import answer
@@ -32,7 +32,7 @@ def scored(doc, results):
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "_hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "_answers", lambda: False)
 
 
 @pytest.fixture

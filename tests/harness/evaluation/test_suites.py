@@ -12,6 +12,7 @@ import yaml
 
 from fusion.errors import UserError
 from harness.config.validation import suite_config
+from harness.data import hub
 from harness.evaluation import evaluated_model, standalone
 from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.evaluation.lm_eval import task_suite, tasks
@@ -53,7 +54,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "_hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "_answers", lambda: False)
 
 
 def evaluated(folder: Path, root: Path) -> EvaluatedModel:

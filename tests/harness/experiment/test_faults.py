@@ -385,7 +385,9 @@ def test_a_damaged_checkpoint_is_not_continued(
         for damage in DAMAGE if path.name != "complete" else DAMAGE[:2]:
             damage(path, generator)
             with pytest.raises(UserError, match=rf"{path.name} is damaged.*remove .*checkpoint-4"):
-                run.run(config, tmp_path) if path.name == "optimizer.pt" else trainer.last_checkpoint(last.parent)
+                run.run(config, tmp_path) if path.name == "optimizer.pt" else trainer.last_checkpoint(
+                    last.parent, trainer.layout_of(config.training)
+                )
             path.write_bytes(whole)
     shutil.rmtree(last)  # what the sentence advises
     run.run(config, tmp_path)

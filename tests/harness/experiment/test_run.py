@@ -100,7 +100,7 @@ def test_plan_knows_what_is_there(finished: tuple[Config, Path, Path], tmp_path:
     other = config.model_copy(deep=True)
     other.methods["FuseLLM"]["lambda"] = 0.7
     todo = [p.spec for p in plan(other, root) if p.state == "missing"]
-    assert sorted(s.kind for s in todo) == ["perplexity", "train"]
+    assert sorted(s.kind for s in todo) == ["curve", "perplexity", "train"]
 
 
 def test_lambda_one_is_clm(finished: tuple[Config, Path, Path], experiment_file: Path) -> None:
@@ -226,7 +226,9 @@ def test_a_resumed_training_is_bit_identical(
     for trained in (tmp_path / "artifacts" / "train").glob("*-seed0-*"):
         twin = root / "artifacts" / "train" / trained.name
         assert _bytes(trained) == _bytes(twin), trained.name
-        assert (trained / "curve.jsonl").read_bytes() == (twin / "curve.jsonl").read_bytes()
+    for curve in (tmp_path / "artifacts" / "curve").glob("*-seed0-*"):
+        twin = root / "artifacts" / "curve" / curve.name
+        assert (curve / "curve.jsonl").read_bytes() == (twin / "curve.jsonl").read_bytes()
 
 
 def test_changed_bytes_are_refused_by_name(finished: tuple[Config, Path, Path], tmp_path: Path) -> None:
@@ -311,7 +313,7 @@ def test_a_head_that_cannot_be_fused_is_trained_all_the_same(
 def test_every_manifest_tells_how_it_was_made(finished: tuple[Config, Path, Path]) -> None:
     config, root, _ = finished
     manifests = [json.loads(p.read_text()) for p in (root / "artifacts").glob("*/*/manifest.json")]
-    assert {m["kind"] for m in manifests} == {"passages", "predictions", "map", "train", "perplexity"}
+    assert {m["kind"] for m in manifests} == {"passages", "predictions", "map", "train", "curve", "perplexity"}
     for manifest in manifests:
         assert manifest["info"]["configuration"]["training"] == config.model_dump(mode="json")["training"]
         assert manifest["command"] and manifest["libraries"]["torch"] and manifest["files"]

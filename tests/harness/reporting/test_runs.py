@@ -124,6 +124,34 @@ def test_out_gets_every_format_and_the_figure_the_same_each_time(tmp_path: Path)
     assert (tmp_path / "one" / "table2.md").read_text() == render(found.by_name["table2"], "md")
 
 
+def test_a_damaged_run_is_named_and_the_others_have_their_tables(tmp_path: Path) -> None:
+    finished(tmp_path, "table2", commonsense())
+    older = finished(tmp_path, "main", main(), finished=3)
+    newer = finished(tmp_path, "main", main(), finished=7)
+    (finished(tmp_path, "mine", main()) / "records" / "all.parquet").write_bytes(b"torn")
+    root = ["--root", str(tmp_path)]
+
+    status, printed, said = answer("tables", "--format", "csv", *root)
+    assert status == 0 and "FuseLLM" in printed
+    assert "mine is left out: " in said and "all.parquet does not match its SHA-256" in said
+    status, _, said = answer("tables", "mine", *root)
+    assert status == 2 and "all.parquet does not match" in said
+
+    (newer / RUN_FILE).write_text("{")
+    status, printed, said = answer("run", "list", "--format", "json", *root)
+    assert status == 0 and len(json.loads(printed)) == 3
+    assert "".join(f"A run is left out: {newer / RUN_FILE} is damaged".split()) in "".join(said.split())
+    assert runs.find_run(tmp_path, "main", None) == older
+
+
+def test_a_report_of_all_runs_leaves_a_damaged_one_out(tmp_path: Path) -> None:
+    finished(tmp_path, "main", main())
+    (finished(tmp_path, "mine", main()) / "records" / "all.parquet").write_bytes(b"torn")
+    status, printed, said = answer("report", "--out", str(tmp_path / "out"), "--root", str(tmp_path))
+    assert status == 0 and "about main" in Path(printed.strip()).read_text()
+    assert "A run is left out: " in said
+
+
 def test_the_command_prints_and_writes(tmp_path: Path) -> None:
     finished(tmp_path, "table2", commonsense())
     root = ["--root", str(tmp_path)]

@@ -28,8 +28,10 @@ from harness.config.loading import load
 from harness.runtime import distributed
 from harness.stages.sharding import zero_config
 from harness.stages.trainer import FusionTrainer, Order
+from harness.stages.training_log import read_curve
 from harness.store.artifacts import Spec, Store
 from tests.harness import ranks_worker
+from tests.harness.ranks_worker import place
 from tests.harness.tiny_models import save_model
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -85,8 +87,9 @@ def together(experiment_file: Path, alone: Path, tmp_path_factory: pytest.TempPa
     """The same by two ranks."""
     root = tmp_path_factory.mktemp("together")
     for kind in ("passages", "predictions", "map"):
-        shutil.copytree(alone / "artifacts" / kind, root / "artifacts" / kind)
-        shutil.copytree(alone / "artifacts" / kind, root / "again" / "artifacts" / kind)
+        for zero in ("-", "zero1", "zero2", "zero3"):
+            for folder in (root, root / "again"):
+                shutil.copytree(alone / "artifacts" / kind, place(folder, zero) / "artifacts" / kind)
     jobs = [f"{zero}:{row}" for zero in ("zero1", "zero2", "zero3", "-") for row in ("CLM", "FuseLLM")]
     jobs += [f"{zero}:{row}" for zero in ("zero3", "-") for row in BESIDE]
     launch("-m", "tests.harness.ranks_worker", experiment_file, root, *jobs, "zero2:FuseLLM:interrupt:7")
@@ -95,17 +98,15 @@ def together(experiment_file: Path, alone: Path, tmp_path_factory: pytest.TempPa
 
 def trained(root: Path, row: str, zero: str = "-") -> Path:
     """The training's artifact."""
-    (found,) = (
-        path
-        for path in (root / "artifacts" / "train").glob(f"{row}-seed0-*")
-        if _stage(path) == (None if zero == "-" else int(zero[-1]))
-    )
+    (found,) = (place(root, zero) / "artifacts" / "train").glob(f"{row}-seed0-*")
+    assert json.loads((found / "manifest.json").read_text())["info"]["settings"]["deepspeed"] in (zero, None)
     return found
 
 
-def _stage(path: Path) -> int | None:
-    zero = json.loads((path / "manifest.json").read_text())["params"]["deepspeed"]
-    return zero and int(zero["zero_optimization"]["stage"])
+def curve(root: Path, row: str, zero: str = "-") -> list[dict[str, Any]]:
+    """The points of the training's held-out curve."""
+    (found,) = (place(root, zero) / "artifacts" / "curve").glob(f"{row}-seed0-*")
+    return read_curve(found)
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -141,10 +142,7 @@ def test_two_ranks_train_as_one(alone: Path, together: Path, row: str, zero: str
 @pytest.mark.slow
 def test_the_curve_is_measured_as_alone(alone: Path, together: Path) -> None:
     for zero in ("-", "zero3"):
-        lines = [
-            [json.loads(line) for line in (path / "curve.jsonl").read_text().splitlines()]
-            for path in (trained(alone, "FuseLLM"), trained(together, "FuseLLM", zero))
-        ]
+        lines = [curve(alone, "FuseLLM"), curve(together, "FuseLLM", zero)]
         assert [(p["step"], p["tokens"]) for p in lines[0]] == [(p["step"], p["tokens"]) for p in lines[1]]
         for one, two in zip(*lines, strict=True):
             assert [r["nats"] for r in two["records"]] == pytest.approx([r["nats"] for r in one["records"]], rel=1e-3)
@@ -325,6 +323,7 @@ def test_shipped_configurations_are_of_their_stage(name: str) -> None:
         ({"fp16": {"enabled": True}}, "has its own fp16"),
         ({"train_batch_size": 32}, "sets train_batch_size"),
         ({"bf16": {"enabled": True}}, "sets bf16"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "sets data_types"),
     ],
 )
 def test_configurations_that_do_not_hold_are_refused(written: Any, sentence: str, tmp_path: Path) -> None:
