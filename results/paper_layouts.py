@@ -14,7 +14,7 @@ from results.layout import Cell, Column, Part
 from results.metrics import measure
 from results.paper_numbers import AVERAGE, Published, load
 from results.table import Table
-from results.tables import Comparison, Reason, compare, sentences, transposed
+from results.tables import Comparison, Reason, compare, sentences, transposed, untested_rows
 
 TARGET, SOURCE, TEACHER = "{target}", "{source}", "{teacher}"
 
@@ -143,6 +143,8 @@ def comparison(
 ) -> Table:
     """The table of the paper called `name` from our records; every method is compared with `reference`, paired.
 
+    Models as they are (`roles`) are not tested, unless there is nothing else.
+
     records: of one experiment and profile. methods: the run's row labels in order. roles: the row labels of the models
     as they are, by role: target, teacher, and each source. with_paper: the published values stand beside ours where
     both exist. command: what would run what is missing; reasons: why it is, where that is known. Raises UserError for
@@ -154,7 +156,9 @@ def comparison(
     rows = _rows(layout, published, methods, roles)
     labels = list(dict.fromkeys(row.label for row in rows))
     final = records[records["tokens"].isna() & records["method"].isin(labels)]
-    compared = compare(final, labels, _columns(layout, final, with_paper), reference, reasons=reasons)
+    untested = untested_rows(methods, roles.values(), reference)
+    columns = _columns(layout, final, with_paper)
+    compared = compare(final, labels, columns, reference, reasons=reasons, untested=untested)
     own = dict(zip(labels, compared.cells, strict=True))
     target = own[roles["target"]] if roles.get("target") in own else (Cell(None),) * len(compared.columns)
     comparable = [with_paper and _same_tasks(column, published, layout) for column in compared.columns]

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from results.errors import UserError
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 NO_SEED = -1  # of a method without a seed, such as a model as it is
 _VERSION_KEY = b"fusellm.records.schema"
 
@@ -35,12 +35,13 @@ _SCHEMA = pa.schema(
         pa.field("numerator", pa.float64(), nullable=False),
         pa.field("denominator", pa.float64(), nullable=False),
         pa.field("weight", pa.float64(), nullable=False),
+        pa.field("cluster", pa.string(), nullable=False),
     ],
     metadata={_VERSION_KEY: SCHEMA_VERSION.encode()},
 )
 COLUMNS = tuple(_SCHEMA.names)
 VALUES = ("numerator", "denominator", "weight")
-KEY = tuple(name for name in COLUMNS if name not in VALUES)
+KEY = tuple(name for name in COLUMNS if name not in (*VALUES, "cluster"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,8 @@ class Record:
     `perplexity`; example is a document's id or SHA-256. The metric says what numerator / denominator is
     (`bits_per_byte`: nats and bytes; a score: points and the most there are; `passed`: samples of a problem that pass,
     and all of them). tokens counts the training tokens seen when it was measured along a training
-    run, and is None for the final evaluation.
+    run, and is None for the final evaluation. cluster names what the example shares with others, of any task, that
+    therefore do not vary independently: the passage that it asks about, the problem that it translates; '' for nothing.
     """
 
     experiment: str
@@ -66,6 +68,7 @@ class Record:
     denominator: float
     weight: float = 1.0
     tokens: int | None = None
+    cluster: str = ""
 
 
 def write(path: Path | str, records: Iterable[Record], provenance: Mapping[str, object] | None = None) -> None:
@@ -191,13 +194,18 @@ def _settle(frame: pd.DataFrame) -> pd.DataFrame:
     key = list(KEY)
     # Sorted, so that sums over the records (and so every printed digit) do not depend on the order of files.
     frame = frame.sort_values([*key, "evaluation"], kind="stable", ignore_index=True)
-    frame = frame.drop_duplicates([*key, *VALUES], keep="last", ignore_index=True)  # a copy may lack its provenance
+    frame = frame.drop_duplicates(
+        [*key, *VALUES, "cluster"], keep="last", ignore_index=True
+    )  # a copy may lack its provenance
     again = frame.duplicated(key, keep=False)
     if again.any():
         named = frame[again].sort_values([*key, "file"])
         first, second = named.iloc[0], named.iloc[1]
         where = f"{first['file']} twice" if first["file"] == second["file"] else f"{first['file']} and {second['file']}"
-        values = " against ".join(f"{one['numerator']:.17g} / {one['denominator']:.17g}" for one in (first, second))
+        values = " against ".join(
+            f"{one['numerator']:.17g} / {one['denominator']:.17g}{one['cluster'] and ', cluster ' + one['cluster']}"
+            for one in (first, second)
+        )
         raise UserError(f"records disagree about {_name(first)}: {values}, in {where}; remove the wrong one")
     return frame.drop(columns="file")
 

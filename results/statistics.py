@@ -1,7 +1,8 @@
 """Estimates from records: ratio of sums within a task, unweighted mean over tasks, intervals and paired tests.
 
-An interval speaks about other examples of the same kind for these very checkpoints; what another seed would give is
-the spread. So does a test, unless five seeds or more let it speak about the method.
+Examples that share a context (records name it as their cluster) count as one for intervals and tests. An interval
+speaks about other examples of the same kind for these very checkpoints; what another seed would give is the spread. So
+does a test, unless five seeds or more let it speak about the method.
 """
 
 import math
@@ -14,14 +15,22 @@ import numpy as np
 import pandas as pd
 from scipy.special import ndtri
 
-from results.bootstrap import RESAMPLES, Ratio, Resamples, studentised
+from results.bootstrap import (
+    RESAMPLES,
+    Ratio,
+    Resamples,
+    SharedRatios,
+    p_value,
+    strata,
+    studentised,
+)
 from results.bootstrap import resample as resample_ratios
 from results.errors import UserError
 from results.layout import Part
 from results.metrics import Metric, measure
 from results.records import NO_SEED
 
-MIN_UNITS = 20  # fewer examples give no interval and no test
+MIN_UNITS = 20  # fewer clusters give no interval and no test
 MIN_UNLIKE = 6  # of scores: if fewer differ from the rest, even all of them in one direction show nothing (sign test)
 MIN_SEEDS = 5  # fewer say nothing about a method
 CONFIDENCE = 0.95
@@ -43,6 +52,7 @@ class Units:
     numerator: np.ndarray  # float64[S, N], such as nats
     denominator: np.ndarray  # float64[N], such as bytes
     weight: np.ndarray  # float64[N]
+    clusters: tuple[str, ...] = ()  # N names; examples of one name, in any task, share a context. '' (or empty): none
     against: str | None = None
     resamples: Resamples | None = None  # None below MIN_UNITS
 
@@ -63,13 +73,27 @@ class Units:
 
     @cached_property
     def ratio(self) -> Ratio:
-        """The mean over seeds, for the bootstrap."""
-        return Ratio(self.task, self.weight * self.numerator.mean(axis=0), self.weight * self.denominator)
+        """The mean over seeds, summed over the examples of each cluster, for the bootstrap."""
+        top, bottom = self.weight * self.numerator.mean(axis=0), self.weight * self.denominator
+        if not any(self.clusters):
+            return Ratio(self.task, top, bottom)
+        own = (f"{self.part.suite}/{self.task}/{example}" for example in self.examples)
+        names, index = np.unique(
+            [name or alone for name, alone in zip(self.clusters, own, strict=True)], return_inverse=True
+        )
+        return Ratio(self.task, np.bincount(index, top), np.bincount(index, bottom), tuple(map(str, names)))
+
+    @property
+    def n_clusters(self) -> int:
+        """What counts as the number of independent examples."""
+        return self.ratio.size
 
     @cached_property
     def right_or_wrong(self) -> bool:
-        """Whether every example is right or wrong and counts alike; in a contrast: won, lost or neither."""
+        """Whether examples are independent, right or wrong, and count alike; in a contrast: won, lost or neither."""
         if self.metric.bounds is None or len(self.seeds) > 1 or (self.weight != self.weight[0]).any():
+            return False
+        if self.n_clusters < len(self.examples):
             return False
         return bool(np.isin(self.numerator, (-1, 0, 1) if self.against else (0, 1)).all())
 
@@ -78,10 +102,10 @@ class Units:
 class Estimate:
     """A value, or a difference, over one task or the unweighted mean over several.
 
-    interval is None below MIN_UNITS examples in any of the tasks, and where fewer than MIN_UNLIKE scores differ from
-    the rest. spread is the standard deviation over seeds (None below two). n counts the examples of all tasks. p, of a
-    difference only, is that of a paired test that it is zero; it is `general` where that counts seeds as well as
-    examples.
+    interval is None below MIN_UNITS clusters in any of the tasks, and where fewer than MIN_UNLIKE of them score unlike
+    the rest (in a difference: differ at all). spread is the standard deviation over seeds (None below two). n counts
+    the examples of all tasks. p, of a difference only, is that of a paired test that it is zero; it is `general` where
+    that counts seeds as well as examples.
     """
 
     value: float
@@ -107,7 +131,7 @@ def group(records: pd.DataFrame) -> dict[tuple[str, Part], Units]:
     if records.empty:
         return {}
     ordered = records.sort_values("example", kind="stable")
-    examples = ordered["example"].to_numpy(object)
+    examples, clusters = (ordered[name].to_numpy(object) for name in ("example", "cluster"))
     numerators, denominators, weights = (
         ordered[name].to_numpy("float64") for name in ("numerator", "denominator", "weight")
     )
@@ -119,7 +143,8 @@ def group(records: pd.DataFrame) -> dict[tuple[str, Part], Units]:
     for (method, suite, task, name, seed), index in sorted(rows.items()):
         part, metric = Part(suite, task, name), measure(name)
         top, bottom = metric.examples(numerators[index], denominators[index])
-        units = Units(method, part, metric, tuple(examples[index]), (int(seed),), top[None], bottom, weights[index])
+        ids, of_clusters = tuple(examples[index]), tuple(clusters[index])
+        units = Units(method, part, metric, ids, (int(seed),), top[None], bottom, weights[index], of_clusters)
         by_seed.setdefault((method, part), []).append(units)
     return {key: _join_seeds(one_seed) for key, one_seed in by_seed.items()}
 
@@ -143,6 +168,8 @@ def check_same_examples(a: Units, b: Units) -> None:
             f"{names[0]} and {names[1]} were not measured on the same examples of {a.task}: {len(a.examples)} and "
             f"{len(b.examples)}, {len(apart)} of them on one side only, such as {apart[0]!r}; evaluate both on the same"
         )
+    if a.clusters != b.clusters:
+        raise UserError(f"{names[0]} and {names[1]} disagree about what examples of {a.task} share; evaluate both anew")
     differ = np.flatnonzero((a.denominator != b.denominator) | (a.weight != b.weight))
     if differ.size:
         index = int(differ[0])
@@ -174,8 +201,8 @@ def contrast(a: Units, b: Units) -> Units:
 
 
 def resample(units: Mapping[K, Units]) -> dict[K, Units]:
-    """The same units, those with enough examples with their resamples."""
-    drawn = resample_ratios({key: task.ratio for key, task in units.items() if len(task.examples) >= MIN_UNITS})
+    """The same units, those with enough clusters with their resamples."""
+    drawn = resample_ratios({key: task.ratio for key, task in units.items() if task.n_clusters >= MIN_UNITS})
     return {key: replace(task, resamples=drawn.get(key)) for key, task in units.items()}
 
 
@@ -183,8 +210,8 @@ def estimate(tasks: Sequence[Units]) -> Estimate:
     """One method's value, or one contrast, over `tasks` (unweighted mean).
 
     The interval is Wilson's for right and wrong answers of one task, Bonett and Price's for their difference, else
-    from the studentised bootstrap over examples within tasks. A difference is tested by McNemar's test, else by the
-    same bootstrap. Raises UserError where the seeds differ between tasks.
+    from the studentised bootstrap over clusters. A difference is tested by McNemar's test, else by the same bootstrap.
+    Raises UserError where the seeds differ between tasks.
     """
     seeds = tasks[0].seeds
     for task in tasks:
@@ -212,21 +239,20 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def _inferred(tasks: Sequence[Units], value: float) -> tuple[tuple[float, float] | None, float | None]:
-    """The interval, and the p-value of a contrast, over examples."""
-    if min(len(task.examples) for task in tasks) < MIN_UNITS:
+    """The interval, and the p-value of a contrast, over clusters."""
+    if min(task.n_clusters for task in tasks) < MIN_UNITS:
         return None, None
     first = tasks[0]
     contrast = first.against is not None
     if len(tasks) == 1 and first.right_or_wrong:
         low, high, p = _paired_proportions(first) if contrast else _proportion(first)
     else:
-        resamples = [task.resamples for task in tasks if task.resamples is not None]
-        if len(resamples) < len(tasks):
+        if any(task.resamples is None for task in tasks):
             return None, None
-        if first.metric.bounds and sum(task.ratio.unlike for task in tasks) < MIN_UNLIKE:
+        parts = strata([task.ratio for task in tasks])
+        if first.metric.bounds and sum(part.unequal if contrast else part.unlike for part in parts) < MIN_UNLIKE:
             return None, 1.0 if contrast else None
-        error, off = studentised([task.ratio for task in tasks], resamples)
-        low, high, p = _bootstrapped(value, error * first.metric.scale, off)
+        low, high, p = _bootstrapped(tasks, parts, value)
     if first.metric.bounds:
         least, most = first.metric.bounds
         low, high = max(low, least - most if contrast else least), min(high, most)
@@ -251,14 +277,22 @@ def _paired_proportions(units: Units) -> tuple[float, float, float]:
     return (middle - half) * units.metric.scale, (middle + half) * units.metric.scale, p
 
 
-def _bootstrapped(value: float, error: float, off: np.ndarray) -> tuple[float, float, float]:
-    """The symmetric interval and the p-value that agrees with it: below 5 % just where the interval leaves out 0."""
-    if not off.size:
-        return value, value, 1.0 if value == 0 else 1 / (RESAMPLES + 1)
+def _bootstrapped(
+    tasks: Sequence[Units], parts: Sequence[Ratio | SharedRatios], value: float
+) -> tuple[float, float, float]:
+    """The symmetric interval, and the p-value that agrees with it: below 5 % just where the interval leaves out 0.
+
+    parts: the strata of the tasks.
+    """
+    own = {id(task.ratio): task.resamples for task in tasks}
+    resamples = [part.resamples if isinstance(part, SharedRatios) else own[id(part)] for part in parts]
+    error, off = studentised(parts, [one for one in resamples if one is not None], len(tasks))
+    if not off.size:  # all clusters are alike: a sign test
+        return value, value, 1.0 if value == 0 else 2.0 ** (1 - sum(part.size for part in parts))
+    error *= tasks[0].metric.scale
     rank = int((1 - CONFIDENCE) * (RESAMPLES + 1))
     half = float(np.partition(off, RESAMPLES - rank)[RESAMPLES - rank]) * error
-    p = (1 + int((off >= abs(value) / error).sum())) / (RESAMPLES + 1)
-    return value - half, value + half, p
+    return value - half, value + half, p_value(abs(value) / error, off)
 
 
 def _over_seeds(tasks: Sequence[Units], per_seed: np.ndarray) -> float:
@@ -269,8 +303,9 @@ def _over_seeds(tasks: Sequence[Units], per_seed: np.ndarray) -> float:
     """
     from scipy.stats import ttest_1samp, ttest_ind_from_stats
 
-    metric, n = tasks[0].metric, min(len(task.examples) for task in tasks)
-    error = float(np.sqrt(sum(task.ratio.variance for task in tasks)) / len(tasks)) * metric.scale
+    metric, n = tasks[0].metric, min(task.n_clusters for task in tasks)
+    parts = strata([task.ratio for task in tasks])
+    error = float(np.sqrt(sum(part.variance for part in parts)) / len(tasks)) * metric.scale
     value, over_seeds = float(per_seed.mean()), float(per_seed.std(ddof=1))
     if error == over_seeds == 0:
         return 1.0

@@ -3,13 +3,14 @@
 What is missing stays missing and says why; nothing is filled in. The same records give the same table.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import pandas as pd
 
 from results import statistics
-from results.bootstrap import RESAMPLES
+from results.bootstrap import RESAMPLES, SharedRatios, strata
 from results.errors import UnknownName, UserError
 from results.layout import Cell, Column, Part, Verdict
 from results.metrics import Metric, measure, metric_of
@@ -22,6 +23,7 @@ from results.table import Table
 BANNERS = {"micro": "plumbing, not a result", "tiny": "plumbing, not a result"}
 WITH_INTERVAL = " with an interval"
 Reason = tuple[str, str, str]  # method, suite, task
+Family = Literal["average", "task"]
 
 
 def main_table(
@@ -34,6 +36,7 @@ def main_table(
     tasks: Sequence[str] | None = None,
     title: str | None = None,
     banner: str | None = None,
+    untested: Collection[str] = (),
 ) -> Table:
     """The final evaluation of the methods in `order` (the row labels), each compared with `reference`, paired.
 
@@ -59,6 +62,7 @@ def main_table(
         task="domain",
         title=title or f"{experiment}, profile {profile}: {kind.label}, {better} is better",
         banner=BANNERS.get(profile, "") if banner is None else banner,
+        untested=untested,
     )
 
 
@@ -73,13 +77,15 @@ def suite_table(
     task: str = "task",
     banner: str = "",
     reasons: Mapping[Reason, str] | None = None,
+    untested: Collection[str] = (),
 ) -> Table:
     """One suite: rows are the methods in `order`, columns the tasks of `metrics` (the metric of each) and the average.
 
     records: of one experiment and profile. The average is the unweighted mean, with an interval only where each task
-    has 20 examples; where some have not, a second average over those that have is given beside it. Averages are
+    has 20 clusters; where some have not, a second average over those that have is given beside it. Averages are
     compared with `reference`, paired; nothing is where that is None. task: what one is called. reasons: why something
-    is missing, where that is known. Raises UserError for wrong names and for rows not measured on the same data.
+    is missing, where that is known. untested: rows whose differences are shown and not tested. Raises UserError for
+    wrong names and for rows not measured on the same data.
     """
     if len(set(order)) < len(order):
         raise UserError(f"a row is asked for twice in {', '.join(order)}; name each method once")
@@ -88,7 +94,7 @@ def suite_table(
     wanted = [Column(f"{part.task} ({part.metric})" if several else part.task, (part,)) for part in parts]
     wanted.append(Column(AVERAGE, tuple(parts), compared=True))
     final = records[records["tokens"].isna() & records["method"].isin(list(order))]
-    compared = compare(final, order, wanted, reference, unit=f"{task}s", reasons=reasons)
+    compared = compare(final, order, wanted, reference, unit=f"{task}s", reasons=reasons, untested=untested)
     kind = measure(parts[0].metric)
     difference = (
         f"− {reference}: the method minus {reference}, paired over the same {kind.unit}s; "
@@ -109,11 +115,14 @@ def suite_table(
 
 @dataclass(frozen=True)
 class Comparison:
-    """The columns with their numbers of examples, the cells of all methods in them, and how many were to be tested."""
+    """The columns with their numbers of examples, the cells of all methods in them, and what was to be tested."""
 
     columns: tuple[Column, ...]
     cells: tuple[tuple[Cell, ...], ...]
-    comparisons: int
+    families: Mapping[Family, int]  # the number of comparisons that are corrected together
+    untested: tuple[str, ...] = ()  # rows that are compared, but not tested
+    clusters: Mapping[Part, tuple[int, int]] = field(default_factory=dict)  # examples and clusters, where these differ
+    sharing: tuple[str, ...] = ()  # tasks that have clusters in common with other tasks
 
 
 def compare(
@@ -124,12 +133,15 @@ def compare(
     *,
     unit: str = "tasks",
     reasons: Mapping[Reason, str] | None = None,
+    untested: Collection[str] = (),
 ) -> Comparison:
     """What `methods` reach in the `wanted` columns, compared with `reference` and tested (see `suite_table`).
 
     records: final ones of one experiment and profile. A column of several parts of which some have fewer than 20
-    examples, or none, is followed by one over those that have ("... of `unit` with an interval"). Raises UserError
-    for an unknown reference and for methods not measured on the same data.
+    clusters, or none, is followed by one over those that have ("... of `unit` with an interval"). Averages are one
+    family, single tasks another; each is corrected for its own number of comparisons (Holm). `untested` are rows that
+    are in neither, such as models as they are. Raises UserError for an unknown reference and for methods not measured
+    on the same data.
     """
     if reference is not None and reference not in methods:
         raise UnknownName("reference row", reference, methods)
@@ -137,13 +149,34 @@ def compare(
     measures = _Measures.of(records, methods, parts, reference, reasons or {})
     columns = [column for needed in wanted for column in measures.columns(needed, unit)]
     cells = {(method, j): measures.cell(method, column) for method in methods for j, column in enumerate(columns)}
-    # What is missing counts as a comparison that shows nothing, lest a lost file make another method better.
-    family = [at for at in cells if reference not in (None, at[0]) and measures.testable(columns[at[1]])]
-    values = [cells[at].p for at in family]
-    for at, p in zip(family, statistics.holm([1.0 if p is None else p for p in values]), strict=True):
-        cells[at] = _judged(cells[at], p, columns[at[1]])
-    rows = tuple(tuple(cells[method, j] for j in range(len(columns))) for method in methods)
-    return Comparison(tuple(columns), rows, len(family))
+    tested = [method for method in methods if reference not in (None, method) and method not in untested]
+    cells |= {at: replace(cell, p=None, general=False) for at, cell in cells.items() if at[0] not in tested}
+    families: dict[Family, list[tuple[str, int]]] = {"average": [], "task": []}
+    for j, column in enumerate(columns):
+        if measures.testable(column):
+            families["average" if len(column.parts) > 1 else "task"] += [(method, j) for method in tested]
+    for family in families.values():
+        # What is missing counts as a comparison that shows nothing, lest a lost file make another method better.
+        values = [1.0 if (p := cells[at].p) is None else p for at in family]
+        for at, p in zip(family, statistics.holm(values), strict=True):
+            cells[at] = _judged(cells[at], p, columns[at[1]])
+    return Comparison(
+        tuple(columns),
+        tuple(tuple(cells[method, j] for j in range(len(columns))) for method in methods),
+        {family: len(members) for family, members in families.items() if members},
+        tuple(method for method in methods if method in untested and method != reference),
+        *measures.clusters(),
+    )
+
+
+def untested_rows(methods: Sequence[str], as_they_are: Collection[str], reference: str | None) -> tuple[str, ...]:
+    """Those of `methods` that are models as they are: shown beside the rows that an experiment makes, not tested.
+
+    Where no other rows are to be compared with the reference the models are what is asked about, and are tested.
+    """
+    compared = [method for method in methods if method != reference]
+    models = tuple(method for method in compared if method in as_they_are)
+    return models if len(models) < len(compared) else ()
 
 
 def _judged(cell: Cell, p: float, column: Column) -> Cell:
@@ -198,19 +231,27 @@ class _Measures:
 
     def columns(self, column: Column, unit: str) -> list[Column]:
         """The column with its number of examples, and the one after it over the parts that have enough of them."""
-        counts = {part: len(units.examples) for (_, part), units in self.units.items() if part in column.parts}
-        whole = len(counts) == len(column.parts) and bool(counts)
-        columns = [replace(column, n=sum(counts.values()) if whole else None)]
-        enough = tuple(part for part in column.parts if counts.get(part, 0) >= MIN_UNITS)
+        units = {part: one for (_, part), one in self.units.items() if part in column.parts}
+        whole = len(units) == len(column.parts) and bool(units)
+        columns = [replace(column, n=sum(len(one.examples) for one in units.values()) if whole else None)]
+        enough = tuple(part for part in column.parts if part in units and units[part].n_clusters >= MIN_UNITS)
         if len(column.parts) > 1 and enough and len(enough) < len(column.parts):
-            n = sum(counts[part] for part in enough)
+            n = sum(len(units[part].examples) for part in enough)
             columns.append(replace(column, label=f"{column.label} of {unit}{WITH_INTERVAL}", parts=enough, n=n))
         return columns
 
     def testable(self, column: Column) -> bool:
         """Whether its differences are to be tested, if none is missing."""
-        counts = {part: len(one.examples) for (_, part), one in self.units.items() if part in column.parts}
-        return column.compared and bool(column.parts) and all(n >= MIN_UNITS for n in counts.values())
+        enough = (one.n_clusters >= MIN_UNITS for (_, part), one in self.units.items() if part in column.parts)
+        return column.compared and bool(column.parts) and all(enough)
+
+    def clusters(self) -> tuple[dict[Part, tuple[int, int]], tuple[str, ...]]:
+        """Examples and clusters of the parts where these differ, and the tasks that share clusters with others."""
+        by_part = {part: one for (_, part), one in self.units.items()}
+        several = {part: (len(one.examples), one.n_clusters) for part, one in by_part.items()}
+        together = [one for one in strata([one.ratio for one in by_part.values()]) if isinstance(one, SharedRatios)]
+        sharing = dict.fromkeys(ratio.task for one in together for ratio in one.ratios)
+        return {part: counts for part, counts in several.items() if counts[0] > counts[1]}, tuple(sharing)
 
     def cell(self, method: str, column: Column) -> Cell:
         """The method's value, and its difference to the reference's; p is not yet corrected."""
@@ -303,16 +344,24 @@ def sentences(metric: Metric, reference: str | None, compared: Comparison, task:
         f"The average is the unweighted mean over {task}s; n counts {metric.unit}s.",
         f"[low, high]: {CONFIDENCE:.0%} interval over {metric.unit}s within {task}s ({_how(metric)}), about these "
         f"checkpoints only; none where a {task} has fewer than {MIN_UNITS} {metric.unit}s{alike}.",
+        *_about_clusters(metric, compared),
         *more,
     ]
-    if compared.comparisons:
+    if compared.families:
         about = "about these checkpoints only"
         if any(cell.general for cell in cells):
             about += f"; doubled where {MIN_SEEDS} seeds or more let it be said of the method"
+        counts = [
+            f"{n} comparisons of {'averages' if kind == 'average' else f'single {task}s'}"
+            for kind, n in compared.families.items()
+        ]
+        apart = ", each number by itself" if len(counts) > 1 else ""
         notes.append(
-            f"▲ better, ▼ worse than {reference}: {_test(metric)}, corrected for the {compared.comparisons} "
-            f"comparisons of this table (Holm, {1 - CONFIDENCE:.0%}), {about}."
+            f"▲ better, ▼ worse than {reference}: {_test(metric)}, corrected for {' and '.join(counts)} (Holm, "
+            f"{1 - CONFIDENCE:.0%}{apart}), {about}."
         )
+        if compared.untested:
+            notes.append(f"Shown and not tested, being models as they are: {', '.join(compared.untested)}.")
     notes.append("Bold: the best value, whether or not chance would do as well.")
     if any(cell.spread is not None for cell in cells):
         notes.append("±: standard deviation over seeds.")
@@ -324,12 +373,27 @@ def sentences(metric: Metric, reference: str | None, compared: Comparison, task:
     return notes
 
 
+def _about_clusters(metric: Metric, compared: Comparison) -> list[str]:
+    notes = []
+    if compared.clusters:
+        listed = ", ".join(f"{part.task} {n:,} in {m:,}" for part, (n, m) in compared.clusters.items())
+        notes.append(f"Of {metric.unit}s about the same text only the texts count as independent: {listed}.")
+    if compared.sharing:
+        notes.append(
+            f"{', '.join(compared.sharing)} have {metric.unit}s in common, which count once in the interval and test "
+            "of an average."
+        )
+    return notes
+
+
 def _how(metric: Metric) -> str:
     bootstrap = f"studentised bootstrap, {RESAMPLES:,} resamples"
-    return bootstrap if metric.bounds is None else f"Wilson's for one task and seed, else {bootstrap}"
+    if metric.bounds is None:
+        return bootstrap
+    return f"Wilson's for one task, one seed and independent {metric.unit}s, else {bootstrap}"
 
 
 def _test(metric: Metric) -> str:
     if metric.bounds is None:
         return "by a paired bootstrap test"
-    return "by McNemar's test for one task and seed, else by a paired bootstrap test"
+    return f"by McNemar's test for one task, one seed and independent {metric.unit}s, else by a paired bootstrap test"

@@ -31,7 +31,9 @@ class CorpusConfig(StrictModel):
     revision: str = Field("main", description="revision of the hub dataset; a commit hash pins the text")
     text_column: str = Field("text", description="column that holds the text")
     name_column: str | None = Field(
-        None, description="column that holds the document's name. Default: the document's number in the file"
+        None,
+        description="column that holds the document's name; documents of one name and domain are parts of one text, "
+        "which counts once in intervals and tests. Default: the document's number in the file",
     )
     domain_column: str | None = Field(
         None, description="column that holds the document's domain; a.b for the field b of the structure a"

@@ -1,5 +1,6 @@
 """The suite perplexity: nats and bytes of whole documents, from which bits per byte follow."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -152,9 +153,20 @@ class Perplexity(Suite):
         )
 
     def _examples(self, rows: Sequence[Mapping[str, Any]], tokens: int | None = None) -> Iterator[Example]:
+        metric, clusters = METRICS[self.config.mode], self._clusters
         for row in rows:
-            metric = METRICS[self.config.mode]
-            yield Example(row["domain"], row["example"], metric, row["nats"], row["bytes"], tokens)
+            cluster = clusters.get(row["example"], "")
+            yield Example(row["domain"], row["example"], metric, row["nats"], row["bytes"], tokens, cluster)
+
+    @cached_property
+    def _clusters(self) -> dict[str, str]:
+        """By SHA-256 of a document the name of the text of which it and others are parts.
+
+        Documents of one domain and name are parts of one text.
+        """
+        names = {one.sha256: f"{one.domain}/{one.name}" for one in self.documents if one.name}
+        times = Counter(names.values())
+        return {sha256: name for sha256, name in names.items() if times[name] > 1}
 
 
 def evaluation_spec(evaluated: EvaluatedModel, text: HeldOutText, config: PerplexityConfig) -> Spec:

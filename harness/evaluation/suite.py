@@ -9,9 +9,9 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fusion.errors import UserError, did_you_mean
 from fusion.registry import Registry
@@ -20,6 +20,7 @@ from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.store.artifacts import Estimate, Spec, Store
 from harness.store.costs import Costs
 from harness.store.files import whole_lines, write_atomically
+from harness.store.fingerprint import fingerprint
 
 NO_VOTE = "there is no answer to vote on"
 
@@ -28,6 +29,33 @@ class SuiteConfig(BaseModel):
     """Base of the configuration of every suite: unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class LimitedConfig(SuiteConfig):
+    """Base of the configuration of suites that may measure a part of their examples."""
+
+    limit: int | None = Field(None, gt=0, description="only LIMIT examples of each task. Default: all")
+    limit_by: Literal["first", "seed"] = Field(
+        "first", description="which examples LIMIT takes: the first rows, as lm-eval does, or rows drawn by `seed`"
+    )
+    seed: int = Field(0, ge=0, description="seed of what is drawn")
+
+    def taken(self, names: Sequence[str]) -> list[int]:
+        """The positions in `names` of the examples that are measured, in order.
+
+        A draw depends on seed and names alone, and a greater limit only adds to it.
+        """
+        positions = range(len(names))
+        if self.limit_by == "first" or self.limit is None:
+            return list(positions[: self.limit])
+        ranks = {name: fingerprint([self.seed, name]) for name in names}
+        return sorted(sorted(positions, key=lambda i: ranks[names[i]])[: self.limit])
+
+    def limit_identity(self) -> dict[str, Any]:
+        """What the choice of examples depends on, for an artifact's parameters."""
+        if self.limit is None or self.limit_by == "first":
+            return {"limit": self.limit}
+        return {"limit": self.limit, "limit_seed": self.seed}
 
 
 @dataclass(frozen=True)
@@ -41,6 +69,8 @@ class Example:
     denominator: float = 1.0
     tokens: int | None = None
     """Training tokens before the measurement; None for a finished candidate."""
+    cluster: str = ""
+    """What the example shares with others, which therefore do not vary independently; '' for nothing."""
 
 
 @dataclass(frozen=True)

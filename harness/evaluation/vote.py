@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import inf
 from typing import Any
 
 from harness.evaluation.suite import Example
@@ -18,7 +19,10 @@ def chosen_indices(line: Line) -> dict[str, Any]:
     acc: the choice with the greatest log-likelihood; acc_norm: with the greatest log-likelihood per character.
     """
     log_likelihoods = [answer[0] for answer in line["answer"][: len(line["choices"])]]
-    normalised = [p / max(len(choice), 1) for p, choice in zip(log_likelihoods, line["choices"], strict=True)]
+    # Without a character there is no mean: like lm-eval's, such a choice is never taken.
+    normalised = [
+        p / n if (n := len(choice)) else -inf for p, choice in zip(log_likelihoods, line["choices"], strict=True)
+    ]
     return {
         "acc": log_likelihoods.index(max(log_likelihoods)),
         "acc_norm": normalised.index(max(normalised)),
@@ -43,4 +47,5 @@ def voted(task: str, members: Sequence[tuple[Sequence[Line], float]], answers: A
                 scores[key] = line["scores"][metric]
             most = max(behind.values())
             first = [scores[key] for key, weight in behind.items() if weight >= most - 1e-9]
-            yield Example(task, example, metric, sum(first) / len(first))
+            cluster = given[0][0]["cluster"]
+            yield Example(task, example, metric, sum(first) / len(first), cluster=cluster)

@@ -76,6 +76,12 @@ class Run:
         return methods
 
     @property
+    def roles(self) -> dict[str, str]:
+        """The rows of models as they are, by role: target, teacher, and each source."""
+        rows = self.methods.items()
+        return {entry.get("role", "target"): label for label, entry in rows if entry["method"] == "as_is"}
+
+    @property
     def reference(self) -> str | None:
         """The row that the others are compared with."""
         return self.configuration["reference"]

@@ -93,14 +93,11 @@ def run_table(run: Run, *, reference: str | None = None, with_paper: bool = Fals
 
     name, reference = run.experiment, reference or _reference(run)
     if measured_for(name, run.records) or (with_paper and name in LAYOUTS):
-        roles = {
-            entry.get("role", "target"): label for label, entry in run.methods.items() if entry["method"] == "as_is"
-        }
         table = comparison(
             name,
             run.records,
             list(run.methods),
-            roles,
+            run.roles,
             profile=run.profile,
             reference=reference,
             with_paper=with_paper,
@@ -120,17 +117,18 @@ def run_table(run: Run, *, reference: str | None = None, with_paper: bool = Fals
 
 def held_out_table(run: Run, reference: str | None = None) -> "Table":
     """Held-out text by domain: a row a method. reference: as for `run_table`."""
-    from results.tables import main_table
+    from results.tables import main_table, untested_rows
 
-    records = run.records
+    records, reference = run.records, reference or _reference(run)
     text = records[(records["suite"] == HELD_OUT) & records["tokens"].isna()]
     return main_table(
         records,
         list(run.methods),
-        reference or _reference(run),
+        reference,
         metric=str(text["metric"].iloc[0]) if len(text) else "bits_per_byte",
         title=run.title,
         banner=run.banner,
+        untested=untested_rows(list(run.methods), run.roles.values(), reference),
     )
 
 
@@ -215,9 +213,7 @@ def suite_tables(run: Run, reference: str | None = None) -> "dict[str, Table]":
         name if number == 1 else f"{name}-{number}": table
         for name, noted in run.suites.items()
         if name not in in_main_table
-        for number, table in enumerate(
-            _tables_of_suite(run, name, noted, of_suite[name], reference or run.reference), 1
-        )
+        for number, table in enumerate(_tables_of_suite(run, name, noted, of_suite[name], reference), 1)
     }
 
 
@@ -226,9 +222,10 @@ def _tables_of_suite(
 ) -> "Iterator[Table]":
     from results.metrics import comparable, measure
     from results.table import Table
-    from results.tables import suite_table, transposed
+    from results.tables import suite_table, transposed, untested_rows
 
     rows = list(run.methods)
+    untested = untested_rows(rows, run.roles.values(), reference)
     metrics: dict[str, str] = noted["metrics"]
     if noted["k"] != 1:
         at_k = {"passed": f"passed@{noted['k']}"}
@@ -249,7 +246,15 @@ def _tables_of_suite(
         labels = dict.fromkeys(measure(metric).label for metric in group.values())
         title = f"{run.title}: {suite} ({'; '.join(labels)})"
         table = suite_table(
-            records, rows, group, reference, suite=suite, title=title, banner=run.banner, reasons=reasons
+            records,
+            rows,
+            group,
+            reference,
+            suite=suite,
+            title=title,
+            banner=run.banner,
+            reasons=reasons,
+            untested=untested,
         )
         table = replace(table, notes=(*table.notes, *notes))
         yield transposed(table) if len(group) > _MANY else table

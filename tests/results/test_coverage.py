@@ -5,7 +5,7 @@ differs may raise a false alarm in 6 % at most.
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -33,23 +33,30 @@ def fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
 Drawn = tuple[np.ndarray, np.ndarray]
 
 
-def units(task: str, metric: str, drawn: Drawn, against: str | None = None) -> list[Units]:
+def units(
+    task: str, metric: str, drawn: Drawn, against: str | None = None, clusters: tuple[str, ...] = ()
+) -> list[Units]:
     numerators, denominators = drawn
     n = denominators.shape[1]
     ids, seeds = tuple(map(str, range(n))), tuple(range(numerators.shape[1]))
     return [
-        Units("m", Part("s", task, metric), METRICS[metric], ids, seeds, top, bottom, np.ones(n), against)
+        Units("m", Part("s", task, metric), METRICS[metric], ids, seeds, top, bottom, np.ones(n), clusters, against)
         for top, bottom in zip(numerators, denominators, strict=True)
     ]
 
 
 def estimates(
-    draw: Callable[[str], Drawn], metric: str, tasks: tuple[str, ...], contrast: bool
+    draw: Callable[[str], Drawn],
+    metric: str,
+    tasks: tuple[str, ...],
+    contrast: bool,
+    clusters: tuple[str, ...] = (),
+    batches: int = TRIALS // BATCH,
 ) -> list[statistics.Estimate]:
     """One a trial, of a value or of a contrast, over `tasks`, of each of which `draw` gives BATCH trials."""
-    found = []
-    for batch in range(TRIALS // BATCH):
-        by_task = [units(f"{task}{batch}", metric, draw(task), "other" if contrast else None) for task in tasks]
+    found, against = [], "other" if contrast else None
+    for batch in range(batches):
+        by_task = [units(f"{task}{batch}", metric, draw(task), against, clusters) for task in tasks]
         keyed = {(t, i): one for t, column in enumerate(by_task) for i, one in enumerate(column)}
         resampled = statistics.resample(keyed)
         found += [statistics.estimate([resampled[t, i] for t in range(len(tasks))]) for i in range(BATCH)]
@@ -179,6 +186,67 @@ def test_difference_of_bits_per_byte(n: int) -> None:
 
     found = estimates(draw, "bits_per_byte", ("code",), True)
     assert 0.93 <= coverage(found, -0.01 / np.log(2)) <= 0.97
+
+
+LANGUAGES = tuple("abcdefghij")
+PROBLEMS = tuple(f"HumanEval_{i}" for i in range(160))
+
+
+def in_ten_languages(rng: np.random.Generator, contrast: bool) -> Callable[[str], Drawn]:
+    """Twenty samples of 160 problems in ten languages: a problem is about as hard in all of them.
+
+    A contrast is that of two models that are equal on average, of which each is better at some problems.
+    """
+
+    def trials() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        while True:
+            yield rng.normal(-1, 2, (BATCH, 160)), rng.normal(0, 1, (BATCH, 160))
+
+    waiting = trials()
+    of_batch: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def draw(language: str) -> Drawn:
+        if language == LANGUAGES[0]:
+            of_batch["now"] = next(waiting)
+        hardness, effect = of_batch["now"]
+        logits = hardness + rng.normal(0, 0.5, (BATCH, 160))
+        if not contrast:
+            return alone(rng.binomial(20, 1 / (1 + np.exp(-logits))) / 20)
+        pair = [rng.binomial(20, 1 / (1 + np.exp(-(logits + sign * effect)))) / 20 for sign in (0.5, -0.5)]
+        return alone(pair[0] - pair[1])
+
+    return draw
+
+
+def test_average_over_languages_that_share_their_problems() -> None:
+    rng = np.random.default_rng(0)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    truth = 100 * float(np.sum(weights / (1 + np.exp(1 - np.hypot(2, 0.5) * nodes))) / weights.sum())
+    found = estimates(in_ten_languages(rng, False), "passed", LANGUAGES, False, PROBLEMS, batches=6)
+    assert 0.92 <= coverage(found, truth) <= 0.98  # 600 trials
+
+
+def test_difference_of_averages_over_languages_that_share_their_problems() -> None:
+    rng = np.random.default_rng(0)
+    found = estimates(in_ten_languages(rng, True), "passed", LANGUAGES, True, PROBLEMS, batches=6)
+    assert 0.92 <= coverage(found, 0.0) <= 0.98
+    assert np.mean([one.p is not None and one.p <= 0.05 for one in found]) <= 0.075
+
+
+@pytest.mark.parametrize("passages", [40, 100])
+def test_difference_of_accuracy_where_questions_share_passages(passages: int) -> None:
+    """One to thirty questions about each passage; each model reads some passages better (1 logit)."""
+    rng = np.random.default_rng(passages)
+    of_passage = np.repeat(np.arange(passages), rng.integers(1, 31, passages))
+
+    def draw(_: str) -> Drawn:
+        hardness, effect = (rng.normal(0, 1, (BATCH, passages))[:, of_passage] for _ in range(2))
+        right = [rng.random(hardness.shape) < 1 / (1 + np.exp(-hardness - sign * effect)) for sign in (0.5, -0.5)]
+        return alone(right[0] * 1.0 - right[1])
+
+    found = estimates(draw, "em", ("drop",), True, tuple(map(str, of_passage)))
+    assert 0.93 <= coverage(found, 0.0) <= 0.97
+    assert np.mean([one.p is not None and one.p <= 0.05 for one in found]) <= 0.06
 
 
 METHODS, TASKS = 2, ("a", "b")

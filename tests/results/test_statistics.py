@@ -12,7 +12,7 @@ from scipy import stats
 from results import bootstrap, statistics
 from results.errors import UnknownName, UserError
 from results.layout import Part
-from results.metrics import METRICS, metric_of
+from results.metrics import METRICS, measure, metric_of
 from results.records import COLUMNS, Record
 from results.statistics import Estimate, Units
 from tests.results.sample import final, scores
@@ -304,7 +304,7 @@ def test_five_seeds_that_agree_in_a_handful_of_scores_show_nothing() -> None:
 def test_a_resample_without_those_that_differ_is_not_infinitely_far_off() -> None:
     ratios = [bootstrap.Ratio(task, np.array([1.0, -1.0, 1.0] + [0.0] * 297), np.ones(300)) for task in "abc"]
     resamples = list(bootstrap.resample(dict(enumerate(ratios))).values())
-    _, off = bootstrap.studentised(ratios[:1], resamples[:1])
+    _, off = bootstrap.studentised(ratios[:1], resamples[:1], 1)
     assert off.max() < 10
 
 
@@ -369,3 +369,107 @@ def test_five_seeds_that_agree_leave_the_doubt_of_the_examples() -> None:
     assert found.p == pytest.approx(2 * stats.t.sf(nats.mean() / error, 49))
     nothing = replace(units(np.zeros((5, 50)), size), against="CLM")
     assert statistics.estimate([statistics.resample({0: nothing})[0]]).p == 1.0
+
+
+def by_context(n: int, of_one: int, shift: float = 0.0, metric: str = "em", task: str = "drop") -> list[Units]:
+    """A contrast over n right or wrong answers, `of_one` of them about each passage: as they are, and by themselves.
+
+    What differs is the same for all questions about a passage.
+    """
+    rng = np.random.default_rng(n)
+    apart = np.repeat(rng.choice([-1.0, 0.0, 1.0], n // of_one, p=[0.2 - shift, 0.6, 0.2 + shift]), of_one)
+    ids, passages = tuple(map(str, range(n))), tuple(f"passage {i // of_one}" for i in range(n))
+    part = Part("generative", task, metric)
+    made = [
+        Units("FuseLLM", part, measure(metric), ids, (0,), apart[None], np.ones(n), np.ones(n), clusters, "CLM")
+        for clusters in (passages, ())
+    ]
+    return list(statistics.resample(dict(enumerate(made))).values())
+
+
+def test_questions_about_one_passage_count_once() -> None:
+    shared, alone = by_context(400, 10)
+    together, apart = statistics.estimate([shared]), statistics.estimate([alone])
+    assert (together.value, together.n) == (apart.value, 400)
+    means = shared.numerator[0].reshape(40, 10).mean(axis=1)
+    assert shared.ratio.variance**0.5 == pytest.approx(stats.sem(means))
+    assert together.interval is not None and apart.interval is not None
+    widths = [high - low for low, high in (together.interval, apart.interval)]
+    assert widths[0] == pytest.approx(10**0.5 * widths[1], rel=0.15)
+    assert together.p is not None and apart.p is not None and together.p > apart.p
+    # McNemar's test and Wilson's interval are for independent answers.
+    assert alone.right_or_wrong and not shared.right_or_wrong
+    few = by_context(190, 10)[0]
+    assert (few.n_clusters, statistics.estimate([few]).interval, statistics.estimate([few]).p) == (19, None, None)
+
+
+def test_tasks_that_share_problems_are_worth_as_much_as_one_task_of_their_means() -> None:
+    rng = np.random.default_rng(0)
+    problem = rng.normal(0.04, 0.3, 160)
+    apart = {f"l{i}": np.clip(problem + rng.normal(0, 0.1, 160), -1, 1) for i in range(10)}
+    ids, ones = tuple(f"HumanEval_{i}" for i in range(160)), np.ones(160)
+
+    def contrasts(values: dict[str, np.ndarray], clusters: tuple[str, ...]) -> list[Units]:
+        made = {
+            task: Units(
+                "m", Part("multipl_e", task, "acc"), measure("acc"), ids, (0,), top[None], ones, ones, clusters, "r"
+            )
+            for task, top in values.items()
+        }
+        return list(statistics.resample(made).values())
+
+    shared = statistics.estimate(contrasts(apart, ids))
+    independent = statistics.estimate(contrasts(apart, ()))
+    means = statistics.estimate(contrasts({"mean": np.mean(list(apart.values()), axis=0)}, ()))
+    assert shared.value == pytest.approx(means.value) and shared.interval is not None
+    assert shared.interval == pytest.approx(means.interval, abs=0.3)
+    assert independent.interval is not None
+    assert shared.interval[1] - shared.interval[0] > 2.5 * (independent.interval[1] - independent.interval[0])
+    assert shared.p is not None and means.p is not None and independent.p is not None
+    assert independent.p < shared.p == pytest.approx(means.p, rel=0.2)
+
+
+def test_tasks_may_share_some_of_their_clusters() -> None:
+    rng = np.random.default_rng(0)
+    names = [[f"c{i}" for i in range(40)], [f"c{i}" for i in range(20, 70)], [f"d{i}" for i in range(30)]]
+    ratios = [
+        bootstrap.Ratio(task, rng.normal(size=len(own)), rng.uniform(1, 3, len(own)), tuple(own))
+        for task, own in zip("abd", names, strict=True)
+    ]
+    shared, alone = bootstrap.strata(ratios)
+    assert isinstance(shared, bootstrap.SharedRatios) and (shared.size, alone) == (70, ratios[2])
+    # The bootstrap's own variance, of a resample that draws every cluster for both tasks, is what the formula gives.
+    assert shared.resamples.deviation.var() == pytest.approx(shared.variance, rel=0.15)
+    assert shared.resamples.variance.mean() == pytest.approx(shared.variance, rel=0.15)
+    chain = [bootstrap.Ratio("t", np.ones(2), np.ones(2), own) for own in (("p", "q"), ("r", "s"), ("q", "r"))]
+    assert [one.size for one in bootstrap.strata(chain)] == [4]
+
+
+@pytest.mark.parametrize("freedom", [4, 12, 1000])
+def test_small_p_values_are_those_of_very_many_resamples(freedom: int) -> None:
+    rng = np.random.default_rng(0)
+    found = [
+        np.array([bootstrap.p_value(at, np.abs(rng.standard_t(freedom, bootstrap.RESAMPLES))) for _ in range(200)])
+        for at in stats.t.isf(np.array([0.05, 1e-3, 1e-4, 1e-5]) / 2, freedom)
+    ]
+    assert [float(np.median(p)) for p in found] == pytest.approx([0.05, 1e-3, 1e-4, 1e-5], rel=0.5)
+    off = np.abs(rng.standard_t(freedom, bootstrap.RESAMPLES))
+    p = [bootstrap.p_value(at, off) for at in np.linspace(0, 30, 3000)]
+    assert p == sorted(p, reverse=True) and p[-1] > 0
+    assert max(np.diff(np.log(p[1:2000]))) <= 0  # no step up where the fitted tail begins
+
+
+def test_examples_that_all_differ_alike_are_a_sign_test() -> None:
+    ids, ones, part = tuple(map(str, range(26))), np.ones(26), Part("generative", "drop", "f1")
+    won, nothing = (
+        Units("FuseLLM", part, measure("f1"), ids, (0, 1), np.full((2, 26), top), ones, ones, (), "CLM")
+        for top in (0.5, 0.0)
+    )
+    assert statistics.estimate([statistics.resample({0: won})[0]]).p == pytest.approx(2**-25)
+    assert statistics.estimate([statistics.resample({0: nothing})[0]]).p == 1.0
+
+
+def test_methods_that_disagree_about_what_examples_share_are_refused() -> None:
+    shared, alone = by_context(40, 2)
+    with pytest.raises(UserError, match="disagree about what examples of drop share"):
+        statistics.contrast(shared, replace(alone, clusters=("",) * 40))

@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Any
 from harness.evaluation.lm_eval.tasks import Prepared
 from harness.evaluation.suite import Example, StoredAnswer, read_lines
 from harness.evaluation.vote import chosen_indices
+from harness.store.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 EXAMPLES = "examples.jsonl"
+# Columns of lm-eval's rows with what several questions are about.
+_CONTEXT_COLUMNS = ("passage", "flores_passage", "paragraph", "context", "story", "article", "document", "premise")
+_CONTEXT_COLUMN_OF = {"Rowan/hellaswag": "source_id"}  # by data set: here the video or article, cut into contexts
 
 
 def scored_line(
@@ -47,6 +51,7 @@ def scored_line(
     question = task.doc_to_text(doc)
     return {
         "example": example,
+        "cluster": context_of(doc, prepared.source.config.get("dataset_path")),
         "prompt_hash": hash_string(str(requests[0].args[0])),
         "question": question if isinstance(question, str) else None,
         "choices": plain(task.doc_to_choice(doc)) if task.config.doc_to_choice is not None else None,
@@ -67,6 +72,16 @@ def _settings(request: "Instance", end_tokens: Sequence[int]) -> dict[str, Any] 
     if request.request_type != "generate_until":
         return None
     return {**plain(request.args[1]), "end_tokens": list(end_tokens)}
+
+
+def context_of(row: Mapping[str, Any], dataset: str | None) -> str:
+    """A name of what the question of a row is about, the same in every row and task about it; '' where there is none.
+
+    It is the hash of the row's passage, premise, story or the like.
+    """
+    columns = [_CONTEXT_COLUMN_OF[dataset]] if dataset in _CONTEXT_COLUMN_OF else _CONTEXT_COLUMNS
+    context = next((row[column] for column in columns if row.get(column)), None)
+    return "" if context is None else fingerprint(plain(context))[:16]
 
 
 def mean_metrics(prepared: Prepared) -> set[str]:
@@ -91,7 +106,7 @@ def read_examples(task: str, folder: Path) -> Iterator[Example]:
     """The scores of every example of a task, by the artifact that holds its lines, in the order of the rows."""
     for line in sorted(read_lines(folder / EXAMPLES), key=lambda line: str(line["example"])):
         for metric, score in line["scores"].items():
-            yield Example(task, line["example"], metric, score)
+            yield Example(task, line["example"], metric, score, cluster=line["cluster"])
 
 
 def stored_answers(folder: Path, metric: str) -> Iterator[StoredAnswer]:

@@ -17,8 +17,8 @@ from harness.evaluation.lm_eval.tasks import Overrides, Prepared, Source, find_s
 from harness.evaluation.suite import (
     NO_VOTE,
     Example,
+    LimitedConfig,
     StoredAnswer,
-    SuiteConfig,
     SuiteResult,
     append_line,
     ensure_jointly,
@@ -34,20 +34,19 @@ from harness.store.fingerprint import fingerprint
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-VERSION = 2
+VERSION = 3
 _DEFAULT_METRICS = {"multiple_choice": "acc", "loglikelihood": "acc", "generate_until": "exact_match"}
 _UNKNOWN_ROWS = 1000  # of a task whose rows are not on this machine, for estimates
 
 
-class LmEvalConfig(SuiteConfig):
+class LmEvalConfig(LimitedConfig):
     """The configuration of a suite of lm-eval tasks; by default the tasks are as lm-eval defines them."""
 
     tasks: list[str] | None = Field(None, min_length=1, description="only these tasks. Default: all of the suite")
-    limit: int | None = Field(None, gt=0, description="only the first LIMIT rows of each task")
     num_fewshot: int | None = Field(None, ge=0, description="examples in the prompt. Default: the task's own number")
     max_new_tokens: int | None = Field(None, gt=0, description="longest answer (tokens). Default: the task's own")
     batch_size: int | Literal["auto"] = Field("auto", description="answers generated at one time; changes no answer")
-    seed: int = Field(0, ge=0, description="seed of tasks that sample their answers")
+    seed: int = Field(0, ge=0, description="seed of tasks that sample their answers, and of `limit_by: seed`")
 
 
 class LmEvalSuite:
@@ -100,7 +99,7 @@ class LmEvalSuite:
 
     @cached_property
     def _prepared(self) -> tuple[dict[str, Prepared], dict[str, str]]:
-        return prepare(list(self._sources.values()), self.config.limit)
+        return prepare(list(self._sources.values()), self.config)
 
     def measure(self, evaluated: EvaluatedModel, store: Store, costs: Costs) -> SuiteResult:
         if evaluated.votes:
@@ -167,7 +166,7 @@ class LmEvalSuite:
             f"{evaluated.label}-{task}",
             VERSION,
             {"model": evaluated.fingerprint, "task": self._sources[task].identity()},
-            {"limit": self.config.limit, "seed": self.config.seed, **evaluated.computing},
+            {**self.config.limit_identity(), "seed": self.config.seed, **evaluated.computing},
             {
                 "candidate": evaluated.label,
                 "batch_size": self.config.batch_size,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from fusion.errors import UserError
 from harness.data.hub import dataset_commit, dataset_fingerprint, offline_unless_reachable
 from harness.evaluation.quiet import quietly
+from harness.evaluation.suite import LimitedConfig
 from harness.store.fingerprint import file_sha256, fingerprint
 
 if TYPE_CHECKING:
@@ -258,8 +259,8 @@ def _include(source: Source) -> dict[str, Any]:
     return changed
 
 
-def prepare(sources: Sequence[Source], limit: int | None) -> tuple[dict[str, Prepared], dict[str, str]]:
-    """By name, the tasks with the requests of their first `limit` rows, and the reasons why others are not available.
+def prepare(sources: Sequence[Source], config: LimitedConfig) -> tuple[dict[str, Prepared], dict[str, str]]:
+    """By name, the tasks with the requests of the rows that `config` takes, and the reasons why others are unavailable.
 
     Raises UserError for data on this machine that do not hold what the task reads.
     """
@@ -279,7 +280,7 @@ def prepare(sources: Sequence[Source], limit: int | None) -> tuple[dict[str, Pre
         for source in sources:
             try:
                 with nullcontext() if source.files else offline_unless_reachable():
-                    prepared[source.name] = _prepared(source, manager.load([source.name])["tasks"][source.name], limit)
+                    prepared[source.name] = _prepared(source, manager.load([source.name])["tasks"][source.name], config)
             except Exception as error:  # whatever a task's own code raises
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 if source.files:
@@ -302,13 +303,14 @@ def _unavailable(source: Source, reason: str) -> str:
     return f"{text}; {where}"
 
 
-def _prepared(source: Source, task: Any, limit: int | None) -> Prepared:
+def _prepared(source: Source, task: Any, config: LimitedConfig) -> Prepared:
     if task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(FEWSHOT_SEED)
     # From the first row on, whatever is wanted: lm-eval draws few-shot examples one row after the other.
-    task.build_all_requests(limit=limit)
+    task.build_all_requests(limit=config.limit if config.limit_by == "first" else None)
     examples: dict[str, list[Any]] = {}
     for instance in task.instances:
         examples.setdefault(f"{instance.doc_id:05d}", []).append(instance)
-    return Prepared(source, task, examples)
+    names = list(examples)
+    return Prepared(source, task, {names[i]: examples[names[i]] for i in config.taken(names)})

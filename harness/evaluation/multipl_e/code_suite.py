@@ -17,13 +17,13 @@ from harness.data.hub import dataset_fingerprint
 from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.evaluation.lm_eval.requests import answer_requests
 from harness.evaluation.lm_eval.tasks import load_rows, local_split
-from harness.evaluation.multipl_e.languages import LANGUAGES, cut
+from harness.evaluation.multipl_e.languages import LANGUAGES, cut, original_name
 from harness.evaluation.suite import (
     NO_VOTE,
     SUITES,
     Example,
+    LimitedConfig,
     StoredAnswer,
-    SuiteConfig,
     SuiteResult,
     append_line,
     chosen,
@@ -41,7 +41,7 @@ from harness.store.paths import TOOLCHAINS
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-VERSION = 2
+VERSION = 3
 SAMPLES = "samples.jsonl"
 COMPLETIONS = "completions.jsonl"
 RESULTS = "results.jsonl"
@@ -56,17 +56,16 @@ Sample = tuple[str, str, int]
 """A language, a problem's name, and the sample's number."""
 
 
-class MultiplEConfig(SuiteConfig):
+class MultiplEConfig(LimitedConfig):
     """The configuration of the suite `multipl_e`."""
 
     tasks: list[str] | None = Field(None, min_length=1, description="only these languages. Default: all ten")
-    limit: int | None = Field(None, gt=0, description="only the first LIMIT problems of each language")
     samples: int = Field(20, gt=0, description="completions a problem")
     greedy: bool = Field(False, description="one completion a problem, decoded greedily")
     k: int = Field(1, gt=0, description="the k of pass@k that is shown")
     max_new_tokens: int = Field(1024, gt=0, description="longest completion (tokens)")
     batch_size: int | Literal["auto"] = Field("auto", description="completions generated at one time")
-    seed: int = Field(0, ge=0, description="seed of the samples")
+    seed: int = Field(0, ge=0, description="seed of the samples, and of `limit_by: seed`")
     execute: bool = Field(True, description="execute the completions. False: only write them")
     sandbox: bool = Field(True, description="False: generated programs run with all your rights")
 
@@ -212,7 +211,7 @@ class MultiplE:
             {"model": evaluated.fingerprint, "data": self._data(language)},
             {
                 "language": language,
-                "limit": config.limit,
+                **config.limit_identity(),
                 "samples": config.n,
                 "max_new_tokens": config.max_new_tokens,
                 **evaluated.computing,
@@ -238,8 +237,11 @@ class MultiplE:
     def problems(self, language: str) -> list[dict[str, Any]]:
         """The problems of a language: name, prompt, tests, stop_tokens. Raises UserError where they are unavailable."""
         if language not in self._problems:
-            rows = load_rows(*self._place(language), self._file(language))[: self.config.limit]
-            self._problems[language] = [_problem(language, row) for row in rows]
+            rows = load_rows(*self._place(language), self._file(language))
+            problems = [_problem(language, row) for row in rows]
+            # By the name that all languages share, so that a draw takes the same problems of each.
+            taken = self.config.taken([original_name(problem["name"]) for problem in problems])
+            self._problems[language] = [problems[i] for i in taken]
         return self._problems[language]
 
     def _obstacle(self, language: str, evaluated: EvaluatedModel) -> str | None:
@@ -249,7 +251,7 @@ class MultiplE:
             if self._file(language):
                 raise
             return f"its problems cannot be had ({error})"
-        prompts = [problem["prompt"] for problem in self.problems(language)]
+        prompts = [_asked(problem) for problem in self.problems(language)]
         new = self.config.max_new_tokens
         for member, _ in evaluated.members:
             longest = max(len(ids) for ids in member.tokenizer(prompts)["input_ids"])
@@ -311,10 +313,17 @@ class MultiplE:
             kwargs |= {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0}
         keys = [(language, str(problem["name"]), sample) for sample in range(self.config.n)]
         return {
-            key: [Instance("generate_until", dict(problem), (problem["prompt"], kwargs), key[2])]
+            # Asked as MultiPL-E's and BigCode's tools ask. Many tokenizers join the line break at a prompt's end to the
+            # indentation that follows it; a prompt that ends there continues as such text hardly ever does.
+            key: [Instance("generate_until", dict(problem), (_asked(problem), kwargs), key[2])]
             for key in keys
             if key not in done
         }
+
+
+def _asked(problem: Mapping[str, Any]) -> str:
+    """The text that a model continues. The program is put together with the prompt as it is."""
+    return str(problem["prompt"]).strip()
 
 
 def _problem(language: str, row: dict[str, Any]) -> dict[str, Any]:
@@ -342,7 +351,7 @@ def _examples(language: str, folder: Path) -> Iterator[Example]:
 
     for problem in read_results(folder / RESULTS):
         for metric, passed in (("passed", problem.strict), ("passed_exit", problem.by_exit_status)):
-            yield Example(language, problem.name, metric, passed, problem.samples)
+            yield Example(language, problem.name, metric, passed, problem.samples, cluster=original_name(problem.name))
 
 
 def _unsolvable(paths: dict[str, Path]) -> list[str]:

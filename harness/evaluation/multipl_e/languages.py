@@ -114,6 +114,12 @@ _LANGUAGES = (
 LANGUAGES = {language.name: language for language in _LANGUAGES}
 
 
+def original_name(problem: str) -> str:
+    """What a problem is called in all languages: HumanEval_53 for HumanEval_53_add."""
+    found = re.match(r"[^\d_]+_\d+(?=_|$)", problem)
+    return found[0] if found else problem
+
+
 def language_of(name: str) -> Language:
     """The language that a row names. Raises UserError with the nearest spelling."""
     name = _OTHER_NAMES.get(name, name)

@@ -188,7 +188,7 @@ def test_votes_by_hand() -> None:
     def line(choice: int, right: int) -> dict[str, Any]:
         log_p = [[-1.0 if i == choice else -2.0, False] for i in range(3)]
         scores = {"acc": float(choice == right), "acc_norm": 0.0, "other": 1.0}
-        return {"example": "0", "answer": log_p, "choices": ["a", "a", "a"], "scores": scores}
+        return {"example": "0", "cluster": "", "answer": log_p, "choices": ["a", "a", "a"], "scores": scores}
 
     def score(*votes: tuple[int, float]) -> float:
         members = [([line(choice, 1)], weight) for choice, weight in votes]

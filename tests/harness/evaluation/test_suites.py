@@ -21,7 +21,7 @@ from harness.evaluation.lm_eval.requests import answer_requests, too_long
 from harness.evaluation.lm_eval.tasks import task_folder
 from harness.evaluation.multipl_e import code_suite
 from harness.evaluation.multipl_e.code_suite import COMPLETIONS
-from harness.evaluation.suite import SUITES, SuiteResult, append_line, read_lines
+from harness.evaluation.suite import SUITES, LimitedConfig, SuiteResult, append_line, read_lines
 from harness.models.resolution import ModelSpec, count_parameters, resolve
 from harness.reporting.export import write_run
 from harness.reporting.runs import open_run
@@ -233,7 +233,8 @@ def test_tasks_that_do_not_fit_are_found_before_the_run(
     assert "navigate is left out" in " ".join(capsys.readouterr().err.split())
     # One token more or less decides.
     (prepared,) = tasks.prepare(
-        [tasks.find_source("triviaqa", task_folder() / "triviaqa/default.yaml", rows, tasks.Overrides(0, 10))], 1
+        [tasks.find_source("triviaqa", task_folder() / "triviaqa/default.yaml", rows, tasks.Overrides(0, 10))],
+        LimitedConfig(limit=1),
     )[0].values()
     candidate = evaluated(models["short"], tmp_path)
     (text,) = [requests[0].args[0] for requests in prepared.examples.values()]
