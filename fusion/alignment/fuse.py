@@ -23,6 +23,8 @@ from fusion.switches import Switches
 from fusion.types import Predictions, Sparse
 from fusion.vocabulary.token_bytes import Vocabulary
 
+MASS_SLACK = 0.01
+"""By how much a stored distribution may differ from a sum of 1 before it is an error and not storage rounding."""
 UNPAIRED = -1
 """In `FusedSequence.chosen`: no source position is aligned, so the distribution is a one-hot."""
 
@@ -104,10 +106,8 @@ def fuse_sequence(
     @cache
     def distributions(name: str) -> tuple[Sparse, np.ndarray]:
         source, partner = taking_part.get(name, itself), partners(name)
-        ids, log_p = _entries(name, passages)
         ids, p = project_entries(
-            ids,
-            np.exp(log_p, dtype=np.float64),
+            *_entries(name, passages),
             partner,
             source.map,
             vocabulary_size=len(target_vocabulary.tokens),
@@ -228,7 +228,11 @@ def _partners(
 
 
 def _entries(name: str, passages: Sequence[Mapping[str, Predictions]]) -> tuple[np.ndarray, np.ndarray]:
-    """ids[M, k] and log_p[M, k] of all of a model's positions in the sequence."""
+    """ids[M, k] and probabilities float64[M, k] of all of a model's positions in the sequence.
+
+    Entries and tail are stored rounded, each for itself: they are scaled together to sum to 1, so that a small tail
+    keeps its digits. As 1 minus the entries it would be their rounding error.
+    """
     widths = {passage[name].ids.shape[1] for passage in passages}
     if widths == {0}:
         raise UserError(
@@ -238,9 +242,20 @@ def _entries(name: str, passages: Sequence[Mapping[str, Predictions]]) -> tuple[
         raise UserError(
             f"the predictions by {name!r} keep different numbers of entries ({sorted(widths)}): extract again."
         )
-    return np.concatenate([passage[name].ids for passage in passages]), np.concatenate(
-        [passage[name].log_p for passage in passages]
-    )
+    columns = []
+    for number, passage in enumerate(passages):
+        predictions = passage[name]
+        p = np.exp(predictions.log_p, dtype=np.float64)
+        total = p.sum(axis=1) + predictions.tail
+        sound = np.abs(total - 1) <= MASS_SLACK
+        if not (predictions.skipped or sound.all()):
+            position = int(sound.argmin())
+            raise UserError(
+                f"the probabilities and the tail at position {position} of passage {number} by {name!r} sum to "
+                f"{total[position]:g}, which no distribution does: the extraction is damaged, extract again."
+            )
+        columns.append(p / np.where(sound, total, 1.0)[:, None])
+    return np.concatenate([passage[name].ids for passage in passages]), np.concatenate(columns)
 
 
 def _trim(fused: Sparse, max_entries: int | None) -> tuple[Sparse, np.ndarray]:

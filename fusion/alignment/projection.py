@@ -14,9 +14,6 @@ from fusion.errors import UserError
 from fusion.switches import Switches
 from fusion.types import Sparse
 
-MASS_SLACK = 0.01
-"""By how much the entries of a position may exceed 1 before it is an error and not storage rounding."""
-
 _FAULTS = {
     1: "a token id lies outside its vocabulary map: map and predictions come from different models, make the map again",
     2: "the vocabulary map has no answer for a token that occurs (a lazy map): compute it for all ids",
@@ -122,7 +119,7 @@ def fill_unaligned(
 
     Args:
         ids: int32[N, k] of `project_entries`.
-        p: float64[N, k] of `project_entries`.
+        p: float64[N, k] of `project_entries`; a position's sum is at most 1, and the tail is what it lacks.
         partner: int32[N], -1 where unaligned.
         gold: int32[N] the next token, -1 for none.
         current: int32[N] the token read at the position.
@@ -131,19 +128,8 @@ def fill_unaligned(
 
     Returns:
         The N distributions, and bool[N], true where a source position is aligned.
-
-    Raises:
-        UserError: the probabilities of a position are not a distribution.
     """
     kept = p.sum(axis=1)
-    sound = (kept >= 0) & (kept <= 1 + MASS_SLACK)
-    if not sound.all():
-        row = int(sound.argmin())
-        raise UserError(
-            f"the top-k probabilities at target position {row} of the sequence sum to {kept[row]:g}, which no "
-            "distribution does: the extraction is damaged, extract again."
-        )
-    p = p / np.maximum(kept, 1.0)[:, None]  # rounded log-probabilities may sum to a little over 1
     tail = np.maximum(1.0 - kept, 0.0)
     if switches.tail == "gold":
         ids, p = _add(ids, p, gold, np.where(gold >= 0, tail, 0.0))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion.inference.prefix_tree import Branching, CachedPrefix, PrefixTree
+from fusion.modeling.heads import find_head, float32_logits
 from fusion.modeling.packing import device_of, dtype_of, own_forward, trying
 
 ATTENTION = "fusellm_prefixes"  # what the attention function is called in transformers' registry
@@ -237,11 +238,16 @@ class PrefixCachedModel:
     Raises UnsupportedModel when logits computed this way differ from the model's own.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, float32_logits: bool = False) -> None:
+        """float32_logits: logits of a model in a shorter dtype are not rounded to it, where the form of its head is
+        known. Default: they are the model's own.
+        """
         from transformers import AttentionInterface
 
         AttentionInterface.register(ATTENTION, _attend)
         self._model = model
+        short = torch.finfo(dtype_of(model)).bits < 32
+        self._float32_logits = float32_logits and short and find_head(model) is not None
         self.device = device_of(model)
         config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
         self.vocabulary = self.widest = int(config.vocab_size)
@@ -314,15 +320,17 @@ class PrefixCachedModel:
         )
 
     def _forward(self, tokens: Sequence[int], positions: Sequence[int], wanted: Sequence[int], shared: Any) -> Tensor:
-        output = own_forward(
-            self._model,
-            input_ids=torch.tensor([list(tokens)], device=self.device),
-            position_ids=torch.tensor([list(positions)], device=self.device),
-            use_cache=False,
-            logits_to_keep=torch.tensor(list(wanted), device=self.device),
-            shared=shared,
-        )
-        logits: Tensor = output.logits[0]
+        inputs: dict[str, Any] = {
+            "input_ids": torch.tensor([list(tokens)], device=self.device),
+            "position_ids": torch.tensor([list(positions)], device=self.device),
+            "use_cache": False,
+            "shared": shared,
+        }
+        index = torch.tensor(list(wanted), device=self.device)
+        if self._float32_logits:
+            backbone: Any = self._model.base_model
+            return float32_logits(self._model, backbone(**inputs).last_hidden_state[0, index])
+        logits: Tensor = own_forward(self._model, **inputs, logits_to_keep=index).logits[0]
         return logits
 
     def _disagreement(self) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion.errors import UserError
-from fusion.modeling.heads import find_head, lm_logits
+from fusion.modeling.heads import find_head, float32_logits
 from fusion.modeling.packing import own_forward
 
 Backbone = Callable[[Tensor], Tensor]
@@ -22,7 +22,8 @@ _CACHED = 2**20  # logits that a CPU core works on at once: what lies in its cac
 def reader(model: nn.Module) -> tuple[Backbone, Projection]:
     """A causal LM as `backbone(input_ids[B, L])` -> hidden[B, L, D] and `project(hidden[N, D])` -> logits[N, V].
 
-    For a model whose head is not understood (`heads.split` warns) the backbone gives the model's own logits, dense.
+    Logits are float32 also of a model in a shorter dtype. For a model whose head is not understood (`heads.split`
+    warns) the backbone gives the model's own logits, dense and as the model rounds them.
     """
     if find_head(model) is None:
         # Not the instance's forward, which the training loop may have replaced by the objective.
@@ -30,7 +31,7 @@ def reader(model: nn.Module) -> tuple[Backbone, Projection]:
     backbone: Any = model.base_model
     return (
         lambda tokens: backbone(input_ids=tokens, use_cache=False).last_hidden_state,
-        lambda hidden: lm_logits(model, hidden),
+        lambda hidden: float32_logits(model, hidden),
     )
 
 

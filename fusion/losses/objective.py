@@ -29,6 +29,8 @@ CHUNK = 512
 """Positions projected at once: large enough for a full matrix product, small beside a sequence of 2,048."""
 CACHED = 2**20
 """Logits that a CPU works on at once, in float32: they stay in its cache from one operation to the next."""
+CAST = 2**24
+"""Numbers of a projection in a shorter dtype that exist in float32 at one time: 64 MB."""
 AUTOGRAD_COPIES = 4
 """Chunks are smaller by this factor where autograd takes the gradient."""
 
@@ -114,6 +116,28 @@ def mixed_loss_from_logits(logits: Tensor, objective: Objective) -> MixedLoss:
 def logits_of(hidden: Tensor, head: Head) -> Tensor:
     """The logits[..., V] of hidden[..., D], as the model itself would give them; for checks, not for training."""
     logits = F.linear(hidden, head.weight, head.bias)
+    _scale_and_cap(logits, head, gradient=False)
+    return logits
+
+
+def float32_logits_of(hidden: Tensor, head: Head) -> Tensor:
+    """The logits[N, V] of hidden[N, D] in float32, also of a model in a shorter dtype (float64 of one in float64).
+
+    The model itself would round them: logits between 16 and 32 to multiples of 0.125 in bfloat16, so that the first
+    tokens tie at one position in twenty.
+    """
+    dtype = torch.promote_types(hidden.dtype, head.weight.dtype)
+    exact = torch.promote_types(dtype, torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if hidden.is_cuda and dtype != exact and hidden.dtype == head.weight.dtype:
+            logits = torch.mm(hidden, head.weight.T, out_dtype=exact)
+        else:
+            # A part of the vocabulary at a time, since a float32 copy of the whole projection may not fit.
+            size = len(head.weight) if head.weight.dtype == exact else max(1, CAST // head.weight.shape[1])
+            hidden = hidden.to(exact)
+            logits = torch.cat([F.linear(hidden, part.to(exact)) for part in head.weight.split(size)], -1)
+    if head.bias is not None:
+        logits += head.bias
     _scale_and_cap(logits, head, gradient=False)
     return logits
 

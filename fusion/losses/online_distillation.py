@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fusion.losses.term import Term
 
 
-@LOSSES.register("online_distillation", version=1, reference="arXiv 1503.02531")
+@LOSSES.register("online_distillation", version=2, reference="arXiv 1503.02531")
 @dataclass(frozen=True)
 class OnlineDistillationLoss(Loss):
     """T^2 D(p^(1/T) || q^(1/T)), the mean over teachers p with the target's tokenizer, over all tokens.

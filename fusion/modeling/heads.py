@@ -16,7 +16,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fusion.losses.objective import Head, MixedLoss, Objective, logits_of, mixed_loss, mixed_loss_from_logits
+from fusion.losses.objective import (
+    Head,
+    MixedLoss,
+    Objective,
+    float32_logits_of,
+    logits_of,
+    mixed_loss,
+    mixed_loss_from_logits,
+)
 from fusion.modeling.packing import Packing, device_of, dtype_of, own_forward, packed_inputs, trying
 
 
@@ -63,9 +71,16 @@ def find_head(model: nn.Module) -> Head | None:
     return _head(_output(model), found) if found.fused else None
 
 
-def lm_logits(model: nn.Module, hidden: Tensor) -> Tensor:
-    """The logits[..., V] of hidden[..., D] by a proven head, through its own call as in `fused_forward`."""
-    return _projected(_output(model), split(model), hidden)
+def float32_logits(model: nn.Module, hidden: Tensor) -> Tensor:
+    """The float32 logits[N, V] of hidden[N, D] by a proven head, through its own call as in `fused_forward`.
+
+    They are not rounded to the model's dtype (see `fusion.losses.objective.float32_logits_of`).
+    """
+    output = _output(model)
+    head = _head(output, split(model))
+    with _instead(output, lambda h: float32_logits_of(h, head)):
+        logits: Tensor = output(hidden)
+    return logits
 
 
 def fused_forward(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusion.modeling.heads import find_head, lm_logits
+from fusion.modeling.heads import find_head, float32_logits
 from fusion.modeling.packing import attending_by_passage, check_packing, device_of, dtype_of, own_forward, packed_inputs
 
 
@@ -34,8 +34,5 @@ class Teacher:
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [C, V] of hidden[C, D]."""
-        if self._dense:
-            return hidden
-        with torch.autocast(device_of(self.model).type, enabled=False):
-            return lm_logits(self.model, hidden)
+        """Logits [C, V] of hidden[C, D], in float32 where the form of the head is known."""
+        return hidden if self._dense else float32_logits(self.model, hidden)

@@ -58,7 +58,7 @@ class JointModel(EvaluatedModel):
         readers = []
         for member, _ in self.parts:
             try:
-                readers.append(PrefixCachedModel(member.model))
+                readers.append(PrefixCachedModel(member.model, float32_logits=True))
             except UnsupportedModel as reason:
                 raise UserError(f"{member.label} cannot take part in {self.label}: {reason}.") from None
         vocabularies = [

@@ -39,6 +39,7 @@ from harness.store.fingerprint import file_sha256
 from harness.store.paths import MODEL_FOLDER
 
 _COMPLETE = "complete"
+_SEED_DISTANCE = 1_000_003  # more than the epochs of any training
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class Order(Sampler[int]):
     def __init__(self, rows: int, seed: int, multiple: int) -> None:
         self._rows = rows
         self._empty = -rows % multiple
-        self._random = SeedableRandomSampler(range(rows), data_seed=seed)
+        # The sampler draws by data_seed + epoch: far apart, lest epoch 1 of seed 0 be epoch 0 of seed 1.
+        self._random = SeedableRandomSampler(range(rows), data_seed=_SEED_DISTANCE * seed)
 
     def set_epoch(self, epoch: int) -> None:
         self._random.set_epoch(epoch)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from harness.data.sequences import Features
     from harness.stages.trainer import Curve
 
-VERSION = 5
+VERSION = 6
 CURVE_VERSION = 1
 NO_EFFECT = {"workers", "micro_batch_size", "save_every", "gradient_checkpointing", "deepspeed"}
 """Settings that do not change the weights but for rounding: how the work is divided and where it is kept."""

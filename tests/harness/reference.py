@@ -96,11 +96,14 @@ class Reader:
 
 @dataclass(frozen=True)
 class Read:
-    """A passage as one model reads it: M tokens, the top k at each, and the summed nats of all but the prefix."""
+    """A passage as one model reads it: M tokens, the top k at each and the rest, and the summed nats of all but the
+    prefix.
+    """
 
     tokens: list[int]
     top_ids: np.ndarray
     top_log_p: np.ndarray
+    tail: np.ndarray
     nats: float
 
 
@@ -246,7 +249,8 @@ def mended_distribution(
     for i, log_p in zip(read.top_ids[partner].tolist(), read.top_log_p[partner].tolist(), strict=True):
         if i in vocabulary_map:
             p[vocabulary_map[i]] += np.exp(log_p)
-    return p / max(p.sum(), 1), max(1 - p.sum(), 0)
+    p /= np.exp(read.top_log_p[partner]).sum() + read.tail[partner]  # stored rounded, each for itself
+    return p, max(1 - p.sum(), 0)
 
 
 def published_row(

@@ -275,6 +275,17 @@ def test_avgce_weighs_by_nats_per_byte_and_temperature() -> None:
     assert at(row, 1)["cd"] == pytest.approx(0.5 * first, abs=2e-6)
 
 
+def test_the_default_temperature_tells_sources_apart() -> None:
+    reads = {
+        name: predictions(OTHER, ["ab", "cd"], [{"ab": 0.5 if name == letter else 0.25} for letter in "xyz"], nats=nats)
+        for name, nats in (("x", [1.4, 1.4]), ("y", [1.6, 1.6]), ("z", [1.8, 1.8]))  # 0.70, 0.80, 0.90 a byte
+    }
+    row = fuse(*reads.items(), fusion="avgce", loss_positions="all")
+    share = np.exp([-0.0, -2.0, -4.0]) / np.exp([-0.0, -2.0, -4.0]).sum()
+    assert share.round(2).tolist() == [0.87, 0.12, 0.02]
+    assert at(row, 0)["ab"] == pytest.approx(0.25 + 0.25 * share[0], abs=2e-6)
+
+
 def test_avgce_averages_one_hots_where_a_source_is_unpaired() -> None:
     lost = predictions(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"c": 0.5}, {"a": 0.5}], ends=[0, -1, -1])
     other = predictions(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"c": 0.5}, {"a": 0.5}])
@@ -337,7 +348,8 @@ def test_readings_and_maps_that_do_not_fit_are_refused() -> None:
     refuse("outside its vocabulary map", mapped=MAP[:4])
     refuse("lazy map", mapped=np.where(MAP == 5, -2, MAP))
     refuse("made for another target", mapped=np.where(MAP == 5, 70, MAP))
-    refuse("sum to 1.5", replace(READ, log_p=np.log(np.full_like(READ.log_p, 0.5))))
+    refuse("sum to 1.625", replace(READ, log_p=np.log(np.full_like(READ.log_p, 0.5))))
+    refuse("sum to 0.875", replace(READ, tail=np.zeros_like(READ.tail)))
     refuse("sum to nan", replace(READ, log_p=np.full_like(READ.log_p, np.nan)))
     refuse("different lengths", replace(READ, nats=READ.nats[:-1]))
     refuse("byte 0", replace(READ, ends=READ.ends + 1))
@@ -350,11 +362,18 @@ def test_readings_and_maps_that_do_not_fit_are_refused() -> None:
     refuse("nothing to fuse", sources=[])
 
 
-def test_rounded_probabilities_over_one_are_scaled_to_one() -> None:
-    over = predictions(OTHER, ["ab", "cd"], [{"ab": 0.75, "a": 0.2515}] * 3)
-    row = fuse(("other", over))
-    assert row.targets.p[0].sum() == pytest.approx(1, abs=1e-6)
-    assert not row.targets.tail.any()
+def test_a_stored_tail_is_not_lost_in_the_rounding_of_the_entries() -> None:
+    """As extraction stores them: log-probabilities and the tail rounded to float16, each for itself."""
+    exact = predictions(OTHER, ["ab", "cd"], [{"ab": 0.65, "a": 0.3499}] * 3)
+    stored = replace(
+        exact,
+        log_p=exact.log_p.astype(np.float16).astype(np.float32),
+        tail=exact.tail.astype(np.float16).astype(np.float32),
+    )
+    assert np.exp(stored.log_p[0]).sum() > 1  # so that 1 minus the entries would be no tail
+    row = fuse(("other", stored))
+    assert row.targets.tail[0] == pytest.approx(1e-4, rel=1e-3)
+    assert row.targets.p[0].sum() + row.targets.tail[0] == pytest.approx(1, abs=1e-6)
 
 
 # --- for any input

@@ -102,7 +102,8 @@ def predictions(tokens: np.ndarray, ids: np.ndarray, log_p: np.ndarray) -> Predi
     ends = np.full(len(tokens), -1, np.int32)
     ends[0] = 0
     zero = np.zeros(len(tokens), np.float32)
-    return Predictions(tokens, ends, ids, log_p.astype(np.float32), zero, zero)
+    tail = (1 - np.exp(log_p).sum(1)).astype(np.float32)
+    return Predictions(tokens, ends, ids, log_p.astype(np.float32), tail, zero)
 
 
 @pytest.mark.parametrize("fusion", ["mince", "avgce"])

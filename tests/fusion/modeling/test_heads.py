@@ -17,7 +17,7 @@ from transformers import (
 
 from fusion.losses.objective import CHUNK, Objective, logits_of, mixed_loss_from_logits
 from fusion.losses.sparse_cross_entropy import SparseCrossEntropy
-from fusion.modeling.heads import find_head, fused_forward, split
+from fusion.modeling.heads import find_head, float32_logits, fused_forward, split
 from fusion.modeling.packing import own_forward, packed_inputs
 from tests.fusion.modeling.test_packing import ARCHITECTURES, VOCABULARY, rows, tiny_model
 
@@ -179,3 +179,19 @@ def test_proof_is_made_once_and_leaves_no_trace() -> None:
     assert split(model) is split(model)
     assert model.training and torch.equal(torch.get_rng_state(), state)
     assert not model.lm_head._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_float32_logits_are_not_rounded_to_the_models_dtype(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is stored and scored: float32 of the hidden states of a bfloat16 model, whatever the form of its head."""
+    monkeypatch.setattr("fusion.losses.objective.CAST", 32 * 7)  # in parts of seven tokens
+    model = form(name).to(torch.bfloat16)
+    hidden = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        found = float32_logits(model, hidden)
+        assert found.dtype == torch.float32
+        wide = model.float()
+        torch.testing.assert_close(float32_logits(wide, hidden.float()), found)
+        own = wide.get_output_embeddings()(hidden.float())  # type: ignore[operator]
+    if name not in ("capped", "cohere", "granite"):
+        torch.testing.assert_close(found, own)

@@ -44,13 +44,28 @@ ENDINGS = [" fox", " the quick dogs", " ale and ale and the lazy"]
     ],
     ids=["llama", "neox", "gemma3"],
 )
-def parts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """A model and its tokenizer."""
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and its tokenizer."""
     config, seed, spread, settings = request.param
     folder = tmp_path_factory.mktemp("model")
-    save_model(folder, config, 300, seed, spread, max_position_embeddings=512, **settings)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return save_model(folder, config, 300, seed, spread, max_position_embeddings=512, **settings)
+
+
+def load(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     return model, PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def parts(saved: Path) -> tuple[Any, Any]:
+    """The model in float32 and its tokenizer."""
+    return load(saved, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def short_parts(saved: Path) -> tuple[Any, Any]:
+    """The model in bfloat16 and its tokenizer."""
+    return load(saved, torch.bfloat16)
 
 
 def ours(parts: tuple[Any, Any], **options: Any) -> SharedPrefixLM:
@@ -73,6 +88,55 @@ def test_likelihoods_are_hflms(parts: tuple[Any, Any]) -> None:
         found = ours(parts, batch_tokens=batch_tokens).loglikelihood(requests, disable_tqdm=True)
         assert [f[0] for f in found] == pytest.approx([e[0] for e in expected], abs=1e-4)
         assert [f[1] for f in found] == [e[1] for e in expected]
+
+
+def test_ties_of_bfloat16_are_broken_as_hflm_breaks_them(short_parts: tuple[Any, Any]) -> None:
+    """Of several tokens with the greatest log-probability the first is greedy, and no other."""
+    model, tokens = short_parts
+    requests, tied = [], 0
+    for text in CONTEXTS[4:-1]:
+        ids = tokens.encode(text)
+        with torch.no_grad():
+            log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        for n in range(max(1, len(ids) - 12), len(ids)):
+            top = log_p[n - 1].topk(3)
+            tied += bool(top.values[0] == top.values[1])
+            requests += [(None, ids[:n], [token]) for token in top.indices.tolist()]
+    assert tied > 2
+    expected = theirs(short_parts, 1)._loglikelihood_tokens(requests, disable_tqdm=True)
+    for batch_tokens in (1, 2048):
+        found = ours(short_parts, batch_tokens=batch_tokens)._loglikelihood_tokens(requests)
+        assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+
+
+def test_likelihoods_in_bfloat16_are_hflms_before_it_rounds(short_parts: tuple[Any, Any]) -> None:
+    requests = [Instance("loglikelihood", {}, (c, e), i) for c in CONTEXTS for i, e in enumerate(ENDINGS)]
+    expected = theirs(short_parts, 1).loglikelihood(requests, disable_tqdm=True)
+    found = ours(short_parts).loglikelihood(requests, disable_tqdm=True)
+    assert [f[1] for f in found] == [e[1] for e in expected]
+    # HFLM rounds every token's log-probability, and then their sum.
+    assert [f[0] for f in found] == pytest.approx([e[0] for e in expected], rel=2 * torch.finfo(torch.bfloat16).eps)
+
+
+def test_answers_in_bfloat16_leave_hflms_only_where_two_tokens_are_as_good(short_parts: tuple[Any, Any]) -> None:
+    model, tokens = short_parts
+    requests = asked(CONTEXTS[:-1], until=["\0"], max_gen_toks=24, do_sample=False, temperature=0.0)
+    both = theirs(short_parts, 1), ours(short_parts)
+    for lm in both:  # a character a token, whatever the tokens spell
+        lm.tok_decode = lambda ids, *_: "".join(chr(0x4E00 + i) for i in ([ids] if isinstance(ids, int) else ids))
+    expected, found = (lm.generate_until(requests, disable_tqdm=True) for lm in both)
+    same = 0
+    for request, one, other in zip(requests, found, expected, strict=True):
+        n = next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), None)
+        if n is None:
+            same += 1
+            continue
+        with torch.no_grad():
+            ids = [*tokens.encode(request.args[0]), *(ord(c) - 0x4E00 for c in one[:n])]
+            logits = model(torch.tensor([ids])).logits[0, -1].float()
+        chosen = logits[[ord(one[n]) - 0x4E00, ord(other[n]) - 0x4E00]]
+        assert float(logits.max() - chosen.min()) <= 4 * torch.finfo(torch.bfloat16).eps * float(logits.abs().max())
+    assert same >= len(requests) // 2
 
 
 def test_greedy_continuations_are_greedy(parts: tuple[Any, Any]) -> None:

@@ -164,12 +164,13 @@ def mixed(first: float) -> Any:
 
 def test_fusion(line: Line) -> None:
     assert line.teaches(["ab"], PAIR, "fusion=mince", k=1)[0] == near(ab=0.5, tail=0.5)
-    assert line.teaches(["ab"], PAIR, "fusion=avgce", k=1)[0] == mixed(2 / 3)  # a bit a byte: twice the weight
+    assert line.teaches(["ab"], PAIR, "fusion=avgce", "weight_temperature=1", k=1)[0] == mixed(2 / 3)  # a bit a byte: twice the weight
 
 
 def test_weights(line: Line) -> None:
     values = {
-        v: line.teaches(["ab"], PAIR, "fusion=avgce", f"weights={v}", k=1)[0] for v in ("nats_per_byte", "exp_ce")
+        v: line.teaches(["ab"], PAIR, "fusion=avgce", "weight_temperature=1", f"weights={v}", k=1)[0]
+        for v in ("nats_per_byte", "exp_ce")
     }
     assert values["nats_per_byte"] == mixed(2 / 3)
     assert values["exp_ce"] == mixed(1 / (1 + np.exp(1 / 8 - 1 / 2)))

@@ -256,6 +256,16 @@ def test_other_ranks_wait_for_what_the_first_one_makes(
     assert (path / "file").read_text() == "whole"
 
 
+def test_no_epoch_of_one_seed_has_the_order_of_an_epoch_of_another() -> None:
+    orders = []
+    for seed in range(4):
+        order = Order(50, seed, 1)
+        for epoch in range(4):
+            order.set_epoch(epoch)
+            orders.append(tuple(order))
+    assert len(set(orders)) == len(orders)
+
+
 @given(
     rows=st.integers(1, 40),
     world=st.integers(1, 4),

@@ -106,7 +106,8 @@ def read(model: Reader, text: str, stored: Any) -> Read:
     np.testing.assert_allclose(stored.log_p, top, rtol=2**-11, atol=2e-5)
     nats = -log_q[np.arange(len(tokens) - 1), tokens[1:]]
     np.testing.assert_allclose(stored.nats, [*nats, 0], atol=2e-5)
-    return Read(tokens, stored.ids, stored.log_p.astype(float), float(nats.sum()))
+    np.testing.assert_allclose(stored.tail, 1 - np.exp(top.astype(float)).sum(1), rtol=2**-11, atol=2e-5)
+    return Read(tokens, stored.ids, stored.log_p.astype(float), stored.tail.astype(float), float(nats.sum()))
 
 
 def assert_teaches(made: dict[str, np.ndarray], taught: list[Taught]) -> None:
