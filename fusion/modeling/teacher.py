@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion.modeling.heads import find_head, float32_logits
-from fusion.modeling.packing import attending_by_passage, check_packing, device_of, dtype_of, own_forward, packed_inputs
+from fusion.modeling.packing import attending_by_passage, check_packing, dtype_of, own_forward, packed_inputs
 
 
 class Teacher:

@@ -164,7 +164,9 @@ def mixed(first: float) -> Any:
 
 def test_fusion(line: Line) -> None:
     assert line.teaches(["ab"], PAIR, "fusion=mince", k=1)[0] == near(ab=0.5, tail=0.5)
-    assert line.teaches(["ab"], PAIR, "fusion=avgce", "weight_temperature=1", k=1)[0] == mixed(2 / 3)  # a bit a byte: twice the weight
+    assert line.teaches(["ab"], PAIR, "fusion=avgce", "weight_temperature=1", k=1)[0] == mixed(
+        2 / 3
+    )  # a bit a byte: twice the weight
 
 
 def test_weights(line: Line) -> None:
