@@ -25,12 +25,20 @@ _PRESETS: Mapping[str, Mapping[str, Any]] = {name: {**_MAP_PRESETS[name], **PRES
 """All that a preset sets: the vocabulary map, which is made before a training, and the switches of fusion."""
 
 
+def _check_preset(preset: Any) -> Any:
+    """Refuses an unknown preset with the nearest spelling."""
+    if not isinstance(preset, str) or preset not in _PRESETS:
+        hint = did_you_mean(preset, _PRESETS)
+        raise UserError(f"there is no preset {preset!r}{hint}: presets are {', '.join(_PRESETS)}.")
+    return preset
+
+
 class _PresetParameters(Parameters):
     """The parameters of FuseLLM beside the switches of fusion."""
 
     model_config = ConfigDict(json_schema_extra={"presets": {name: dict(values) for name, values in _PRESETS.items()}})
 
-    preset: Literal["corrected", "published"] = Field(
+    preset: Annotated[Literal["corrected", "published"], BeforeValidator(_check_preset)] = Field(
         "corrected",
         description="values of all switches that are not set: corrected, or published as in the published code",
     )
@@ -90,11 +98,10 @@ class FuseLLMParameters(_SwitchParameters):
         if not isinstance(given, Mapping):
             return given
         preset = given.get("preset", "corrected")
-        if not isinstance(preset, str) or preset not in _PRESETS:
-            hint = did_you_mean(preset, _PRESETS)
-            raise UserError(f"there is no preset {preset!r}{hint}: presets are {', '.join(_PRESETS)}.")
-        null = {name for name in [*_PRESETS[preset], *Switches.__dataclass_fields__] if given.get(name) is None}
-        return {**_PRESETS[preset], **{key: value for key, value in given.items() if key not in null}}
+        # One that is unknown is refused by its own field, beside whatever else is wrong.
+        values = _PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+        null = {name for name in [*values, *Switches.__dataclass_fields__] if given.get(name) is None}
+        return {**values, **{key: value for key, value in given.items() if key not in null}}
 
     @model_validator(mode="after")
     def _check(self) -> "FuseLLMParameters":

@@ -1,6 +1,5 @@
 """The command line. Heavy libraries are imported where they are used: `--help` must answer at once."""
 
-import errno
 import os
 import signal
 import sys
@@ -9,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fusion.errors import UserError, unknown_name
+from fusion.errors import UserError
 from harness.cli import (
     artifact_commands,
     baseline_commands,
@@ -21,7 +20,7 @@ from harness.cli import (
     suite_commands,
 )
 from harness.runtime import distributed
-from harness.runtime.extras import missing_extra
+from harness.runtime.user_errors import sentence_about
 from harness.store import provenance
 
 EXPERIMENTS, RESULTS, PARTS, OWN, MACHINE = "Experiments", "Results", "Parts", "Your own parts", "This machine"
@@ -158,38 +157,15 @@ def main() -> None:
 
 def _explain(error: Exception) -> int:
     """Says in one sentence what the user can mend and gives the exit status; raises what is our own mistake."""
-    from results import errors as results_errors
-
     if isinstance(error, typer.TyperException):
         if message := " ".join(error.format_message().split()):  # empty where the help was printed instead
             context = getattr(error, "ctx", None)
             hint = f" (see `{context.command_path} --help`)" if context else ""
             typer.echo(f"fusellm: {message.rstrip('.')}{hint}.", err=True)
         return 2
-    if isinstance(error, results_errors.UnknownName):
-        sentence: str | None = unknown_name(error.noun, error.name, error.known)
-    elif isinstance(error, UserError | results_errors.UserError):
-        sentence = str(error)
-    else:
-        sentence = _of_the_system(error)
-    sentence = sentence or missing_extra(error)
+    sentence = sentence_about(error)
     distributed.report_root_cause(sentence is not None)
     if os.environ.get("FUSELLM_DEBUG") or sentence is None:
         raise error
     typer.echo(f"fusellm: {sentence}", err=True)
     return 2
-
-
-def _of_the_system(error: Exception) -> str | None:
-    """The sentence for what the operating system refused and the user can mend; None for our own mistakes."""
-    refusals = {
-        errno.EACCES: "cannot be read or written: change its permissions or choose another --root.",
-        errno.EROFS: "lies on a read-only file system: choose another --root.",
-        errno.ENOSPC: "does not fit on the disk: free space and run again; what is finished is kept.",
-        errno.EDQUOT: "exceeds your quota on the disk: free space and run again; what is finished is kept.",
-        errno.ENOTDIR: "is no folder, or lies below a file: choose another --root.",
-        errno.EEXIST: "is a file where a folder is needed: choose another --root.",
-    }
-    if not isinstance(error, OSError) or error.errno not in refusals:
-        return None
-    return f"{error.filename or 'A file'} {refusals[error.errno]}"

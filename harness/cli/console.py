@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from fusion.errors import UserError
 from harness.cli.options import Format
 from harness.runtime import distributed
 from harness.runtime.device import refuse_missing_device
+from harness.store.files import make_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -113,10 +113,7 @@ def prepare(root: Path, *devices: str) -> None:
     """
     for device in devices:
         refuse_missing_device(device)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"The folder {root} cannot be made ({error.strerror}): choose another --root.") from None
+    make_folder(root, "--root")
     quiet_libraries()
 
 

@@ -56,15 +56,12 @@ def quickstart(
 @experiments.command("list")
 def experiment_list(form: FormatOption = None, json: Json = False) -> None:
     """The experiments that ship with the harness and their profiles."""
-    import yaml
-
-    from harness.config.shipped import names
-    from harness.store.paths import PRESETS
+    from harness.config.shipped import names, shipped
 
     rows = []
     for name in names("experiments"):
-        raw = yaml.safe_load((PRESETS / "experiments" / f"{name}.yaml").read_text(encoding="utf-8"))
-        rows.append([name, ", ".join(raw["profiles"]), raw["title"]])
+        experiment = shipped("experiments", name)
+        rows.append([name, ", ".join(experiment.profiles), experiment.title])
     print_rows(["experiment", "profiles", "what it is"], rows, form)
 
 

@@ -8,6 +8,7 @@ import typer
 from fusion.errors import UnknownName
 from harness.cli.console import prepare, print_document, print_rows
 from harness.cli.options import DEFAULT_ROOT, DocumentFormatOption, FormatOption, Json, Root, completed
+from harness.store.files import make_folder
 from harness.store.paths import MODELS
 
 models = typer.Typer(help="Models known by name: list, show, fetch, convert.", no_args_is_help=True)
@@ -64,6 +65,8 @@ def model_convert(
 ) -> None:
     """Convert a GGUF file or a pickle checkpoint (read weights-only) to safetensors with a fast tokenizer."""
     prepare(root)
+    if out is not None:
+        make_folder(out.parent, "--out")
     from harness.models.convert import convert
     from harness.runtime.progress import notify
 

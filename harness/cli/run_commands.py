@@ -21,6 +21,7 @@ from harness.cli.options import (
     TableFormatOption,
     completed,
 )
+from harness.reporting.runs import EXAMPLES
 
 runs = typer.Typer(help="Finished runs: list, show.", no_args_is_help=True)
 
@@ -107,7 +108,7 @@ def tables(
 def report(
     names: Runs = None,
     profile: NewestProfile = None,
-    examples: Annotated[int, typer.Option(min=0, help="Examples of each task to include.")] = 30,
+    examples: Annotated[int, typer.Option(min=0, help="Examples of each task to include.")] = EXAMPLES,
     out: Annotated[Path, typer.Option(help="Folder to write report.html to.", rich_help_panel=OUTPUT)] = Path("report"),
     root: Root = DEFAULT_ROOT,
 ) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from fusion.errors import UserError
 from harness.cli.options import OUTPUT
+from harness.store.files import make_folder
 
 TEMPLATES = Path(__file__).parent / "templates"
 """A folder a kind; in names of files NAME and MODULE stand for the name and for its form in Python."""
@@ -42,7 +43,7 @@ def init(
         if file.exists():
             raise UserError(f"{file} exists already and is not overwritten: choose another name or --out.")
     for file, path in files.items():
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent, "--out")
         file.write_text(Template(path.read_text(encoding="utf-8")).substitute(words), encoding="utf-8")
         typer.echo(str(file))
 

@@ -1,8 +1,7 @@
 """`fusellm suite`, `eval` and `multipl-e`: what can be measured, measuring one model, executing generated programs."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,6 +18,7 @@ from harness.cli.options import (
     Unsafe,
     completed,
 )
+from harness.store.files import make_folder
 from harness.store.paths import TOOLCHAINS
 
 MULTIPL_E = "MultiPL-E"  # a help panel
@@ -138,8 +138,8 @@ def evaluate(
         Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.", rich_help_panel=COMPUTING)
     ] = "auto",
     batch_size: Annotated[
-        str, typer.Option(help="Answers generated at a time, or auto.", rich_help_panel=COMPUTING)
-    ] = "auto",
+        str | None, typer.Option(help="Answers generated at a time. Default: auto.", rich_help_panel=COMPUTING)
+    ] = None,
     trust_remote_code: Annotated[
         bool,
         typer.Option("--trust-remote-code", help="Run Python code of the model's folder.", rich_help_panel=COMPUTING),
@@ -147,9 +147,10 @@ def evaluate(
     form: FormatOption = None,
     json: Json = False,
     data_root: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="Folder of <hub id>/<configuration>/<split>.parquet (or .jsonl). Default: the hub.",
+            help="Folder of <hub id>/<configuration>/<split>.parquet (or .jsonl), or tiny: for a few example rows; as "
+            "--set data.root=FOLDER. Default: the hub.",
             rich_help_panel=FILES,
         ),
     ] = None,
@@ -165,7 +166,9 @@ def evaluate(
     if model is None or not suites:
         raise UserError("fusellm eval needs a model and --suite, or --execute with a file of completions.")
     names = [name.strip() for name in suites.split(",")]
-    own, root_of_data = _settings(settings, names)
+    from harness.config.loading import suite_settings
+
+    own, data = suite_settings(names, settings, data_root)
     prepare(root, device)
     from harness.evaluation import standalone
     from harness.models.resolution import ModelSpec
@@ -175,43 +178,25 @@ def evaluate(
     from results.formats import render_all
 
     common = {"limit": limit, "samples": samples, "seed": seed, "batch_size": batch_size}
-    common |= {"execute": not generate_only, "sandbox": not unsafe}
-    chosen = standalone.sections(names, tasks=tasks, common=common, settings=own, data_root=data_root or root_of_data)
+    common |= {"execute": False if generate_only else None, "sandbox": False if unsafe else None}
+    chosen = standalone.sections(names, tasks=tasks, common=common, settings=own, data_root=data)
     spec = ModelSpec(name=model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     folder = standalone.evaluate(spec, chosen, root, device=usable_device(device, dry=False))
     run = open_run(folder)
-    tables = [table for table in write_run(run).values() if table.columns or not generate_only]
+    completions = standalone.generated(folder) if generate_only else []
+    tables = [table for table in write_run(run).values() if table.columns or not completions]
     if form is not None:
         typer.echo(render_all(tables, form), nl=False)
     else:
         for table in tables:
             print_table(table, None)
-    for line in standalone.generated(folder) if generate_only else []:
+    for line in completions:
         typer.echo(line)
     if form is None:
         typer.echo(f"Tables and records: {folder}", err=True)
-    if run.records.empty and not generate_only:
+    if run.records.empty and not completions:
         typer.echo("fusellm: nothing was measured: every task was left out, for the reasons above.", err=True)
         raise typer.Exit(1)
-
-
-def _settings(items: Sequence[str], names: Sequence[str]) -> tuple[dict[str, dict[str, Any]], Path | None]:
-    """The settings of each suite, and the folder of data sets, from `--set` as experiments take it."""
-    from omegaconf import OmegaConf
-
-    from harness.config.layers import setting_layer
-    from harness.config.schema import DataConfig
-
-    layers = [setting_layer(item).values for item in items]
-    for item, layer in zip(items, layers, strict=True):
-        (section, values), *_ = dict(layer).items()
-        taken = ["root"] if section == "data" else names if section == "suites" else []
-        if not OmegaConf.is_dict(values) or not set(values) <= set(taken):
-            raise UserError(
-                f"--set {item} is no setting of {', '.join(names)}: write --set SUITE.KEY=VALUE or data.root=FOLDER."
-            )
-    merged: Any = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True) if layers else {}
-    return merged.get("suites", {}), DataConfig(**merged.get("data", {})).folder
 
 
 @multipl_e.command("execute")
@@ -229,6 +214,8 @@ def multipl_e_execute(
 ) -> None:
     """Execute completions in ten languages and print pass@k; a second start goes on from what is finished."""
     prepare(root)
+    if out is not None:
+        make_folder(out.parent, "--out")
     from harness.evaluation.multipl_e import execute, scores
     from harness.evaluation.multipl_e.generations import read_generations
 

@@ -1,5 +1,6 @@
 """The layers of a configuration that a user writes (files and `--set`), and the line that a key stands in."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,10 +62,14 @@ def setting_layer(item: str) -> Layer:
         raise UserError(f"--set {item} has no value: write --set KEY=VALUE.")
     if not all(key.strip().split(".")):
         raise UserError(f"--set {item} has no key: write --set KEY=VALUE, with dots between the parts of the key.")
+    if key == "extends":
+        raise UserError(f"--set {item} extends nothing: write `extends` in a YAML file.")
     if key == "profile":
         raise UserError(f"--set {item} chooses no profile: write --profile.")
     if _begins_with_suite(key):
         key = f"suites.{key}"
+    if re.fullmatch(r"[\w.-]+:", value):
+        value = f"'{value}'"  # tiny: is a name, and not a key without a value
     values = OmegaConf.from_dotlist([f"{key}={value}"])
     keys = _keys(OmegaConf.to_container(values, resolve=False))
     return Layer(values, dict.fromkeys(keys, f"--set {item}"))

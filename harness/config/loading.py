@@ -4,16 +4,19 @@ Precedence: `--set` > user's file > what that file extends > profile > shipped e
 configuration says everything; it is stored with every artifact and printed by `fusellm experiment show`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from fusion.errors import UserError
-from harness.config.errors import ConfigurationError, Problem, collecting
+from harness.config.errors import ConfigurationError, Problem, collecting, problems_of
 from harness.config.layers import Layer, is_file, place_of, setting_layer, user_layers
-from harness.config.references import reference_problems
-from harness.config.schema import Config
+from harness.config.references import missing_data_root, reference_problems
+from harness.config.schema import Config, DataConfig
 from harness.config.shipped import shipped
 from harness.config.templates import completed_roles, expanded_rows
 from harness.config.validation import resolve
@@ -54,8 +57,12 @@ def validate(
             profiles: Sequence[str | None] = [profile] if profile else written.profiles or [None]
             for one in profiles:
                 with collecting(collected):
-                    config, layers = _load(written, one, overrides, seeds)
-                    collected += [_placed(problem, layers) for problem in reference_problems(config)]
+                    raw, layers = _merged(written, one, overrides, seeds)
+                    found: list[Problem] = []
+                    with collecting(found):
+                        raw = _resolved(raw, name).model_dump(mode="json")
+                    found += reference_problems(raw)
+                    collected += [_placed(problem, layers) for problem in found]
         problems[name] = list(dict.fromkeys(collected))  # most problems are those of every profile
     return problems
 
@@ -91,84 +98,146 @@ def _written(name: str) -> _Written:
         return _Written(name, experiment, ())
     user, extended = user_layers(Path(name))
     user[-1].values.setdefault("experiment", Path(name).stem)
-    return _Written(name, shipped("experiments", extended) if extended else OmegaConf.create({}), user)
+    base = OmegaConf.create({})
+    if extended:
+        try:
+            base = shipped("experiments", extended)
+        except UserError as error:
+            raise ConfigurationError(name, [_placed(Problem(str(error), ("extends",)), user)]) from None
+    return _Written(name, base, user)
 
 
 def _load(
     written: _Written, profile: str | None, overrides: Sequence[str], seeds: Sequence[int]
 ) -> tuple[Config, Sequence[Layer]]:
     """The configuration, and the layers that a user wrote."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    name = written.name
-    user = list(written.user)
-    place = f"The configuration of {name}"
+    raw, layers = _merged(written, profile, overrides, seeds)
     try:
+        return _resolved(raw, written.name), layers
+    except ConfigurationError as error:
+        raise ConfigurationError(written.name, [_placed(problem, layers) for problem in error.problems]) from None
+
+
+def _merged(
+    written: _Written, profile: str | None, overrides: Sequence[str], seeds: Sequence[int]
+) -> tuple[dict[str, Any], Sequence[Layer]]:
+    """The keys and values of all layers, and the layers that a user wrote."""
+    from omegaconf import OmegaConf
+
+    with _as_sentences(f"The configuration of {written.name}"):
         experiment: Any = OmegaConf.merge(written.shipped)  # a copy
         per_profile = experiment.pop("per_profile", {})
-        own = [layer.values.get("profile") for layer in reversed(user)]
+        own = [layer.values.get("profile") for layer in reversed(written.user)]
         chosen = profile or next(filter(None, own), None) or experiment.get("profiles", [_OWN])[0]
         layers = [OmegaConf.create((PRESETS / "defaults.yaml").read_text(encoding="utf-8")), experiment]
         if chosen != _OWN:
             layers.append(shipped("profiles", str(chosen)))
         layers.append(per_profile.get(str(chosen), {}))
-        merged = OmegaConf.merge(*layers, *(layer.values for layer in user))
-        for item in overrides:
-            place = f"--set {item}"
-            user.append(setting_layer(item))
-            merged = OmegaConf.merge(merged, user[-1].values)
-        place = f"The configuration of {name}"
+        merged = OmegaConf.merge(*layers, *(layer.values for layer in written.user))
+    merged, settings = _with_settings(merged, overrides)
+    with _as_sentences(f"The configuration of {written.name}"):
         merged.profile = chosen
         if seeds:
             merged.seeds = list(seeds)
         raw: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    raw.pop("protocols", None)  # what experiments took from it is in their suites
+    return raw, [*written.user, *settings]
+
+
+def suite_settings(
+    names: Sequence[str], overrides: Sequence[str], data_root: str | None = None
+) -> tuple[dict[str, dict[str, Any]], Path | None]:
+    """Settings of suites by name, and the folder of data sets, from `--set` as experiments take it.
+
+    data_root: as `data.root`, which it replaces. Raises UserError for a setting of anything but these suites.
+    """
+    from omegaconf import OmegaConf
+
+    merged, layers = _with_settings(OmegaConf.create({}), overrides)
+    for item, layer in zip(overrides, layers, strict=True):
+        (section, values), *_ = dict(layer.values).items()
+        taken = ["root"] if section == "data" else names if section == "suites" else []
+        if not OmegaConf.is_dict(values) or not set(values) <= set(taken):
+            raise UserError(
+                f"--set {item} is no setting of {', '.join(names)}: write --set SUITE.KEY=VALUE or data.root=FOLDER."
+            )
+    with _as_sentences(f"--set {' --set '.join(overrides)}"):
+        raw: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    data = {**raw.get("data", {}), **({} if data_root is None else {"root": data_root})}
+    try:
+        folder = DataConfig.model_validate(data).folder
+    except ValidationError as error:
+        problems = problems_of(error, DataConfig, data, "this command", ("data",))
+        raise ConfigurationError("this command", problems) from None
+    if problem := missing_data_root(folder):
+        raise UserError(problem.sentence)
+    return raw.get("suites", {}), folder
+
+
+def _with_settings(base: Any, overrides: Sequence[str]) -> tuple[Any, list[Layer]]:
+    """An OmegaConf mapping with every `--set` merged over it, and the layer of each."""
+    from omegaconf import OmegaConf
+
+    layers: list[Layer] = []
+    for item in overrides:
+        with _as_sentences(f"--set {item}"):
+            layers.append(setting_layer(item))
+            base = OmegaConf.merge(base, layers[-1].values)
+    return base, layers
+
+
+@contextmanager
+def _as_sentences(place: str) -> Iterator[None]:
+    """Raises UserError about `place` for what OmegaConf raises in the block."""
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        yield
     except (OmegaConfBaseException, YAMLError) as error:
         raise UserError(f"{place} does not hold: {str(error).splitlines()[0]}.") from None
     except TypeError:  # what OmegaConf raises for these two
         raise UserError(f"{place} has a list where keys and values belong, or the other way round.") from None
-    raw.pop("protocols", None)  # what experiments took from it is in their suites
-    try:
-        return _resolved(raw, name), user
-    except ConfigurationError as error:
-        raise ConfigurationError(name, [_placed(problem, user) for problem in error.problems]) from None
 
 
 def _resolved(raw: dict[str, Any], name: str) -> Config:
-    """The configuration of merged layers. Raises ConfigurationError with every mistake."""
+    """The configuration of merged layers, completed in `raw`. Raises ConfigurationError with every mistake."""
     profiles = raw.setdefault("profiles", [raw["profile"]])
-    problems: list[Problem] = []
-    if not isinstance(profiles, list):
-        sentence = f"The configuration of {name} has profiles = {profiles!r}, which must be a list."
-        problems.append(Problem(sentence, ("profiles",)))
-    elif raw["profile"] not in profiles:
+    if isinstance(profiles, list) and raw["profile"] not in profiles:
         known = ", ".join(map(str, profiles))
         raise UserError(f"The experiment {name} has no profile {raw['profile']!r}: its profiles are {known}.")
-    for key in (("roles",), ("roles", "sources"), ("roles", "target"), ("roles", "teacher"), ("methods",)):
-        problems += _mapping_problems(raw, key, name)
+    problems = list(_structural_problems(raw, name))
+    if isinstance(raw.get("roles"), dict):
+        raw["roles"] = completed_roles(raw["roles"], raw.get("corpus"))
+    if isinstance(raw.get("methods"), dict):
+        with collecting(problems, "methods"):
+            raw["methods"] = expanded_rows(raw["methods"], raw.get("roles"))
+    try:
+        config = resolve(raw, name)
+    except ConfigurationError as error:
+        # What has the wrong structure is said once.
+        said = [problem.key for problem in problems]
+        problems += [problem for problem in error.problems if not any(problem.key[: len(key)] == key for key in said)]
     if problems:
         raise ConfigurationError(name, problems)
-    if raw.get("roles"):
-        raw["roles"] = completed_roles(raw["roles"], raw.get("corpus"))
-    if raw.get("methods"):
-        raw["methods"] = expanded_rows(raw["methods"], raw.get("roles") or {})
-    return resolve(raw, name)
+    return config
 
 
-def _mapping_problems(raw: Mapping[str, Any], key: tuple[str, ...], name: str) -> list[Problem]:
-    """A problem where `key` holds something else than keys and values, or is a list of such and holds one."""
-    value: Any = raw
-    for part in key:
-        value = value.get(part) if isinstance(value, dict) else None
-    values = {key: value}
-    if isinstance(value, dict) and key in (("methods",), ("roles", "sources")):
-        values |= {(*key, str(label)): entry for label, entry in value.items()}
-    return [
-        Problem(f"The configuration of {name} has {'.'.join(at)} = {one!r}, which must hold keys and values.", at)
-        for at, one in values.items()
-        if one is not None and not isinstance(one, dict)
-    ]
+def _structural_problems(raw: Mapping[str, Any], name: str) -> Iterator[Problem]:
+    """What is no list, or holds something else than keys and values, where it must."""
+    if not isinstance(raw["profiles"], list):
+        sentence = f"The configuration of {name} has profiles = {raw['profiles']!r}, which must be a list."
+        yield Problem(sentence, ("profiles",))
+    roles, methods = raw.get("roles"), raw.get("methods")
+    sources = roles.get("sources") if isinstance(roles, dict) else None
+    places: dict[tuple[str, ...], Any] = {("roles",): roles, ("methods",): methods, ("roles", "sources"): sources}
+    for key, section in list(places.items()):
+        if isinstance(section, dict):
+            places |= {(*key, str(inner)): value for inner, value in section.items()}
+    for key, value in places.items():
+        if value is not None and not isinstance(value, dict):
+            sentence = f"The configuration of {name} has {'.'.join(key)} = {value!r}, which must hold keys and values."
+            yield Problem(sentence, key)
 
 
 def _placed(problem: Problem, layers: Sequence[Layer]) -> Problem:

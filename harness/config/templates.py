@@ -9,20 +9,22 @@ from harness.models.catalogue import tiny_name
 _SOURCE = "{source}"  # in a row's label and parameters: the row is there once for every source
 
 
-def expanded_rows(methods: Mapping[str, Any], roles: Mapping[str, Any]) -> dict[str, Any]:
+def expanded_rows(methods: Mapping[str, Any], roles: Any) -> dict[str, Any]:
     """The rows with `{target}`, `{teacher}`, `{sources}`, `{source}` written out by name, without those that are null.
 
     `{target}` and `{teacher}` are called as their models, and `{teacher}` is left out where there is none; `{sources}`
-    is one row for each source. Raises UserError where two rows would have one label.
+    is one row for each source. What has the wrong structure is left as it is, for the validation to refuse. Raises
+    UserError where two rows would have one label.
     """
-    rows: dict[str, Any] = {}
-    sources = list(roles.get("sources") or {})
+    rows: dict[str, Any] = {label: entry for label, entry in methods.items() if not isinstance(entry, dict | None)}
+    sound = {name: role for name, role in roles.items() if isinstance(role, dict)} if isinstance(roles, dict) else {}
+    sources = list(sound.get("sources", {}))
     for label, entry in methods.items():
-        if entry is None or (label == "{teacher}" and not roles.get("teacher")):
+        if not isinstance(entry, dict) or (label == "{teacher}" and not sound.get("teacher")):
             continue
         if label in ("{target}", "{teacher}"):
             role = label.strip("{}")
-            model = str((roles.get(role) or {}).get("model", role))
+            model = str(sound.get(role, {}).get("model", role))
             expanded = {_short(model): {**entry, "role": role}}
         elif label == "{sources}":
             expanded = {source: {**entry, "role": source} for source in sources}
@@ -40,9 +42,10 @@ def completed_roles(roles: Mapping[str, Any], corpus: Mapping[str, Any] | None) 
     """The roles without sources that are null; a role's corpus takes the keys that it lacks from `corpus`."""
     completed = {name: _completed(role, corpus) for name, role in roles.items() if name != "sources"}
     if "sources" in roles:
-        sources = roles["sources"] or {}
-        kept = {name: _completed(role, corpus) for name, role in sources.items() if role is not None}
-        completed["sources"] = kept if roles["sources"] else roles["sources"]
+        sources = completed["sources"] = roles["sources"]
+        if sources and isinstance(sources, dict):
+            kept = {name: _completed(role, corpus) for name, role in sources.items() if role is not None}
+            completed["sources"] = kept
     return {name: completed[name] for name in roles}
 
 

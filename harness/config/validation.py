@@ -43,8 +43,11 @@ def resolve(raw: Mapping[str, Any], where: str) -> Config:
     """
     problems: list[Problem] = []
     needed: dict[str, list[str]] = {}
-    rows, sections, roles = dict(raw.get("methods") or {}), raw.get("suites"), raw.get("roles")
+    methods, sections, roles = raw.get("methods"), raw.get("suites"), raw.get("roles")
+    rows = dict(methods) if isinstance(methods, Mapping) else {}
     for label, entry in rows.items():
+        if not isinstance(entry, Mapping):  # the schema refuses it below
+            continue
         with collecting(problems, "methods", label):
             if not isinstance(entry.get("method"), str):
                 raise UserError(f"methods.{label} does not say which method it is: add `method: NAME`.")
@@ -64,10 +67,7 @@ def resolve(raw: Mapping[str, Any], where: str) -> Config:
         for name, given in sections.items():
             with collecting(problems, "suites", name):
                 sections[name] = suite_config(name, given, where)
-    whole = {
-        **raw,
-        **{key: value for key, value in (("methods", rows), ("suites", sections)) if raw.get(key) is not None},
-    }
+    whole = {**raw, **({"methods": rows} if rows else {}), **({"suites": sections} if sections is not None else {})}
     config = None
     try:
         config = Config.model_validate(whole)
@@ -82,17 +82,22 @@ def resolve(raw: Mapping[str, Any], where: str) -> Config:
 
 def _roles(roles: Mapping[str, Any]) -> list[str]:
     """The names of the roles of an experiment."""
-    return ["target", *(roles.get("sources") or {}), *(["teacher"] if roles.get("teacher") else [])]
+    return ["target", *_sources(roles), *(["teacher"] if roles.get("teacher") else [])]
+
+
+def _sources(roles: Any) -> list[str]:
+    sources = roles.get("sources") if isinstance(roles, Mapping) else None
+    return list(sources) if isinstance(sources, Mapping) else []
 
 
 def _name_problems(raw: Mapping[str, Any]) -> Iterator[Problem]:
     """Sources with names that mean something else, and a reference that is no row."""
     roles, rows, reference = raw.get("roles"), raw.get("methods"), raw.get("reference")
-    for name in (roles.get("sources") or {}) if isinstance(roles, Mapping) else ():
+    for name in _sources(roles):
         if name in _RESERVED:
             sentence = f"roles.sources has a source called {name!r}, which means something else: rename it."
             yield Problem(sentence, ("roles", "sources", name))
-    if isinstance(reference, str) and rows and reference not in rows:
+    if isinstance(reference, str) and isinstance(rows, Mapping) and rows and reference not in rows:
         hint = did_you_mean(reference, rows)
         sentence = f"reference {reference!r} is no row{hint}: rows are {', '.join(rows)}."
         yield Problem(sentence, ("reference",))

@@ -5,16 +5,21 @@ A document is identified by the SHA-256 of its whole text. It is cut into passag
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError, did_you_mean
 from harness.config.schema import CorpusConfig
-from harness.data.hub import dataset_commit, dataset_fingerprint
-from harness.data.standard_library import standard_library
+from harness.data.hub import dataset_commit, dataset_fingerprint, offline_unless_reachable
+from harness.data.standard_library import DOMAINS, SHARES, standard_library
 from harness.store.fingerprint import file_sha256
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # of a data set; a few have no owner
+_SET_COLUMNS = "set text_column, name_column or domain_column to one that is there"
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,8 @@ def local_path(config: CorpusConfig, data_root: Path | None) -> Path | None:
             if not file.exists():
                 raise UserError(f"{file} is missing: data.root has {config.path} but not this configuration and split.")
             return file
-    if plain.suffix in (".parquet", ".jsonl", ".txt") or plain.is_absolute():
-        raise UserError(f"The corpus {config.path} does not exist: correct corpus.path.")
+    if plain.suffix in (".parquet", ".jsonl", ".txt") or not _HUB_ID.fullmatch(config.path):
+        raise UserError(f"The corpus {config.path} does not exist: correct that path.")
     return None
 
 
@@ -103,6 +108,28 @@ def expected_bytes(config: CorpusConfig, data_root: Path | None) -> float:
 def is_on_hub(config: CorpusConfig, data_root: Path | None) -> bool:
     """True if the text must be fetched from the hub."""
     return not _is_stdlib(config) and local_path(config, data_root) is None
+
+
+def check_corpus(config: CorpusConfig, data_root: Path | None) -> None:
+    """Raises UserError for a corpus that is not on this machine and cannot be on the hub.
+
+    Of the standard library splits and domains are checked, too.
+    """
+    if not _is_stdlib(config):
+        local_path(config, data_root)
+        return
+    standard_library(_fold(config))
+    for kind, wanted, known in (("split", [config.split], SHARES), ("domain", config.domains or [], DOMAINS)):
+        for name in wanted:
+            if name not in known:
+                raise UserError(
+                    f"The corpus {config.path} has no {kind} {name!r}{did_you_mean(name, known)}: it has "
+                    f"{', '.join(known)}."
+                )
+
+
+def _fold(config: CorpusConfig) -> str:
+    return config.path.partition(":")[2] or "tiny"
 
 
 def _is_stdlib(config: CorpusConfig) -> bool:
@@ -125,7 +152,7 @@ def content_fingerprint(config: CorpusConfig, data_root: Path | None) -> str:
 
 
 def _stdlib_rows(config: CorpusConfig) -> Iterator[dict[str, Any]]:
-    for document in standard_library(config.path.partition(":")[2] or "tiny").documents():
+    for document in standard_library(_fold(config)).documents():
         if document.split == config.split:
             yield {"text": document.text, "name": document.name, "domain": document.domain}
 
@@ -141,7 +168,7 @@ def _parquet_rows(path: Path, config: CorpusConfig) -> Iterator[dict[str, Any]]:
             if missing := sorted({c if c in columns else c.partition(".")[0] for c in wanted} - set(columns)):
                 raise UserError(
                     f"{path} has no column {missing[0]!r}{did_you_mean(missing[0], columns)} (it has "
-                    f"{', '.join(columns)}): set corpus.*_column."
+                    f"{', '.join(columns)}): {_SET_COLUMNS}."
                 )
             for batch in file.iter_batches(batch_size=256, columns=wanted):
                 yield from batch.to_pylist()
@@ -150,7 +177,7 @@ def _parquet_rows(path: Path, config: CorpusConfig) -> Iterator[dict[str, Any]]:
     except (pa.ArrowException, OSError) as error:  # a damaged page raises OSError without a number
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise UserError(f"{path} is no Parquet file, or is damaged: copy it again or correct corpus.path.") from None
+        raise UserError(f"{path} is no Parquet file, or is damaged: copy it again or correct that path.") from None
 
 
 def _json_rows(path: Path, config: CorpusConfig) -> Iterator[dict[str, Any]]:
@@ -162,7 +189,7 @@ def _json_rows(path: Path, config: CorpusConfig) -> Iterator[dict[str, Any]]:
                 raise UserError(f"{path}, line {number} is not JSON in UTF-8: correct that line.") from None
             for column in (config.text_column, config.name_column, config.domain_column):
                 if column and (not isinstance(row, dict) or not {column, column.partition(".")[0]} & row.keys()):
-                    raise UserError(f"{path}, line {number} has no {column!r}: set corpus.*_column.")
+                    raise UserError(f"{path}, line {number} has no {column!r}: {_SET_COLUMNS}.")
             yield row
 
 
@@ -180,20 +207,35 @@ def _text_rows(path: Path, config: CorpusConfig) -> Iterator[dict[str, Any]]:
         }
 
 
+def check_readable(config: CorpusConfig, data_root: Path | None) -> None:
+    """Raises UserError for text that is neither on this machine nor on the hub, nor in its cache; reads no text."""
+    if is_on_hub(config, data_root):
+        import datasets
+
+        with _reading_hub(config), offline_unless_reachable():
+            datasets.load_dataset_builder(config.path, config.configuration, revision=config.revision)
+
+
 def _hub_rows(config: CorpusConfig) -> Iterator[dict[str, Any]]:
     import datasets
 
-    try:
+    with _reading_hub(config):
         revision = dataset_commit(config.path, config.revision) or config.revision
         rows = datasets.load_dataset(
             config.path, config.configuration, split=config.split, revision=revision, streaming=True
         )
         yield from rows
+
+
+@contextmanager
+def _reading_hub(config: CorpusConfig) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, ConnectionError) as error:
         raise UserError(
-            f"The corpus {config.path} ({config.configuration}, {config.split}) cannot be read from the hub: set "
-            f"data.root to a folder that holds {config.path}/{config.configuration}/{config.split}.parquet "
-            f"({type(error).__name__})."
+            f"The corpus {config.path} ({config.configuration}, {config.split}) is neither a file or folder here nor "
+            f"can it be read from the hub ({type(error).__name__}): correct that path, or set data.root to a folder "
+            f"that holds {config.path}/{config.configuration}/{config.split}.parquet."
         ) from None
 
 
@@ -209,7 +251,7 @@ def _rows(config: CorpusConfig, data_root: Path | None) -> Iterator[dict[str, An
         return _json_rows(path, config)
     if path.is_dir() or path.suffix == ".txt":
         return _text_rows(path, config)
-    raise UserError(f"{path} is neither .parquet, .jsonl, .txt nor a folder of .txt files: correct corpus.path.")
+    raise UserError(f"{path} is neither .parquet, .jsonl, .txt nor a folder of .txt files: correct that path.")
 
 
 def _value(row: dict[str, Any], column: str) -> Any:

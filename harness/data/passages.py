@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from harness.config.schema import CorpusConfig
-from harness.data.corpus import CorpusSummary, Document, content_fingerprint, documents, expected_bytes
+from harness.data.corpus import (
+    CorpusSummary,
+    Document,
+    check_readable,
+    content_fingerprint,
+    documents,
+    expected_bytes,
+)
 from harness.store.artifacts import Estimate, Spec, Store, read_manifest
 
 VERSION = 2
@@ -139,6 +146,8 @@ def make_passages(store: Store, config: CorpusConfig, max_bytes: int, data_root:
         return {"corpus": summary.to_json()}
 
     size = expected_bytes(config, data_root)
+    if store.dry and not config.expected_bytes and not store.path(spec).exists():
+        check_readable(config, data_root)  # a plan needs no text of which it is said how much there is
     return spec, store.ensure(spec, build, Estimate(disk=1.2 * size, seconds=size / 5e6))
 
 

@@ -20,6 +20,9 @@ from harness.store.paths import ARTIFACTS, MODELS, PLAN_FILE, RECORDS, RUN_FILE,
 from harness.store.provenance import made_by
 from harness.store.run_files import list_measured, read_run_file
 
+# Options of `fusellm eval` that are not called as the setting of suites that they give.
+_OPTIONS = {"batch_size": "--batch-size", "execute": "--generate-only", "sandbox": "--unsafe-no-sandbox"}
+
 
 def sections(
     names: Sequence[str],
@@ -31,20 +34,25 @@ def sections(
 ) -> dict[str, Suite]:
     """The suites of a command line, by name.
 
-    tasks: only these; a suite that has none of them is left out with a line about it. common: options that each suite
-    takes if it knows them. settings: by suite, keys and values of its own. Raises UserError for what no suite knows.
+    tasks: only these; a suite that has none of them is left out with a line about it. common: settings that each suite
+    takes if it has them; None: not given. settings: by suite, keys and values of its own. Raises UserError for what no
+    suite knows.
     """
     from omegaconf import OmegaConf
 
     suites: dict[str, Suite] = {}
     skipped: list[str] = []
-    unknown = {task: UserError("") for task in tasks}
+    unknown = {task: UserError(f"No suite that was asked for has the task {task!r}: leave it out.") for task in tasks}
+    common = {key: value for key, value in common.items() if value is not None}
+    used: set[str] = set()
     for name in dict.fromkeys(names):
         kind = SUITES.get(name)
         fields = kind.schema.model_fields
-        given = {key: value for key, value in common.items() if key in fields and value is not None}
+        given = {key: value for key, value in common.items() if key in fields}
+        used |= given.keys()
         if standalone_config := getattr(kind, "standalone_config", None):
             given = standalone_config(common)
+            used.add("limit")
         merged: Any = OmegaConf.to_container(OmegaConf.merge(given, dict(settings.get(name, {}))))
         if tasks and "tasks" in fields:
             known = []
@@ -63,6 +71,8 @@ def sections(
         suites[name] = kind(suite_config(name, merged), data_root)
     if unknown:
         raise next(iter(unknown.values()))
+    if unused := [_OPTIONS.get(key, f"--{key}") for key in common if key not in used]:
+        raise UserError(f"{', '.join(names)} cannot use {' and '.join(unused)}: leave it out.")
     for name in skipped:
         notify(f"{name} is left out: it has none of the tasks that were asked for.")
     return suites

@@ -8,10 +8,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fusion.errors import UserError
+from harness.config.errors import ConfigurationError, problems_of
 from harness.models.catalogue import CONVERT, FETCH, find_entry, is_hub_id, unknown_model
 from harness.models.manifest import check_model_manifest, read_model_manifest
 from harness.runtime.device import DType
@@ -42,6 +44,15 @@ class ModelSpec(BaseModel):
         """
         attention = self.attn_implementation
         return {"dtype": dtype, **({} if attention is None else {"attn_implementation": attention})}
+
+
+def model_spec(**given: Any) -> ModelSpec:
+    """A model from what a caller gives. Raises ConfigurationError for wrong values, in one sentence each."""
+    try:
+        return ModelSpec.model_validate(given)
+    except ValidationError as error:
+        where = f"the model {given.get('name')}"
+        raise ConfigurationError(where, problems_of(error, ModelSpec, given, where)) from None
 
 
 @dataclass(frozen=True)
@@ -101,7 +112,13 @@ def _locate(spec: ModelSpec, models_dir: Path) -> Path:
     folder = model_folder(name, spec.revision, models_dir)
     if not folder.is_dir():
         revision = f" --revision {spec.revision}" if spec.revision else ""
-        raise UserError(f"The model {name} is not in {models_dir}: run `{FETCH} {name}{revision}`.")
+        fetch = f"run `{FETCH} {name}{revision}`"
+        if find_entry(name) is None:
+            raise UserError(
+                f"The model {name} is neither a folder here nor in {models_dir}: correct the path, or {fetch} if it is "
+                "on the hub."
+            )
+        raise UserError(f"The model {name} is not in {models_dir}: {fetch}.")
     return folder.resolve()
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from harness.reporting.figures import drawings, learning_curves
 from harness.reporting.runs import Run
 from harness.reporting.tables import Tables, all_tables
-from harness.store.files import write_atomically
+from harness.store.files import make_folder, write_atomically
 
 if TYPE_CHECKING:
     from results.table import Table
@@ -17,7 +17,7 @@ EQUAL_QUALITY = "equal_quality.txt"
 
 def write(tables: Tables, out: Path, forms: Sequence[str]) -> list[Path]:
     """Writes each table below `out` in each of the formats, and the figures of its run; the files written."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "--out")
     written = []
     for name, table in tables.by_name.items():
         stem = name.replace("/", "-")

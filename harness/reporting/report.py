@@ -17,7 +17,7 @@ from harness.reporting.runs import Run, newest_runs, open_run, run_folder
 from harness.reporting.tables import held_out_table, run_table, suite_tables
 from harness.runtime.progress import notify
 from harness.store.artifacts import read_manifest
-from harness.store.files import write_atomically
+from harness.store.files import make_folder, write_atomically
 from harness.store.fingerprint import canonical
 from harness.store.paths import RECORDS
 from results.errors import UserError as RecordsError
@@ -48,7 +48,7 @@ def report(root: Path, runs: Sequence[str], profile: str | None, out: Path, *, e
             notify(f"A run is left out: {error}")
     if not pages:
         raise UserError("Every run is damaged, as the lines above say: run the experiments again.")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "--out")
     write_atomically(out / PAGE, page(pages, pages[0].title if len(pages) == 1 else f"{len(pages)} experiments"))
     return out / PAGE
 
@@ -74,7 +74,7 @@ def read(run: Run, *, examples: int) -> RunPage:
     """Everything that the page shows of a run. examples: how many of each task can be read."""
     description, configuration = run.description, run.configuration
     artifacts = description.get("artifacts", [])
-    main = run_table(run)
+    main = run_table(run) if run.reference is not None else None  # the evaluation of one model has none
     manifests = {m["fingerprint"]: (path, m) for path, m in _manifests(run.root, artifacts)}
     order = list(run.methods)
     evaluated = sorted(
@@ -98,9 +98,9 @@ def read(run: Run, *, examples: int) -> RunPage:
         title=run.title,
         banner=run.banner,
         facts=[(key, str(text)) for key, text in facts.items()],
-        findings=[*findings(main), *equal_quality(run.folder)],
-        tables=[main, *_other_tables(run)],
-        figures=list(_figures(run, main)),
+        findings=[*(findings(main) if main else []), *equal_quality(run.folder)],
+        tables=[*([main] if main else []), *_other_tables(run)],
+        figures=list(_figures(run, main)) if main else [],
         tasks=list(_tasks(evaluated, manifests, run.suites, examples)),
         costs=costs,
         configuration=yaml.safe_dump(dict(configuration), sort_keys=False, allow_unicode=True),

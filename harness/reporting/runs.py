@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UnknownName, UserError
+from harness.config.shipped import names, shipped
 from harness.runtime.progress import notify
 from harness.store.fingerprint import file_sha256
 from harness.store.paths import (
-    PRESETS,
     RECORDS,
     RUN_FILE,
     RUNS,
@@ -18,6 +18,7 @@ from harness.store.paths import (
     experiment_of,
     root_of_evaluation,
     root_of_run,
+    run_files,
 )
 from harness.store.run_files import read_run_file
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PUBLISHED = "paper/"
-ALL = "all"
+EXAMPLES = 30
+"""Examples of each task in a report, unless another number is asked for."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -165,7 +167,7 @@ def find_run(root: Path, name: str, profile: str | None) -> Path:
                 raise UserError(
                     f"There is no experiment {name!r}: `fusellm tables {PUBLISHED}{name}` prints the published table."
                 )
-            raise UnknownName("table", name, [ALL, *dict.fromkeys([*NAMES, *experiments(root)])])
+            raise UnknownName("experiment or folder of a run", name, experiments(root))
         if profile and profile not in (known := profiles(name)):
             raise UnknownName(f"profile of {name}", profile, known)
         wanted = f" in profile {profile}" if profile else ""
@@ -191,15 +193,18 @@ def run_folder(root: Path, name: str, profile: str | None) -> Path:
 
 def newest_runs(root: Path, profile: str | None) -> list[Path]:
     """The folder of the newest finished run of every experiment. Raises UserError when there is none at all."""
-    names = sorted({experiment_of(path) for path in (root / RUNS).glob(f"*/{profile or '*'}/*/{RUN_FILE}")})
-    if not names:
+    ran = sorted({experiment_of(path) for path in (root / RUNS).glob(f"*/{profile or '*'}/*/{RUN_FILE}")})
+    if not ran:
         raise no_runs(root)
-    return [find_run(root, name, profile) for name in names]
+    return [find_run(root, name, profile) for name in ran]
 
 
 def finished_runs(root: Path, profile: str | None = None) -> list[tuple[Path, dict[str, Any]]]:
-    """Folder and description of every finished run below `root`, the newest first; its records are not read."""
-    paths = sorted((root / RUNS).glob(f"*/{profile or '*'}/*/{RUN_FILE}"))
+    """Folder and description of every finished run and evaluation of one model below `root`, the newest first.
+
+    Their records are not read. Of one profile there are no evaluations.
+    """
+    paths = sorted((root / RUNS).glob(f"*/{profile}/*/{RUN_FILE}") if profile else run_files(root))
     return sorted(_described(paths), key=lambda run: run[1].get("finished", 0), reverse=True)
 
 
@@ -232,18 +237,9 @@ def _identity(run: Run) -> dict[str, Any]:
 
 def experiments(root: Path) -> list[str]:
     """The experiments that ship with the harness, and those that were run."""
-    return sorted(_shipped("experiments") | {path.name for path in (root / RUNS).glob("*") if path.is_dir()})
+    return sorted({*names("experiments"), *(path.name for path in (root / RUNS).glob("*") if path.is_dir())})
 
 
 def profiles(name: str) -> list[str]:
     """The profiles that an experiment can be run in: all of them for one that does not ship with the harness."""
-    import yaml
-
-    if name not in _shipped("experiments"):
-        return sorted(_shipped("profiles"))
-    path = PRESETS / "experiments" / f"{name}.yaml"
-    return list(yaml.safe_load(path.read_text(encoding="utf-8"))["profiles"])
-
-
-def _shipped(kind: str) -> set[str]:
-    return {path.name.removesuffix(".yaml") for path in (PRESETS / kind).iterdir()}
+    return list(shipped("experiments", name).profiles) if name in names("experiments") else names("profiles")

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion.errors import UserError
-from harness.reporting.runs import ALL, PUBLISHED, Run, experiments, no_runs, open_run, profiles, run_folder
+from fusion.errors import UnknownName, UserError
+from harness.config.shipped import ALL
+from harness.reporting.runs import PUBLISHED, Run, experiments, no_runs, open_run, profiles, run_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,6 +58,10 @@ def tables(
             continue
         try:
             folder = run_folder(root, name, profile)
+        except UnknownName as error:
+            if error.name != name:
+                raise
+            raise UnknownName("table", name, [ALL, *dict.fromkeys([*NAMES, *experiments(root)])]) from None
         except UserError as error:
             if not everything:
                 raise

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from fusion.errors import UserError
+from fusion.errors import UnknownName, UserError
 from harness.runtime.distributed import COMMAND, launched, local_rank
 from harness.runtime.memory import retain_heap
 
@@ -38,6 +38,8 @@ def usable_device(device: str, *, dry: bool) -> str:
 
     Raises UserError where there is none, and where several GPUs are visible to one process that is not `dry`.
     """
+    if device not in ("auto", "cpu", "cuda"):
+        raise UnknownName("device", device, ("auto", "cpu", "cuda"))
     import torch
 
     if device != "cpu" and torch.cuda.is_available():

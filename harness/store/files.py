@@ -29,6 +29,17 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
+def make_folder(folder: Path, option: str) -> None:
+    """Makes a folder that the user chose by `option` (`--root`, `--out`), with those above it; it may be there already.
+
+    Raises UserError where it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The folder {folder} cannot be made ({error.strerror}): choose another {option}.") from None
+
+
 def whole_lines(path: Path) -> list[str]:
     """The complete lines of a file that is appended to; a last line without its end, cut short by a kill, is dropped.
 

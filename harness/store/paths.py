@@ -56,7 +56,7 @@ def root_of_run(folder: Path) -> Path:
 
 def root_of_evaluation(folder: Path) -> Path:
     """The `--root` of an evaluation's folder."""
-    return folder.parents[2]
+    return folder.resolve().parents[2]
 
 
 def run_files(root: Path, name: str = RUN_FILE) -> list[Path]:

@@ -1,14 +1,19 @@
 """The public functions of the packages."""
 
+import json
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import harness
+from tests.harness.command import answer
+from tests.harness.reporting.test_runs import commonsense
+from tests.harness.reporting.test_runs import finished as finished_run
 from tests.harness.tiny_models import save_model
 
 
@@ -27,6 +32,38 @@ def test_importing_a_package_imports_nothing_heavy(package: str) -> None:
     code = f"import sys, {package}; print(*sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"numpy", "torch", "pandas", "pydantic", "transformers"} & set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda root: harness.evaluate("SmolLM2-135M-Instruct", "bbh", root=root, dtype="float8"), "dtype = 'float8'"),
+        (lambda root: harness.evaluate("nowhere", "bhb", root=root), "no suite 'bhb'"),
+        (lambda root: harness.evaluate("nowhere", "bbh", root=root, device="gpu"), "no device 'gpu'"),
+        (lambda root: harness.evaluate("nowhere", "bbh", root=root), "no model 'nowhere'"),
+        (lambda root: harness.load("main", overrides="training.epochs=0"), "training.epochs = 0"),
+        (lambda root: harness.load(root / "nothing.yaml"), "There is no file .*nothing.yaml"),
+        (lambda root: harness.plan("mian", root=root), "did you mean 'main'"),
+        (lambda root: harness.run("quickstart", root="/proc/x"), "/proc/x cannot be made"),
+        (lambda root: harness.tables("main", root=root), "'main' has no finished run"),
+        (lambda root: harness.report("main", out=root, root=root), "'main' has no finished run"),
+        (lambda root: harness.open_run("mian", root=root), "did you mean 'main'"),
+    ],
+)
+def test_a_mistake_is_a_user_error(call: Callable[[Path], object], expected: str, tmp_path: Path) -> None:
+    with pytest.raises(harness.UserError, match=expected):
+        call(tmp_path)
+
+
+def test_one_name_or_several_are_given(tmp_path: Path) -> None:
+    one = harness.load("quickstart", profile="micro", overrides="seeds=[3]", seeds=3)
+    assert one == harness.load(Path("quickstart"), profile="micro", overrides=["seeds=[3]"], seeds=[3])
+    folder = finished_run(tmp_path, "table2", commonsense())
+    run = harness.open_run(folder)
+    page = harness.report(run, out=tmp_path / "report")
+    assert page == harness.report([str(folder)], out=tmp_path / "report")
+    with pytest.raises(harness.UserError, match=r"no reference row 'clm' .did you mean 'CLM'"):
+        harness.tables(run, reference="clm")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +93,7 @@ def test_tables_take_another_reference(finished: harness.Run) -> None:
     assert other.to_frame().equals(table.to_frame())
     target = list(finished.methods).index("target")
     assert all(cell.difference in (None, 0) for cell in other.cells[target])
-    with pytest.raises(Exception, match="targt"):
+    with pytest.raises(harness.UserError, match="did you mean 'target'"):
         harness.tables(finished, reference="targt")
 
 
@@ -74,6 +111,11 @@ def test_a_model_is_evaluated_on_a_suite_with_settings(finished: harness.Run, tm
     suites = {"perplexity": config["suites"]["perplexity"]}
     run = harness.evaluate(str(tmp_path / "model"), suites, root=tmp_path, dtype="float32", device="cpu")
     assert list(harness.tables(run)) == ["table-perplexity"]
+    status, printed, said = answer("tables", run.folder, "--json", "--root", tmp_path)
+    assert status == 0 and "perplexity" in json.loads(printed)["title"], said
+    assert "perplexity" in harness.report(run, out=tmp_path / "report").read_text(encoding="utf-8")
+    (listed,) = json.loads(answer("run", "list", "--json", "--root", tmp_path)[1])
+    assert (listed["experiment"], listed["folder"]) == ("eval", str(run.folder))
     with pytest.raises(harness.UserError, match="no suite 'perplexty'"):
         harness.evaluate(str(tmp_path / "model"), ["perplexty"], root=tmp_path)
 

@@ -175,10 +175,18 @@ def run(*values: str) -> list[str]:
     return [*RUN, *(part for value in values for part in ("--set", value))]
 
 
+def plan(*values: str) -> list[str]:
+    return [*run(*values), "--dry-run"]
+
+
+def evaluate(suite: str, *arguments: str) -> list[str]:
+    return ["eval", "{here}/llama", "--suite", suite, *arguments]
+
+
 def merge(*values: str, wide: bool = False) -> list[str]:
-    """A run with a merge of roles, of which `wide` is a copy of the target's model."""
+    """The plan of a merge of roles, of which `wide` is a copy of the target's model."""
     role = ["roles.sources.wide.model={here}/wide"] if wide else []
-    return run(*role, "methods.M.method=merge", *(f"methods.M.{value}" for value in values))
+    return plan(*role, "methods.M.method=merge", *(f"methods.M.{value}" for value in values))
 
 
 USAGE: list[tuple[list[str], str]] = [
@@ -270,6 +278,17 @@ NAMES: list[tuple[list[str], str]] = [
     (["eval", "SmolLM2", "--suite", "bhb"], r"did you mean 'bbh'\?"),
     (["eval", "SmolLM2", "--suite", "bbh", "--task", "snarkz"], r"did you mean 'snarks'\?"),
     (["eval", "SmolLM2", "--suite", "bbh", "--set", "multipl_e.k=1"], "is no setting of bbh"),
+    (evaluate("bbh", "--set", "data.root=[a]"), r"data.root = \['a'\], which is wrong: Input should be a valid string"),
+    (evaluate("bbh", "--set", "data.root=nowhere"), "data.root nowhere is no folder: correct it"),
+    (evaluate("bbh", "--data-root", "nowhere"), "data.root nowhere is no folder: correct it"),
+    (evaluate("bbh", "--set", "bbh.variant=[a"), r"--set bbh.variant=\[a does not hold"),
+    (
+        evaluate("bbh", "--set", "bbh.variant=${foo}"),
+        "does not hold: Interpolation key 'foo'",
+    ),
+    (evaluate("bbh", "--generate-only"), "bbh cannot use --generate-only: leave it out"),
+    (evaluate("bbh,commonsense", "--samples", "3"), "bbh, commonsense cannot use --samples: leave it out"),
+    (evaluate("perplexity", "--task", "code"), "No suite that was asked for has the task 'code'"),
     (["multipl-e", "execute", "nothing.jsonl"], "There is no file nothing.jsonl"),
     (["tables", "quikstart"], "There is no table 'quikstart' .did you mean 'quickstart'."),
     (["tables", "main"], "'main' has no finished run below .*root: run `fusellm experiment run main`"),
@@ -277,7 +296,9 @@ NAMES: list[tuple[list[str], str]] = [
     (["tables", "paper/tabel1"], "There is no published table 'tabel1' .did you mean 'table1'."),
     (["tables", "table2", "--profile", "smal"], "There is no profile of table2 'smal' .did you mean 'small'."),
     (["tables", "main", "--profile", "tiny"], "There is no profile of main 'tiny': there are small, paper"),
-    (["report", "tabel2"], "There is no table 'tabel2' .did you mean 'table2'."),
+    (["report", "tabel2"], "There is no experiment or folder of a run 'tabel2' .did you mean 'table2'."),
+    (["run", "show", "all"], "There is no experiment or folder of a run 'all'.*: there are ablations, figure3"),
+    (["experiment", "diff", "a", "b"], "There is no experiment or folder of a run 'a'.*: there are ablations"),
     (["report", "table2", "--profile", "tiny"], "run `fusellm experiment run table2 --profile tiny`"),
     (["report"], "There are no finished runs below .*root: run `fusellm experiment run`"),
     (
@@ -326,11 +347,11 @@ VALUES: list[tuple[list[str], str]] = [
     (setting("methods.X.method=alm", "methods.X.teachers=[]"), r"methods.X has teachers = \[\], which is wrong"),
     (setting("extraction.temperatures=[0]"), "extraction.temperatures.0 = 0, which is wrong"),
     (
-        run("methods.X.method=distillation", "methods.X.temperature=2"),
+        plan("methods.X.method=distillation", "methods.X.temperature=2"),
         "X takes stored distributions at temperature 2, and those extracted are 1: add it to extraction.temperatures",
     ),
     (
-        run("methods.X.method=distillation", "methods.X.online=true"),
+        plan("methods.X.method=distillation", "methods.X.online=true"),
         "X has neox read the target's tokens, but its tokenizer is another: choose a teacher with the target's tok",
     ),
     (setting("extraction.k=0"), "extraction.k = 0, .* greater than 0"),
@@ -352,6 +373,7 @@ VALUES: list[tuple[list[str], str]] = [
     (setting("roles.sources=null"), "roles.sources"),
     (setting("profiles=small"), "profiles = 'small', which must be a list"),
     (setting("title=${titel}"), "Interpolation key 'titel' not found"),
+    (setting("extends=main"), "--set extends=main extends nothing: write `extends` in a YAML file"),
 ]
 
 YAML: list[tuple[str | bytes, str]] = [
@@ -433,7 +455,11 @@ FILES: list[tuple[Prepare, list[str], str]] = [
     # Text.
     (write("a.jsonl", '{"text": "x"}\n{"text":\n'), run("corpus.path=a.jsonl"), "a.jsonl, line 2 is not JSON in UTF-8"),
     (write("a.jsonl", b'{"text": "\xff"}\n'), run("corpus.path=a.jsonl"), "a.jsonl, line 1 is not JSON in UTF-8"),
-    (write("a.jsonl", '{"texts": "x"}\n'), run("corpus.path=a.jsonl"), "a.jsonl, line 1 has no 'text': set corpus"),
+    (
+        write("a.jsonl", '{"texts": "x"}\n'),
+        run("corpus.path=a.jsonl"),
+        "a.jsonl, line 1 has no 'text': set text",
+    ),
     (write("a.jsonl", '{"text": "\\ud800"}\n'), run("corpus.path=a.jsonl"), "is not valid Unicode"),
     (write("a.jsonl", ""), run("corpus.path=a.jsonl"), "a.jsonl .train. has no document"),
     (write("text/a.txt", ""), run("corpus.path=text"), "Document 'a.txt' of text .train. has no text: remove it"),
@@ -448,7 +474,18 @@ FILES: list[tuple[Prepare, list[str], str]] = [
     ),
     (parquet("a.parquet", [b"\xff"]), run("corpus.path=a.parquet"), "a.parquet has text that is not UTF-8"),
     (parquet("a.parquet", ["x"], "txet"), run("corpus.path=a.parquet"), "no column 'text' .did you mean 'txet'."),
-    (nothing, run("corpus.path={here}/b.txt"), "The corpus .*/b.txt does not exist: correct corpus.path"),
+    (nothing, run("corpus.path={here}/b.txt"), "The corpus .*/b.txt does not exist: correct that path"),
+    (
+        nothing,
+        plan("corpus.path=some/text"),
+        "some/text .default, train. is neither a file or folder here nor can",
+    ),
+    (nothing, plan("corpus.path=some/great/text"), "The corpus some/great/text does not exist: correct that path"),
+    (
+        nothing,
+        plan("roles.target.model=models/mine"),
+        "models/mine is neither a folder here nor in .*models: correct the path, or run `fusellm model fetch models/mi",
+    ),
     (
         nothing,
         run("data.root=nowhere", "corpus.path=some/set"),
@@ -552,6 +589,13 @@ FILES: list[tuple[Prepare, list[str], str]] = [
     # The root and what is in it.
     (write("root", ""), run(), "choose another --root"),
     (write("root", ""), ["model", "convert", "llama", "--root", "root"], "choose another --root"),
+    (
+        nothing,
+        ["tables", "paper/table1", "--out", "/proc/x"],
+        "/proc/x cannot be made .*: choose another --out",
+    ),
+    (nothing, ["init", "baseline", "mine", "--out", "/proc/x"], "/proc/x/mine cannot be made .*: choose another --out"),
+    (nothing, ["model", "convert", "llama", "--out", "/proc/x/y"], "/proc/x cannot be made .*: choose another --out"),
     (write("root", ""), ["artifact", "list", "--root", "root"], "There is no folder root"),
     (nothing, ["artifact", "verify", "--root", "nowhere"], "There is no folder nowhere: give the --root that"),
     (nothing, ["artifact", "gc", "--root", "nowhere"], "There is no folder nowhere"),

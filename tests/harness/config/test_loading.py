@@ -187,3 +187,34 @@ def test_a_resolved_configuration_resolves_to_itself(name: str) -> None:
         assert {"method": entry["method"], **parameters.model_dump(mode="json", by_alias=True)} == entry
     whole = config.model_dump(mode="json")
     assert Config.model_validate(whole).model_dump(mode="json") == whole
+
+
+def test_every_mistake_is_found_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _write(
+        tmp_path,
+        mine="extends: quickstart\nprofile: micro\nroles:\n  sources: {coder: name}\ncorpus: {path: stdlib:mircro}\n"
+        "training: {epochs: 0}\nmethods:\n  CLM: clm\n"
+        "  FuseLLM: {preset: correct, alignment: a, fusion: b, map_on: c, k: 0, lambda: 0.5}\n"
+        "suites:\n  perplexity:\n    documents: {path: gone.txt}\n",
+    )
+    keys = sorted(".".join(problem.key) for problem in validate(["mine.yaml"])["mine.yaml"])
+    switches = [f"methods.FuseLLM.{name}" for name in ("alignment", "fusion", "k", "map_on", "preset")]
+    paths = ["corpus.path", "suites.perplexity.documents.path"]
+    assert keys == sorted([*paths, "roles.sources.coder", "training.epochs", "methods.CLM", *switches])
+
+
+def test_the_standard_library_has_what_is_asked_of_it(tmp_path: Path) -> None:
+    _write(tmp_path, mine="extends: quickstart\nprofile: micro\ncorpus: {path: stdlib, domains: [cod], split: x}\n")
+    (problem,) = validate([str(tmp_path / "mine.yaml")])[str(tmp_path / "mine.yaml")]
+    assert "has no split 'x'" in problem.sentence and problem.key == ("corpus", "path")
+
+
+def test_an_unknown_base_is_named_with_its_line(tmp_path: Path) -> None:
+    _write(tmp_path, mine="title: mine\nextends: mian\n")
+    with pytest.raises(UserError, match=r"did you mean 'main'.*mine.yaml, line 2\)"):
+        load(str(tmp_path / "mine.yaml"))
+
+
+def test_a_name_that_ends_in_a_colon_is_set(tmp_path: Path) -> None:
+    assert load("main", overrides=["data.root=tiny:"]).data.root == "tiny:"

@@ -1,0 +1,27 @@
+"""The sentence about an error that the user can correct, whether a package or the operating system raised it."""
+
+import errno
+
+from fusion.errors import UserError, unknown_name
+from harness.runtime.extras import missing_extra
+from results import errors as results_errors
+
+_REFUSALS = {
+    errno.EACCES: "cannot be read or written: change its permissions or choose another folder",
+    errno.EROFS: "lies on a read-only file system: choose another folder",
+    errno.ENOSPC: "does not fit on the disk: free space and run again; what is finished is kept",
+    errno.EDQUOT: "exceeds your quota on the disk: free space and run again; what is finished is kept",
+    errno.ENOTDIR: "is no folder, or lies below a file: choose another folder",
+    errno.EEXIST: "is a file where a folder is needed: choose another folder",
+}
+
+
+def sentence_about(error: BaseException) -> str | None:
+    """What is wrong and what to do, with the nearest spelling of an unknown name; None for our own mistakes."""
+    if isinstance(error, results_errors.UnknownName):
+        return unknown_name(error.noun, error.name, error.known)
+    if isinstance(error, UserError | results_errors.UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _REFUSALS:
+        return f"{error.filename or 'A file'} {_REFUSALS[error.errno]}."
+    return missing_extra(error)
