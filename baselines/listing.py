@@ -19,7 +19,7 @@ class Setting:
     type: str
     """Its type, or its choices, such as `number` or `bucket or renormalise`."""
     default: str
-    """`required` where there is none; where presets differ, their values follow in parentheses."""
+    """Its effective value; `required` where there is none; where presets differ, theirs follow in parentheses."""
     description: str
 
 
@@ -68,7 +68,7 @@ def settings_of(model: type[BaseModel]) -> tuple[Setting, ...]:
 
 
 def _setting(name: str, field: Mapping[str, Any], schema: Mapping[str, Any], required: bool) -> Setting:
-    default = "required" if required else _written(field.get("default"))
+    default = "required" if required else _written(field.get("effective", field.get("default")))
     presets: Mapping[str, Mapping[str, Any]] = schema.get("presets", {})
     others = [
         f"{preset}: {_written(values[name])}"

@@ -174,7 +174,7 @@ def _seeds(cells: Sequence[Cell]) -> str:
 
 
 def _value(table: Layout, cell: Cell, best: bool, footnotes: list[str]) -> CellText:
-    form = f".{table.digits}f"
+    form = f"z.{table.digits}f"
     about = [f"±{cell.spread:{form}}"] if cell.spread is not None else []
     about += _change(cell.change)
     if not table.differences:
@@ -195,7 +195,7 @@ def _published(table: Layout, cell: Cell, best: bool) -> CellText:
 def _difference(table: Layout, label: str, cell: Cell, footnotes: list[str]) -> CellText:
     if label == table.reference:
         return CellText("reference")
-    form = f"+.{table.digits}f"
+    form = f"+z.{table.digits}f"
     value = MISSING if cell.difference is None else f"{cell.difference:{form}}"
     about = (*_sign(cell), *_marked(cell.difference_note, footnotes))
     return CellText(value, about, _interval(cell.difference_interval, form))

@@ -152,7 +152,7 @@ def page_cells(table: Table) -> list[list[PageCell]]:
 
 
 def _page_cell(table: Table, cell: Cell, best: bool, rank: int | None, is_reference: bool) -> PageCell:
-    form = f".{table.digits}f"
+    form = f"z.{table.digits}f"
     difference = "reference" if is_reference else MISSING
     if cell.difference is not None:
         difference = f"{cell.difference:+{form}}"
@@ -192,7 +192,7 @@ def findings(table: Table) -> list[str]:
     for method, name, cell in cells:
         if name not in averages or cell.difference is None:
             continue
-        form = f".{table.digits}f"
+        form = f"z.{table.digits}f"
         interval = "no interval"
         if cell.difference_interval:
             interval = "95% interval {:+{f}} to {:+{f}}".format(*cell.difference_interval, f=form)

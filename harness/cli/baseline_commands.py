@@ -15,6 +15,7 @@ from harness.cli.options import (
     Root,
     Seeds,
     Settings,
+    complete_rows_and_methods,
     completed,
 )
 from harness.runtime import distributed
@@ -30,10 +31,10 @@ def baseline_list(form: FormatOption = None, json: Json = False) -> None:
     rows = []
     between = "\n" if form is None else ", "  # in a terminal one below the other
     for method in describe_all():
-        settings = between.join(f"{setting.name}: {setting.type} = {setting.default}" for setting in method.settings)
-        rows.append(
-            [method.name, method.refused or method.summary, ", ".join(method.needs), settings, method.reference]
-        )
+        settings: object = [vars(setting) for setting in method.settings]
+        if form != "json":
+            settings = between.join(f"{one.name}: {one.type} = {one.default}" for one in method.settings)
+        rows.append([method.name, method.refused or method.summary, list(method.needs), settings, method.reference])
     print_rows(["method", "what it is", "needs", "parameters", "reference"], rows, form)
 
 
@@ -61,7 +62,7 @@ def baseline_build(
     name: Annotated[
         str,
         typer.Argument(
-            help="A row of the experiment, or a method: all rows of it.", autocompletion=completed("methods")
+            help="A row of the experiment, or a method: all rows of it.", autocompletion=complete_rows_and_methods
         ),
     ],
     of: Annotated[

@@ -24,13 +24,28 @@ if TYPE_CHECKING:
 
 
 def print_rows(columns: Sequence[str], rows: Iterable[Sequence[object]], form: Format | None) -> None:
-    """A list as a table: for the terminal where `form` is None."""
+    """A list as a table: for the terminal where `form` is None.
+
+    Lists, objects and truth values in it are those of JSON, and words in every other format.
+    """
     from results.formats import plain_rich, plain_table
 
+    if form != "json":
+        rows = [[_in_words(value) for value in row] for row in rows]
     if form is None:
         _console().print(plain_rich(columns, rows))
     else:
         typer.echo(plain_table(columns, rows, form), nl=False)
+
+
+def _in_words(value: object) -> object:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(str(_in_words(item)) for item in value)
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {_in_words(item)}" for key, item in value.items())
+    return value
 
 
 def print_table(table: "Table", form: Format | None) -> None:

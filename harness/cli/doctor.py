@@ -19,7 +19,7 @@ _NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "num
 _LATER = ("lm-eval", "mergekit", "deepspeed")
 _NO_TESTS = 5  # pytest's exit status where nothing was selected
 
-Row = tuple[str, str, str]
+Row = tuple[str, str, bool | None]
 
 
 def doctor(
@@ -40,29 +40,29 @@ def doctor(
 
 
 def check(root: Path, *, gpu: bool) -> tuple[list[Row], bool]:
-    """Rows (what, found, yes/no/-) and whether everything that every run needs is there."""
+    """Rows (what, found, fine; None: not needed) and whether everything that every run needs is there."""
     import psutil
     import torch
 
     from harness.runtime.device import compute_dtype
 
-    rows: list[Row] = [("Python", sys.version.split()[0], "yes" if sys.version_info >= (3, 11) else "no")]
+    rows: list[Row] = [("Python", sys.version.split()[0], sys.version_info >= (3, 11))]
     for name in (*_NEEDED, *_LATER):
         try:
-            rows.append((name, importlib.metadata.version(name), "yes"))
+            rows.append((name, importlib.metadata.version(name), True))
         except importlib.metadata.PackageNotFoundError:
-            rows.append((name, "not installed", "no" if name in _NEEDED else "-"))
-    rows.append(("CPU cores", str(os.cpu_count()), "yes"))
-    rows.append(("memory", f"{psutil.virtual_memory().total / 2**30:.1f} GiB", "yes"))
+            rows.append((name, "not installed", False if name in _NEEDED else None))
+    rows.append(("CPU cores", str(os.cpu_count()), True))
+    rows.append(("memory", f"{psutil.virtual_memory().total / 2**30:.1f} GiB", True))
     place = next(p for p in [root, *root.resolve().parents] if p.exists())
-    rows.append((f"free disk at {place}", f"{shutil.disk_usage(place).free / 2**30:.1f} GiB", "yes"))
-    rows.append(("computing precision on the CPU", compute_dtype("auto", "cpu"), "yes"))
+    rows.append((f"free disk at {place}", f"{shutil.disk_usage(place).free / 2**30:.1f} GiB", True))
+    rows.append(("computing precision on the CPU", compute_dtype("auto", "cpu"), True))
     cuda = torch.cuda.is_available()
-    rows.append(("CUDA devices", str(torch.cuda.device_count()) if cuda else "none", "yes" if cuda else "-"))
+    rows.append(("CUDA devices", str(torch.cuda.device_count()) if cuda else "none", cuda or None))
     rows += _toolchains(root / TOOLCHAINS)
     if gpu:
         rows.append(_gpu_tests(cuda))
-    return rows, not any(found == "no" for *_, found in rows)
+    return rows, not any(fine is False for *_, fine in rows)
 
 
 def _toolchains(cache: Path) -> list[Row]:
@@ -72,14 +72,14 @@ def _toolchains(cache: Path) -> list[Row]:
     from harness.evaluation.sandbox import refusal
 
     refused = refusal()
-    rows = [("sandbox for generated programs", refused or "bubblewrap works", "-" if refused else "yes")]
+    rows = [("sandbox for generated programs", refused or "bubblewrap works", None if refused else True)]
     found, not_run = available(list(LANGUAGES), cache)
     for name, language in LANGUAGES.items():
         rows.append(
             (
                 f"MultiPL-E in {language.title}",
                 not_run.get(name) or found[name].version,
-                "-" if name in not_run else "yes",
+                None if name in not_run else True,
             )
         )
     return rows
@@ -89,9 +89,9 @@ def _gpu_tests(cuda: bool) -> Row:
     name = "tests marked gpu"
     tests = SOURCE / "tests"
     if not cuda:
-        return name, "no CUDA device to run them on", "no"
+        return name, "no CUDA device to run them on", False
     if not tests.is_dir():
-        return name, "the tests come with the source, not with the installed package", "no"
+        return name, "the tests come with the source, not with the installed package", False
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(tests)], check=False, cwd=SOURCE)
     passed = done.returncode in (0, _NO_TESTS)
-    return name, "passed" if passed else f"failed (pytest exit status {done.returncode})", "yes" if passed else "no"
+    return name, "passed" if passed else f"failed (pytest exit status {done.returncode})", passed

@@ -25,6 +25,9 @@ from harness.cli.options import (
     Seeds,
     Settings,
     TableFormatOption,
+    complete_roles,
+    complete_rows,
+    completed,
 )
 from harness.runtime import distributed
 from harness.runtime.device import refuse_missing_device
@@ -61,7 +64,7 @@ def experiment_list(form: FormatOption = None, json: Json = False) -> None:
     rows = []
     for name in names("experiments"):
         experiment = shipped("experiments", name)
-        rows.append([name, ", ".join(experiment.profiles), experiment.title])
+        rows.append([name, list(experiment.profiles), experiment.title])
     print_rows(["experiment", "profiles", "what it is"], rows, form)
 
 
@@ -84,7 +87,14 @@ def experiment_show(
 @experiments.command("validate")
 def experiment_validate(
     names: Names,
-    profile: Profile = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            help="Check them in this profile. Default: in each of their profiles.",
+            autocompletion=completed("profiles"),
+            rich_help_panel=CONFIGURATION,
+        ),
+    ] = None,
     settings: Settings = [],  # noqa: B006
     seeds: Seeds = [],  # noqa: B006
     form: FormatOption = None,
@@ -92,7 +102,7 @@ def experiment_validate(
 ) -> None:
     """Name every mistake of experiments and YAML files, with file and line: keys, values, names, paths.
 
-    Without --profile an experiment is checked in each of its profiles. The exit status is 2 if there is a mistake.
+    The exit status is 2 if there is a mistake.
     """
     from harness.config.loading import validate
     from harness.config.shipped import choose_experiments
@@ -107,11 +117,13 @@ def experiment_validate(
         ]
         print_rows(["experiment", "key", "place", "problem"], rows, form)
     for name, of_name in problems.items() if form is None else ():
-        typer.echo(f"{name}: {f'{len(of_name)} errors' if of_name else 'no error'}")
+        typer.echo(f"{name}: {len(of_name) or 'no'} error{'s' * (len(of_name) > 1)}")
         for problem in of_name:
             typer.echo(f"  {problem}")
     if n_problems:
-        raise UserError(f"{n_problems} errors in {sum(map(bool, problems.values()))} of {len(problems)} experiments.")
+        wrong = sum(map(bool, problems.values()))
+        errors = "1 error" if n_problems == 1 else f"{n_problems} errors"
+        raise UserError(f"{errors} in {wrong} of {len(problems)} experiment{'s' * (len(problems) != 1)}.")
 
 
 @experiments.command("plan")
@@ -140,6 +152,7 @@ def experiment_run(
         typer.Option(
             metavar="ROW",
             help="Row that the others are compared with, as --set reference=ROW. Default: that of the experiment.",
+            autocompletion=complete_rows,
             rich_help_panel=CONFIGURATION,
         ),
     ] = None,
@@ -156,7 +169,7 @@ def experiment_run(
     overrides = [*settings, *([f"reference={reference}"] if reference else [])]
     configs = _load(names, profile, overrides, seeds)
     if dry_run:
-        if form == "latex" or form == "html":  # which a list has not
+        if form == "latex" or form == "html":
             raise UserError(f"A plan has no format {form}: choose md, csv or json.")
         _plan(configs, root, flops, form)
         return
@@ -256,7 +269,12 @@ def extract(
     profile: Profile = None,
     settings: Settings = [],  # noqa: B006
     roles: Annotated[
-        list[str], typer.Option("--role", help="target or the name of a source. Repeatable. Default: all roles.")
+        list[str],
+        typer.Option(
+            "--role",
+            help="target or the name of a source. Repeatable. Default: all roles.",
+            autocompletion=complete_roles,
+        ),
     ] = [],  # noqa: B006
     form: FormatOption = None,
     json: Json = False,

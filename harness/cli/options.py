@@ -1,10 +1,14 @@
 """The options that several commands share, with their help panels and what a shell completes for them."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from harness.config.schema import Config
 
 Format = Literal["md", "csv", "json"]
 TableFormat = Literal["md", "csv", "json", "latex", "html"]
@@ -24,6 +28,47 @@ def completed(kind: Literal["experiments", "profiles", "methods", "suites", "mod
         return [name for name in names(kind) if name.startswith(incomplete)]
 
     return complete
+
+
+def complete_suites(incomplete: str) -> list[str]:
+    """Names of suites, the last one of a list that is separated by commas."""
+    before, comma, last = incomplete.rpartition(",")
+    return [f"{before}{comma}{name}" for name in completed("suites")(last)]
+
+
+def complete_tables(incomplete: str) -> list[str]:
+    """Experiments, published tables and `all`."""
+    from harness.config.shipped import ALL, names
+    from results.paper_numbers import NAMES
+
+    every = [*names("experiments"), *(f"paper/{name}" for name in NAMES), ALL]
+    return [name for name in every if name.startswith(incomplete)]
+
+
+def complete_rows(context: typer.Context, incomplete: str) -> list[str]:
+    """The rows of the experiments that were typed before."""
+    return [row for config in _typed(context) for row in config.methods if row.startswith(incomplete)]
+
+
+def complete_rows_and_methods(context: typer.Context, incomplete: str) -> list[str]:
+    """The rows of the experiment that was typed before, else of the quickstart, and the methods."""
+    return list(dict.fromkeys([*complete_rows(context, incomplete), *completed("methods")(incomplete)]))
+
+
+def complete_roles(context: typer.Context, incomplete: str) -> list[str]:
+    """The roles of the experiment that was typed before."""
+    return [role for config in _typed(context) for role in config.roles.by_name() if role.startswith(incomplete)]
+
+
+def _typed(context: typer.Context) -> "Iterator[Config]":
+    """The configurations of the experiments in the command line so far; those that do not hold are passed over."""
+    from fusion.errors import UserError
+    from harness.config.loading import load
+
+    of = context.params.get("of")
+    for name in [of] if of else context.args:  # what is positional is not parsed before the line is complete
+        with contextlib.suppress(UserError):
+            yield load(name, profile=context.params.get("profile"))
 
 
 def _remember_json(context: typer.Context, value: bool) -> bool:
@@ -137,6 +182,7 @@ Reference = Annotated[
         "--reference",
         metavar="ROW",
         help="Row that the others are compared with. Default: the reference of the experiment.",
+        autocompletion=complete_rows,
     ),
 ]
 Unsafe = Annotated[

@@ -19,6 +19,7 @@ from harness.cli.options import (
     Run,
     Runs,
     TableFormatOption,
+    complete_tables,
     completed,
 )
 from harness.reporting.runs import EXAMPLES
@@ -28,9 +29,14 @@ runs = typer.Typer(help="Finished runs: list, show.", no_args_is_help=True)
 
 @runs.command("list")
 def run_list(
-    profile: NewestProfile = None, form: FormatOption = None, json: Json = False, root: Root = DEFAULT_ROOT
+    profile: Annotated[
+        str | None, typer.Option(help="Only runs of this profile. Default: all.", autocompletion=completed("profiles"))
+    ] = None,
+    form: FormatOption = None,
+    json: Json = False,
+    root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Finished runs, the newest first, with the folder that `tables`, `report` and `experiment diff` take."""
+    """Finished runs and evaluations, the newest first, with the folder that `tables` and `report` take."""
     from harness.reporting.runs import finished_runs
 
     rows = [
@@ -38,7 +44,7 @@ def run_list(
             description["configuration"]["experiment"],
             description["configuration"]["profile"],
             datetime.fromtimestamp(description["finished"], UTC).isoformat(timespec="seconds"),
-            ", ".join(description["configuration"]["methods"]),
+            list(description["configuration"]["methods"]),
             str(folder),
         ]
         for folder, description in finished_runs(root, profile)
@@ -70,7 +76,7 @@ def tables(
             metavar="[RUN]...",
             help="Experiments (their newest runs), folders of runs, paper/NAME for a published table, or all. "
             "Default: all.",
-            autocompletion=completed("experiments"),
+            autocompletion=complete_tables,
         ),
     ] = None,
     profile: NewestProfile = None,

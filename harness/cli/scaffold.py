@@ -1,6 +1,9 @@
 """`fusellm init`: a small package or file to start from, which works as it is written."""
 
+import importlib.util
+import keyword
 import re
+import sys
 from pathlib import Path
 from string import Template
 from typing import Annotated, Literal
@@ -20,7 +23,10 @@ def init(
     kind: Annotated[Literal["baseline", "suite", "experiment"], typer.Argument(help="What to write.")],
     name: Annotated[str, typer.Argument(help="Its name: small letters, digits, - and _.")],
     out: Annotated[
-        Path, typer.Option(help="Folder to write it to. Default: the current folder.", rich_help_panel=OUTPUT)
+        Path,
+        typer.Option(
+            help="Folder to write it to. Default: the current folder.", show_default=False, rich_help_panel=OUTPUT
+        ),
     ] = Path(),
 ) -> None:
     """Write a package with a baseline or a suite of your own, or the YAML file of an experiment.
@@ -42,10 +48,21 @@ def init(
     for file in files:
         if file.exists():
             raise UserError(f"{file} exists already and is not overwritten: choose another name or --out.")
+    if kind != "experiment" and (taken := _as_module(module)):
+        raise UserError(f"{module} is {taken}, and a package of that name could not be imported: choose another name.")
     for file, path in files.items():
         make_folder(file.parent, "--out")
         file.write_text(Template(path.read_text(encoding="utf-8")).substitute(words), encoding="utf-8")
         typer.echo(str(file))
+
+
+def _as_module(name: str) -> str | None:
+    """What the name of a module means already; None where it is free."""
+    if keyword.iskeyword(name):
+        return "a word of Python's own"
+    if name in sys.stdlib_module_names:
+        return "a module of Python's standard library"
+    return "the name of an installed package" if importlib.util.find_spec(name) else None
 
 
 def _taken(kind: str) -> list[str]:

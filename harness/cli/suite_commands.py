@@ -1,5 +1,6 @@
 """`fusellm suite`, `eval` and `multipl-e`: what can be measured, measuring one model, executing generated programs."""
 
+import json as json_text
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,6 +17,7 @@ from harness.cli.options import (
     Json,
     Root,
     Unsafe,
+    complete_suites,
     completed,
 )
 from harness.store.files import make_folder
@@ -36,9 +38,9 @@ def suite_list(form: FormatOption = None, json: Json = False) -> None:
     for name in SUITES.names():
         try:
             kind = SUITES.get(name)
-            summary, tasks = (kind.__doc__ or "").strip().partition("\n")[0], ", ".join(_tasks(name))
+            summary, tasks = (kind.__doc__ or "").strip().partition("\n")[0], list(_tasks(name))
         except UserError as error:  # a package that cannot be imported hides no other suite
-            summary, tasks = str(error), ""
+            summary, tasks = str(error), []
         rows.append([name, summary, tasks, SUITES.reference(name)])
     print_rows(["suite", "what it is", "tasks", "reference"], rows, form)
 
@@ -54,7 +56,13 @@ def suite_show(
     from harness.evaluation.suite import SUITES
 
     kind = SUITES.get(name)
-    rows = [list(vars(setting).values()) for setting in settings_of(kind.schema)]
+    rows: list[list[object]] = []
+    standalone = getattr(kind, "standalone_config", lambda options: {})({})
+    for setting in settings_of(kind.schema):
+        default = setting.default
+        if setting.name in standalone:
+            default += f" (eval: {json_text.dumps(standalone[setting.name])})"
+        rows.append([setting.name, setting.type, default, setting.description])
     print_rows(["setting", "type", "default", "what it is"], rows, form)
     if form is None:
         tasks = ", ".join(f"{task} ({metric})" for task, metric in _tasks(name).items())
@@ -85,7 +93,7 @@ def evaluate(
             "--suite",
             metavar="NAME,...",
             help="Suites (see `suite list`), separated by commas.",
-            autocompletion=completed("suites"),
+            autocompletion=complete_suites,
             rich_help_panel=CONFIGURATION,
         ),
     ] = "",

@@ -74,7 +74,7 @@ def problems_of(
         elif one["type"] == "missing":
             missing.append(key)
         else:
-            wrong.setdefault(_written(given, place), []).append(one["msg"])
+            wrong.setdefault(_written(given, place), []).append(one["msg"].removeprefix("Value error, "))
     for place, messages in wrong.items():
         reason = "; or: ".join(dict.fromkeys(messages))
         key, value = ".".join(above + place), _value(given, place)

@@ -46,6 +46,8 @@ def tables(
 
     everything = ALL in names or not names
     asked = names
+    if (reference or with_paper) and names and all(name.startswith(PUBLISHED) for name in names):
+        raise UserError(f"{names[0]} is the published table as it is: leave --reference and --with-paper out.")
     if everything:
         asked = [*NAMES, *(name for name in experiments(root) if profile in (None, *profiles(name)))]
     by_name: dict[str, Table] = {}
@@ -58,12 +60,10 @@ def tables(
             continue
         try:
             folder = run_folder(root, name, profile)
-        except UnknownName as error:
-            if error.name != name:
-                raise
-            raise UnknownName("table", name, [ALL, *dict.fromkeys([*NAMES, *experiments(root)])]) from None
         except UserError as error:
             if not everything:
+                if isinstance(error, UnknownName) and error.name == name:
+                    raise UnknownName("table", name, [ALL, *dict.fromkeys([*NAMES, *experiments(root)])]) from None
                 raise
             absent.append(str(error))
             if with_paper and name in NAMES:

@@ -25,7 +25,7 @@ def notify(message: str) -> None:
     from rich.console import Console
 
     if distributed.is_main_process():
-        Console(stderr=True, highlight=False).print(message, markup=False)
+        Console(stderr=True, highlight=False).print(message, markup=False, soft_wrap=True)
 
 
 @dataclass

@@ -75,3 +75,8 @@ def test_every_public_name_is_there_and_nothing_heavy_is_imported_before_it_is_u
     code = f"import sys, results; dir(results); print({heavy}); results.Table; print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parents[2])
     assert done.stdout.split() == [b"set()", b"set()"]
+
+
+def test_what_rounds_to_zero_has_no_sign() -> None:
+    table = Table("t", ("a", "b"), (Column("x"),), ((Cell(-1e-9, (-1e-9, 1.0)),), (Cell(1.0),)), True, 2)
+    assert "-0.00" not in render(table, "md") and "0.00" in render(table, "md")

@@ -81,11 +81,48 @@ def test_documents_are_yaml_or_json() -> None:
 
 def test_suites_show_their_tasks_and_settings() -> None:
     rows = {row["suite"]: row for row in json.loads(answer("suite", "list", "--json")[1])}
-    assert "hellaswag" in rows["commonsense"]["tasks"] and rows["perplexity"]["tasks"] == ""
+    assert "hellaswag" in rows["commonsense"]["tasks"] and rows["perplexity"]["tasks"] == []
+    settings = {row["setting"]: row for row in json.loads(answer("suite", "show", "perplexity", "--json")[1])}
+    assert settings["documents"]["default"].startswith("required (eval: {")
     printed = answer("suite", "show", "bbh")[1]
     assert "variant" in printed and "word_sorting (exact_match)" in printed
     status, _, said = answer("suite", "show", "bhb")
     assert status == 2 and "did you mean 'bbh'" in sentence(said)
+
+
+def test_lists_for_programs_hold_lists_and_objects() -> None:
+    (main,) = [row for row in json.loads(answer("experiment", "list", "--json")[1]) if row["experiment"] == "main"]
+    assert main["profiles"] == ["small", "paper"]
+    methods = {row["method"]: row for row in json.loads(answer("baseline", "list", "--json")[1])}
+    assert methods["distillation"]["needs"] == ["training", "teacher"]
+    parameters = {one["name"]: one for one in methods["distillation"]["parameters"]}
+    assert parameters["map"]["default"] == "mined" and parameters["tail"]["default"] == "bucket"
+    assert "small, paper" in answer("experiment", "list", "--format", "csv")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("eval m --suite bbh,com", "bbh,commonsense"),
+        ("tables paper/table1", "paper/table10"),
+        ("tables al", "all"),
+        ("experiment run quickstart --reference Fu", "FuseLLM"),
+        ("extract quickstart --role co", "coder"),
+        ("baseline build Fu", "FuseLLM published"),
+        ("baseline build dist", "distillation"),
+    ],
+)
+def test_a_shell_completes(words: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_FUSELLM_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"fusellm {words}")
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
+    assert expected in answer()[1].splitlines()
+
+
+def test_what_is_published_has_no_other_reference() -> None:
+    for option in (["--reference", "CLM"], ["--with-paper"]):
+        status, _, said = answer("tables", "paper/table2", *option)
+        assert status == 2 and "paper/table2 is the published table as it is: leave" in sentence(said)
 
 
 def test_models_show_where_they_lie(tmp_path: Path) -> None:
@@ -121,7 +158,11 @@ def test_runs_are_listed_shown_and_given_by_their_folders(tmp_path: Path) -> Non
     new = finished(tmp_path, "main", records, profile="tiny", finished=7)
     listed = json.loads(answer("run", "list", "--json", "--root", tmp_path)[1])
     assert [row["folder"] for row in listed] == [str(new), str(old)]
-    assert listed[0]["profile"] == "tiny" and listed[0]["finished"].startswith("1970-01-01T00:00:07")
+    assert (
+        listed[0]["profile"] == "tiny"
+        and {"CLM", "FuseLLM"} <= set(listed[0]["rows"])
+        and listed[0]["finished"].startswith("1970-01-01T00:00:07")
+    )
     for run in ("main", str(new)):
         assert yaml.safe_load(answer("run", "show", run, "--root", tmp_path)[1])["folder"] == str(new)
     both = json.loads(answer("tables", old, new, "--json", "--root", tmp_path)[1])

@@ -92,6 +92,10 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         (["experiment", "main"], "The name 'main' is taken by another experiment"),
         (["baseline", "My Method"], "'My Method' cannot name a baseline: use small letters"),
         (["suite", "../x"], "'../x' cannot name a suite"),
+        (["baseline", "class"], "class is a word of Python's own, and a package of that name could not be imported"),
+        (["suite", "json"], "json is a module of Python's standard library"),
+        (["baseline", "numpy"], "numpy is the name of an installed package"),
+        (["suite", "harness"], "harness is the name of an installed package"),
         (["method", "x"], "Invalid value for"),
     ],
 )

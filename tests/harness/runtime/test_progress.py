@@ -100,3 +100,8 @@ def test_a_store_names_the_stage_that_makes_an_artifact(tmp_path: Path, lines: l
 )
 def test_durations_are_read_at_a_glance(seconds: float, words: str) -> None:
     assert progress.duration(seconds) == words
+
+
+def test_a_long_line_is_not_folded_where_it_is_piped(capsys: pytest.CaptureFixture[str]) -> None:
+    progress.notify("word " * 60)
+    assert len(capsys.readouterr().err.splitlines()) == 1
