@@ -24,7 +24,7 @@ PASSAGES_FILE = "passages.arrow"
 _BATCH = 1024  # passages written at once, so that memory stays bounded
 
 
-def cut(text: str, max_bytes: int) -> list[str]:
+def split_text(text: str, max_bytes: int) -> list[str]:
     """Passages of at most `max_bytes` bytes of UTF-8 that join to `text`.
 
     A cut falls after a line or before a space where there is one in the second half of the passage, since a word cut
@@ -101,7 +101,7 @@ def write_passages(folder: Path, texts: Iterable[Document], max_bytes: int) -> N
         rows: list[dict[str, Any]] = []
         for number, document in enumerate(texts):
             start = 0
-            parts = cut(document.text, max_bytes)
+            parts = split_text(document.text, max_bytes)
             for i, text in enumerate(parts):
                 size = len(text.encode("utf-8"))
                 rows.append(

@@ -108,7 +108,7 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Taught:
+class ExpectedTargets:
     """What the target is to learn from M positions: p[M, V] and `tail`[M] outside, where `weight`[M] is 1."""
 
     p: np.ndarray
@@ -208,7 +208,7 @@ def published_partners(
     return partners
 
 
-def mended_partners(source: Reader, target: Reader, theirs: Read, ours: Read, text: str) -> list[int]:
+def corrected_partners(source: Reader, target: Reader, theirs: Read, ours: Read, text: str) -> list[int]:
     """The last source position whose text before ends at the same byte."""
     ends = source.ends(theirs.tokens, text)
     return [
@@ -237,7 +237,7 @@ def published_distribution(
     return p
 
 
-def mended_distribution(
+def corrected_distribution(
     read: Read, partner: int, vocabulary_map: Mapping[int, int], gold: int | None, size: int
 ) -> tuple[np.ndarray, float]:
     """p[V] and tail: probabilities, duplicates summed, what maps to nothing in the tail."""
@@ -261,7 +261,7 @@ def published_row(
     theirs: Sequence[Read],
     vocabulary_map: Mapping[int, int],
     fusion: str,
-) -> list[Taught]:
+) -> list[ExpectedTargets]:
     """What a row of passages teaches under `published`."""
     itself = {i: i for i in range(target.size)}
     rewards = []
@@ -271,7 +271,7 @@ def published_row(
         rewards.append(torch.exp(-mean))
     weights = torch.stack(rewards).double().softmax(0).numpy()
     choice = int(torch.stack(rewards).argmax())  # ties by order
-    taught = []
+    expected = []
     for own, read in zip(ours, theirs, strict=True):
         positions = range(len(own.tokens))
         partners = published_partners(source, target, read.tokens, own.tokens, vocabulary_map)
@@ -286,11 +286,11 @@ def published_row(
         )
         p = members[choice] if fusion == "mince" else weights[0] * members[0] + weights[1] * members[1]
         chosen = list(positions) if (fusion, choice) == ("mince", 0) else partners
-        taught.append(Taught(p, np.zeros(len(p)), np.ones(len(p)), chosen))  # every position, the last too
-    return taught
+        expected.append(ExpectedTargets(p, np.zeros(len(p)), np.ones(len(p)), chosen))  # every position, the last too
+    return expected
 
 
-def mended_row(
+def corrected_row(
     texts: Sequence[str],
     target: Reader,
     source: Reader,
@@ -298,16 +298,19 @@ def mended_row(
     theirs: Sequence[Read],
     vocabulary_map: Mapping[int, int],
     fusion: str,
-) -> list[Taught]:
+) -> list[ExpectedTargets]:
     """What a row of passages teaches under `corrected`."""
     itself = {i: i for i in range(target.size)}
-    taught = []
+    expected = []
     for text, own, read in zip(texts, ours, theirs, strict=True):
         golds: list[int | None] = [*own.tokens[1:], None]
-        partners = mended_partners(source, target, read, own, text)
+        partners = corrected_partners(source, target, read, own, text)
         members = [
-            [mended_distribution(own, i, itself, golds[i], target.size) for i in range(len(golds))],
-            [mended_distribution(read, partners[i], vocabulary_map, golds[i], target.size) for i in range(len(golds))],
+            [corrected_distribution(own, i, itself, golds[i], target.size) for i in range(len(golds))],
+            [
+                corrected_distribution(read, partners[i], vocabulary_map, golds[i], target.size)
+                for i in range(len(golds))
+            ],
         ]
         per_byte = np.array([own.nats, read.nats]) / len(text.encode())
         names = [target.name, source.name]
@@ -319,18 +322,18 @@ def mended_row(
         tail = sum(w * np.array([tail for _, tail in member]) for w, member in zip(weights, members, strict=True))
         weight = np.array([gold is not None for gold in golds], float)
         chosen = list(range(len(golds))) if (fusion, choice) == ("mince", 0) else partners
-        taught.append(Taught(p, tail, weight, chosen))
-    return taught
+        expected.append(ExpectedTargets(p, tail, weight, chosen))
+    return expected
 
 
 def loss(
-    target: Reader, tokens: Sequence[int], after: int | None, taught: Taught
+    target: Reader, tokens: Sequence[int], after: int | None, expected: ExpectedTargets
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Summed CLM and fusion nats of a passage and its number of next tokens; `after` is what follows its last token."""
     log_q = target.log_q(tokens)
     golds = [*tokens[1:], *([] if after is None else [after])]
     clm = -sum((log_q[i, gold] for i, gold in enumerate(golds)), torch.zeros((), dtype=torch.float64))
-    p, tail = torch.from_numpy(taught.p), torch.from_numpy(taught.tail)
+    p, tail = torch.from_numpy(expected.p), torch.from_numpy(expected.tail)
     rest = (1 - (log_q.exp() * (p > 0)).sum(1)).clamp(min=1e-30)  # 1 - Q
     fusion = -(p * log_q).sum(1) - tail * rest.log()
-    return clm, (torch.from_numpy(taught.weight) * fusion).sum(), len(golds)
+    return clm, (torch.from_numpy(expected.weight) * fusion).sum(), len(golds)

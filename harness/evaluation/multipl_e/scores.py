@@ -15,7 +15,7 @@ COLUMNS = ("language", "problems", "samples", "pass@{k}", "pass@{k} by exit stat
 
 
 @dataclass(frozen=True)
-class Example:
+class ProblemScore:
     """The result of one problem: the number of samples, of those that pass strictly, and by exit status alone."""
 
     language: str
@@ -36,7 +36,7 @@ def check_samples(samples: int, k: int) -> None:
         raise UserError(f"pass@{k} needs at least {k} samples a problem, and there are {samples}: choose another k.")
 
 
-def read_results(path: Path) -> list[Example]:
+def read_results(path: Path) -> list[ProblemScore]:
     """The result of every problem that was executed. Raises UserError for a file that holds no results."""
     examples = []
     for number, row in json_lines(path):
@@ -44,13 +44,13 @@ def read_results(path: Path) -> list[Example]:
             results = row["results"]
             strict = sum(bool(result["strict"]) for result in results)
             passed = sum(result["exit_code"] == 0 for result in results)
-            examples.append(Example(language_of(row["language"]).name, row["name"], len(results), strict, passed))
+            examples.append(ProblemScore(language_of(row["language"]).name, row["name"], len(results), strict, passed))
         except (KeyError, TypeError) as error:
             raise UserError(f"{path}, line {number} is no result of an execution ({error}): execute again.") from None
     return examples
 
 
-def summary(examples: Sequence[Example], not_run: Mapping[str, str], k: int) -> list[list[object]]:
+def summary(examples: Sequence[ProblemScore], not_run: Mapping[str, str], k: int) -> list[list[object]]:
     """One row (COLUMNS) a language, means over problems; a language that was not run has a reason and no numbers."""
     rows: list[list[object]] = []
     for name, language in LANGUAGES.items():

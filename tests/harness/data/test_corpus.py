@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fusion.errors import UserError
 from harness.config.schema import CorpusConfig
 from harness.data.corpus import CorpusSummary, documents, expected_bytes, first_bytes
-from harness.data.passages import Passages, corpus_summary, cut, make_passages
+from harness.data.passages import Passages, corpus_summary, make_passages, split_text
 from harness.store.artifacts import Store
 
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=300)
@@ -20,7 +20,7 @@ TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=300)
 
 @given(TEXT, st.integers(4, 60))
 def test_passages_join_and_fit(text: str, limit: int) -> None:
-    passages = cut(text, limit)
+    passages = split_text(text, limit)
     assert "".join(passages) == text
     assert all(0 < len(p.encode()) <= limit for p in passages)
 
@@ -33,7 +33,7 @@ def test_first_bytes_end_at_a_character(text: str, limit: int) -> None:
 
 
 def test_cuts_fall_after_lines_and_before_spaces() -> None:
-    assert cut("one line here\nand another one here", 19) == ["one line here\n", "and another one", " here"]
+    assert split_text("one line here\nand another one here", 19) == ["one line here\n", "and another one", " here"]
 
 
 def test_the_size_is_known_before_the_text_is_read(tmp_path: Path) -> None:

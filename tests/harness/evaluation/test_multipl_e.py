@@ -26,7 +26,7 @@ from harness.evaluation.multipl_e import toolchains
 from harness.evaluation.multipl_e.execute import Executed, execute
 from harness.evaluation.multipl_e.generations import read_generations
 from harness.evaluation.multipl_e.languages import LANGUAGES, cut, language_of
-from harness.evaluation.multipl_e.scores import Example, check_samples, read_results, summary
+from harness.evaluation.multipl_e.scores import ProblemScore, check_samples, read_results, summary
 from harness.evaluation.sandbox import Limits
 from results.metrics import pass_at_k
 from tests.shared import needed, shared
@@ -448,7 +448,10 @@ def test_a_completion_ends_before_its_first_stop_token(completion: str, stops: l
 
 
 def test_unsolvable_rows_count_and_are_named() -> None:
-    examples = [Example("js", "HumanEval_51_remove_vowels", 2, 0, 0), Example("js", "HumanEval_53_add", 2, 1, 2)]
+    examples = [
+        ProblemScore("js", "HumanEval_51_remove_vowels", 2, 0, 0),
+        ProblemScore("js", "HumanEval_53_add", 2, 1, 2),
+    ]
     ((title, problems, samples, strict, by_exit, note),) = summary(examples, {}, 1)
     assert (title, problems, samples, strict, by_exit) == ("JavaScript", 2, "2", "0.2500", "0.5000")
     assert note == "cannot be solved as published: HumanEval_51_remove_vowels"

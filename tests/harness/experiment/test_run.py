@@ -128,7 +128,7 @@ def test_rows_at_once_do_not_change_the_training(finished: tuple[Config, Path, P
     pd.testing.assert_frame_equal(nats[0], nats[1], rtol=1e-5)
 
 
-def test_a_stored_reading_is_what_the_model_says(finished: tuple[Config, Path, Path]) -> None:
+def test_stored_predictions_are_those_of_the_model(finished: tuple[Config, Path, Path]) -> None:
     import torch
 
     from harness.data.passages import Passages
@@ -139,15 +139,17 @@ def test_a_stored_reading_is_what_the_model_says(finished: tuple[Config, Path, P
     model, passages = load_model(small.models.model("neox")), Passages(small.corpora.passages[1])
     reader = read_predictions(small, "neox")
     for passage in range(0, len(passages), 7):
-        reading = reader.predictions(passage)
+        predictions = reader.predictions(passage)
         with torch.no_grad():
-            log_q = model(torch.tensor(reading.tokens[None]).long()).logits[0].log_softmax(-1)
+            log_q = model(torch.tensor(predictions.tokens[None]).long()).logits[0].log_softmax(-1)
         top = log_q.topk(5, -1)
-        np.testing.assert_allclose(reading.log_p, top.values.numpy(), rtol=1e-3)
-        np.testing.assert_allclose(reading.nats[:-1], -log_q[range(len(log_q) - 1), reading.tokens[1:]], rtol=1e-4)
-        assert reading.ends[0] == 0 and reading.ends[-1] == passages.n_bytes[passage]
+        np.testing.assert_allclose(predictions.log_p, top.values.numpy(), rtol=1e-3)
+        np.testing.assert_allclose(
+            predictions.nats[:-1], -log_q[range(len(log_q) - 1), predictions.tokens[1:]], rtol=1e-4
+        )
+        assert predictions.ends[0] == 0 and predictions.ends[-1] == passages.n_bytes[passage]
         text = passages.text(passage).encode()
-        for token, start, end in zip(reading.tokens[1:], reading.ends[:-1], reading.ends[1:], strict=True):
+        for token, start, end in zip(predictions.tokens[1:], predictions.ends[:-1], predictions.ends[1:], strict=True):
             assert reader.vocabulary.token_bytes[token] == text[start:end]
 
 

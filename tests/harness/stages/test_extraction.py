@@ -245,8 +245,8 @@ def test_passages_without_finite_logits_are_named_counted_and_fused_without(
             switches=fusion.switches,
         )
         chosen[passages.name(passage)[:3]] = {row.names[c] if c >= 0 else int(c) for c in row.chosen}
-        taught = row.targets.p[row.fusion_weight > 0]
-        assert np.isfinite(taught).all()
+        expected = row.targets.p[row.fusion_weight > 0]
+        assert np.isfinite(expected).all()
     assert chosen["100"] == {"target"}
     assert chosen["101"] == {-1}
     features = partial(fusion.features, resources=resources)

@@ -22,7 +22,7 @@ from harness.experiment.pipeline import open_experiment, read_predictions
 from tests.fusion.tokenizers_for_tests import byte_level, sentencepiece_bpe
 from tests.harness import reference
 from tests.harness.listening import rows_of, trained
-from tests.harness.reference import Read, Reader, Taught
+from tests.harness.reference import ExpectedTargets, Read, Reader
 
 pytestmark = pytest.mark.slow
 
@@ -94,7 +94,7 @@ def reader(models: Path, role: str, name: str) -> Reader:
 
 
 def read(model: Reader, text: str, stored: Any) -> Read:
-    """The model's reading, which the stored one must be, with the stored numbers."""
+    """The model's predictions, which the stored ones must be, with the stored numbers."""
     tokens = model.tokens(text)
     assert stored.tokens.tolist() == tokens
     with torch.no_grad():
@@ -110,9 +110,9 @@ def read(model: Reader, text: str, stored: Any) -> Read:
     return Read(tokens, stored.ids, stored.log_p.astype(float), stored.tail.astype(float), float(nats.sum()))
 
 
-def assert_teaches(made: dict[str, np.ndarray], taught: list[Taught]) -> None:
+def assert_teaches(made: dict[str, np.ndarray], expected: list[ExpectedTargets]) -> None:
     """A row of the data loader, made dense, is what its passages are to teach."""
-    p, tail, weight = (np.concatenate([getattr(t, name) for t in taught]) for name in ("p", "tail", "weight"))
+    p, tail, weight = (np.concatenate([getattr(t, name) for t in expected]) for name in ("p", "tail", "weight"))
     dense = np.zeros_like(p)
     at, column = np.nonzero(made["ids"] >= 0)
     dense[at, made["ids"][at, column]] = made["p"][at, column]
@@ -126,13 +126,13 @@ def what_happened(
     source: Reader,
     own: list[Read],
     theirs: list[Read],
-    taught: dict[int, Taught],
+    expected: dict[int, ExpectedTargets],
     image: dict[int, int],
 ) -> set[str]:
     """The rules that a case met; without them it would prove nothing about them."""
     met = set()
     for p, (ours, other) in enumerate(zip(own, theirs, strict=True)):
-        partners = taught[p].partner
+        partners = expected[p].partner
         if partners == list(range(len(partners))):
             met.add("the target's own")
             continue
@@ -151,15 +151,15 @@ def what_happened(
     return met
 
 
-PUBLISHED, MENDED = {"preset": "published"}, {"preset": "corrected"}
+PUBLISHED, CORRECTED = {"preset": "published"}, {"preset": "corrected"}
 CHOSEN = {"the target's own", "the source's", "entries", "unaligned"}
 CASES = {
     "published": (PUBLISHED, CHOSEN | {"duplicates", "mapped onto each other"}),
     "published, em": (PUBLISHED | {"map": "em"}, CHOSEN | {"nothing left"}),
     "published, avgce": (PUBLISHED | {"fusion": "avgce", "lambda": 0.3}, {"duplicates", "unaligned"}),
-    "corrected": (MENDED, CHOSEN),
-    "corrected, em": (MENDED | {"map": "em"}, CHOSEN),
-    "corrected, avgce": (MENDED | {"fusion": "avgce", "lambda": 0.3}, {"entries", "unaligned"}),
+    "corrected": (CORRECTED, CHOSEN),
+    "corrected, em": (CORRECTED | {"map": "em"}, CHOSEN),
+    "corrected, avgce": (CORRECTED | {"fusion": "avgce", "lambda": 0.3}, {"entries", "unaligned"}),
 }
 
 
@@ -184,20 +184,20 @@ def test_loss_and_gradient_are_those_of_the_plain_implementation(
     if method["preset"] == "published":
         map_of, fuse = reference.map_of_strings, reference.published_row
     else:
-        map_of, fuse = reference.map_of_bytes, reference.mended_row
+        map_of, fuse = reference.map_of_bytes, reference.corrected_row
     image = map_of(source, target, method.get("map", "mined"))
-    taught: dict[int, Taught] = {}
+    expected: dict[int, ExpectedTargets] = {}
     assert rows.members == pack([len(r.tokens) for r in own], config.training.sequence_length)
     for i, row in enumerate(rows.members):
         its_texts, ours, others = ([of[p] for p in row] for of in (texts, own, theirs))
         teaches = fuse(its_texts, target, source, ours, others, image, method.get("fusion", "mince"))
         assert_teaches(rows[i], teaches)
-        taught |= dict(zip(row, teaches, strict=True))
+        expected |= dict(zip(row, teaches, strict=True))
 
     clm, fusion, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 0
     for p, ours in enumerate(own):
         after = int(target.tokenizer.eos_token_id) if passages.last[p] else None
-        terms = reference.loss(target, ours.tokens, after, taught[p])
+        terms = reference.loss(target, ours.tokens, after, expected[p])
         clm, fusion, count = clm + terms[0], fusion + terms[1], count + terms[2]
     lam = config.methods["FuseLLM"]["lambda"]
     target.model.zero_grad()
@@ -211,7 +211,7 @@ def test_loss_and_gradient_are_those_of_the_plain_implementation(
         assert parameter.grad is not None
         assert float((gradients[name] - parameter.grad).norm()) <= 1e-4 * float(parameter.grad.norm()), name
 
-    happened = what_happened(target, source, own, theirs, taught, image)
+    happened = what_happened(target, source, own, theirs, expected, image)
     assert happened >= met
     if case == "published, avgce":  # all passages take part in it, the first of a document too
         assert ("a mark added" in happened) == (names == ("passage", "level"))
