@@ -309,7 +309,7 @@ def _loader(prepared: Prepared, step_seconds: float) -> Result:
         roofline=100 * encoding / step_seconds,
         note=f"{1e3 * taken:.0f} ms a row: below 100 % one worker is always ahead of the trainer, until a device takes "
         f"{rows.sequence_length / taken:,.0f} positions a second; without a worker its share is added to the step. "
-        "Reference: carrying over and the dense collator, without reading. Roofline: encoding the row's text once with "
+        "Reference: projection and the dense collator, without reading. Roofline: encoding the row's text once with "
         "each model's tokenizer.",
     )
 

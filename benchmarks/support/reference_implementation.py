@@ -1,4 +1,4 @@
-"""The published algorithm as plainly as it can be written: loops over tokens and positions, dense targets, one
+"""The published algorithm as simply as it can be written: loops over tokens and positions, dense targets, one
 compiled Levenshtein distance a pair, as the published code has. What is measured is held against these, and checked.
 
 Source: arXiv 2401.10491, section 3, and its published code as the preset `published` describes it.
@@ -88,7 +88,7 @@ def partners(
     return result
 
 
-def carry(source: Predictions, target: Predictions, partner: Sequence[int], image: np.ndarray) -> Entries:
+def project(source: Predictions, target: Predictions, partner: Sequence[int], image: np.ndarray) -> Entries:
     """The partner's entries through the map, the first of duplicates; a one-hot on the current token without one."""
     mapped = {i: int(m) for i, m in enumerate(image.tolist()) if m >= 0}
     entries: Entries = []
@@ -122,7 +122,7 @@ def fuse(
     target: str,
     vocabulary: int,
 ) -> Tensor:
-    """float32[T, V] of a row of passages: carry over, make dense, and take the source best over the row (MinCE).
+    """float32[T, V] of a row of passages: project, make dense, and take the source best over the row (MinCE).
 
     `aligned[source]` holds `partners` of each passage; the target itself stands first.
     """
@@ -135,7 +135,7 @@ def fuse(
     for name, pairs in aligned.items():
         entries: Entries = []
         for passage, partner in zip(readings, pairs, strict=True):
-            entries += carry(passage[name], passage[target], partner, images[name])
+            entries += project(passage[name], passage[target], partner, images[name])
         members.append(dense(entries, own, vocabulary))
         rewards.append(_reward([passage[name] for passage in readings]))
     stacked = torch.stack(members)

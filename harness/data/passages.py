@@ -12,6 +12,7 @@ from harness.config.schema import CorpusConfig
 from harness.data.corpus import (
     CorpusSummary,
     Document,
+    check_corpus,
     check_readable,
     content_fingerprint,
     documents,
@@ -146,8 +147,10 @@ def make_passages(store: Store, config: CorpusConfig, max_bytes: int, data_root:
         return {"corpus": summary.to_json()}
 
     size = expected_bytes(config, data_root)
-    if store.dry and not config.expected_bytes and not store.path(spec).exists():
-        check_readable(config, data_root)  # a plan needs no text of which it is said how much there is
+    if store.dry and not store.path(spec).exists():
+        check_corpus(config, data_root)
+        if not config.expected_bytes:  # else a plan needs no text
+            check_readable(config, data_root)
     return spec, store.ensure(spec, build, Estimate(disk=1.2 * size, seconds=size / 5e6))
 
 
