@@ -36,7 +36,7 @@ class LimitedConfig(SuiteConfig):
 
     limit: int | None = Field(None, gt=0, description="only LIMIT examples of each task. Default: all")
     limit_by: Literal["first", "seed"] = Field(
-        "first", description="which examples LIMIT takes: the first rows, as lm-eval does, or rows drawn by `seed`"
+        "first", description="which examples LIMIT takes: the first ones, as lm-eval does, or some drawn by `seed`"
     )
     seed: int = Field(0, ge=0, description="seed of what is drawn")
 
