@@ -43,20 +43,22 @@ class DistillationParameters(TeacherParameters):
     temperature: float = Field(1.0, gt=0, description="of both sides; offline one of extraction.temperatures")
     online: bool = Field(False, description="teachers in memory, the whole vocabulary, the target's own tokenizer")
     map: Annotated[str, Registered(MAPS)] | None = Field(
-        None, description="offline: kind of the vocabulary map", json_schema_extra={"effective": "mined"}
+        None,
+        description="offline: kind of the vocabulary map",
+        json_schema_extra={"effective": TopKDistillationLoss.map},
     )
     map_on: Literal["bytes", "strings"] | None = Field(
-        None, description="offline: what the map compares", json_schema_extra={"effective": "bytes"}
+        None, description="offline: what the map compares", json_schema_extra={"effective": TopKDistillationLoss.map_on}
     )
     alignment: Annotated[PartName, Registered(ALIGNMENTS)] | None = Field(
         None,
         description="offline: which teacher position is paired with a target position",
-        json_schema_extra={"effective": "same_end"},
+        json_schema_extra={"effective": TopKDistillationLoss.alignment},
     )
     tail: Literal["bucket", "renormalise", "gold"] | None = Field(
         None,
         description="offline: mass outside the top k; all divergences but forward_kl require bucket",
-        json_schema_extra={"effective": "bucket"},
+        json_schema_extra={"effective": TopKDistillationLoss.tail},
     )
 
     @model_validator(mode="after")

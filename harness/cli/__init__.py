@@ -158,7 +158,9 @@ def main() -> None:
 def _explain(error: Exception) -> int:
     """Says in one sentence what the user can mend and gives the exit status; raises what is our own mistake."""
     if isinstance(error, typer.TyperException):
-        if message := " ".join(error.format_message().split()):  # empty where the help was printed instead
+        if message := " ".join(error.format_message().split()).replace(
+            "Value error, ", ""
+        ):  # empty: the help was printed
             context = getattr(error, "ctx", None)
             hint = f" (see `{context.command_path} --help`)" if context else ""
             typer.echo(f"fusellm: {message.rstrip('.')}{hint}.", err=True)

@@ -113,7 +113,7 @@ def vocabulary_map(
 def loss_inputs(experiment: Experiment, label: str, requirements: LossRequirements) -> LossInputs:
     """What the loss of the row `label` is computed from, made where it is not there.
 
-    Raises UserError where it cannot be had.
+    Raises UserError for predictions that are not stored, and for a teacher in memory with another tokenizer.
     """
     models = experiment.models
     check_stored(label, requirements, experiment.config.extraction)

@@ -196,7 +196,7 @@ USAGE: list[tuple[list[str], str]] = [
     (["model", "fetch"], "Missing argument 'names'"),
     ([*SHOW, "main", "--profil", "x"], r"No such option: --profil \(Possible options: --profile\)"),
     ([*SHOW, "main", "--seed", "x"], "Invalid value for '--seed'.*integer"),
-    (["tables", "main", "--format", "xml"], "Invalid value for '--format'.*'xml' is not one of 'md', 'csv', 'json'"),
+    (["tables", "main", "--format", "xml"], "Invalid value for '--format' / '-f': 'xml' is not one of 'md', 'csv'"),
     (["artifact", "verify", "all"], r"unexpected extra argument\(s\) \(all\)"),
 ]
 
