@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fusion.errors import UserError
 from harness.config.schema import Config
-from harness.reporting.runs import EXAMPLES, Run
+from harness.reporting import EXAMPLES
+from harness.reporting.runs import Run
 from harness.runtime import distributed
 from harness.runtime.user_errors import sentence_about
 from harness.store.files import make_folder

@@ -22,7 +22,7 @@ from harness.cli.options import (
     complete_tables,
     completed,
 )
-from harness.reporting.runs import EXAMPLES
+from harness.reporting import EXAMPLES
 
 runs = typer.Typer(help="Finished runs: list, show.", no_args_is_help=True)
 

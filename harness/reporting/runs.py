@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PUBLISHED = "paper/"
-EXAMPLES = 30
-"""Examples of each task in a report, unless another number is asked for."""
 
 
 @dataclass(frozen=True, repr=False)
