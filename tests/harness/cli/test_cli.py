@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from harness.cli import suite_commands
+from harness.config.loading import suite_settings
 from tests.harness.command import answer, fusellm, sentence
 
 SLOW = {"torch", "transformers", "lm_eval", "mergekit", "pandas"}
@@ -233,8 +233,12 @@ def test_a_suite_is_set_by_its_name_alone_as_well(setting: str) -> None:
         ([], ({}, None)),
     ],
 )
-def test_eval_takes_settings_as_experiments_do(items: list[str], expected: tuple[object, object]) -> None:
-    assert suite_commands._settings(items, ["bbh", "commonsense"]) == expected
+def test_eval_takes_settings_as_experiments_do(
+    items: list[str], expected: tuple[object, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows").mkdir()
+    assert suite_settings(["bbh", "commonsense"], items) == expected
 
 
 @pytest.mark.parametrize("item", ["training.epochs=3", "multipl_e.k=3", "suites.multipl_e.k=3", "data.x=1", "bbh=3"])
