@@ -284,15 +284,33 @@ def _bootstrapped(
 
     parts: the strata of the tasks.
     """
-    own = {id(task.ratio): task.resamples for task in tasks}
-    resamples = [part.resamples if isinstance(part, SharedRatios) else own[id(part)] for part in parts]
-    error, off = studentised(parts, [one for one in resamples if one is not None], len(tasks))
+    error, off = studentised(parts, _resamples(tasks, parts), len(tasks))
     if not off.size:  # all clusters are alike: a sign test
         return value, value, 1.0 if value == 0 else 2.0 ** (1 - sum(part.size for part in parts))
     error *= tasks[0].metric.scale
     rank = int((1 - CONFIDENCE) * (RESAMPLES + 1))
     half = float(np.partition(off, RESAMPLES - rank)[RESAMPLES - rank]) * error
     return value - half, value + half, p_value(abs(value) / error, off)
+
+
+def _resamples(tasks: Sequence[Units], parts: Sequence[Ratio | SharedRatios]) -> list[Resamples]:
+    """Those of each of the strata `parts` of the tasks, all of which have enough clusters."""
+    own = {id(task.ratio): task.resamples for task in tasks}
+    drawn = [part.resamples if isinstance(part, SharedRatios) else own[id(part)] for part in parts]
+    return [one for one in drawn if one is not None]
+
+
+def resampled_values(tasks: Sequence[Units]) -> np.ndarray | None:
+    """The mean over `tasks` in each resample of their clusters, float64[R]; None where a task has too few clusters.
+
+    Methods and training steps measured on the same text see the same resamples.
+    """
+    if any(task.resamples is None for task in tasks):
+        return None
+    value = float(np.mean([task.by_seed() for task in tasks]))
+    drawn = _resamples(tasks, strata([task.ratio for task in tasks]))
+    deviation = np.sum([one.deviation for one in drawn], axis=0) / len(tasks)
+    return np.asarray(value + tasks[0].metric.scale * deviation)
 
 
 def _over_seeds(tasks: Sequence[Units], per_seed: np.ndarray) -> float:

@@ -25,13 +25,16 @@ class Curve:
     tokens: np.ndarray  # int64[T], rising
     values: np.ndarray  # float64[T]
     intervals: np.ndarray | None = None  # float64[T, 2]; None where a domain has fewer than 20 documents
+    resampled: np.ndarray | None = None  # float64[T, R], values in resamples of the documents, the same for all curves
 
 
 @dataclass(frozen=True)
 class EqualQuality:
     """How many training tokens `method` needs to be as good as `other` is at its end, by linear interpolation.
 
-    tokens is None where it never is ('not reached'); other_tokens are what `other` was trained on for that.
+    tokens is None where it never is ('not reached'); other_tokens are what `other` was trained on for that. interval
+    has 95 % of what resamples of the documents give, infinite where they never reach it; it is about these two
+    trainings, and None where a domain has fewer than 20 documents.
     """
 
     method: str
@@ -39,13 +42,18 @@ class EqualQuality:
     quality: float
     tokens: float | None
     other_tokens: int
+    interval: tuple[float, float] | None = None
 
     def sentence(self, digits: int) -> str:
         """The finding in words."""
         goal = f"{self.other}'s final {self.quality:.{digits}f} (at {self.other_tokens:,} tokens)"
-        if self.tokens is None:
-            return f"{self.method}: {goal} not reached"
-        return f"{self.method}: {goal} reached at {self.tokens:,.0f} tokens"
+        reached = "not reached" if self.tokens is None else f"reached at {self.tokens:,.0f} tokens"
+        if self.interval is None:
+            return (
+                f"{self.method}: {goal} {reached} (no interval: fewer than {statistics.MIN_UNITS} documents a domain)"
+            )
+        low, high = ("never" if np.isinf(at) else f"{at:,.0f}" for at in self.interval)
+        return f"{self.method}: {goal} {reached} [{low}, {high}]"
 
 
 @dataclass(frozen=True)
@@ -105,17 +113,26 @@ def learning_curves(
 
 def equal_quality(curve: Curve, other: Curve, higher_is_better: bool) -> EqualQuality:
     """The training tokens at which `curve` first is as good as `other` is at its last step."""
-    goal = float(other.values[-1])
-    behind = (goal - curve.values) if higher_is_better else (curve.values - goal)
-    reached = np.flatnonzero(behind <= 0)
-    tokens: float | None = None
-    if reached.size:
-        index = int(reached[0])
-        tokens = float(curve.tokens[index])
-        if index > 0:
-            share = behind[index - 1] / (behind[index - 1] - behind[index])
-            tokens = float(curve.tokens[index - 1] + share * (curve.tokens[index] - curve.tokens[index - 1]))
-    return EqualQuality(curve.method, other.method, goal, tokens, int(other.tokens[-1]))
+    (tokens,) = _first_reached(curve.tokens, curve.values[:, None], other.values[-1:], higher_is_better)
+    interval = None
+    if curve.resampled is not None and other.resampled is not None:
+        found = _first_reached(curve.tokens, curve.resampled, other.resampled[-1], higher_is_better)
+        outside = (1 - statistics.CONFIDENCE) / 2
+        low, high = np.quantile(found, [outside, 1 - outside], method="inverted_cdf")
+        interval = float(low), float(high)
+    at = None if np.isinf(tokens) else float(tokens)
+    return EqualQuality(curve.method, other.method, float(other.values[-1]), at, int(other.tokens[-1]), interval)
+
+
+def _first_reached(tokens: np.ndarray, values: np.ndarray, goals: np.ndarray, higher_is_better: bool) -> np.ndarray:
+    """Where each of R curves, values[T, R], first is as good as goals[R]; infinity where it never is: float64[R]."""
+    behind = goals - values if higher_is_better else values - goals
+    first = np.argmax(behind <= 0, axis=0)
+    before, curves = np.maximum(first - 1, 0), np.arange(len(goals))
+    gap = behind[before, curves] - behind[first, curves]
+    share = np.divide(behind[before, curves], gap, out=np.zeros(len(goals)), where=first > 0)
+    at = tokens[before] + share * (tokens[first] - tokens[before])
+    return np.where((behind <= 0).any(axis=0), at, np.inf)
 
 
 def _curves(records: pd.DataFrame, methods: Sequence[str]) -> Iterator[Curve]:
@@ -148,11 +165,15 @@ def _curves(records: pd.DataFrame, methods: Sequence[str]) -> Iterator[Curve]:
             statistics.check_same_examples(first[one.task], one)
         estimates = [statistics.estimate(units) for units in complete.values()]
         intervals = [one.interval for one in estimates if one.interval is not None]
+        resampled = [
+            values for units in complete.values() if (values := statistics.resampled_values(units)) is not None
+        ]
         yield Curve(
             method,
             np.array(list(complete), dtype=np.int64),
             np.array([one.value for one in estimates]),
             np.array(intervals) if len(intervals) == len(estimates) else None,
+            np.array(resampled) if len(resampled) == len(estimates) else None,
         )
 
 

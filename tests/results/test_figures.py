@@ -1,4 +1,4 @@
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from results.errors import UnknownName, UserError
 from results.figures import style
 from results.figures.audit import audit_figure, coverage_figure, selection_figure
 from results.figures.differences import differences_figure
-from results.figures.learning_curves import Curve, equal_quality, learning_curves
+from results.figures.learning_curves import Curve, _curves, equal_quality, learning_curves
 from results.figures.quality import quality_figure
 from results.records import Record, read, write
 from results.table import Table
@@ -50,7 +50,8 @@ def test_curves_and_equal_quality_as_data(tmp_path: Path) -> None:
     assert (ahead.method, ahead.other, ahead.other_tokens) == ("FuseLLM", "CLM", 2000)
     assert ahead.tokens == pytest.approx(1500)
     assert ahead.quality == pytest.approx(0.66 / LOG2)
-    assert behind.tokens is None and behind.sentence(4).endswith("not reached")
+    assert behind.tokens is None and behind.interval is None
+    assert behind.sentence(4).endswith("not reached (no interval: fewer than 20 documents a domain)")
     assert [one.name for one in found.files] == ["figure.png", "figure.svg"]
 
 
@@ -60,6 +61,48 @@ def test_the_first_crossing_counts_and_equality_is_reached() -> None:
     assert equal_quality(wavy, line("b", {0: 1.2, 30: 1.1}), higher_is_better=False).tokens == 0
     rising = line("a", {0: 0.2, 10: 0.4})
     assert equal_quality(rising, line("b", {0: 0.2, 30: 0.3}), higher_is_better=True).tokens == pytest.approx(5)
+
+
+def trainings(rng: np.random.Generator, documents: int, ahead: float) -> list[Record]:
+    """Two methods whose error falls alike with training, the second by `ahead` sooner, on the same documents."""
+    size, rate = rng.integers(200, 1000, documents), rng.normal(0.7, 0.1, documents)
+    made = []
+    for method, gain in (("CLM", 0.0), ("FuseLLM", ahead)):
+        for tokens in range(0, 1001, 100):
+            falling = 0.1 * tokens / 1000 + gain * min(tokens, 500) / 500
+            own = rate - falling + rng.normal(0, 0.03, documents)
+            made += [
+                Record(
+                    "main", "small", method, 0, "perplexity", "code", f"{i:03}", "bits_per_byte",
+                    float(own[i] * n), float(n), tokens=tokens,
+                )
+                for i, n in enumerate(size)
+            ]  # fmt: skip
+    return made
+
+
+def test_equal_quality_has_the_interval_of_the_documents(tmp_path: Path) -> None:
+    parts = records(tmp_path, trainings(np.random.default_rng(0), 400, 0.02))
+    ahead, behind = learning_curves(parts, ["CLM", "FuseLLM"], tmp_path / "figure").equal_quality
+    assert ahead.tokens is not None and ahead.interval is not None
+    assert 600 < ahead.interval[0] < ahead.tokens < ahead.interval[1] < 1000
+    low, high = (f"{at:,.0f}" for at in ahead.interval)
+    assert ahead.sentence(4).endswith(f"reached at {ahead.tokens:,.0f} tokens [{low}, {high}]")
+    assert behind.tokens is None and behind.interval is not None and behind.interval[1] == np.inf
+    assert behind.sentence(4).endswith("not reached [never, never]")
+
+
+@pytest.mark.slow
+def test_the_interval_of_equal_quality_holds_the_truth(tmp_path: Path) -> None:
+    """In 300 trials; the truth is 80 % of the training."""
+    rng, inside = np.random.default_rng(0), 0
+    for trial in range(300):
+        parts = pd.DataFrame([asdict(record) for record in trainings(rng, 40, 0.02)])
+        clm, fused = _curves(parts.astype({"tokens": "Int64"}).assign(task=f"code{trial}"), ["CLM", "FuseLLM"])
+        interval = equal_quality(fused, clm, higher_is_better=False).interval
+        assert interval is not None
+        inside += interval[0] <= 800 <= interval[1]
+    assert inside / 300 >= 0.9
 
 
 @settings(deadline=None)

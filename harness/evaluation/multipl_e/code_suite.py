@@ -128,8 +128,9 @@ class MultiplE:
     def measure(self, evaluated: EvaluatedModel, store: Store, costs: Costs) -> SuiteResult:
         if evaluated.votes:
             return SuiteResult(lambda: iter(()), missing=dict.fromkeys(self._languages, NO_VOTE))
-        todo = [] if store.dry else [n for n in self._languages if not store.path(self._results(evaluated, n)).exists()]
-        if todo and self.config.execute and self.config.sandbox:
+        execute = self.config.execute and not store.dry
+        todo = [n for n in self._languages if execute and not store.path(self._results(evaluated, n)).exists()]
+        if todo and self.config.sandbox:
             from harness.evaluation.sandbox import refusal
 
             if why := refusal():  # before hours are spent on samples
