@@ -13,8 +13,8 @@ from results.errors import UnknownName, UserError
 from results.layout import Cell, Column, Part
 from results.metrics import measure
 from results.paper_numbers import AVERAGE, Published, load
-from results.table import Table
-from results.tables import Comparison, Reason, compare, sentences, transposed, untested_rows
+from results.table import Table, transposed
+from results.tables import Comparison, Reason, compare, sentences, untested_rows
 
 TARGET, SOURCE, TEACHER = "{target}", "{source}", "{teacher}"
 

@@ -1,11 +1,11 @@
 """The table that everything here hands out: a layout that becomes a data frame and shows itself in a notebook."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from results.errors import UnknownName
 from results.formats import render
-from results.layout import Cell, Layout
+from results.layout import Cell, Column, Layout
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,3 +39,22 @@ class Table(Layout):
 
     def __repr__(self) -> str:
         return f"<Table {self.title!r}: {len(self.rows)} rows, {len(self.columns)} columns>"
+
+
+def transposed(table: Table) -> Table:
+    """The table with the methods across; a note says what was a column, how many seeds they have."""
+    seeds = {
+        label: {seed for cell in cells for seed in cell.seeds if seed >= 0}
+        for label, cells in zip(table.rows, table.cells, strict=True)
+    }
+    counts = ", ".join(f"{label} {len(own_seeds)}" for label, own_seeds in seeds.items() if own_seeds)
+    return replace(
+        table,
+        rows=tuple(column.label for column in table.columns),
+        columns=tuple(Column(label) for label in table.rows),
+        cells=tuple(zip(*table.cells, strict=True)),
+        corner="task",
+        best_along="row",
+        differences=False,
+        notes=(*table.notes, *([f"Seeds: {counts}."] if counts else [])),
+    )

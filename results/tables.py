@@ -317,25 +317,6 @@ def _evaluations(records: pd.DataFrame) -> dict[tuple[str, Part], tuple[str, ...
     return evaluations
 
 
-def transposed(table: Table) -> Table:
-    """The table with the methods across; a note says what was a column, how many seeds they have."""
-    seeds = {
-        label: {seed for cell in cells for seed in cell.seeds} - {NO_SEED}
-        for label, cells in zip(table.rows, table.cells, strict=True)
-    }
-    counts = ", ".join(f"{label} {len(own_seeds)}" for label, own_seeds in seeds.items() if own_seeds)
-    return replace(
-        table,
-        rows=tuple(column.label for column in table.columns),
-        columns=tuple(Column(label) for label in table.rows),
-        cells=tuple(zip(*table.cells, strict=True)),
-        corner="task",
-        best_along="row",
-        differences=False,
-        notes=(*table.notes, *([f"Seeds: {counts}."] if counts else [])),
-    )
-
-
 def sentences(metric: Metric, reference: str | None, compared: Comparison, task: str, *more: str) -> list[str]:
     """What a reader must know to read the numbers; `task` is what one is called, `more` comes after the intervals."""
     cells = [cell for row in compared.cells for cell in row]

@@ -226,8 +226,8 @@ def _tables_of_suite(
     run: Run, suite: str, noted: Mapping[str, Any], records: "pd.DataFrame", reference: str | None
 ) -> "Iterator[Table]":
     from results.metrics import comparable, measure
-    from results.table import Table
-    from results.tables import suite_table, transposed, untested_rows
+    from results.table import Table, transposed
+    from results.tables import suite_table, untested_rows
 
     rows = list(run.methods)
     untested = untested_rows(rows, run.roles.values(), reference)
