@@ -1,0 +1,301 @@
+"""Projection along the text: a source's predictions on the target's positions, with nothing of the true path lost.
+
+Projected entry by entry, a better source becomes a worse one where tokenizers differ: a source that writes the next
+target token as two tokens has put its mass on the first of them, and a target position in the middle of a source token
+has no prediction at all. What is stored allows more, without another forward pass: the text says which source tokens
+really followed, and the probability of each of these is known.
+
+Both tokenizers are laid over one text with a space before it, so that a dummy prefix is text like any other. At a
+target position that ends at byte v, with next token of bytes g, let j be the last source position that ends at a_j <= v
+and u the source token that really follows it.
+
+- Paired (a_j = v): every entry goes to the first target token of its bytes.
+- Inside a source token (a_j < v): with s the bytes between a_j and v, the entries that begin with s and are longer go
+  to the first target token of the bytes that they have left, divided by the mass of all entries that begin with s.
+- One correction, on the true path alone. The source gave g the probability c, by the chain rule over its own tokens:
+  the product over tokens that lie wholly in g, and for a last one that goes on beyond g the mass of the entries that
+  begin with what is left of g. Where what u has left is a proper prefix of g, c is moved from the image of u to the
+  true target token; where it begins with g, all that u has is moved there.
+
+The mass is kept, and the probability of the true target token is that of the chain rule: exact where a source token
+ends with g, else a lower bound, since only stored entries are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+
+from fusion.errors import UserError
+from fusion.vocabulary.pieces import PieceMap
+from fusion.vocabulary.token_bytes import Vocabulary
+
+UNKNOWN = -1
+_OUTSIDE_MAP = 1
+
+
+@dataclass(frozen=True)
+class PathProjection:
+    """The entries of N target positions."""
+
+    ids: np.ndarray
+    """int32[N, K + 1] target ids, -1 pads at the end of a row."""
+    p: np.ndarray
+    """float64[N, K + 1] their probabilities, 0 at pads."""
+    partner: np.ndarray
+    """int32[N] the source position that they come from, -1 for none."""
+    inside: np.ndarray
+    """bool[N], true where the position lies inside a source token."""
+
+
+def text_ends(tokens: np.ndarray, ends: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """int32[M]: the byte at which each position of a passage ends in the text with one space before it.
+
+    `tokens` and `ends` int32[M] are those of `Predictions`. The prefix token ends before the space where the tokenizer
+    wrote one of its own (a dummy prefix), else after it; -1 where the byte is not known.
+    """
+    result = np.where(ends >= 0, ends + 1, UNKNOWN).astype(np.int32)
+    if len(tokens) > 1 and ends[1] >= 0:
+        first = vocabulary.token_bytes[tokens[1]] or b""
+        result[0] = result[1] - len(first)
+    return result
+
+
+def project_path(
+    ids: np.ndarray,
+    p: np.ndarray,
+    source_tokens: np.ndarray,
+    source_ends: np.ndarray,
+    source_starts: np.ndarray,
+    target_tokens: np.ndarray,
+    target_ends: np.ndarray,
+    target_starts: np.ndarray,
+    *,
+    pieces: PieceMap,
+    inside: bool,
+    correct: bool,
+) -> PathProjection:
+    """The source's entries on the target's positions, for the passages of a sequence.
+
+    Args:
+        ids: int32[M, K] source token ids; the last column holds the token that really follows, -1 for none and for
+            pads. See `with_next_token`.
+        p: float64[M, K] probabilities, 0 at pads.
+        source_tokens: int32[M] token ids, the prefix first in each passage.
+        source_ends: int32[M] of `text_ends`.
+        source_starts: int64[P + 1] where the P passages begin, and M; a passage may have no source positions.
+        target_tokens: int32[N], as the source's.
+        target_ends: int32[N], as the source's.
+        target_starts: int64[P + 1], as the source's.
+        pieces: target tokens of the source's tokens and of what is left of them.
+        inside: whether positions inside a source token take part.
+        correct: whether the true path is corrected.
+
+    Raises:
+        UserError: an id lies outside of `pieces`.
+    """
+    n, width = len(target_tokens), ids.shape[1]
+    out = PathProjection(
+        np.full((n, width + 1), -1, np.int32),
+        np.zeros((n, width + 1)),
+        np.full(n, -1, np.int32),
+        np.zeros(n, np.bool_),
+    )
+    fault = _project_path(
+        np.ascontiguousarray(ids, np.int32),
+        np.ascontiguousarray(p, np.float64),
+        np.ascontiguousarray(source_tokens, np.int32),
+        np.ascontiguousarray(source_ends, np.int32),
+        np.ascontiguousarray(source_starts, np.int64),
+        np.ascontiguousarray(target_tokens, np.int32),
+        np.ascontiguousarray(target_ends, np.int32),
+        np.ascontiguousarray(target_starts, np.int64),
+        pieces.spelling,
+        pieces.starts,
+        pieces.images,
+        inside,
+        correct,
+        out.ids,
+        out.p,
+        out.partner,
+        out.inside,
+    )
+    if fault:
+        raise UserError(
+            "cannot project a distribution: a token id lies outside its vocabulary map: map and predictions come from "
+            "different models, make the map again."
+        )
+    return out
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _begins_alike(spelling: np.ndarray, a: int, b: int, n: int) -> bool:
+    for i in range(n):  # noqa: SIM110 - compiled, where a generator is no loop
+        if spelling[a + i] != spelling[b + i]:
+            return False
+    return True
+
+
+@numba.njit(cache=True, nogil=True)
+def _project_path(
+    ids: np.ndarray,
+    p: np.ndarray,
+    source_tokens: np.ndarray,
+    source_ends: np.ndarray,
+    source_starts: np.ndarray,
+    target_tokens: np.ndarray,
+    target_ends: np.ndarray,
+    target_starts: np.ndarray,
+    spelling: np.ndarray,
+    starts: np.ndarray,
+    images: np.ndarray,
+    inside: bool,
+    correct: bool,
+    out_ids: np.ndarray,
+    out_p: np.ndarray,
+    out_partner: np.ndarray,
+    out_inside: np.ndarray,
+) -> int:
+    size, width = len(starts) - 1, ids.shape[1]
+    for passage in range(len(target_starts) - 1):
+        j, stop = source_starts[passage], source_starts[passage + 1]
+        if j == stop:
+            continue
+        last = target_starts[passage + 1] - 1
+        for i in range(target_starts[passage], last + 1):
+            v = target_ends[i]
+            if v < 0:
+                break
+            if i < last and target_ends[i + 1] == v:  # of positions with one end only the last has text to predict
+                continue
+            while j + 1 < stop and 0 <= source_ends[j + 1] <= v:
+                j += 1
+            offset = v - source_ends[j]  # -1: the target's own space before the text comes first
+            known = j + 1 < stop and source_ends[j + 1] >= 0  # the next source token is in the text
+            if offset > 0 and not (known and inside):
+                continue
+            true = source_tokens[j + 1] if j + 1 < stop else -1
+            kept, total, begun = 0, 0.0, 0.0
+            true_image, true_share = -1, 0.0
+            for column in range(width):
+                u = ids[j, column]
+                if u < 0:
+                    continue
+                if u >= size:
+                    return _OUTSIDE_MAP
+                q = p[j, column]
+                total += q
+                # `images` holds for each token: with a space before it, as it is, without its first byte, ...
+                first = starts[u]
+                if offset > 0:
+                    length = starts[u + 1] - first - 2
+                    if length < offset or not _begins_alike(spelling, first, starts[true], offset):
+                        continue
+                    begun += q
+                    if length == offset:
+                        continue
+                image = images[first + 1 + offset]
+                if column == width - 1:
+                    true_image, true_share = image, q
+                if image < 0:
+                    continue
+                place = 0
+                while place < kept and out_ids[i, place] != image:
+                    place += 1
+                if place == kept:
+                    out_ids[i, place] = image
+                    out_p[i, place] = 0.0
+                    kept += 1
+                out_p[i, place] += q
+            if offset > 0:
+                if begun <= 0:
+                    out_ids[i, :kept] = -1
+                    out_p[i, :kept] = 0.0
+                    continue
+                # Given s, the mass outside the entries is taken to be the same share as without.
+                scale = total / begun
+                true_share *= scale
+                for place in range(kept):
+                    out_p[i, place] *= scale
+            out_partner[i], out_inside[i] = j, offset > 0
+            if not (correct and known and true_share > 0 and i < last and target_ends[i + 1] >= 0):
+                continue
+            gold, end = target_tokens[i + 1], target_ends[i + 1]
+            if true_image == gold:
+                continue
+            moved = true_share
+            at = j + 1
+            while moved > 0 and source_ends[at] < end:
+                if at + 1 < stop and source_ends[at + 1] >= 0:
+                    if source_ends[at + 1] <= end:
+                        moved *= p[at, width - 1]
+                    else:
+                        moved *= _mass_beginning(
+                            ids, p, at, end - source_ends[at], source_tokens[at + 1], spelling, starts
+                        )
+                    at += 1
+                else:
+                    moved = 0.0
+            if moved <= 0:
+                continue
+            place = 0
+            while place < kept and out_ids[i, place] != gold:
+                place += 1
+            if place == kept:
+                out_ids[i, place] = gold
+                kept += 1
+            out_p[i, place] += moved
+            for other in range(kept):
+                if true_image >= 0 and out_ids[i, other] == true_image:
+                    out_p[i, other] = max(out_p[i, other] - moved, 0.0)
+    return 0
+
+
+@numba.njit(cache=True, nogil=True)
+def _mass_beginning(
+    ids: np.ndarray, p: np.ndarray, j: int, n: int, true: int, spelling: np.ndarray, starts: np.ndarray
+) -> float:
+    """The mass of the entries at source position j that begin with the first n bytes of the token that follows it."""
+    mass = 0.0
+    for column in range(ids.shape[1]):
+        u = ids[j, column]
+        if u >= 0 and starts[u + 1] - starts[u] - 2 >= n and _begins_alike(spelling, starts[u], starts[true], n):
+            mass += p[j, column]
+    return mass
+
+
+def with_next_token(
+    ids: np.ndarray, p: np.ndarray, tail: np.ndarray, next_token: np.ndarray, nats: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The entries with the token that really follows as the last column, at its own stored probability.
+
+    Args:
+        ids: int32[M, k] entries.
+        p: float[M, k] their probabilities.
+        tail: float[M] probability outside of them; less what the next token takes from it.
+        next_token: int32[M], -1 where there is none.
+        nats: float[M], -log of its probability.
+
+    Returns:
+        int32[M, k + 1] and float64[M, k + 1]. The next token's probability is exact; the others and the tail, which are
+        stored in less precision, are scaled to what is left.
+    """
+    there = next_token >= 0
+    own = np.where(there, np.exp(-nats.astype(np.float64)), 0.0)
+    listed = (ids == next_token[:, None]) & there[:, None]
+    rest = np.where(listed | (ids < 0), 0.0, p.astype(np.float64))
+    tail = np.where(listed.any(axis=1), tail, np.maximum(tail - own, 0.0))
+    total = rest.sum(axis=1) + tail
+    scale = np.where(total > 0, (1.0 - own) / np.where(total > 0, total, 1.0), 0.0)
+    return (
+        np.concatenate([np.where(listed, -1, ids), next_token[:, None]], axis=1).astype(np.int32),
+        np.concatenate([rest * np.maximum(scale, 0.0)[:, None], own[:, None]], axis=1),
+    )
+
+
+def passage_starts(lengths: Sequence[int]) -> np.ndarray:
+    """int64[P + 1]: where each of P passages begins in their concatenation, and its length."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)

@@ -1,0 +1,253 @@
+"""Projection along the text, checked against its definition written out over byte strings."""
+
+from collections import Counter
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusion.alignment.path import PathProjection, passage_starts, project_path, text_ends, with_next_token
+from fusion.vocabulary.maps import build_map
+from fusion.vocabulary.pieces import PieceMap, build_piece_map, first_pieces, longest_prefixes
+from fusion.vocabulary.token_bytes import Vocabulary, byte_ends, encode, encode_all, prefix_id
+from tests.fusion.tokenizers_for_tests import FAMILIES
+from tests.fusion.vocabulary.test_token_bytes import TEXT
+
+NAMES = sorted(FAMILIES)
+Passage = tuple[np.ndarray, np.ndarray]
+"""Tokens and byte ends, the prefix first."""
+
+
+@cache
+def vocabulary(family: str) -> Vocabulary:
+    return Vocabulary.from_tokenizer(FAMILIES[family]())
+
+
+@cache
+def pieces(source: str, target: str) -> PieceMap:
+    tokenizer = FAMILIES[target]()
+    plain = build_map(
+        "first_piece", vocabulary(source), vocabulary(target), encode_target=lambda text: encode(tokenizer, text)
+    )
+    result = build_piece_map(
+        first_pieces, plain, vocabulary(source), vocabulary(target), lambda texts: encode_all(tokenizer, texts)
+    )
+    np.testing.assert_array_equal(result.ids, plain)
+    return result
+
+
+def read(family: str, text: str) -> Passage:
+    tokenizer = FAMILIES[family]()
+    tokens = encode(tokenizer, text)
+    ends = byte_ends(tokens, vocabulary(family), text.encode())
+    return np.array([prefix_id(tokenizer), *tokens], np.int32), np.append(0, ends).astype(np.int32)
+
+
+def distributions(m: int, size: int, seed: int) -> np.ndarray:
+    """p[M, V], full: every token has a probability."""
+    rng = np.random.default_rng(seed)
+    return rng.dirichlet(np.full(size, 0.1), m) * 0.99 + 0.01 / size
+
+
+def project(
+    p: np.ndarray, source: Passage, target: Passage, mine: Vocabulary, theirs: Vocabulary, made: PieceMap, k: int
+) -> PathProjection:
+    """The projection of the k most probable entries of p[M, V]."""
+    (tokens, ends), (target_tokens, target_ends) = source, target
+    ids = np.argsort(-p, axis=1, kind="stable")[:, :k].astype(np.int32)
+    kept = np.take_along_axis(p, ids, 1)
+    following = np.append(tokens[1:], -1).astype(np.int32)
+    nats = np.where(following >= 0, -np.log(p[np.arange(len(p)), following]), 0)
+    ids, kept = with_next_token(ids, kept, 1 - kept.sum(1), following, nats)
+    return project_path(
+        ids,
+        kept,
+        tokens,
+        text_ends(tokens, ends, mine),
+        passage_starts([len(tokens)]),
+        target_tokens,
+        text_ends(target_tokens, target_ends, theirs),
+        passage_starts([len(target_tokens)]),
+        pieces=made,
+        inside=True,
+        correct=True,
+    )
+
+
+def by_definition(
+    p: np.ndarray,
+    text: str,
+    source: Passage,
+    target: Passage,
+    mine: Vocabulary,
+    theirs: Vocabulary,
+    made: PieceMap,
+    k: int,
+) -> list[dict[int, float] | None]:
+    """What METHOD defines, position by position: comparisons of byte strings with the text, sums over dictionaries."""
+    spelled = b" " + text.encode()
+    (tokens, ends), (target_tokens, target_ends) = source, target
+    at, v = text_ends(tokens, ends, mine), text_ends(target_tokens, target_ends, theirs)
+    stored = [
+        {
+            int(u): float(row[u])
+            for u in {*np.argsort(-row, kind="stable")[:k].tolist(), *tokens[j + 1 : j + 2].tolist()}
+        }
+        for j, row in enumerate(p)
+    ]
+
+    def image(u: int, offset: int) -> int:
+        return int(made.images[made.starts[u] + 1 + offset])
+
+    def mass(j: int, begin: bytes) -> float:
+        return sum(q for u, q in stored[j].items() if (mine.token_bytes[u] or b"").startswith(begin))
+
+    result: list[dict[int, float] | None] = []
+    for i, position in enumerate(v.tolist()):
+        before = [j for j, end in enumerate(at.tolist()) if 0 <= end <= position] or [0]
+        j = before[-1]
+        offset = position - int(at[j])
+        followed = j + 1 < len(at) and at[j + 1] >= 0
+        repeated = i + 1 < len(v) and v[i + 1] == position
+        if position < 0 or repeated or (offset > 0 and not followed):
+            result.append(None)
+            continue
+        read_already = spelled[at[j] : position] if offset > 0 else b""
+        given = mass(j, read_already) if offset > 0 else 1.0
+        scale = sum(stored[j].values()) / given if offset > 0 else 1.0
+        row: Counter[int] = Counter()
+        for u, q in stored[j].items():
+            if offset > 0 and not (
+                (mine.token_bytes[u] or b"").startswith(read_already) and mine.token_bytes[u] != read_already
+            ):
+                continue
+            row[image(u, offset)] += q * scale
+        if followed and i + 1 < len(v) and v[i + 1] >= 0:
+            true, gold, end = int(tokens[j + 1]), int(target_tokens[i + 1]), int(v[i + 1])
+            if image(true, offset) != gold:
+                moved, position = stored[j][true] * scale, j + 1
+                while at[position] < end:
+                    if position + 1 == len(at) or at[position + 1] < 0:
+                        moved = 0.0
+                        break
+                    if at[position + 1] <= end:
+                        moved *= stored[position][int(tokens[position + 1])]
+                    else:
+                        moved *= mass(position, spelled[at[position] : end])
+                    position += 1
+                row[gold] += moved
+                row[image(true, offset)] -= moved
+        result.append({t: q for t, q in row.items() if t >= 0 and q > 1e-12})
+    return result
+
+
+def check(
+    p: np.ndarray,
+    text: str,
+    source: Passage,
+    target: Passage,
+    mine: Vocabulary,
+    theirs: Vocabulary,
+    made: PieceMap,
+    k: int,
+) -> PathProjection:
+    result = project(p, source, target, mine, theirs, made, k)
+    expected = by_definition(p, text, source, target, mine, theirs, made, k)
+    for i, row in enumerate(expected):
+        assert (result.partner[i] >= 0) == (row is not None)
+        entries = dict(zip(result.ids[i].tolist(), result.p[i].tolist(), strict=True))
+        assert {t: q for t, q in entries.items() if t >= 0 and q > 1e-12} == pytest.approx(
+            row or {}, rel=1e-6, abs=1e-9
+        )
+        assert len(set(result.ids[i][result.ids[i] >= 0])) == (result.ids[i] >= 0).sum()
+        assert result.p[i].sum() <= 1 + 1e-6
+        if row is not None and not result.inside[i] and (made.ids >= 0).all() and k == p.shape[1]:
+            assert result.p[i].sum() == pytest.approx(1, abs=1e-6)
+    return result
+
+
+@pytest.mark.parametrize("target", NAMES)
+@pytest.mark.parametrize("source", NAMES)
+@settings(deadline=None, max_examples=6)
+@given(text=TEXT.filter(len), seed=st.integers(0, 2**32 - 1), k=st.sampled_from([1, 5, 1000]))
+def test_tokenizers_of_all_families(source: str, target: str, text: str, seed: int, k: int) -> None:
+    mine, theirs = vocabulary(source), vocabulary(target)
+    passage = read(source, text)
+    p = distributions(len(passage[0]), len(mine), seed)
+    check(p, text, passage, read(target, text), mine, theirs, pieces(source, target), min(k, len(mine)))
+
+
+WORDS = st.lists(st.text("ab c", min_size=2, max_size=4), unique=True, max_size=25)
+
+
+def cut(text: str, words: list[str], rng: np.random.Generator) -> Passage:
+    """Any segmentation of the text into words: tokens are their places + 1, behind a prefix token 0."""
+    tokens, ends, at = [0], [0], 0
+    while at < len(text):
+        fitting = [w for w, word in enumerate(words) if text.startswith(word, at)]
+        chosen = fitting[rng.integers(len(fitting))]
+        at += len(words[chosen])
+        tokens.append(chosen + 1)
+        ends.append(at)
+    return np.array(tokens, np.int32), np.array(ends, np.int32)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    text=st.text("ab c", min_size=1, max_size=12),
+    mine=WORDS,
+    theirs=WORDS,
+    seed=st.integers(0, 2**32 - 1),
+    k=st.integers(1, 30),
+    longest=st.booleans(),
+)
+def test_any_two_segmentations_of_a_text(
+    text: str, mine: list[str], theirs: list[str], seed: int, k: int, longest: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    mine, theirs = [*"ab c", *mine], [*"ab c", *theirs]
+    source, target = (
+        Vocabulary.from_tokens(["<s>", *words], space=" ", control=[0], roles={"bos": 0}) for words in (mine, theirs)
+    )
+
+    def encode_greedily(texts: list[str]) -> list[list[int]]:
+        order = sorted(range(len(theirs)), key=lambda w: -len(theirs[w]))
+        return [[next(w for w in order if text.startswith(theirs[w])) + 1] for text in texts]
+
+    kind = longest_prefixes if longest else first_pieces
+    made = build_piece_map(kind, np.zeros(len(source), np.int32), source, target, encode_greedily)
+    passage = cut(text, mine, rng)
+    p = distributions(len(passage[0]), len(source), seed)
+    result = check(p, text, passage, cut(text, theirs, rng), source, target, made, min(k, len(source)))
+    assert (result.partner >= 0).all()  # every byte is read by both
+
+
+def test_a_tokenizers_own_predictions_come_back_as_they_are() -> None:
+    for family in NAMES:
+        mine, text = vocabulary(family), " the quick  brown fox\r\n猫 🙂 12"
+        passage = read(family, text)
+        p = distributions(len(passage[0]), len(mine), 0)
+        starts = pieces(family, family).starts
+        images = np.repeat(np.arange(len(mine)), np.diff(starts)).astype(np.int32)  # the identity
+        result = project(p, passage, passage, mine, mine, PieceMap.of(mine, images), 8)
+        known = np.flatnonzero(result.partner >= 0)
+        np.testing.assert_array_equal(result.partner[known], known)
+        assert not result.inside.any()
+        for i in known:
+            ids = result.ids[i][result.ids[i] >= 0]
+            np.testing.assert_allclose(result.p[i][: len(ids)], p[i][ids], rtol=1e-6)
+
+
+def test_the_mass_that_a_source_gave_a_whole_word_in_two_tokens_is_found() -> None:
+    source = Vocabulary.from_tokens(["<s>", "re", "turn", "d"], space=" ", control=[0], roles={"bos": 0})
+    target = Vocabulary.from_tokens(["<s>", "re", "return", "t", "d"], space=" ", control=[0], roles={"bos": 0})
+    made = build_piece_map(longest_prefixes, np.array([0, -1, -1, -1], np.int32), source, target, lambda texts: [])
+    passage = np.array([0, 1, 2], np.int32), np.array([0, 2, 6], np.int32)
+    p = np.array([[0.1, 0.6, 0.2, 0.1], [0.05, 0.05, 0.8, 0.1], [0.25, 0.25, 0.25, 0.25]])
+    result = project(p, passage, (np.array([0, 2], np.int32), np.array([0, 6], np.int32)), source, target, made, 4)
+    first = dict(zip(result.ids[0].tolist(), result.p[0].tolist(), strict=True))
+    assert first[2] == pytest.approx(0.48)  # P(re) P(turn | re)
+    assert first[1] == pytest.approx(0.12)  # the rest of what "re" had
+    assert first[3] == pytest.approx(0.2) and first[4] == pytest.approx(0.1)
