@@ -13,12 +13,14 @@ from fusion.alignment.selection import FUSIONS
 from fusion.docstrings import field_docstrings
 from fusion.errors import UserError, did_you_mean
 from fusion.losses.fusion_loss import FusionLoss
+from fusion.losses.loss import check_map
 from fusion.registry import Registered, Registry
 from fusion.switches import PRESETS, Switches
 from fusion.vocabulary.maps import MAPS, Unit
+from fusion.vocabulary.pieces import PIECES
 
 _MAP_PRESETS: Mapping[str, Mapping[str, str]] = {
-    "corrected": {"map": "mined", "map_on": "bytes"},
+    "corrected": {"map": "first_piece", "map_on": "bytes"},
     "published": {"map": "mined", "map_on": "strings"},
 }
 _PRESETS: Mapping[str, Mapping[str, Any]] = {name: {**_MAP_PRESETS[name], **PRESETS[name]} for name in PRESETS}
@@ -49,7 +51,7 @@ class _PresetParameters(Parameters):
     k: int | None = Field(
         None, gt=0, description="entries used per position, at most those stored; null: all that are stored"
     )
-    map: Annotated[str, Registered(MAPS)] = Field("mined", description="kind of the vocabulary map")
+    map: Annotated[str, Registered(MAPS)] = Field("first_piece", description="kind of the vocabulary map")
     map_on: Unit = Field(
         "bytes", description="what the map compares: the bytes that tokens stand for, or their strings"
     )
@@ -108,8 +110,9 @@ class FuseLLMParameters(_SwitchParameters):
         self.switches()
         if self.sources and len(set(self.sources)) < len(self.sources):
             raise UserError(f"sources {self.sources} names one twice: give each source once.")
-        if self.map == "first_piece" and self.map_on != "bytes":
-            raise UserError("the map first_piece compares bytes: set map_on to bytes.")
+        if self.map in PIECES and self.map_on != "bytes":
+            raise UserError(f"the map {self.map} compares bytes: set map_on to bytes.")
+        check_map(self.map, self.switches())
         return self
 
     def switches(self) -> Switches:

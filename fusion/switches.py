@@ -25,6 +25,16 @@ class Switches:
     alignment: PartName = "same_end"
     """Which source position is paired with a target position: a name in the registry of alignments (`same_end`, `dtw`),
     or `{name: NAME, PARAMETER: VALUE}`."""
+    projection: Literal["path", "token"] = "path"
+    """How a source's entries become the target's: along the text, so that the true next token has the probability that
+    the source gave its bytes, or each token by itself. `path` needs the alignment `same_end`, `duplicates: sum`, and a
+    map of the kinds `first_piece` and `byte_prefix`."""
+    inside: Literal["prefix", "none"] = "prefix"
+    """At a position inside a source token: the entries that begin with what is read already, as far as they go on, or
+    nothing, so that the position is unaligned. `prefix` needs what `path` needs."""
+    true_token: Literal["always", "top_k"] = "always"
+    """The token that really follows in the source's tokenization is an entry always, with the probability that is
+    stored for it, or only where it is one of the k most probable."""
     unaligned: Literal["next", "current"] = "next"
     """At a position without a partner the target distribution is a one-hot on the next or on the current token of the
     target's own tokenization."""
@@ -71,10 +81,27 @@ class Switches:
         if not self.weight_temperature > 0:
             raise UserError(f"switch weight_temperature is {self.weight_temperature}; it must be greater than 0.")
 
+    @property
+    def along_text(self) -> bool:
+        """True if the projection uses the bytes of the text."""
+        return self.projection == "path" or self.inside == "prefix"
+
+    def check_projection(self) -> None:
+        """Raises UserError where the other switches do not go with a projection along the text."""
+        alignment = self.alignment if isinstance(self.alignment, str) else self.alignment.get("name")
+        if self.along_text and (alignment != "same_end" or self.duplicates != "sum"):
+            raise UserError(
+                "projection: path and inside: prefix align positions by the bytes of the text and add up duplicates: "
+                "set alignment to same_end and duplicates to sum, or projection to token and inside to none."
+            )
+
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "corrected": {
         "alignment": "same_end",
+        "projection": "path",
+        "inside": "prefix",
+        "true_token": "always",
         "unaligned": "next",
         "unmapped": "tail",
         "duplicates": "sum",
@@ -86,6 +113,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
     "published": {
         "alignment": "dtw",
+        "projection": "token",
+        "inside": "none",
+        "true_token": "top_k",
         "unaligned": "current",
         "unmapped": "target",
         "duplicates": "first",

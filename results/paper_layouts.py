@@ -82,7 +82,7 @@ LAYOUTS = {
     "table5": PaperLayout(
         (
             Line("FuseLLM em", "EM", "EM"),
-            Line("FuseLLM", "MinED", "MinED"),
+            Line("FuseLLM mined", "MinED", "MinED"),
             Line("FuseLLM avgce", "AvgCE", "AvgCE"),
             Line("FuseLLM", "MinCE", "MinCE"),
         ),

@@ -9,18 +9,20 @@ Source: "Knowledge Fusion of Large Language Models", ICLR 2024, arXiv 2401.10491
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 
 from fusion.alignment.pairing import ALIGNMENTS
-from fusion.alignment.projection import fill_unaligned, project_entries
+from fusion.alignment.path import passage_starts, project_path, text_ends
+from fusion.alignment.projection import Projected, add_true_token, fill_unaligned, project_entries
 from fusion.alignment.selection import FUSIONS, score_sources
 from fusion.errors import UserError
 from fusion.registry import PartName
 from fusion.switches import Switches
 from fusion.types import Predictions, Sparse
+from fusion.vocabulary.pieces import PieceMap
 from fusion.vocabulary.token_bytes import Vocabulary
 
 MASS_SLACK = 0.01
@@ -37,6 +39,8 @@ class Source:
     vocabulary: Vocabulary
     map: np.ndarray
     """int32[V] target id; -1 maps to nothing, -2 was not computed. The target itself has the identity map."""
+    pieces: PieceMap | None = None
+    """What `projection: path` and `inside: prefix` need, except where the map is the identity."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class FusedSequence:
     """int16[N], index into `names` of the selected source, -1 for a one-hot (unaligned), -2 for a mixture."""
     paired: np.ndarray
     """bool[S, N], true where source s has an aligned position."""
+    inside: np.ndarray
+    """bool[S, N], true where the target position lies inside a token of source s, and is aligned with its beginning."""
     partner: np.ndarray
     """int32[S, N], that position, counted over the source's positions in the whole sequence; -1 where there is none."""
     names: tuple[str, ...]
@@ -88,6 +94,7 @@ def fuse_sequence(
         UserError: predictions are missing, damaged or of another tokenizer, a map does not fit, a name is not
             registered, or `sources` and `include_target` contradict each other.
     """
+    switches.check_projection()
     fuse = FUSIONS.choose(switches.fusion).value
     if max_entries is not None and max_entries < 1:
         raise UserError(f"max_entries is {max_entries}: keep at least one entry, or leave it out to keep all.")
@@ -100,30 +107,21 @@ def fuse_sequence(
     gold = np.concatenate([np.append(predictions.tokens[1:], -1) for predictions in own]).astype(np.int32)
 
     @cache
-    def partners(name: str) -> np.ndarray:
-        return _partners(taking_part.get(name, itself), target, passages, target_vocabulary, switches.alignment)
-
-    @cache
-    def distributions(name: str) -> tuple[Sparse, np.ndarray]:
-        source, partner = taking_part.get(name, itself), partners(name)
-        ids, p = project_entries(
-            *_entries(name, passages),
-            partner,
-            source.map,
-            vocabulary_size=len(target_vocabulary.tokens),
-            duplicates=switches.duplicates,
-        )
-        return fill_unaligned(
-            ids,
-            p,
-            partner,
+    def distributions(name: str) -> tuple[tuple[Sparse, np.ndarray], Projected]:
+        projected = _project(taking_part.get(name, itself), target, passages, target_vocabulary, switches)
+        distribution = fill_unaligned(
+            projected.ids,
+            projected.p,
+            projected.partner,
             gold=gold,
             current=current,
             switches=switches,
-            own=None if name == target else lambda: distributions(target)[0],
+            own=None if name == target else lambda: distributions(target)[0][0],
         )
+        return distribution, projected
 
-    members, paired = zip(*(distributions(name) for name in names), strict=True)
+    filled, projections = zip(*(distributions(name) for name in names), strict=True)
+    members, paired = zip(*filled, strict=True)
     scores = score_sources(
         [[passage[name] for name in names] for passage in passages],
         own,
@@ -144,7 +142,8 @@ def fuse_sequence(
         gold=gold,
         chosen=np.where(has_partner, selected, UNPAIRED).astype(np.int16),
         paired=paired_by_source,
-        partner=np.stack([partners(name) for name in names]),
+        inside=np.stack([projected.inside for projected in projections]),
+        partner=np.stack([projected.partner for projected in projections]),
         names=names,
     )
 
@@ -194,6 +193,58 @@ def _check(
                 raise UserError(
                     f"the predictions of passage {number} by {name!r} have nats that are not finite: extract again."
                 )
+
+
+def _project(
+    source: Source,
+    target: str,
+    passages: Sequence[Mapping[str, Predictions]],
+    target_vocabulary: Vocabulary,
+    switches: Switches,
+) -> Projected:
+    """The source's entries at every position of the target in the sequence."""
+    ids, p = _entries(source.name, passages)
+    read = [passage[source.name] for passage in passages]
+    if switches.true_token == "always":
+        following = np.concatenate([np.append(predictions.tokens[1:], -1) for predictions in read])
+        ids, p = add_true_token(ids, p, following, np.concatenate([predictions.nats for predictions in read]))
+    if not switches.along_text or source.name == target or (source.pieces is None and _is_identity(source.map)):
+        partner = _partners(source, target, passages, target_vocabulary, switches.alignment)
+        ids, p = project_entries(
+            ids,
+            p,
+            partner,
+            source.map,
+            vocabulary_size=len(target_vocabulary.tokens),
+            duplicates=switches.duplicates,
+        )
+        return Projected(ids, p, partner, np.zeros(len(partner), bool))
+    if source.pieces is None:
+        raise UserError(
+            f"projection along the text needs to know what each token of {source.name!r} begins with in the target's "
+            "vocabulary: use a map that tells it (first_piece, byte_prefix), or set projection to token and inside to "
+            "none."
+        )
+    own = [passage[target] for passage in passages]
+    return project_path(
+        ids,
+        p,
+        np.concatenate([predictions.tokens for predictions in read]),
+        np.concatenate([text_ends(predictions, source.vocabulary) for predictions in read]),
+        passage_starts(read),
+        np.concatenate([predictions.tokens for predictions in own]),
+        np.concatenate([text_ends(replace(predictions, skipped=False), target_vocabulary) for predictions in own]),
+        passage_starts(own),
+        pieces=source.pieces,
+        vocabulary_size=len(target_vocabulary.tokens),
+        inside=switches.inside == "prefix",
+        correct=switches.projection == "path",
+    )
+
+
+def _is_identity(vocabulary_map: np.ndarray) -> bool:
+    """True if every id that has an image is its own."""
+    return bool(((vocabulary_map == np.arange(len(vocabulary_map))) | (vocabulary_map == -1)).all())
 
 
 def _partners(

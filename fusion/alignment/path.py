@@ -24,12 +24,13 @@ ends with g, else a lower bound, since only stored entries are counted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numba
 import numpy as np
 
+from fusion.alignment.projection import Projected
 from fusion.errors import UserError
+from fusion.types import Predictions
 from fusion.vocabulary.pieces import PieceMap
 from fusion.vocabulary.token_bytes import Vocabulary
 
@@ -37,31 +38,22 @@ UNKNOWN = -1
 _OUTSIDE_MAP = 1
 
 
-@dataclass(frozen=True)
-class PathProjection:
-    """The entries of N target positions."""
-
-    ids: np.ndarray
-    """int32[N, K + 1] target ids, -1 pads at the end of a row."""
-    p: np.ndarray
-    """float64[N, K + 1] their probabilities, 0 at pads."""
-    partner: np.ndarray
-    """int32[N] the source position that they come from, -1 for none."""
-    inside: np.ndarray
-    """bool[N], true where the position lies inside a source token."""
-
-
-def text_ends(tokens: np.ndarray, ends: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+def text_ends(predictions: Predictions, vocabulary: Vocabulary) -> np.ndarray:
     """int32[M]: the byte at which each position of a passage ends in the text with one space before it.
 
-    `tokens` and `ends` int32[M] are those of `Predictions`. The prefix token ends before the space where the tokenizer
-    wrote one of its own (a dummy prefix), else after it; -1 where the byte is not known.
+    The prefix token ends before the space where the tokenizer wrote one of its own (a dummy prefix), else after it; -1
+    where the byte is not known, and everywhere in a passage that was skipped.
     """
-    result = np.where(ends >= 0, ends + 1, UNKNOWN).astype(np.int32)
-    if len(tokens) > 1 and ends[1] >= 0:
-        first = vocabulary.token_bytes[tokens[1]] or b""
-        result[0] = result[1] - len(first)
+    tokens, ends = predictions.tokens, predictions.ends
+    result = np.where((ends >= 0) & (not predictions.skipped), ends + 1, UNKNOWN).astype(np.int32)
+    if len(tokens) > 1 and result[1] >= 0:
+        result[0] = result[1] - len(vocabulary.token_bytes[tokens[1]] or b"")
     return result
+
+
+def passage_starts(passages: Sequence[Predictions]) -> np.ndarray:
+    """int64[P + 1]: where each of P passages begins among the positions of all, and their number."""
+    return np.concatenate([[0], np.cumsum([len(passage.tokens) for passage in passages], dtype=np.int64)])
 
 
 def project_path(
@@ -75,30 +67,37 @@ def project_path(
     target_starts: np.ndarray,
     *,
     pieces: PieceMap,
+    vocabulary_size: int,
     inside: bool,
     correct: bool,
-) -> PathProjection:
+) -> Projected:
     """The source's entries on the target's positions, for the passages of a sequence.
 
     Args:
-        ids: int32[M, K] source token ids; the last column holds the token that really follows, -1 for none and for
-            pads. See `with_next_token`.
-        p: float64[M, K] probabilities, 0 at pads.
+        ids: int32[M, K] source token ids, -1 for no entry. The token that really follows is the last column's, where it
+            has one (see `add_true_token`).
+        p: float64[M, K] probabilities, 0 where there is no entry.
         source_tokens: int32[M] token ids, the prefix first in each passage.
         source_ends: int32[M] of `text_ends`.
-        source_starts: int64[P + 1] where the P passages begin, and M; a passage may have no source positions.
+        source_starts: int64[P + 1] where the P passages begin, and M.
         target_tokens: int32[N], as the source's.
         target_ends: int32[N], as the source's.
         target_starts: int64[P + 1], as the source's.
         pieces: target tokens of the source's tokens and of what is left of them.
+        vocabulary_size: number of ids of the target vocabulary.
         inside: whether positions inside a source token take part.
         correct: whether the true path is corrected.
 
     Raises:
-        UserError: an id lies outside of `pieces`.
+        UserError: an id lies outside of `pieces`, or `pieces` was made for another target.
     """
+    if pieces.highest >= vocabulary_size:
+        raise UserError(
+            "cannot project a distribution: the vocabulary map names an id that the target vocabulary lacks: it was "
+            "made for another target, make it again."
+        )
     n, width = len(target_tokens), ids.shape[1]
-    out = PathProjection(
+    out = Projected(
         np.full((n, width + 1), -1, np.int32),
         np.zeros((n, width + 1)),
         np.full(n, -1, np.int32),
@@ -162,8 +161,6 @@ def _project_path(
     size, width = len(starts) - 1, ids.shape[1]
     for passage in range(len(target_starts) - 1):
         j, stop = source_starts[passage], source_starts[passage + 1]
-        if j == stop:
-            continue
         last = target_starts[passage + 1] - 1
         for i in range(target_starts[passage], last + 1):
             v = target_ends[i]
@@ -173,6 +170,8 @@ def _project_path(
                 continue
             while j + 1 < stop and 0 <= source_ends[j + 1] <= v:
                 j += 1
+            if source_ends[j] < 0:
+                break
             offset = v - source_ends[j]  # -1: the target's own space before the text comes first
             known = j + 1 < stop and source_ends[j + 1] >= 0  # the next source token is in the text
             if offset > 0 and not (known and inside):
@@ -265,37 +264,3 @@ def _mass_beginning(
         if u >= 0 and starts[u + 1] - starts[u] - 2 >= n and _begins_alike(spelling, starts[u], starts[true], n):
             mass += p[j, column]
     return mass
-
-
-def with_next_token(
-    ids: np.ndarray, p: np.ndarray, tail: np.ndarray, next_token: np.ndarray, nats: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The entries with the token that really follows as the last column, at its own stored probability.
-
-    Args:
-        ids: int32[M, k] entries.
-        p: float[M, k] their probabilities.
-        tail: float[M] probability outside of them; less what the next token takes from it.
-        next_token: int32[M], -1 where there is none.
-        nats: float[M], -log of its probability.
-
-    Returns:
-        int32[M, k + 1] and float64[M, k + 1]. The next token's probability is exact; the others and the tail, which are
-        stored in less precision, are scaled to what is left.
-    """
-    there = next_token >= 0
-    own = np.where(there, np.exp(-nats.astype(np.float64)), 0.0)
-    listed = (ids == next_token[:, None]) & there[:, None]
-    rest = np.where(listed | (ids < 0), 0.0, p.astype(np.float64))
-    tail = np.where(listed.any(axis=1), tail, np.maximum(tail - own, 0.0))
-    total = rest.sum(axis=1) + tail
-    scale = np.where(total > 0, (1.0 - own) / np.where(total > 0, total, 1.0), 0.0)
-    return (
-        np.concatenate([np.where(listed, -1, ids), next_token[:, None]], axis=1).astype(np.int32),
-        np.concatenate([rest * np.maximum(scale, 0.0)[:, None], own[:, None]], axis=1),
-    )
-
-
-def passage_starts(lengths: Sequence[int]) -> np.ndarray:
-    """int64[P + 1]: where each of P passages begins in their concatenation, and its length."""
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)

@@ -6,6 +6,7 @@ dense [T, V] array and no Python loop over positions.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numba
 import numpy as np
@@ -21,6 +22,51 @@ _FAULTS = {
 }
 
 
+@dataclass(frozen=True)
+class Projected:
+    """A source's entries at the N target positions of a sequence."""
+
+    ids: np.ndarray
+    """int32[N, K] target ids, -1 pads at the end of a row."""
+    p: np.ndarray
+    """float64[N, K] their probabilities, 0 at pads; what a position lacks to 1 is its tail."""
+    partner: np.ndarray
+    """int32[N] the source position that they come from, -1 for none."""
+    inside: np.ndarray
+    """bool[N], true where the target position lies inside a source token."""
+
+
+def add_true_token(
+    ids: np.ndarray, p: np.ndarray, true_token: np.ndarray, nats: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The entries with the token that really follows as the last one, at its own stored probability exp(-nats).
+
+    That probability is exact. The others and the tail are scaled to what is left: where the token was none of the
+    entries, the tail has lost its share before.
+
+    Args:
+        ids: int32[M, k] entries.
+        p: float64[M, k] their probabilities; what a position lacks to 1 is its tail.
+        true_token: int32[M], -1 where no token follows.
+        nats: float[M], -log of its probability.
+
+    Returns:
+        int32[M, k + 1], -1 where an entry has become the last one or there is none, and float64[M, k + 1].
+    """
+    follows = true_token >= 0
+    own = np.where(follows, np.exp(-nats.astype(np.float64)), 0.0)
+    listed = (ids == true_token[:, None]) & follows[:, None]
+    others = np.where(listed, 0.0, p)
+    tail = np.maximum(1.0 - p.sum(axis=1), 0.0)
+    tail = np.where(listed.any(axis=1), tail, np.maximum(tail - own, 0.0))
+    total = others.sum(axis=1) + tail
+    scale = np.maximum(1.0 - own, 0.0) / np.where(total > 0, total, 1.0)
+    return (
+        np.concatenate([np.where(listed, -1, ids), true_token[:, None]], axis=1).astype(np.int32),
+        np.concatenate([others * scale[:, None], own[:, None]], axis=1),
+    )
+
+
 def project_entries(
     ids: np.ndarray,
     values: np.ndarray,
@@ -33,7 +79,7 @@ def project_entries(
     """Project the entries of each target position's aligned source position through the vocabulary map, in their order.
 
     Args:
-        ids: int32[M, k] source token ids.
+        ids: int32[M, k] source token ids, -1 for no entry.
         values: [M, k] the entries' values: probabilities, or any score (logits) where the first of duplicates is kept.
         partner: int32[N] the source position aligned with each target position, -1 for none.
         vocabulary_map: int32[V_source] target ids; -1 maps to nothing, -2 was not computed.
@@ -81,6 +127,8 @@ def _project_entries(
         kept = 0
         for column in range(ids.shape[1]):
             source = ids[j, column]
+            if source == -1:
+                continue
             if source < 0 or source >= len(vocabulary_map):
                 return 1
             mapped = vocabulary_map[source]

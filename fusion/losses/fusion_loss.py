@@ -11,7 +11,7 @@ import numpy as np
 from fusion.alignment.fuse import fuse_sequence
 from fusion.alignment.pairing import ALIGNMENTS
 from fusion.alignment.selection import FUSIONS
-from fusion.losses.loss import LOSSES, Loss, LossRequirements, LossResources, TeacherModel, flat
+from fusion.losses.loss import LOSSES, Loss, LossRequirements, LossResources, TeacherModel, check_map, flat
 from fusion.registry import Choice
 from fusion.switches import Switches
 from fusion.types import SequencePredictions
@@ -23,17 +23,18 @@ if TYPE_CHECKING:
     from fusion.losses.sparse_cross_entropy import SparseCrossEntropy
 
 
-@LOSSES.register("fusion", version=2, reference="arXiv 2401.10491, equations 3 to 5")
+@LOSSES.register("fusion", version=3, reference="arXiv 2401.10491, equations 3 to 5")
 @dataclass(frozen=True)
 class FusionLoss(Loss):
     """Cross-entropy - sum_v p_v log q_v of the target's q from the fused p, one distribution a position.
 
-    Raises UserError for a map, an alignment or a fusion function that is not registered.
+    Raises UserError for a map, an alignment or a fusion function that is not registered, and for a map that does
+    not go with the switches.
     """
 
     sources: Sequence[str]
     """Roles whose distributions are fused, beside the target's own (see `Switches.include_target`)."""
-    map: str = "mined"
+    map: str = "first_piece"
     """Vocabulary map from each source to the target, a name in the registry of maps."""
     map_on: Unit = "bytes"
     """What the map compares."""
@@ -41,6 +42,10 @@ class FusionLoss(Loss):
     """How distributions are aligned, projected and fused."""
     k: int | None = None
     """Number of stored entries that are used at a position. Default: all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_map(self.map, self.switches)
 
     def requirements(self, target: str) -> LossRequirements:
         sources = list(self.sources)

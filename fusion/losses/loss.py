@@ -28,8 +28,10 @@ import numpy as np
 from fusion.alignment.fuse import Source
 from fusion.errors import UserError
 from fusion.registry import Choice, Registry
+from fusion.switches import Switches
 from fusion.types import Predictions, SequencePredictions
 from fusion.vocabulary.maps import Unit
+from fusion.vocabulary.pieces import PIECES, PieceMap
 from fusion.vocabulary.token_bytes import Vocabulary, same_ids
 
 if TYPE_CHECKING:
@@ -71,11 +73,13 @@ class LossResources:
     """Vocabulary of the target and of every role required."""
     maps: Mapping[str, np.ndarray] = field(default_factory=dict)
     """int32[V_source] for each role in `LossRequirements.maps`: target ids, see `fusion.vocabulary.maps`."""
+    pieces: Mapping[str, PieceMap] = field(default_factory=dict)
+    """For each of them whose map is of a kind in `fusion.vocabulary.pieces.PIECES`, what its tokens begin with."""
 
     def source(self, name: str) -> Source:
         """The role for `fuse_sequence`: with its map, or the identity where its token ids are the target's."""
         if name not in self._with_target_ids:
-            return Source(name, self.vocabularies[name], self.maps[name])
+            return Source(name, self.vocabularies[name], self.maps[name], self.pieces.get(name))
         vocabulary, size = self.vocabularies[name], len(self.vocabularies[self.target])
         ids = np.arange(len(vocabulary), dtype=np.int32)
         return Source(name, vocabulary, np.where(ids < size, ids, -1))
@@ -177,6 +181,16 @@ def check_teachers(teachers: Sequence[str], temperature: float = 1.0) -> None:
         raise UserError(f"teachers is {list(teachers)}: name at least one, and each once.")
     if not temperature > 0:
         raise UserError(f"temperature is {temperature}; it must be greater than 0.")
+
+
+def check_map(vocabulary_map: str, switches: Switches) -> None:
+    """Raises UserError where the projection does not go with the kind of vocabulary map or with other switches."""
+    switches.check_projection()
+    if switches.along_text and vocabulary_map not in PIECES:
+        raise UserError(
+            f"map {vocabulary_map} knows whole tokens only, and projection: path and inside: prefix need to know what "
+            f"a token begins with: set map to {' or '.join(PIECES)}, or projection to token and inside to none."
+        )
 
 
 def has_next(passages: Sequence[Predictions]) -> np.ndarray:

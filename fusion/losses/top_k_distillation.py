@@ -19,6 +19,7 @@ from fusion.losses.loss import (
     Loss,
     LossRequirements,
     LossResources,
+    check_map,
     check_teachers,
     mean_weights,
     weighted,
@@ -36,7 +37,7 @@ LEAST_TAIL = 1e-8
 """Least probability of a tail that is an outcome: an exact 0 comes from rounding, and its logarithm is infinite."""
 
 
-@LOSSES.register("top_k_distillation", version=2, reference="arXiv 1503.02531")
+@LOSSES.register("top_k_distillation", version=3, reference="arXiv 1503.02531")
 @dataclass(frozen=True)
 class TopKDistillationLoss(Loss):
     """T^2 D(p^(1/T) || q^(1/T)) over k + 1 outcomes: a teacher's k most probable tokens, and everything else.
@@ -54,7 +55,7 @@ class TopKDistillationLoss(Loss):
     """D, in the registry of divergences."""
     temperature: float = 1.0
     """T, at which the predictions must have been extracted."""
-    map: str = "mined"
+    map: str = "first_piece"
     """Vocabulary map of teachers with other token ids than the target's, in the registry of maps."""
     map_on: Unit = "bytes"
     """What the map compares."""
@@ -62,6 +63,12 @@ class TopKDistillationLoss(Loss):
     """Alignment of positions, in the registry of alignments."""
     tail: Tail = "bucket"
     """Mass outside the kept entries (see `Switches.tail`)."""
+    projection: Literal["path", "token"] = "path"
+    """How a teacher's entries become the target's (see `Switches.projection`)."""
+    inside: Literal["prefix", "none"] = "prefix"
+    """Entries at positions inside a teacher's token (see `Switches.inside`)."""
+    true_token: Literal["always", "top_k"] = "always"
+    """Whether the teacher's true next token is always an entry (see `Switches.true_token`)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,6 +76,7 @@ class TopKDistillationLoss(Loss):
         if self.tail not in get_args(Tail):
             hint = did_you_mean(self.tail, get_args(Tail))
             raise UserError(f"tail is {self.tail!r}{hint}; it takes one of {', '.join(get_args(Tail))}.")
+        check_map(self.map, self._switches())
         divergence = DIVERGENCES.choose(self.divergence).part
         if self.tail != "bucket" and needs_all_outcomes(divergence.value):
             raise UserError(
@@ -122,7 +130,17 @@ class TopKDistillationLoss(Loss):
             target=resources.target,
             sources=[] if is_target else [resources.source(name)],
             target_vocabulary=resources.vocabularies[resources.target],
-            switches=Switches(alignment=self.alignment, tail=self.tail, include_target=is_target),
+            switches=self._switches(include_target=is_target),
+        )
+
+    def _switches(self, include_target: bool = False) -> Switches:
+        return Switches(
+            alignment=self.alignment,
+            tail=self.tail,
+            projection=self.projection,
+            inside=self.inside,
+            true_token=self.true_token,
+            include_target=include_target,
         )
 
     def __call__(self, logits: Tensor, features: Mapping[str, Tensor]) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,8 +16,9 @@ import numpy as np
 from fusion.errors import UserError
 from fusion.registry import Registry
 from fusion.vocabulary.edit_distance import Codes, Targets, code_points, nearest, to_alphabet
+from fusion.vocabulary.pieces import PIECES
 from fusion.vocabulary.token_bytes import Vocabulary, respace
-from fusion.vocabulary.tokenization import EncodeTexts, encode_after_text, written_ids
+from fusion.vocabulary.tokenization import EncodeTexts, written_ids
 
 NOTHING = -1
 NOT_COMPUTED = -2
@@ -30,7 +30,6 @@ Progress = Callable[[int, int], None]
 # (GPT-2's) is predicted where a text ends.
 _ROLE_ORDER = ("eos", "bos", "pad", "unk")
 _PATTERNS_AT_ONCE = 512
-_TEXTS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -62,14 +61,15 @@ def build_map(
     encode_target: EncodeTexts | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """The vocabulary map int32[V_source] of the registered `kind`: "mined", "em" or "first_piece".
+    """The vocabulary map int32[V_source] of the registered `kind`: "mined", "em", "first_piece" or
+    "byte_prefix".
 
     `on="bytes"` compares the bytes that tokens stand for; control tokens map to the control token of the same role or
     to nothing, and no text ever maps to a control token. `on="strings"` compares raw strings with the source's space
     mark replaced by the target's, control tokens included, as the published code does. With `only` (the source ids that
     occur) all other ids stay uncomputed, -2. `encode_target` (texts to ids, no special tokens) is the target's
-    tokenizer: with it no map on bytes names an id that it never writes (see `written_ids`); "first_piece" needs it.
-    `progress(done, total)` counts source tokens. Raises UserError for unknown kinds and units.
+    tokenizer: with it no map on bytes names an id that it never writes (see `written_ids`); "first_piece" and
+    "byte_prefix" need it. `progress(done, total)` counts source tokens. Raises UserError for unknown kinds and units.
     """
     if on not in ("bytes", "strings"):
         raise UserError(f'A vocabulary map compares "bytes" or "strings", not {on!r}.')
@@ -143,27 +143,26 @@ def mined(task: MapTask) -> np.ndarray:
 
 @MAPS.register("first_piece", reference="the first token of the source token's bytes, as the target encodes them")
 def first_piece(task: MapTask) -> np.ndarray:
-    """int32[N]: the first target token when the target's tokenizer encodes the source token's bytes.
-
-    Bytes that are not whole characters, and text that the target's tokenizer does not reproduce, map to the longest
-    target token that is a prefix of the bytes. This map favours short target tokens.
+    """int32[N]: the first target token when the target's tokenizer encodes the source token's bytes
+    (`fusion.vocabulary.pieces.first_piece`).
     """
+    return _by_pieces("first_piece", task)
+
+
+@MAPS.register("byte_prefix", reference="arXiv 2607.22334: the longest target token that is a prefix of the bytes")
+def byte_prefix(task: MapTask) -> np.ndarray:
+    """int32[N]: the longest target token that is a prefix of the source token's bytes."""
+    return _by_pieces("byte_prefix", task)
+
+
+def _by_pieces(kind: str, task: MapTask) -> np.ndarray:
     if task.encode_target is None:
-        raise UserError('The map "first_piece" needs the target\'s tokenizer: give its encode function.')
+        raise UserError(f'The map "{kind}" needs the target\'s tokenizer: give its encode function.')
     if task.on != "bytes":
-        raise UserError('The map "first_piece" works on bytes: set the map\'s unit to "bytes".')
-    texts, candidates, places = _texts(task)
-    by_bytes = {text: places[place] for text, place in _first_places(candidates).items()}
-    result = np.empty(len(texts), dtype=np.int32)
-    for start in range(0, len(texts), _TEXTS_AT_ONCE):
-        some = [spelling for spelling in texts[start : start + _TEXTS_AT_ONCE] if isinstance(spelling, bytes)]
-        for n, (spelling, first) in enumerate(zip(some, _first_tokens(some, task), strict=True), start):
-            if first == NOTHING:
-                starts = (by_bytes.get(spelling[:length], NOTHING) for length in range(len(spelling), 0, -1))
-                first = next((i for i in starts if i != NOTHING), NOTHING)
-            result[n] = first
-        task.progress(min(start + _TEXTS_AT_ONCE, len(texts)), len(texts))
-    return result
+        raise UserError(f'The map "{kind}" works on bytes: set the map\'s unit to "bytes".')
+    image = PIECES[kind](task.target, task.encode_target)([task.source.token_bytes[i] or b"" for i in task.ids])
+    task.progress(len(image), len(image))
+    return image
 
 
 def _texts(task: MapTask) -> tuple[list[Text], list[Text], list[int]]:
@@ -219,18 +218,3 @@ def _search(patterns: Codes, targets: Targets, progress: Progress, total: int) -
 def _pick(rows: Sequence[np.ndarray], chunk: Iterable[int]) -> Codes:
     picked = [rows[i] for i in chunk]
     return Codes(np.concatenate(picked), np.concatenate([[0], np.cumsum([len(row) for row in picked])]))
-
-
-def _first_tokens(spellings: Sequence[bytes], task: MapTask) -> list[int]:
-    """The first token of each spelling encoded as text; -1 where it is no text or does not begin with that token."""
-    assert task.encode_target is not None
-    found, texts = [NOTHING] * len(spellings), dict[int, str]()
-    for n, spelling in enumerate(spellings):
-        with suppress(UnicodeDecodeError):
-            texts[n] = spelling.decode("utf-8")
-    encoded = encode_after_text(task.encode_target, task.target, list(texts.values()))
-    for n, ids in zip(texts, encoded, strict=True):
-        spelled = task.target.token_bytes[ids[0]] if ids and 0 <= ids[0] < len(task.target) else None
-        if spelled and spellings[n].startswith(spelled):
-            found[n] = ids[0]
-    return found

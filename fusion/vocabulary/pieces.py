@@ -1,32 +1,80 @@
-"""Which target token a text begins with, for source tokens and for what is left of them after their first bytes."""
+"""Which target token a string of bytes begins with: for source tokens, and for what is left of them after a part."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from fusion.vocabulary.token_bytes import Vocabulary
+from fusion.vocabulary.tokenization import EncodeTexts, encode_after_text, written_ids
 
-EncodeAll = Callable[[Sequence[str]], list[list[int]]]
-"""A tokenizer's ids of each text, without special tokens."""
-Pieces = Callable[[Sequence[bytes], Vocabulary, EncodeAll], np.ndarray]
-"""int32[N]: the first target token of each of N byte strings, -1 for none."""
+Pieces = Callable[[Sequence[bytes]], np.ndarray]
+"""int32[N]: the target token that each of N byte strings begins with, -1 for none."""
 
 NOTHING = -1
-# What a target with a dummy prefix is given before the text, so that the text's own first token carries no added space.
-_SENTINELS = ("\n", "|", "=", "a", "0", "\u4e00")
+_TEXTS_AT_ONCE = 4096
+
+
+def longest_prefix(target: Vocabulary, encode_target: EncodeTexts) -> Pieces:
+    """The longest target token that is a prefix of the bytes (byte-prefix marginalisation, arXiv 2607.22334)."""
+    written = np.flatnonzero(written_ids(target, encode_target)).tolist()
+    # The last entry of equal bytes stays: an ordinary token before a byte-fallback one, the lowest id before others.
+    order = sorted(written, key=lambda i: (i not in target.byte_fallback, -i))
+    by_bytes = {target.token_bytes[i] or b"": i for i in order}
+    longest = max(map(len, by_bytes), default=0)
+
+    def prefix(text: bytes) -> int:
+        for length in range(min(len(text), longest), 0, -1):
+            if (token := by_bytes.get(text[:length])) is not None:
+                return token
+        return NOTHING
+
+    return lambda texts: np.array([prefix(text) for text in texts], np.int32)
+
+
+def first_piece(target: Vocabulary, encode_target: EncodeTexts) -> Pieces:
+    """The first token when the target's tokenizer encodes the bytes; it favours short target tokens.
+
+    Bytes that are not whole characters, and text that the tokenizer does not reproduce, take the longest target token
+    that is a prefix of the bytes.
+    """
+    otherwise = longest_prefix(target, encode_target)
+
+    def pieces(texts: Sequence[bytes]) -> np.ndarray:
+        result, readable = np.full(len(texts), NOTHING, np.int32), dict[int, str]()
+        for n, text in enumerate(texts):
+            with suppress(UnicodeDecodeError):
+                readable[n] = text.decode("utf-8")
+        encoded = encode_after_text(encode_target, target, list(readable.values()))
+        for n, ids in zip(readable, encoded, strict=True):
+            spelled = target.token_bytes[ids[0]] if ids and 0 <= ids[0] < len(target) else None
+            if spelled and texts[n].startswith(spelled):
+                result[n] = ids[0]
+        left = np.flatnonzero(result == NOTHING)
+        result[left] = otherwise([texts[n] for n in left])
+        return result
+
+    return pieces
+
+
+PIECES: Mapping[str, Callable[[Vocabulary, EncodeTexts], Pieces]] = {
+    "first_piece": first_piece,
+    "byte_prefix": longest_prefix,
+}
+"""The kinds of vocabulary map that have an answer for any string of bytes."""
 
 
 @dataclass(frozen=True)
 class PieceMap:
-    """The first target token of every source token's bytes, and of every rest of them.
+    """The target token that every source token begins with, and that every rest of it begins with.
 
-    A source token u of n bytes has n + 2 places from `starts[u]` on: n of its bytes in `spelling`; in `images` the
-    first target token of its bytes with a space before them, of the bytes themselves, of the bytes without the first,
-    and so on. Control tokens and ids without bytes have n = 0.
+    A source token of n bytes has n + 2 places from `starts[id]` on. `spelling` holds its bytes there; `images` the
+    target token of its bytes with a space before them, of the bytes themselves, of the bytes without the first, and so
+    on. Control tokens and ids without bytes have n = 0, and control tokens the image of the vocabulary map.
     """
 
     starts: np.ndarray
@@ -37,28 +85,36 @@ class PieceMap:
     """int32[S] target ids, -1 for none."""
 
     @cached_property
-    def ids(self) -> np.ndarray:
-        """int32[V], the target id of every source id: the vocabulary map."""
-        return self.images[self.starts[:-1] + 1]
+    def highest(self) -> int:
+        """The highest target id that is named, -1 for none."""
+        return int(self.images.max(initial=NOTHING))
 
     @classmethod
     def of(cls, source: Vocabulary, images: np.ndarray) -> PieceMap:
-        """The map with these stored `images`; bytes and places are the source vocabulary's."""
-        spelled = [token or b"" for token in source.token_bytes]
-        lengths = np.array([len(token) for token in spelled], np.int64)
-        starts = np.concatenate([[0], np.cumsum(lengths + 2)])
-        spelling = np.frombuffer(b"".join(token + b"\0\0" for token in spelled), np.uint8)
-        return cls(starts, spelling, images)
+        """The map with these stored `images`; the rest is the source vocabulary's."""
+        spelling = b"".join((token or b"") + b"\0\0" for token in source.token_bytes)
+        return cls(_starts(source), np.frombuffer(spelling, np.uint8), images)
+
+
+def _starts(source: Vocabulary) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum([len(token or b"") + 2 for token in source.token_bytes], dtype=np.int64)])
 
 
 def build_piece_map(
-    pieces: Pieces, vocabulary_map: np.ndarray, source: Vocabulary, target: Vocabulary, encode_all: EncodeAll
+    kind: str,
+    vocabulary_map: np.ndarray,
+    source: Vocabulary,
+    target: Vocabulary,
+    encode_target: EncodeTexts,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PieceMap:
-    """The piece map by the kind `pieces`; `vocabulary_map` int32[V] has the images of control tokens."""
-    lengths = np.array([len(token or b"") for token in source.token_bytes], np.int64)
-    starts = np.concatenate([[0], np.cumsum(lengths + 2)])
+    """The piece map of a `kind` in `PIECES`.
+
+    `vocabulary_map` int32[V] has the images of control tokens; `progress(done, total)` counts texts.
+    """
+    starts = _starts(source)
     numbers: dict[bytes, int] = {}
-    which = np.full(starts[-1], -1, np.int64)  # the distinct text of each place
+    which = np.full(starts[-1], -1, np.int64)  # the number of each place's text
     for start, token in zip(starts.tolist(), source.token_bytes, strict=False):
         if not token:
             continue
@@ -66,60 +122,13 @@ def build_piece_map(
             which[start] = numbers.setdefault(b" " + token, len(numbers))
         for offset in range(len(token)):
             which[start + 1 + offset] = numbers.setdefault(token[offset:], len(numbers))
-    first = np.append(pieces(list(numbers), target, encode_all), NOTHING).astype(np.int32)
+    pieces, texts = PIECES[kind](target, encode_target), list(numbers)
+    first = np.full(len(texts) + 1, NOTHING, np.int32)  # the last is the image of places without a text
+    for begin in range(0, len(texts), _TEXTS_AT_ONCE):
+        some = texts[begin : begin + _TEXTS_AT_ONCE]
+        first[begin : begin + len(some)] = pieces(some)
+        progress(begin + len(some), len(texts))
     images = first[which]
-    wordless = np.flatnonzero(lengths == 0)
+    wordless = np.flatnonzero(np.diff(starts) == 2)
     images[starts[wordless]] = images[starts[wordless] + 1] = vocabulary_map[wordless]
     return PieceMap.of(source, images)
-
-
-def first_pieces(texts: Sequence[bytes], target: Vocabulary, encode_all: EncodeAll) -> np.ndarray:
-    """int32[N]: the first token when the target's tokenizer encodes each text; it favours short target tokens.
-
-    Bytes that are not whole characters, and text that the tokenizer does not reproduce, take the longest target token
-    that is a prefix of the bytes (`longest_prefixes`).
-    """
-    result = np.full(len(texts), NOTHING, np.int32)
-    readable = [(n, text.decode("utf-8")) for n, text in enumerate(texts) if _is_text(text)]
-    before: Sequence[str] = _SENTINELS if target.dummy_prefix else ("",)
-    for sentinel in before:
-        skip = encode_all([sentinel])[0] if sentinel else []
-        waiting = []
-        for (n, text), ids in zip(readable, encode_all([sentinel + text for _, text in readable]), strict=True):
-            if len(ids) <= len(skip) or ids[: len(skip)] != skip:  # the sentinel merged with the text
-                waiting.append((n, text))
-                continue
-            token = ids[len(skip)]
-            spelled = target.token_bytes[token] if token < len(target) else None
-            if spelled and texts[n].startswith(spelled):
-                result[n] = token
-        readable = waiting
-    left = np.flatnonzero(result == NOTHING)
-    result[left] = longest_prefixes([texts[n] for n in left], target, encode_all)
-    return result
-
-
-def longest_prefixes(texts: Sequence[bytes], target: Vocabulary, encode_all: EncodeAll | None = None) -> np.ndarray:
-    """int32[N]: the longest target token that is a prefix of each text; ordinary tokens precede byte-fallback tokens
-    (byte-prefix marginalisation, arXiv 2607.22334).
-    """
-    by_bytes = {token: i for i, token in enumerate(target.token_bytes) if token and i in target.byte_fallback}
-    ordinary = ((token, i) for i, token in enumerate(target.token_bytes) if token and i not in target.byte_fallback)
-    by_bytes.update(reversed([*ordinary]))  # the lowest of ids with equal bytes
-    longest = max(map(len, by_bytes), default=0)
-    return np.array([_longest_prefix(text, by_bytes, longest) for text in texts], np.int32)
-
-
-def _longest_prefix(text: bytes, by_bytes: dict[bytes, int], longest: int) -> int:
-    for length in range(min(len(text), longest), 0, -1):
-        if (token := by_bytes.get(text[:length])) is not None:
-            return token
-    return NOTHING
-
-
-def _is_text(text: bytes) -> bool:
-    try:
-        text.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True

@@ -93,8 +93,12 @@ class PredictionsReader:
         ends = np.cumsum(steps).astype(np.int32)
         ends[np.maximum.accumulate(steps == int(LOST))] = -1
         log_p, tail = columns["log_p"].astype(np.float32), columns["tail"].astype(np.float32)
+        nats = columns["nats"]
         if self._temperature_column is not None:
-            log_p = log_p / np.float32(self._temperature) - columns["log_z"][:, self._temperature_column, None]
+            log_z = columns["log_z"][:, self._temperature_column]
+            log_p = log_p / np.float32(self._temperature) - log_z[:, None]
+            nats = nats / np.float32(self._temperature) + log_z
+            nats[-1] = 0  # no token follows
             tail = np.maximum(1 - np.exp(log_p, dtype=np.float64).sum(axis=1), 0).astype(np.float32)
         predictions = Predictions(
             tokens=tokens,
@@ -102,7 +106,7 @@ class PredictionsReader:
             ids=columns["ids"].astype(np.int32),
             log_p=log_p,
             tail=tail,
-            nats=columns["nats"],
+            nats=nats,
         )
         return predictions if self._k is None else predictions.top(self._k)
 

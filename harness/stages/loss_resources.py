@@ -15,7 +15,7 @@ from harness.config.schema import ExtractionConfig
 from harness.data.passages import Passages
 from harness.data.predictions import PredictionsReader
 from harness.models.resolution import ResolvedModel
-from harness.stages.vocabulary_maps import read_map
+from harness.stages.vocabulary_maps import read_map, read_pieces
 from harness.store.artifacts import Spec
 
 TARGET = "target"
@@ -66,10 +66,13 @@ def check_stored(label: str, requirements: LossRequirements, settings: Extractio
 def load_resources(requirements: LossRequirements, inputs: LossInputs, tokenizer_of: TokenizerOf) -> LossResources:
     """The vocabularies and maps of the inputs. Reads files, so it is not for a plan."""
     names = {TARGET, *requirements.predictions, *requirements.models}
+    vocabularies = {name: tokenizer_of(name)[1] for name in names}
+    pieces = {name: read_pieces(folder, vocabularies[name]) for name, (_, folder) in inputs.maps.items()}
     return LossResources(
         TARGET,
-        {name: tokenizer_of(name)[1] for name in names},
+        vocabularies,
         {name: read_map(folder) for name, (_, folder) in inputs.maps.items()},
+        {name: piece_map for name, piece_map in pieces.items() if piece_map is not None},
     )
 
 

@@ -1,13 +1,15 @@
 """The map stage: the target token that stands for each token of a source's vocabulary."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from fusion.vocabulary.maps import MAPS
+from fusion.vocabulary.maps import MAPS, build_map
+from fusion.vocabulary.pieces import PIECES, PieceMap, build_piece_map
 from fusion.vocabulary.token_bytes import Vocabulary
 from fusion.vocabulary.tokenization import encode_all
 from harness.data.predictions import PredictionsReader
@@ -15,8 +17,9 @@ from harness.models.resolution import ResolvedModel
 from harness.runtime.progress import track
 from harness.store.artifacts import Estimate, Spec, Store
 
-VERSION = 2
+VERSION = 3
 MAP_FILE = "map.npy"
+PIECES_FILE = "pieces.npy"
 
 
 def map_spec(source: str, predictions: Spec, target: ResolvedModel, kind: str, on: Literal["bytes", "strings"]) -> Spec:
@@ -42,37 +45,61 @@ def make_map(
 
     def build(folder: Path) -> None:
         from fusion.alignment.pairing import consulted_ids
-        from fusion.vocabulary.maps import build_map
 
         reader = source()
         tokenizer, vocabulary = target()
-        only = consulted_ids(reader.vocabulary, reader.occurring_ids())
-        with track(f"map {spec.label}", len(only), "tokens") as advance:
-            reported = 0
-
-            def progress(done: int, total: int) -> None:
-                nonlocal reported
-                advance((done - reported) * len(only) / max(total, 1))
-                reported = done
-
+        only, kind = consulted_ids(reader.vocabulary, reader.occurring_ids()), spec.params["map"]["name"]
+        encode_target = partial(encode_all, tokenizer)
+        with _progress(f"map {spec.label}", len(only), "tokens") as progress:
             vocabulary_map = build_map(
-                spec.params["map"]["name"],
+                kind,
                 reader.vocabulary,
                 vocabulary,
                 on=spec.params["on"],
                 only=only,
-                encode_target=partial(encode_all, tokenizer),
+                encode_target=encode_target,
                 progress=progress,
             )
-        unfinished = folder / f"{MAP_FILE}.tmp"
-        with unfinished.open("wb") as file:
-            np.save(file, vocabulary_map, allow_pickle=False)
-        unfinished.replace(folder / MAP_FILE)
+        _save(folder / MAP_FILE, vocabulary_map)
+        if kind in PIECES:
+            with _progress(f"pieces {spec.label}", len(reader.vocabulary), "tokens") as progress:
+                pieces = build_piece_map(
+                    kind, vocabulary_map, reader.vocabulary, vocabulary, encode_target, progress=progress
+                )
+            _save(folder / PIECES_FILE, pieces.images)
 
-    return store.ensure(spec, build, Estimate(disk=4 * vocabulary_size, memory=1e9, seconds=10))
+    places = 8 if spec.params["map"]["name"] in PIECES else 1  # a token's bytes, and two more
+    return store.ensure(spec, build, Estimate(disk=4 * places * vocabulary_size, memory=1e9, seconds=10 + places))
+
+
+@contextmanager
+def _progress(description: str, tokens: int, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar over `tokens`, moved by calls of (done, total) in another unit."""
+    with track(description, tokens, unit) as advance:
+        reported = 0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal reported
+            advance((done - reported) * tokens / max(total, 1))
+            reported = done
+
+        yield progress
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    unfinished = path.with_name(f"{path.name}.tmp")
+    with unfinished.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+    unfinished.replace(path)
 
 
 def read_map(folder: Path) -> np.ndarray:
     """The target ids int32[source vocabulary] of a map artifact; negative where a token has no image."""
     vocabulary_map: np.ndarray = np.load(folder / MAP_FILE, allow_pickle=False)
     return vocabulary_map
+
+
+def read_pieces(folder: Path, source: Vocabulary) -> PieceMap | None:
+    """What the source's tokens begin with in the target's; None where the map is of a kind that does not tell."""
+    path = folder / PIECES_FILE
+    return PieceMap.of(source, np.load(path, allow_pickle=False)) if path.exists() else None

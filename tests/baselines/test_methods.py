@@ -89,7 +89,7 @@ def test_rows_and_models_can_be_named() -> None:
 
 def test_presets_set_switches_and_nothing_else() -> None:
     lam, fusion = _asked()
-    assert (lam, fusion.map, fusion.map_on, list(fusion.sources)) == (0.9, "mined", "bytes", ["a", "b"])
+    assert (lam, fusion.map, fusion.map_on, list(fusion.sources)) == (0.9, "first_piece", "bytes", ["a", "b"])
     assert fusion.switches == Switches()
     _, published = _asked(preset="published")
     assert (published.map, published.map_on) == ("mined", "strings")
@@ -98,9 +98,9 @@ def test_presets_set_switches_and_nothing_else() -> None:
 
 @given(st.sampled_from(["corrected", "published"]), st.sampled_from(["bucket", "renormalise", "gold"]))
 def test_a_switch_set_alone_goes_before_the_preset(preset: str, tail: str) -> None:
-    _, fusion = _asked(preset=preset, tail=tail, **{"lambda": 0.5}, map="first_piece", map_on="bytes", sources=["b"])
+    _, fusion = _asked(preset=preset, tail=tail, **{"lambda": 0.5}, map="byte_prefix", map_on="bytes", sources=["b"])
     assert fusion.switches == Switches(**{**PRESETS[preset], "tail": tail})
-    assert fusion.map == "first_piece" and list(fusion.sources) == ["b"]
+    assert fusion.map == "byte_prefix" and list(fusion.sources) == ["b"]
 
 
 def test_clm_is_lambda_one_without_fusion() -> None:
@@ -197,7 +197,7 @@ def test_listing_gives_every_switch_its_choices_defaults_and_meaning() -> None:
         )
     assert settings["tail"].type == "bucket or renormalise or gold"
     assert settings["alignment"].type == "dtw or same_end or mapping"  # one with parameters is {name: NAME, ...}
-    assert settings["map"].type == "em or first_piece or mined"
+    assert settings["map"].type == "byte_prefix or em or first_piece or mined"
 
 
 def test_parameters_hold_the_effective_value_of_every_switch() -> None:

@@ -22,6 +22,8 @@ TARGET = Vocabulary.from_tokens(["<s>", "a", "b", "c", "d", "ab", "cd"], space="
 OTHER = Vocabulary.from_tokens(["<s>", "cd", "d", "c", "b", "a", "ab", "x", "y"], space=" ", control={0})
 MAP = np.array([0, 6, 4, 3, 2, 1, 5, -1, 3], np.int32)  # x maps to nothing, y to c as well as c itself
 
+TOKEN_BY_TOKEN: Any = {"projection": "token", "inside": "none", "true_token": "top_k"}
+
 
 def predictions(
     vocabulary: Vocabulary,
@@ -73,7 +75,7 @@ def fuse(
         target="target",
         sources=[Source(name, OTHER, MAP) for name, _ in others],
         target_vocabulary=TARGET,
-        switches=Switches(**{"include_target": False, **switches}),
+        switches=Switches(**{**TOKEN_BY_TOKEN, "include_target": False, **switches}),
         max_entries=max_entries,
     )
 
@@ -214,7 +216,7 @@ def two_passages(**switches: Any) -> FusedSequence:
         target="target",
         sources=[Source("left", OTHER, MAP), Source("right", OTHER, MAP)],
         target_vocabulary=TARGET,
-        switches=Switches(include_target=False, **switches),
+        switches=Switches(**{**TOKEN_BY_TOKEN, "include_target": False, **switches}),
     )
 
 
@@ -342,7 +344,7 @@ def test_readings_and_maps_that_do_not_fit_are_refused() -> None:
                 target="target",
                 sources=row.get("sources", [Source("other", OTHER, mapped)]),
                 target_vocabulary=TARGET,
-                switches=Switches(include_target=row.get("include_target", False)),
+                switches=Switches(**TOKEN_BY_TOKEN, include_target=row.get("include_target", False)),
             )
 
     refuse("outside its vocabulary map", mapped=MAP[:4])
@@ -547,7 +549,7 @@ def test_a_passage_is_fused_without_those_that_left_it_out(
 def test_a_distribution_carried_onto_its_own_tokenizer_is_unchanged(seed: int, alignment: str) -> None:
     readings, n_bytes, _, vocabulary = random_row(seed, 0)
     readings = [{"twin": passage["target"], **passage} for passage in readings]
-    switches = Switches(alignment=alignment, include_target=False)
+    switches = Switches(**TOKEN_BY_TOKEN, alignment=alignment, include_target=False)
     twin = Source("twin", vocabulary, np.arange(len(vocabulary.tokens), dtype=np.int32))
     own = [passage["target"] for passage in readings]
     known = np.concatenate([r.ends >= 0 for r in own]) if alignment == "same_end" else slice(None)

@@ -1,23 +1,25 @@
 """Projection along the text, checked against its definition written out over byte strings."""
 
 from collections import Counter
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusion.alignment.path import PathProjection, passage_starts, project_path, text_ends, with_next_token
+from fusion.alignment.path import passage_starts, project_path, text_ends
+from fusion.alignment.projection import Projected, add_true_token
+from fusion.types import Predictions
 from fusion.vocabulary.maps import build_map
-from fusion.vocabulary.pieces import PieceMap, build_piece_map, first_pieces, longest_prefixes
-from fusion.vocabulary.token_bytes import Vocabulary, byte_ends, encode, encode_all, prefix_id
+from fusion.vocabulary.pieces import PieceMap, build_piece_map
+from fusion.vocabulary.token_bytes import Vocabulary, byte_ends
+from fusion.vocabulary.tokenization import encode, encode_all, prefix_id
 from tests.fusion.tokenizers_for_tests import FAMILIES
 from tests.fusion.vocabulary.test_token_bytes import TEXT
 
 NAMES = sorted(FAMILIES)
-Passage = tuple[np.ndarray, np.ndarray]
-"""Tokens and byte ends, the prefix first."""
 
 
 @cache
@@ -28,21 +30,23 @@ def vocabulary(family: str) -> Vocabulary:
 @cache
 def pieces(source: str, target: str) -> PieceMap:
     tokenizer = FAMILIES[target]()
-    plain = build_map(
-        "first_piece", vocabulary(source), vocabulary(target), encode_target=lambda text: encode(tokenizer, text)
-    )
-    result = build_piece_map(
-        first_pieces, plain, vocabulary(source), vocabulary(target), lambda texts: encode_all(tokenizer, texts)
-    )
-    np.testing.assert_array_equal(result.ids, plain)
+    mine, theirs, encode_target = vocabulary(source), vocabulary(target), partial(encode_all, tokenizer)
+    whole = build_map("first_piece", mine, theirs, encode_target=encode_target)
+    result = build_piece_map("first_piece", whole, mine, theirs, encode_target)
+    np.testing.assert_array_equal(result.images[result.starts[:-1] + 1], whole)
     return result
 
 
-def read(family: str, text: str) -> Passage:
+def passage(tokens: list[int], ends: list[int]) -> Predictions:
+    """A passage of which tokens and byte ends are known, the prefix first."""
+    return replace(Predictions.empty(np.array(tokens, np.int32), np.array(ends, np.int32), 0), skipped=False)
+
+
+def read(family: str, text: str) -> Predictions:
     tokenizer = FAMILIES[family]()
     tokens = encode(tokenizer, text)
     ends = byte_ends(tokens, vocabulary(family), text.encode())
-    return np.array([prefix_id(tokenizer), *tokens], np.int32), np.append(0, ends).astype(np.int32)
+    return passage([prefix_id(tokenizer), *tokens], [0, *ends.tolist()])
 
 
 def distributions(m: int, size: int, seed: int) -> np.ndarray:
@@ -52,25 +56,31 @@ def distributions(m: int, size: int, seed: int) -> np.ndarray:
 
 
 def project(
-    p: np.ndarray, source: Passage, target: Passage, mine: Vocabulary, theirs: Vocabulary, made: PieceMap, k: int
-) -> PathProjection:
+    p: np.ndarray,
+    source: Predictions,
+    target: Predictions,
+    mine: Vocabulary,
+    theirs: Vocabulary,
+    made: PieceMap,
+    k: int,
+) -> Projected:
     """The projection of the k most probable entries of p[M, V]."""
-    (tokens, ends), (target_tokens, target_ends) = source, target
     ids = np.argsort(-p, axis=1, kind="stable")[:, :k].astype(np.int32)
     kept = np.take_along_axis(p, ids, 1)
-    following = np.append(tokens[1:], -1).astype(np.int32)
+    following = np.append(source.tokens[1:], -1).astype(np.int32)
     nats = np.where(following >= 0, -np.log(p[np.arange(len(p)), following]), 0)
-    ids, kept = with_next_token(ids, kept, 1 - kept.sum(1), following, nats)
+    ids, kept = add_true_token(ids, kept, following, nats)
     return project_path(
         ids,
         kept,
-        tokens,
-        text_ends(tokens, ends, mine),
-        passage_starts([len(tokens)]),
-        target_tokens,
-        text_ends(target_tokens, target_ends, theirs),
-        passage_starts([len(target_tokens)]),
+        source.tokens,
+        text_ends(source, mine),
+        passage_starts([source]),
+        target.tokens,
+        text_ends(target, theirs),
+        passage_starts([target]),
         pieces=made,
+        vocabulary_size=len(theirs),
         inside=True,
         correct=True,
     )
@@ -79,8 +89,8 @@ def project(
 def by_definition(
     p: np.ndarray,
     text: str,
-    source: Passage,
-    target: Passage,
+    source: Predictions,
+    target: Predictions,
     mine: Vocabulary,
     theirs: Vocabulary,
     made: PieceMap,
@@ -88,8 +98,8 @@ def by_definition(
 ) -> list[dict[int, float] | None]:
     """What METHOD defines, position by position: comparisons of byte strings with the text, sums over dictionaries."""
     spelled = b" " + text.encode()
-    (tokens, ends), (target_tokens, target_ends) = source, target
-    at, v = text_ends(tokens, ends, mine), text_ends(target_tokens, target_ends, theirs)
+    tokens, target_tokens = source.tokens, target.tokens
+    at, v = text_ends(source, mine), text_ends(target, theirs)
     stored = [
         {
             int(u): float(row[u])
@@ -146,13 +156,13 @@ def by_definition(
 def check(
     p: np.ndarray,
     text: str,
-    source: Passage,
-    target: Passage,
+    source: Predictions,
+    target: Predictions,
     mine: Vocabulary,
     theirs: Vocabulary,
     made: PieceMap,
     k: int,
-) -> PathProjection:
+) -> Projected:
     result = project(p, source, target, mine, theirs, made, k)
     expected = by_definition(p, text, source, target, mine, theirs, made, k)
     for i, row in enumerate(expected):
@@ -163,7 +173,12 @@ def check(
         )
         assert len(set(result.ids[i][result.ids[i] >= 0])) == (result.ids[i] >= 0).sum()
         assert result.p[i].sum() <= 1 + 1e-6
-        if row is not None and not result.inside[i] and (made.ids >= 0).all() and k == p.shape[1]:
+        if (
+            row is not None
+            and not result.inside[i]
+            and (made.images[made.starts[:-1] + 1] >= 0).all()
+            and k == p.shape[1]
+        ):
             assert result.p[i].sum() == pytest.approx(1, abs=1e-6)
     return result
 
@@ -174,15 +189,15 @@ def check(
 @given(text=TEXT.filter(len), seed=st.integers(0, 2**32 - 1), k=st.sampled_from([1, 5, 1000]))
 def test_tokenizers_of_all_families(source: str, target: str, text: str, seed: int, k: int) -> None:
     mine, theirs = vocabulary(source), vocabulary(target)
-    passage = read(source, text)
-    p = distributions(len(passage[0]), len(mine), seed)
-    check(p, text, passage, read(target, text), mine, theirs, pieces(source, target), min(k, len(mine)))
+    own = read(source, text)
+    p = distributions(len(own.tokens), len(mine), seed)
+    check(p, text, own, read(target, text), mine, theirs, pieces(source, target), min(k, len(mine)))
 
 
 WORDS = st.lists(st.text("ab c", min_size=2, max_size=4), unique=True, max_size=25)
 
 
-def cut(text: str, words: list[str], rng: np.random.Generator) -> Passage:
+def cut(text: str, words: list[str], rng: np.random.Generator) -> Predictions:
     """Any segmentation of the text into words: tokens are their places + 1, behind a prefix token 0."""
     tokens, ends, at = [0], [0], 0
     while at < len(text):
@@ -191,7 +206,7 @@ def cut(text: str, words: list[str], rng: np.random.Generator) -> Passage:
         at += len(words[chosen])
         tokens.append(chosen + 1)
         ends.append(at)
-    return np.array(tokens, np.int32), np.array(ends, np.int32)
+    return passage(tokens, ends)
 
 
 @settings(deadline=None, max_examples=300)
@@ -216,22 +231,22 @@ def test_any_two_segmentations_of_a_text(
         order = sorted(range(len(theirs)), key=lambda w: -len(theirs[w]))
         return [[next(w for w in order if text.startswith(theirs[w])) + 1] for text in texts]
 
-    kind = longest_prefixes if longest else first_pieces
+    kind = "byte_prefix" if longest else "first_piece"
     made = build_piece_map(kind, np.zeros(len(source), np.int32), source, target, encode_greedily)
-    passage = cut(text, mine, rng)
-    p = distributions(len(passage[0]), len(source), seed)
-    result = check(p, text, passage, cut(text, theirs, rng), source, target, made, min(k, len(source)))
+    own = cut(text, mine, rng)
+    p = distributions(len(own.tokens), len(source), seed)
+    result = check(p, text, own, cut(text, theirs, rng), source, target, made, min(k, len(source)))
     assert (result.partner >= 0).all()  # every byte is read by both
 
 
 def test_a_tokenizers_own_predictions_come_back_as_they_are() -> None:
     for family in NAMES:
         mine, text = vocabulary(family), " the quick  brown fox\r\n猫 🙂 12"
-        passage = read(family, text)
-        p = distributions(len(passage[0]), len(mine), 0)
+        own = read(family, text)
+        p = distributions(len(own.tokens), len(mine), 0)
         starts = pieces(family, family).starts
         images = np.repeat(np.arange(len(mine)), np.diff(starts)).astype(np.int32)  # the identity
-        result = project(p, passage, passage, mine, mine, PieceMap.of(mine, images), 8)
+        result = project(p, own, own, mine, mine, PieceMap.of(mine, images), 8)
         known = np.flatnonzero(result.partner >= 0)
         np.testing.assert_array_equal(result.partner[known], known)
         assert not result.inside.any()
@@ -243,10 +258,13 @@ def test_a_tokenizers_own_predictions_come_back_as_they_are() -> None:
 def test_the_mass_that_a_source_gave_a_whole_word_in_two_tokens_is_found() -> None:
     source = Vocabulary.from_tokens(["<s>", "re", "turn", "d"], space=" ", control=[0], roles={"bos": 0})
     target = Vocabulary.from_tokens(["<s>", "re", "return", "t", "d"], space=" ", control=[0], roles={"bos": 0})
-    made = build_piece_map(longest_prefixes, np.array([0, -1, -1, -1], np.int32), source, target, lambda texts: [])
-    passage = np.array([0, 1, 2], np.int32), np.array([0, 2, 6], np.int32)
+    ids = {token: n for n, token in enumerate(target.tokens)}
+    made = build_piece_map(
+        "byte_prefix", np.array([0, -1, -1, -1]), source, target, lambda texts: [[ids[text]] for text in texts]
+    )
+    own = passage([0, 1, 2], [0, 2, 6])
     p = np.array([[0.1, 0.6, 0.2, 0.1], [0.05, 0.05, 0.8, 0.1], [0.25, 0.25, 0.25, 0.25]])
-    result = project(p, passage, (np.array([0, 2], np.int32), np.array([0, 6], np.int32)), source, target, made, 4)
+    result = project(p, own, passage([0, 2], [0, 6]), source, target, made, 4)
     first = dict(zip(result.ids[0].tolist(), result.p[0].tolist(), strict=True))
     assert first[2] == pytest.approx(0.48)  # P(re) P(turn | re)
     assert first[1] == pytest.approx(0.12)  # the rest of what "re" had

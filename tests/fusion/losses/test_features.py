@@ -1,6 +1,7 @@
 """Features of losses from the predictions of a sequence's passages, by numbers worked out by hand."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ BARE = Predictions.empty(OWN.tokens, OWN.ends, 0)  # the target where nothing of
 LEFT_OUT = Predictions.empty(READ.tokens, READ.ends, 3)
 TWIN = predictions(TARGET, ["ab", "cd"], [{"ab": 0.5, "b": 0.5}, {"cd": 0.25, "d": 0.25}, {"a": 1.0, "b": 0.0}])
 
+token_by_token = partial(TopKDistillationLoss, projection="token", inside="none", true_token="top_k")
+
 
 def features(loss: Loss, *passages: Mapping[str, Predictions], size: int = 4) -> dict[str, np.ndarray]:
     resources = LossResources("target", {"target": TARGET, "other": OTHER, "twin": TARGET}, {"other": MAP})
@@ -30,7 +33,7 @@ def features(loss: Loss, *passages: Mapping[str, Predictions], size: int = 4) ->
 
 
 def test_a_teacher_is_carried_over_where_it_has_a_partner() -> None:
-    found = features(TopKDistillationLoss(["other"]), {"other": READ}, {"other": LEFT_OUT})
+    found = features(token_by_token(["other"]), {"other": READ}, {"other": LEFT_OUT})
     entries = [
         dict(zip(i.tolist(), p.tolist(), strict=True))
         for i, p in zip(found["ids"][:, 0], found["p"][:, 0], strict=True)
@@ -43,7 +46,7 @@ def test_a_teacher_is_carried_over_where_it_has_a_partner() -> None:
 
 def test_teachers_share_the_positions_they_have() -> None:
     found = features(
-        TopKDistillationLoss(["other", "twin"]), {"other": READ, "twin": TWIN}, {"other": LEFT_OUT, "twin": TWIN}
+        token_by_token(["other", "twin"]), {"other": READ, "twin": TWIN}, {"other": LEFT_OUT, "twin": TWIN}
     )
     assert found["weight"].tolist() == [[0.5, 0.5], [0.5, 0.5], [0, 0], [0, 1], [0, 1], [0, 0]]
     assert found["ids"].shape == found["p"].shape == (6, 2, 2)
@@ -51,20 +54,20 @@ def test_teachers_share_the_positions_they_have() -> None:
 
 def test_one_vocabulary_needs_no_map() -> None:
     """The resources hold none for the twin: its ids are the target's."""
-    found = features(TopKDistillationLoss(["twin"]), {"twin": TWIN})
+    found = features(token_by_token(["twin"]), {"twin": TWIN})
     assert found["ids"][0, 0].tolist() == TWIN.ids[0].tolist()
     assert found["tail"][0, 0] == np.float32(LEAST_TAIL)  # of a tail that is rounded to 0
 
 
 def test_the_target_can_teach_itself() -> None:
-    found = features(TopKDistillationLoss(["target"]), {"target": OWN})
+    found = features(token_by_token(["target"]), {"target": OWN})
     np.testing.assert_array_equal(found["ids"][:, 0], OWN.ids)
     np.testing.assert_allclose(found["p"][:2, 0], [[0.5, 0.25]] * 2, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("tail", "mass"), [("renormalise", 1.0), ("gold", 1.0), ("bucket", 0.625)])
 def test_the_mass_beyond_the_top_k(tail: Any, mass: float) -> None:
-    found = features(TopKDistillationLoss(["other"], tail=tail), {"other": READ})
+    found = features(token_by_token(["other"], tail=tail), {"other": READ})
     assert found["p"][0, 0].sum() == mass
     assert found["tail"][0, 0] == 1 - mass
 

@@ -21,6 +21,8 @@ from tests.harness.listening import rows_of, trained
 
 pytestmark = pytest.mark.slow
 
+TOKEN_BY_TOKEN = ("projection=token", "inside=none", "true_token=top_k", "map=mined")
+
 
 class Line:
     """From texts, models and one setting of the switches to what is taught at every position of the one row."""
@@ -38,7 +40,7 @@ class Line:
     ) -> list[dict[str, float]]:
         """At every position token -> probability, the mass outside under "tail"; the target itself takes no part."""
         target = how.setdefault("target", Bigrams())
-        settings = ["include_target=false", *switches]
+        settings = ["include_target=false", *TOKEN_BY_TOKEN, *switches]
         made = self.row(texts, sources, f"extraction.k={k}", *(f"methods.X.{s}" for s in settings), **how)
         taught = []
         for ids, p, tail in zip(made["ids"], made["p"], made["tail"], strict=True):

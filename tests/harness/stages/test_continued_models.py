@@ -49,7 +49,7 @@ def file(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "Tuned": {"method": "merge", "weights": "tuned", "trials": 3},
             "CLM": {"method": "clm"},
             "FuseLLM": {"method": "fusellm", "lambda": 0.5},
-            "FuseLLM em": {"method": "fusellm", "map": "em"},
+            "FuseLLM em": {"method": "fusellm", "map": "em", "projection": "token", "inside": "none"},
         },
         "corpus": {"path": str(made / "train"), "first_bytes": 400},
         "validation": {"path": str(folder / "validation"), "first_bytes": 80},
