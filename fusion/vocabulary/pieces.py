@@ -55,7 +55,7 @@ def first_piece(target: Vocabulary, encode_target: EncodeTexts) -> Pieces:
             if spelled and texts[n].startswith(spelled):
                 result[n] = ids[0]
         left = np.flatnonzero(result == NOTHING)
-        result[left] = otherwise([texts[n] for n in left])
+        result[left] = otherwise([texts[n] for n in left.tolist()])
         return result
 
     return pieces

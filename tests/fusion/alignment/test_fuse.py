@@ -431,6 +431,9 @@ SWITCHES = st.builds(
     weights=st.sampled_from(["nats_per_byte", "exp_ce"]),
     loss_positions=st.sampled_from(["with_next", "all"]),
     include_target=st.booleans(),
+    projection=st.just("token"),
+    inside=st.just("none"),
+    true_token=st.sampled_from(["always", "top_k"]),
 )
 SEEDS = st.integers(0, 2**32 - 1)
 
