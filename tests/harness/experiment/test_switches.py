@@ -22,6 +22,7 @@ from tests.harness.listening import rows_of, trained
 pytestmark = pytest.mark.slow
 
 TOKEN_BY_TOKEN = ("projection=token", "inside=none", "true_token=top_k", "map=mined")
+ALONG_THE_TEXT = ("projection=path", "inside=prefix", "true_token=always", "map=first_piece")
 
 
 class Line:
@@ -83,6 +84,27 @@ def test_alignment(line: Line) -> None:
     source = {"s": other({"d": {"a": 0.5}})}
     assert line.teaches(["abcdab"], source, "alignment=same_end", k=1)[2] == near(a=0.5, tail=0.5)
     assert line.teaches(["abcdab"], source, "alignment=dtw", k=1)[2] == {"ab": 1.0}
+
+
+def test_projection(line: Line) -> None:
+    # The target reads ab, the source a|b: it gave ab 0.5 * 0.8.
+    source = {"s": other({"<s>": {"a": 0.5, "b": 0.25}, "a": {"b": 0.8}}, merges=())}
+    assert line.teaches(["ab"], source, *ALONG_THE_TEXT)[0] == near(ab=0.4, a=0.1, b=0.25, tail=0.25)
+    assert line.teaches(["ab"], source, *ALONG_THE_TEXT, "projection=token")[0] == near(a=0.5, b=0.25, tail=0.25)
+
+
+def test_inside(line: Line) -> None:
+    # The target reads a|b, the source ab. Given a, what it said of ab is 4/5; its tail keeps 1/8.
+    source = {"s": other({"<s>": {"ab": 0.5, "c": 0.25, "a": 0.125}})}
+    target = Bigrams(merges=())
+    assert line.teaches(["ab"], source, *ALONG_THE_TEXT, k=3, target=target)[1] == near(b=0.7, tail=0.3)
+    assert line.teaches(["ab"], source, *ALONG_THE_TEXT, "inside=none", k=3, target=target)[1] == {"b": 1.0}
+
+
+def test_true_token(line: Line) -> None:
+    source = {"s": other({"<s>": {"b": 0.5, "c": 0.25, "ab": 0.125}})}
+    assert line.teaches(["ab"], source, *ALONG_THE_TEXT)[0] == near(b=0.5, c=0.25, ab=0.125, tail=0.125)
+    assert line.teaches(["ab"], source, *ALONG_THE_TEXT, "true_token=top_k")[0] == near(b=0.5, c=0.25, tail=0.25)
 
 
 def test_unpaired(line: Line) -> None:
@@ -213,7 +235,8 @@ def test_lambda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lam: float) -> 
     # The target knows nothing (8 tokens of 1/8), the text is ab and its end, the source says b and nothing else.
     source = {"s": other({"<s>": {"b": 0.9, "ab": 0.05}})}
     settings = ["extraction.k=1", f"methods.X.lambda={lam}", "methods.X.tail=renormalise"]
-    made = experiment(tmp_path, ["ab"], source, *settings, "methods.X.include_target=false")
+    settings += ["methods.X.include_target=false", *(f"methods.X.{s}" for s in TOKEN_BY_TOKEN)]
+    made = experiment(tmp_path, ["ab"], source, *settings)
     step, gradients = trained(made, monkeypatch)
     assert step["clm_nats_per_token"] == pytest.approx(np.log(8))
     assert step["fusion_nats_per_token"] == pytest.approx(np.log(8) / 2)  # one position, divided by two tokens
