@@ -16,7 +16,7 @@ import numpy as np
 
 from fusion.alignment.pairing import ALIGNMENTS
 from fusion.alignment.path import passage_starts, project_path, text_ends
-from fusion.alignment.projection import Projected, add_true_token, fill_unaligned, project_entries
+from fusion.alignment.projection import Projected, fill_unaligned, project_entries, true_token_last
 from fusion.alignment.selection import FUSIONS, score_sources
 from fusion.errors import UserError
 from fusion.registry import PartName
@@ -205,9 +205,10 @@ def _project(
     """The source's entries at every position of the target in the sequence."""
     ids, p = _entries(source.name, passages)
     read = [passage[source.name] for passage in passages]
-    if switches.true_token == "always":
-        following = np.concatenate([np.append(predictions.tokens[1:], -1) for predictions in read])
-        ids, p = add_true_token(ids, p, following, np.concatenate([predictions.nats for predictions in read]))
+    if switches.true_token == "always" or switches.along_text:
+        true_token = np.concatenate([np.append(predictions.tokens[1:], -1) for predictions in read])
+        nats = np.concatenate([predictions.nats for predictions in read])
+        ids, p = true_token_last(ids, p, true_token, nats if switches.true_token == "always" else None)
     if not switches.along_text or source.name == target or (source.pieces is None and _is_identity(source.map)):
         partner = _partners(source, target, passages, target_vocabulary, switches.alignment)
         ids, p = project_entries(

@@ -75,7 +75,7 @@ def project_path(
 
     Args:
         ids: int32[M, K] source token ids, -1 for no entry. The token that really follows is the last column's, where it
-            has one (see `add_true_token`).
+            has one (see `true_token_last`).
         p: float64[M, K] probabilities, 0 where there is no entry.
         source_tokens: int32[M] token ids, the prefix first in each passage.
         source_ends: int32[M] of `text_ends`.

@@ -36,26 +36,30 @@ class Projected:
     """bool[N], true where the target position lies inside a source token."""
 
 
-def add_true_token(
-    ids: np.ndarray, p: np.ndarray, true_token: np.ndarray, nats: np.ndarray
+def true_token_last(
+    ids: np.ndarray, p: np.ndarray, true_token: np.ndarray, nats: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The entries with the token that really follows as the last one, at its own stored probability exp(-nats).
 
     That probability is exact. The others and the tail are scaled to what is left: where the token was none of the
-    entries, the tail has lost its share before.
+    entries, the tail has lost its share before. Without nats the token is an entry only where it was one.
 
     Args:
         ids: int32[M, k] entries.
         p: float64[M, k] their probabilities; what a position lacks to 1 is its tail.
         true_token: int32[M], -1 where no token follows.
-        nats: float[M], -log of its probability.
+        nats: float[M], -log of its probability; or None.
 
     Returns:
         int32[M, k + 1], -1 where an entry has become the last one or there is none, and float64[M, k + 1].
     """
     follows = true_token >= 0
-    own = np.where(follows, np.exp(-nats.astype(np.float64)), 0.0)
     listed = (ids == true_token[:, None]) & follows[:, None]
+    if nats is None:
+        own = np.where(listed, p, 0.0).sum(axis=1)
+        true_token = np.where(listed.any(axis=1), true_token, -1)
+    else:
+        own = np.where(follows, np.exp(-nats.astype(np.float64)), 0.0)
     others = np.where(listed, 0.0, p)
     tail = np.maximum(1.0 - p.sum(axis=1), 0.0)
     tail = np.where(listed.any(axis=1), tail, np.maximum(tail - own, 0.0))

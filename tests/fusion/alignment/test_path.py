@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusion.alignment.path import passage_starts, project_path, text_ends
-from fusion.alignment.projection import Projected, add_true_token
+from fusion.alignment.projection import Projected, true_token_last
 from fusion.types import Predictions
 from fusion.vocabulary.maps import build_map
 from fusion.vocabulary.pieces import PieceMap, build_piece_map
@@ -69,7 +69,7 @@ def project(
     kept = np.take_along_axis(p, ids, 1)
     following = np.append(source.tokens[1:], -1).astype(np.int32)
     nats = np.where(following >= 0, -np.log(p[np.arange(len(p)), following]), 0)
-    ids, kept = add_true_token(ids, kept, following, nats)
+    ids, kept = true_token_last(ids, kept, following, nats)
     return project_path(
         ids,
         kept,
