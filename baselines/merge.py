@@ -4,8 +4,10 @@ Every merge is described by a mergekit configuration, whether the user names an 
 mergekit takes seconds to import, so that happens where it is used.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,22 +15,25 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from baselines.merge_checks import check_mergeable
+from baselines.merge_checks import check_mergeable, check_plan
 from baselines.merge_configuration import (
     changes_layers,
     check_configuration,
+    define_gpt_neox,
     donor_of,
     first_line,
+    makes_tokenizer,
     models_of,
     read_configuration,
     rename_models,
+    with_folders,
 )
 from baselines.method import Candidate, Context, Parameters, Reference, RoleOrRow
 from baselines.registry import method
 from fusion.errors import UserError
 from fusion.modeling.loading import check_loading
 
-VERSION = 1
+VERSION = 2
 MODEL_FOLDER = "model"
 SEARCH_FILE = "search.json"
 _SPREAD = 1.5  # distance of the first simplex' corners from equal weights, in nats
@@ -146,7 +151,8 @@ def _merge_once(context: Context, configuration: Mapping[str, Any]) -> Candidate
     artifact = context.make(
         "merge", build, version=VERSION, inputs=members.inputs, params=members.params(configuration)
     )
-    return members.merged(artifact.folder / MODEL_FOLDER, artifact.fingerprint, sliced=changes_layers(configuration))
+    reshaped = changes_layers(configuration) or makes_tokenizer(configuration)
+    return members.merged(artifact.folder / MODEL_FOLDER, artifact.fingerprint, reshaped=reshaped)
 
 
 def _merge_tuned(context: Context, parameters: MergeParameters, models: Sequence[str]) -> Candidate:
@@ -181,7 +187,7 @@ def _merge_tuned(context: Context, parameters: MergeParameters, models: Sequence
         params={**members.params(uniform), "search": {"trials": parameters.trials}},
         validations=parameters.trials,
     )
-    return members.merged(artifact.folder / MODEL_FOLDER, artifact.fingerprint, sliced=False)
+    return members.merged(artifact.folder / MODEL_FOLDER, artifact.fingerprint, reshaped=False)
 
 
 class _Members:
@@ -202,8 +208,9 @@ class _Members:
             shapes,
             context.label,
             sliced=changes_layers(configuration),
-            tokenizers="tokenizer" not in " ".join(configuration),
+            tokenizers=not makes_tokenizer(configuration),
         )
+        check_plan(configuration, {name: shapes.get(name, {}) for name in candidates}, context.label)
         return cls(candidates, context.seed if random else None)
 
     @property
@@ -211,9 +218,9 @@ class _Members:
         """True if the merge draws at random or one of its models depends on the seed."""
         return self.seed is not None or any(candidate.seeded for candidate in self.candidates.values())
 
-    def merged(self, folder: Path, fingerprint: str, *, sliced: bool) -> Candidate:
-        """The candidate of a merge; unless it has slices it has the shape of its models."""
-        shape = None if sliced else next(iter(self.candidates.values())).known_shape
+    def merged(self, folder: Path, fingerprint: str, *, reshaped: bool) -> Candidate:
+        """The candidate of a merge, which has the shape of its models unless it is `reshaped`."""
+        shape = None if reshaped else next(iter(self.candidates.values())).known_shape
         return Candidate(folder, fingerprint, seeded=self.seeded, shape=shape)
 
     @property
@@ -255,8 +262,8 @@ def run_mergekit(configuration: Mapping[str, Any], folders: Mapping[str, Path], 
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    _define_gpt_neox()
-    renamed = rename_models(configuration, lambda name: {"model": {"path": str(folders[name])}})
+    define_gpt_neox()
+    renamed = with_folders(configuration, folders)
     LoaderCache().loaders.clear()  # it caches by path, and that folder may hold another model by now
     try:
         run_merge(
@@ -271,7 +278,7 @@ def run_mergekit(configuration: Mapping[str, Any], folders: Mapping[str, Path], 
     finally:
         LoaderCache().loaders.clear()
     donor = folders[donor_of(configuration)]
-    for name in _COPIED:
+    for name in _COPIED[len(_TOKENIZER_FILES) :] if makes_tokenizer(configuration) else _COPIED:
         if (donor / name).is_file() and not (out / name).exists():
             shutil.copyfile(donor / name, out / name)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -279,24 +286,11 @@ def run_mergekit(configuration: Mapping[str, Any], folders: Mapping[str, Path], 
     )
     model, info = loaded
     check_loading(info, model, str(out), "mergekit cannot merge models of this architecture")
-
-
-def _define_gpt_neox() -> None:
-    """Has mergekit ask a GPT-NeoX checkpoint for its weights only.
-
-    Its own definition also wants the masks and frequencies that such checkpoints once held; without a definition it
-    would leave the language model's head out.
-    """
-    from importlib.resources import files
-
-    from mergekit.architecture.json_definitions import NAME_TO_ARCH, _load_architecture_json
-
-    definition = json.loads((files("mergekit._data.architectures") / "gpt-neox.json").read_text(encoding="utf-8"))
-    layer = definition["layer_templates"]
-    computed = (".attention.bias", ".attention.masked_bias", ".inv_freq")
-    layer["weights"] = [weight for weight in layer["weights"] if not weight["name"].endswith(computed)]
-    for name in definition["architectures"]:
-        NAME_TO_ARCH[name] = [_load_architecture_json(json.dumps(definition))]
+    if broken := next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None):
+        raise UserError(
+            f"mergekit merged {', '.join(folders)} to weights that are not finite (first {broken}): change the weights "
+            "of the models, and look for one whose own weights are not finite."
+        )
 
 
 def search_shares(
@@ -312,7 +306,9 @@ def search_shares(
     from scipy.special import softmax
 
     tried: list[tuple[list[float], float]] = []
-    known = json.loads(log.read_text(encoding="utf-8")) if log.exists() else []
+    known: list[Any] = []
+    with contextlib.suppress(FileNotFoundError, ValueError):  # damaged, it is made again
+        known = json.loads(log.read_text(encoding="utf-8"))
 
     def objective(ratios: Any) -> float:
         shares = [float(share) for share in softmax(np.append(0.0, ratios))]
@@ -320,7 +316,10 @@ def search_shares(
         nll = before[1] if before and before[0] == shares else evaluate(shares, len(tried) + 1)
         tried.append((shares, nll))
         beside = log.with_name(f".{log.name}")
-        beside.write_text(json.dumps(tried, indent=1), encoding="utf-8")
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(tried, indent=1))
+            file.flush()
+            os.fsync(file.fileno())
         beside.replace(log)
         return nll
 

@@ -1,10 +1,12 @@
 """Which checkpoints can be merged: those of one architecture, one size and one tokenizer."""
 
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from baselines.merge_configuration import define_gpt_neox, first_line, with_folders
 from fusion.errors import UserError
 
 # Properties of a configuration that say nothing about the weights: names, library, precision, special tokens; and the
@@ -15,6 +17,7 @@ _NOT_COMPARED = {
 }  # fmt: skip
 # Compared first, since the other sizes follow from them: the message then names the cause.
 _COMPARED_FIRST = ("model_type", "hidden_size", "vocab_size")
+_LEAST_SUM = 1e-9  # of weights that are divided by their sum
 _PER_LAYER = {"num_hidden_layers", "layer_types"}  # may differ where a mergekit configuration has slices
 
 
@@ -25,12 +28,12 @@ def check_mergeable(
 
     shapes: for each model its checkpoint folder, or what is known before that exists (see `Candidate.shape`), of which
     only values known of both models are compared. Reads configurations and tokenizers, no weights. sliced: the number
-    of layers may differ. tokenizers: False when the tokenizers may differ.
+    of layers may differ. tokenizers: False when tokenizers and vocabularies may differ.
     """
     from transformers import AutoConfig
 
     (first, *others) = shapes or [""]
-    skipped = _NOT_COMPARED | (_PER_LAYER if sliced else set())
+    skipped = _NOT_COMPARED | (_PER_LAYER if sliced else set()) | (set() if tokenizers else {"vocab_size"})
 
     def read_config(name: str) -> dict[str, Any]:
         shape = shapes[name]
@@ -54,6 +57,93 @@ def check_mergeable(
                 f"{label} cannot merge {first} and {name}, whose tokenizers differ ({difference}): choose models with "
                 "one tokenizer."
             )
+
+
+def check_plan(configuration: Mapping[str, Any], shapes: Mapping[str, Path | Mapping[str, Any]], label: str) -> None:
+    """Raises UserError for a configuration that mergekit would refuse while it merges, or that gives no numbers.
+
+    mergekit plans the merge, which reads no weights. shapes: as in `check_mergeable`, for every model that the
+    configuration names; where one has no folder yet, small Llamas stand for all of them.
+    """
+    from mergekit.common import dtype_from_name
+    from mergekit.config import MergeConfiguration
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.merge import _model_out_config, get_architecture_info
+    from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+    from mergekit.options import MergeOptions
+    from mergekit.plan import MergePlanner
+    from transformers import AutoConfig
+
+    with tempfile.TemporaryDirectory() as name:
+        folders = {model: shape for model, shape in shapes.items() if isinstance(shape, Path)}
+        layers = {
+            model: AutoConfig.from_pretrained(shape, local_files_only=True, trust_remote_code=False)
+            .get_text_config()
+            .num_hidden_layers
+            if isinstance(shape, Path)
+            else shape.get("num_hidden_layers")
+            for model, shape in shapes.items()
+        }
+        _check_layer_ranges(configuration, layers, label)
+        if len(folders) < len(shapes):
+            folders = {model: _stand_in(Path(name, str(number)), layers[model]) for number, model in enumerate(shapes)}
+        define_gpt_neox()
+        LoaderCache().loaders.clear()  # it caches by path
+        try:
+            for key in ("dtype", "out_dtype"):
+                if configuration.get(key) is not None:
+                    dtype_from_name(configuration[key])
+            options = MergeOptions()
+            LoaderCache().setup(options=options)
+            merge = MergeConfiguration.model_validate(with_folders(configuration, folders))
+            architecture = get_architecture_info(merge, options)
+            planner = MergePlanner(merge, architecture, options, _model_out_config(merge, architecture))
+            planner.plan_to_disk(name)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # it raises RuntimeError, ValueError, KeyError and pydantic's own
+            said = first_line(error)
+            for model, folder in folders.items():
+                said = said.replace(f"{folder}.", f"{model}, ").replace(str(folder), model)
+            raise UserError(f"{label}: mergekit cannot merge {', '.join(shapes)}: {said}.") from None
+        finally:
+            LoaderCache().loaders.clear()
+    for weight, task in planner._tensors:
+        if isinstance(task, ExecuteMergeMethodTask) and task.method_name == "linear" and task.parameters["normalize"]:
+            shares = [of_model["weight"] for of_model in task.input_parameters.values()]
+            if abs(sum(shares)) < _LEAST_SUM:
+                raise UserError(
+                    f"{label}: the weights of the models sum to 0 for {weight.name}, and are divided by their sum: "
+                    "raise one of them, or set normalize: false."
+                )
+
+
+def _check_layer_ranges(configuration: Any, layers: Mapping[str, int | None], label: str) -> None:
+    """Raises UserError for a slice with layers that its model does not have, or with none."""
+    if isinstance(configuration, Mapping):
+        model, of_slice = configuration.get("model"), configuration.get("layer_range")
+        if isinstance(of_slice, list) and len(of_slice) == 2:
+            first, end = of_slice
+            n = layers.get(str(model))
+            if not 0 <= first < end <= (end if n is None else n):
+                has = "" if n is None else f", which has {n} layers"
+                raise UserError(f"{label}: layer_range {of_slice} is none of {model}{has}: correct it.")
+    for inside in configuration.values() if isinstance(configuration, Mapping) else configuration:
+        if isinstance(inside, Mapping | list):
+            _check_layer_ranges(inside, layers, label)
+
+
+def _stand_in(folder: Path, layers: int | None) -> Path:
+    """A folder that mergekit can plan with in place of a model that is not there yet: a configuration, no weights."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=layers or 1, num_attention_heads=1)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    save_file({"lm_head.weight": torch.zeros(1)}, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 def _tokenizers_differ(first: Path | Mapping[str, Any], second: Path | Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ def theirs(suite: LmEvalSuite, model: Path, limit: int) -> dict[str, dict[str, f
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for number, source in enumerate(suite._sources.values()):
-            (folder / f"{number}.yaml").write_text(json.dumps(_include(source)), encoding="utf-8")
+            (folder / f"{number}.yaml").write_text(json.dumps(_include(source, folder)), encoding="utf-8")
         command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "1"]
         command += ["--model_args", f"pretrained={model},dtype=float32", "--limit", str(limit)]
         command += ["--tasks", ",".join(source.name for source in suite._sources.values())]

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from html import escape
@@ -80,9 +81,9 @@ def _as_markdown(table: Layout) -> str:
         value = _escaped(cell.value)
         return f"**{value}**{whole.removeprefix(value)}" if cell.best else whole
 
-    lines = [f"**{table.banner.upper()}**\n"] if table.banner else []
+    lines = [f"**{_escaped(table.banner.upper())}**\n"] if table.banner else []
     body = [[text(cell) for cell in row] for row in shown.rows]
-    lines += [f"**{table.title}**\n", _markdown(shown.header, body, escape=False)]
+    lines += [f"**{_escaped(table.title)}**\n", _markdown(shown.header, body, escape=False)]
     lines += [f"{_escaped(note)}  " for note in shown.notes]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -194,8 +195,14 @@ def _shown(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+# What Markdown would take for an escape, a cell's end, code, emphasis, a tag, an entity or a link.
+_MARKDOWN = re.compile(r"[\\|`*]|(?<!\w)_|_(?!\w)|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\](?=[(\[])|~(?=~)")
+# What a spreadsheet takes for a formula, unless it is a number.
+_FORMULA = re.compile(r"[=@\t\r]|[+-](?![\d.\s]*%?$)")
+
+
 def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return _MARKDOWN.sub(r"\\\g<0>", text.replace("\n", " "))
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], escape: bool = True) -> str:
@@ -207,8 +214,14 @@ def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], escape: boo
 
 def _csv(lines: Iterable[Sequence[object]]) -> str:
     out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(lines)  # floats by repr: they read back equal
+    # Floats by repr: they read back equal.
+    csv.writer(out, lineterminator="\n").writerows([_no_formula(value) for value in line] for line in lines)
     return out.getvalue()
+
+
+def _no_formula(value: object) -> object:
+    """The value of a cell; a text that a spreadsheet would execute has an apostrophe before it."""
+    return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
 
 
 def _json(value: object) -> str:

@@ -3,6 +3,7 @@
 A record file is Parquet, written once and never changed; the schema's version lies in the file's metadata.
 """
 
+import errno
 import json
 import os
 import uuid
@@ -90,19 +91,35 @@ def write(path: Path | str, records: Iterable[Record], provenance: Mapping[str, 
         # Before the records, so that there are no records without it.
         text = json.dumps(provenance, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.json")
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair as JSON has it
+        _sync(temporary)
         temporary.replace(path.with_suffix(".json"))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        pq.write_table(pa.Table.from_pandas(frame, schema=_SCHEMA, preserve_index=False), temporary)
+        with temporary.open("wb") as file:  # by name, pyarrow takes a folder with a colon for an address
+            pq.write_table(pa.Table.from_pandas(frame, schema=_SCHEMA, preserve_index=False), file)
+        _sync(temporary)  # data before the name: a power loss leaves no torn file of records
         try:
             os.link(temporary, path)  # unlike a rename it never replaces what another process has just written there
         except FileExistsError:
             _refuse_other(path, frame)
         except OSError:  # a file system without hard links
             temporary.replace(path)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Returns when the file, or the names in the folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot sync folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def read(paths: Path | str | Sequence[Path | str]) -> pd.DataFrame:

@@ -19,6 +19,7 @@ from harness.cli import (
     scaffold,
     suite_commands,
 )
+from harness.cli.console import open_streams
 from harness.runtime import distributed
 from harness.runtime.user_errors import sentence_about
 from harness.store import provenance
@@ -118,6 +119,7 @@ def _global(
 
 def main() -> None:
     """The console command: a mistake of the user's is one sentence and exit status 2, a signal's end is one, too."""
+    open_streams()
     stopped_by = 0
 
     def stop(number: int, frame: Any) -> None:

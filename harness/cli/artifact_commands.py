@@ -62,7 +62,7 @@ def artifact_verify(form: FormatOption = None, json: Json = False, root: Root = 
     for path in store.artifacts():
         problem = None
         try:
-            store.verify(path)
+            store.verify(path, anew=True)
         except UserError as error:
             problem = str(error)
             if form is None:
@@ -84,22 +84,27 @@ def artifact_gc(
     json: Json = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Remove leftovers of interrupted stages and artifacts that no run uses."""
+    """Remove what nothing uses: artifacts, and leftovers of interrupted stages, that no run, evaluation, extraction,
+    audit or built method lists and that no running command is using. To let go of what a run uses, remove its folder.
+    """
     from harness.store import cleanup
 
     _store(root)
     state = "removed" if yes else "unused"
-    rows: list[list[object]] = []
-    for path, n_bytes in list(cleanup.unused(root)):
-        if yes:
-            cleanup.remove(root, path)
-        rows.append([state, str(path), n_bytes])
-        if form is None:
-            typer.echo(f"{state} {path} ({n_bytes:,} bytes)")
+    folders = cleanup.unused(root, remove=yes)
     if form is not None:
-        print_rows(["state", "folder", "size (bytes)"], rows, form)
-    elif not rows:
+        print_rows(["state", "folder", "size (bytes)"], [[state, str(path), n] for path, n in folders], form)
+        return
+    for path, n_bytes in folders:
+        typer.echo(f"{state} {path} ({n_bytes:,} bytes)")
+    total = sum(n_bytes for _, n_bytes in folders)
+    freed = f"{total:,} bytes ({size(total)})"
+    if not folders:
         typer.echo(f"Nothing to remove: every artifact below {root} is used by a run.")
+    elif yes:
+        typer.echo(f"{freed} in {len(folders)} folders are freed.")
+    else:
+        typer.echo(f"--yes removes these {len(folders)} folders and frees {freed}.")
 
 
 def _store(root: Path) -> "Store":

@@ -1,5 +1,6 @@
 """How commands print: tables, plans, and libraries that must stay quiet."""
 
+import io
 import json
 import logging
 import os
@@ -66,6 +67,20 @@ def print_document(document: Mapping[str, Any], form: Literal["yaml", "json"] | 
         import yaml
 
         typer.echo(yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True), nl=False)
+
+
+def open_streams() -> None:
+    """Makes standard output and standard error take any text.
+
+    What an encoding other than UTF-8 does not have becomes a question mark, and a closed stream swallows everything: a
+    table must not be lost, after hours of training, because of the terminal.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  as long as the process
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def size(n_bytes: float) -> str:

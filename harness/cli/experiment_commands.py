@@ -293,14 +293,16 @@ def extract(
             raise UnknownName("role", role, known)
     prepare(root, config.device)
     from harness.experiment.pipeline import TARGET, open_experiment, predict, start
+    from harness.store.paths import command_path
 
     experiment = open_experiment(config, root)
     start(experiment)
     rows: list[list[object]] = []
-    for role in roles or [TARGET, *config.roles.sources]:
-        folder = predict(experiment, role)[1]
-        rows.append([role, str(folder)])
-        if form is None:
-            typer.echo(f"{role}: {folder}")
+    with experiment.workspace.store.in_use(command_path(root, config.experiment, config.profile, "extract")):
+        for role in roles or [TARGET, *config.roles.sources]:
+            folder = predict(experiment, role)[1]
+            rows.append([role, str(folder)])
+            if form is None:
+                typer.echo(f"{role}: {folder}")
     if form is not None:
         print_rows(["role", "folder"], rows, form)

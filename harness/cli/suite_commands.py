@@ -57,7 +57,7 @@ def suite_show(
 
     kind = SUITES.get(name)
     rows: list[list[object]] = []
-    standalone = getattr(kind, "standalone_config", lambda options: {})({})
+    standalone: dict[str, Any] = getattr(kind, "standalone_config", lambda options: {})({})
     for setting in settings_of(kind.schema):
         default = setting.default
         if setting.name in standalone:
@@ -215,6 +215,9 @@ def multipl_e_execute(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Programs at a time. Default: as many as there are cores.")
     ] = None,
+    max_seconds: Annotated[
+        float | None, typer.Option(min=1, help="Begin no program after so long. Default: no limit.")
+    ] = None,
     unsafe: Unsafe = False,
     form: FormatOption = None,
     json: Json = False,
@@ -230,7 +233,12 @@ def multipl_e_execute(
     for problem in read_generations(generations):
         scores.check_samples(len(problem.programs), k)  # too few samples should not be found out at the end
     done = execute.execute(
-        generations, out or execute.results_path(generations), cache=root / TOOLCHAINS, workers=workers, unsafe=unsafe
+        generations,
+        out or execute.results_path(generations),
+        cache=root / TOOLCHAINS,
+        workers=workers,
+        unsafe=unsafe,
+        max_seconds=max_seconds,
     )
     rows = scores.summary(scores.read_results(done.results), done.not_run, k)
     print_rows([column.format(k=k) for column in scores.COLUMNS], rows, form)

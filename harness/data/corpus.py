@@ -4,7 +4,6 @@ A document is identified by the SHA-256 of its whole text. It is cut into passag
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from fusion.errors import UserError, did_you_mean
 from harness.config.schema import CorpusConfig
 from harness.data.hub import dataset_commit, dataset_fingerprint, offline_unless_reachable
 from harness.data.standard_library import DOMAINS, SHARES, standard_library
+from harness.store.files import parse_json
 from harness.store.fingerprint import file_sha256
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # of a data set; a few have no owner
@@ -183,10 +183,12 @@ def _parquet_rows(path: Path, config: CorpusConfig) -> Iterator[dict[str, Any]]:
 def _json_rows(path: Path, config: CorpusConfig) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
             try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError):
-                raise UserError(f"{path}, line {number} is not JSON in UTF-8: correct that line.") from None
+                row = parse_json(line)
+            except ValueError as reason:
+                raise UserError(f"{path}, line {number} is not JSON in UTF-8 ({reason}): correct that line.") from None
             for column in (config.text_column, config.name_column, config.domain_column):
                 if column and (not isinstance(row, dict) or not {column, column.partition(".")[0]} & row.keys()):
                     raise UserError(f"{path}, line {number} has no {column!r}: {_SET_COLUMNS}.")
@@ -319,6 +321,11 @@ def documents(config: CorpusConfig, data_root: Path | None, summary: CorpusSumma
             continue
         if config.first_bytes:
             text = first_bytes(document.text, config.first_bytes)
+            if not text:
+                raise UserError(
+                    f"Document {document.name!r} of {config.path} has no whole character in its first "
+                    f"{config.first_bytes} bytes: raise first_bytes."
+                )
             if text != document.text:
                 summary.limit("first_bytes")
             document = replace(document, text=text, whole=text == document.text)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from fusion.errors import UserError
+from harness.store.files import rename_durably
 
 if TYPE_CHECKING:
     from fusion.inference.top_k import TopKPredictions
@@ -93,7 +94,7 @@ def write_shard(
         tensors = _compressed(tensors)
     try:
         beside.write_bytes(save(tensors, {"sha256": _digest(tensors)}))
-        beside.replace(path)
+        rename_durably(beside, path)
     finally:  # a full disk needs the space
         beside.unlink(missing_ok=True)
 

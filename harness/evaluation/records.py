@@ -8,7 +8,7 @@ from typing import Any
 from harness.evaluation.suite import Suite, SuiteResult
 from harness.store.files import write_json
 from harness.store.fingerprint import fingerprint
-from harness.store.paths import RECORDS, SUITES_FILE, place_of_artifact
+from harness.store.paths import RECORDS, SUITES_FILE, place_of_artifact, safe_name
 
 
 def write_records(
@@ -40,7 +40,9 @@ def write_records(
     if not records:
         return {**entry, "file": None}
     evaluation = fingerprint(result.fingerprints)
-    slug = "".join(c if c.isalnum() else "-" for c in method)
+    slug = safe_name(method)
+    if slug != method:  # another label may have the same one
+        slug += f"-{fingerprint(method)[:8]}"
     file = f"{slug}-{'as-is' if seed is None else seed}-{name}-{evaluation[:16]}.parquet"
     provenance = {
         "evaluation": evaluation,

@@ -106,19 +106,20 @@ def evaluate(
     write_json(folder / PLAN_FILE, {"artifacts": _artifacts(plan, root)})
     before = read_run_file(folder / RUN_FILE)  # refused now if it is damaged, not when all is done
     store = Store(root / ARTIFACTS, info={"configuration": identity})
-    measured = [
-        write_records(
-            folder,
-            name,
-            one.measure(evaluated, store, costs),
-            candidate=evaluated.fingerprint,
-            experiment="eval",
-            profile=dtype,
-            method=evaluated.label,
-            seed=None,
-        )
-        for name, one in suites.items()
-    ]
+    with store.in_use():
+        measured = [
+            write_records(
+                folder,
+                name,
+                one.measure(evaluated, store, costs),
+                candidate=evaluated.fingerprint,
+                experiment="eval",
+                profile=dtype,
+                method=evaluated.label,
+                seed=None,
+            )
+            for name, one in suites.items()
+        ]
     listed = list_measured(folder, before, measured)
     note_suites(folder, suites, listed["measured"])
     description = {

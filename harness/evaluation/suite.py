@@ -19,7 +19,7 @@ from harness.config.errors import ConfigurationError, problems_of
 from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.store.artifacts import Estimate, Spec, Store
 from harness.store.costs import Costs
-from harness.store.files import whole_lines, write_atomically
+from harness.store.files import intact_lines, parse_json, write_atomically
 from harness.store.fingerprint import fingerprint
 
 NO_VOTE = "there is no answer to vote on"
@@ -153,19 +153,28 @@ def suite_config(name: str, given: Any, where: str | None = None) -> BaseModel:
         raise ConfigurationError(where, problems_of(error, schema, given, where, above)) from None
 
 
-def ensure_jointly(
-    store: Store, wanted: Sequence[tuple[str, Spec, Estimate]], run: Callable[[dict[str, Path]], None]
-) -> dict[str, Path]:
-    """The artifacts by name; those that are not there are made by one call, `run(their folders by name)`.
+class _Unfinished(UserError):
+    """Keeps an artifact that could not be finished from getting its name."""
 
-    So several tasks share the batches of one model, and each has an artifact of its own all the same.
+
+def ensure_jointly(
+    store: Store,
+    wanted: Sequence[tuple[str, Spec, Estimate]],
+    run: Callable[[dict[str, Path]], Mapping[str, str] | None],
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """The artifacts by name, and by name the reasons why others could not be finished.
+
+    Those that are not there are made by one call, `run(their folders by name)`, which gives the reasons. So several
+    tasks share the batches of one model, and each has an artifact of its own all the same. What an unfinished one has
+    in its folder is kept, and the next call goes on from it.
     """
     paths: dict[str, Path] = {}
+    unfinished: dict[str, str] = {}
 
     def enter(rest: Sequence[tuple[str, Spec, Estimate]], folders: dict[str, Path]) -> None:
         if not rest:
             if folders:
-                run(folders)
+                unfinished.update(run(folders) or {})
             return
         (name, spec, estimate), *others = rest
         entered = False
@@ -174,30 +183,45 @@ def ensure_jointly(
             nonlocal entered
             entered = True
             enter(others, {**folders, name: folder})
+            if name in unfinished:
+                raise _Unfinished(unfinished[name])
 
-        paths[name] = store.ensure(spec, build, estimate)
+        try:
+            paths[name] = store.ensure(spec, build, estimate)
+        except _Unfinished:
+            return
         if not entered:
             enter(others, folders)
 
-    enter(wanted, {})
-    return {name: paths[name] for name, _, _ in wanted}
+    # Each is made under a lock of its own, and all are held at once: two processes that took them in different orders
+    # would wait for one another for ever.
+    enter(sorted(wanted, key=lambda one: one[1].fingerprint), {})
+    return {name: paths[name] for name, _, _ in wanted if name in paths}, unfinished
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Adds one JSON line; in ASCII, so that `whole_lines` can read what a kill has torn at any byte."""
+    """Adds one JSON line, in ASCII."""
     with path.open("a", encoding="ascii") as file:
         file.write(json.dumps(value, allow_nan=False) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file that `append_line` wrote."""
-    return [json.loads(line) for line in whole_lines(path)]
+    """All lines of a finished file that `append_line` wrote. Raises UserError naming one that is damaged."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            rows.append(parse_json(line))
+        except ValueError as reason:
+            remedy = f"remove {path.parent} to have it made again"
+            raise UserError(f"{path}, line {number} is damaged ({reason}): {remedy}.") from None
+    return rows
 
 
 def kept_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines that an interrupted run finished, to go on after them; what is left of a torn one is removed."""
-    write_atomically(path, "".join(whole_lines(path)))
-    return read_lines(path)
+    """The lines that an interrupted run finished, to go on after them; torn and damaged ones are removed."""
+    lines = intact_lines(path)
+    write_atomically(path, "".join(lines))
+    return [json.loads(line) for line in lines]
 
 
 def chosen(wanted: Sequence[str] | None, known: Sequence[str], suite_name: str) -> list[str]:

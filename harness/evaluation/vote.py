@@ -18,7 +18,7 @@ def chosen_indices(line: Line) -> dict[str, Any]:
 
     acc: the choice with the greatest log-likelihood; acc_norm: with the greatest log-likelihood per character.
     """
-    log_likelihoods = [answer[0] for answer in line["answer"][: len(line["choices"])]]
+    log_likelihoods = [float(answer[0]) for answer in line["answer"][: len(line["choices"])]]
     # Without a character there is no mean: like lm-eval's, such a choice is never taken.
     normalised = [
         p / n if (n := len(choice)) else -inf for p, choice in zip(log_likelihoods, line["choices"], strict=True)

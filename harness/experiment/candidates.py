@@ -13,6 +13,7 @@ from harness.config.validation import method_parameters
 from harness.experiment.checks import check_inputs, check_lengths, check_space, check_validation
 from harness.experiment.method_context import MethodContext
 from harness.experiment.pipeline import Experiment, open_experiment, start
+from harness.store.paths import command_path
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,12 @@ def build(config: Config, labels: Sequence[str], root: Path) -> Iterator[Row]:
     """Makes the candidates of rows without evaluating them; what is there is not made again."""
     experiment = open_experiment(config, root)
     start(experiment)
-    check_inputs(experiment)
-    check_lengths(experiment)
-    dry = open_experiment(config, root, dry=True)
-    for _ in candidates(dry, labels):
-        pass
-    check_validation(dry, experiment)
-    check_space(list(dry.workspace.store.planned.values()), root)
-    yield from candidates(experiment, labels)
+    with experiment.workspace.store.in_use(command_path(root, config.experiment, config.profile, "build")):
+        check_inputs(experiment)
+        check_lengths(experiment)
+        dry = open_experiment(config, root, dry=True)
+        for _ in candidates(dry, labels):
+            pass
+        check_validation(dry, experiment)
+        check_space(list(dry.workspace.store.planned.values()), root)
+        yield from candidates(experiment, labels)

@@ -31,6 +31,7 @@ from harness.experiment.run import run_folder
 from harness.reporting.figures import audited
 from harness.runtime.progress import track
 from harness.store.files import write_atomically
+from harness.store.paths import command_path
 
 LEAST_TAIL = 1e-6  # a tail is stored in float16; below this it is rounding and its logarithm means nothing
 OVERALL = "all domains"
@@ -59,7 +60,8 @@ def audit(config: Config, root: Path) -> Audit:
     start(experiment)
     parameters = _fusellm(config)
     fusion = parameters.loss(parameters.sources or list(config.roles.sources))
-    measures, skipped = _measures(experiment, fusion)
+    with experiment.workspace.store.in_use(command_path(root, config.experiment, config.profile, "audit")):
+        measures, skipped = _measures(experiment, fusion)
     sentence = _sentence(measures)
     if skipped:
         sentence += f" {skipped} passages are not counted: the logits of a model about them are not finite."

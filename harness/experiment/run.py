@@ -23,9 +23,9 @@ from harness.runtime.progress import notify, whole_run
 from harness.stages.training_log import tokens_seen
 from harness.store.artifacts import Planned, read_manifest
 from harness.store.files import exclusive_lock, write_json
-from harness.store.paths import PLAN_FILE, RECORDS, RUN_FILE, place_of_artifact, run_path
+from harness.store.paths import RECORDS, RUN_FILE, place_of_artifact, run_path
 from harness.store.provenance import made_by
-from harness.store.run_files import list_measured, read_run_file
+from harness.store.run_files import list_measured, note_artifacts, read_run_file
 
 if TYPE_CHECKING:
     from results.table import Table
@@ -74,8 +74,13 @@ def make_records(config: Config, root: Path) -> tuple[Path, Sequence[FailedRow]]
     """
     experiment = open_experiment(config, root)
     start(experiment)
+    with experiment.workspace.store.in_use():
+        return _plan_and_make(experiment, root)
+
+
+def _plan_and_make(experiment: Experiment, root: Path) -> tuple[Path, Sequence[FailedRow]]:
     check_inputs(experiment)
-    dry = open_experiment(config, root, dry=True)
+    dry = open_experiment(experiment.config, root, dry=True)
     impossible: list[FailedRow] = []
     planned = plan_stages(dry, impossible)
     if impossible:
@@ -101,11 +106,8 @@ def _make(
     (folder / RECORDS).mkdir(parents=True, exist_ok=True)
     # What the plan has not asked for, naming the run has (the passages, where nothing is trained).
     artifacts = {str(p.path.relative_to(root)) for p in [*planned, *experiment.workspace.store.planned.values()]}
-    with exclusive_lock(folder / ".lock", f"run {folder.name}"):
-        # Known from the beginning, so that cleaning up spares what a run under way has made.
-        before = read_run_file(folder / PLAN_FILE).get("artifacts", [])
-        write_json(folder / PLAN_FILE, {"artifacts": sorted(artifacts.union(before))})
-        read_run_file(folder / RUN_FILE)  # refused now if it is damaged, not when all is done
+    note_artifacts(folder, artifacts)  # from the beginning, so that cleaning up spares what a killed run has made
+    read_run_file(folder / RUN_FILE)  # refused now if it is damaged, not when all is done
     measured: list[dict[str, Any]] = []
     notes: list[dict[str, Any]] = []
     passages = experiment.corpora.passages[1]

@@ -5,7 +5,6 @@ tensors. The result is loaded again and compared with the original before it get
 is complete and equal to the original.
 """
 
-import gc
 import json
 import pickle
 import shutil
@@ -15,36 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
 from fusion.modeling.loading import check_loading
-from harness.models.checkpoints import load_model, load_tokenizer
+from harness.models.checkpoints import load_tokenizer
 from harness.models.manifest import read_model_manifest, write_model_manifest
-from harness.models.resolution import PICKLE_FILES, SLOW_TOKENIZER_FILES, ModelSpec, ResolvedModel, check_config_file
-from harness.store.files import disk_errors, write_atomically
+from harness.models.reproduction import SAMPLES, NotReproduced, as_resolved, save_checked, token_ids
+from harness.models.resolution import PICKLE_FILES, SLOW_TOKENIZER_FILES, check_config_file
+from harness.store.files import disk_errors, rename_durably
 from harness.store.fingerprint import file_sha256
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
 Notify = Callable[[str], None]
-
-# Texts on which tokenizers that look alike come apart: spaces at both ends, runs of spaces and line ends, digits,
-# scripts with and without spaces, combining marks, joined emoji, compatibility characters, control characters.
-SAMPLES = (
-    "The quick brown fox jumps over the lazy dog.",
-    "  two spaces before, two after  ",
-    " one before",
-    "a\n\n\nb\r\nc\td \n e",
-    "def f(x):\n    return {'a': x[1:], \"b\": 10 ** -3}  # why?\n",
-    "In 1984, 2,023.5 and 007 cost $1,000 (12%) at 10:45; ½ ² ٣٤",
-    "It's they'll WE'RE don't I'd",
-    "Größe, naïve café, ﬁne, ＡＢＣ, e\u0301 and é",
-    "Привет, мир! Γειά σου Κόσμε",
-    "東京は日本の首都です。中文分词没有空格。한국어 문장",
-    "مرحبا بالعالم हिन्दी में पाठ ไทยไม่มีช่องว่าง עברית",
-    "🙂 👩‍👩‍👧‍👦 🇩🇪 👍🏽",
-    "zero\u200bwidth, nb\u00a0space, \x01control, \ufeffmark",
-    "https://example.org/a_b?c=d&e=%20#f <tag> </tag>",
-)
 
 # How a byte-level vocabulary splits text before merging is only named in a GGUF file, and the library takes the GPT-2
 # pattern for names that it does not know. These names mean that pattern ...
@@ -81,21 +62,29 @@ def convert(
                 return out
             raise UserError(f"{out} exists already and holds something else: choose another name, or delete it.")
         beside = out.parent / f".{out.name}.partial"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
         try:
-            with disk_errors(beside):
-                if is_gguf:
-                    tell(f"Converting {path.name} to safetensors (a minute or two) ...")
-                    _convert_gguf(path, beside)
-                else:
-                    tell(f"Converting {path} to safetensors ...")
-                    _convert_folder(path, beside)
+            tell(f"Converting {path} to safetensors{' (a minute or two)' if is_gguf else ''} ...")
+            try:
+                _convert(path, beside)
+            except NotReproduced as difference:
+                tell(f"{difference}: converting once more ...")
+                try:
+                    _convert(path, beside)
+                except NotReproduced as again:
+                    raise again.refusal(path, out) from None
             write_model_manifest(beside, source=source, licence=licence)
-            beside.rename(out)
+            rename_durably(beside, out)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     return out
+
+
+def _convert(path: Path, beside: Path) -> None:
+    """Fills the folder `beside` anew. Raises NotReproduced when it does not hold the original."""
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    with disk_errors(beside):
+        (_convert_folder if path.is_dir() else _convert_gguf)(path, beside)
 
 
 def _describe(path: Path, is_gguf: bool) -> dict[str, Any]:
@@ -124,7 +113,7 @@ def _convert_gguf(path: Path, out: Path) -> None:
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    _save(model, tokenizer, out)
+    save_checked(model, tokenizer, out, str(path))
 
 
 def _gguf_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
@@ -213,7 +202,7 @@ def _convert_folder(folder: Path, out: Path) -> None:
         raise UserError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     model, info = loaded
     check_loading(info, model, str(folder))
-    _save(model, tokenizer, out)
+    save_checked(model, tokenizer, out, str(folder))
 
 
 def _unsafe(folder: Path) -> UserError:
@@ -243,7 +232,7 @@ def _pickle_dtype(folder: Path) -> "torch.dtype":
 def _folder_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     """The folder's fast tokenizer, or one made from its slow one that splits every sample equally."""
     if (folder / "tokenizer.json").is_file():
-        return load_tokenizer(_as_resolved(folder))
+        return load_tokenizer(as_resolved(folder))
     passages = sorted(folder.glob("*.model"))
     if not passages:
         slow = [file.name for pattern in SLOW_TOKENIZER_FILES for file in folder.glob(pattern)]
@@ -265,7 +254,7 @@ def _folder_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
             )
         if exact:
             _spell_spaces_exactly(tokenizer, prefix=slow_tokenizer.encode("a", out_type=str)[0].startswith("▁"))
-        wrong = [text for text in SAMPLES if _ids(tokenizer, text) != slow_tokenizer.encode(text)]
+        wrong = [text for text in SAMPLES if token_ids(tokenizer, text) != slow_tokenizer.encode(text)]
         if not wrong:
             fast: PreTrainedTokenizerFast = tokenizer
             return fast
@@ -274,83 +263,3 @@ def _folder_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
         f"The fast tokenizer made of {passages[0]} splits {differing!r} otherwise than the slow one: "
         "put the model's own tokenizer.json into the folder."
     )
-
-
-def _ids(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
-
-
-def _as_resolved(folder: Path) -> ResolvedModel:
-    return ResolvedModel(folder, folder.name, "", ModelSpec(name=str(folder)))
-
-
-def _exact_dtype(model: "PreTrainedModel") -> "torch.dtype":
-    """The smallest float type that holds every weight exactly."""
-    import torch
-
-    weights = list(model.state_dict().values())
-    for dtype in (torch.bfloat16, torch.float16):
-        if all(torch.equal(weight.to(dtype).to(weight.dtype), weight) for weight in weights):
-            return dtype
-    return model.dtype
-
-
-def _logits(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> "torch.Tensor":
-    import torch
-
-    ids = [token for text in SAMPLES[:6] for token in _ids(tokenizer, text)][:128]
-    with torch.no_grad():
-        logits: torch.Tensor = model.eval()(torch.tensor([ids])).logits.float()
-    return logits
-
-
-def _save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", out: Path) -> None:
-    """Saves the model, loads it again and compares tokens of every sample, special tokens, weights and logits.
-
-    The original is freed half-way, so that one copy at a time is in memory. Raises UserError for any difference.
-    """
-    import torch
-    from safetensors import safe_open
-
-    embeddings: Any = model.get_input_embeddings()
-    rows = embeddings.weight.shape[0]
-    if len(tokenizer) > rows:
-        raise UserError(
-            f"The tokenizer has {len(tokenizer)} tokens and the model has fewer embeddings: they do not belong."
-        )
-    dtype = model.dtype
-    expected = _logits(model, tokenizer)
-    stored = _exact_dtype(model) if dtype == torch.float32 else dtype
-    model.to(stored)  # type: ignore[arg-type]
-    weights = model.state_dict()
-    model.save_pretrained(out)
-    _save_tokenizer(tokenizer, out)
-    for file in out.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (no mapping)
-                if name in weights and not torch.equal(tensors.get_tensor(name), weights[name]):
-                    raise RuntimeError(f"{name} was not written as it is")
-    del model, weights
-    gc.collect()
-    again = load_tokenizer(_as_resolved(out))
-    same_roles = again.all_special_ids == tokenizer.all_special_ids and again.eos_token_id == tokenizer.eos_token_id
-    if not same_roles or any(_ids(again, text) != _ids(tokenizer, text) for text in SAMPLES):
-        raise RuntimeError("the saved tokenizer differs from the original")
-    name = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}[dtype]
-    got = _logits(load_model(_as_resolved(out), name), tokenizer)  # type: ignore[arg-type]
-    # Equal weights give equal logits; the room is for kernels that depend on where memory lies.
-    room = (1e-5 if dtype == torch.float32 else 1e-2) * expected.abs().max()
-    if not torch.isfinite(expected).all() or (got - expected).abs().max() > room:
-        raise UserError("The converted model does not give the original's logits: it was not kept.")
-
-
-def _save_tokenizer(tokenizer: "PreTrainedTokenizerFast", out: Path) -> None:
-    tokenizer.save_pretrained(out)
-    path = out / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("is_local", "local_files_only", "vocab_file", "gguf_file"):
-        config.pop(key, None)
-    # tokenizer.json alone is to decide: a named class would rebuild it from the vocabulary (see load_tokenizer).
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    write_atomically(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")

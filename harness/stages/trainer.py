@@ -34,7 +34,7 @@ from harness.runtime.device import compute_dtype
 from harness.runtime.progress import notify, track
 from harness.stages.sharding import release, whole_weights, without_own_ops, zero_config, zero_stage
 from harness.stages.training_log import LOG_FILE, curve_files
-from harness.store.files import read_json, whole_lines, write_atomically, write_json
+from harness.store.files import intact_lines, read_json, sync_all, write_atomically, write_json
 from harness.store.fingerprint import file_sha256
 from harness.store.paths import MODEL_FOLDER
 
@@ -191,7 +191,7 @@ class _Follow(TrainerCallback):
         if self._curve is None or not distributed.is_main_process():
             return
         file = self._curve.file(self._folder)
-        measured = [json.loads(line)["step"] for line in whole_lines(file)]
+        measured = [json.loads(line)["step"] for line in intact_lines(file)]
         if measured != self._at:  # begun under another curve
             file.unlink(missing_ok=True)
 
@@ -238,6 +238,7 @@ def _replace_forward(
 def _seal(folder: Path, layout: Mapping[str, int | None]) -> None:
     """Marks a folder as complete, its files as they are now, and how its content is divided (see `layout_of`)."""
     files = {str(f.relative_to(folder)): file_sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+    sync_all(folder)
     write_json(folder / _COMPLETE, {"files": files, **layout})
 
 

@@ -16,6 +16,7 @@ from harness.data.predictions import PredictionsReader
 from harness.models.resolution import ResolvedModel
 from harness.runtime.progress import track
 from harness.store.artifacts import Estimate, Spec, Store
+from harness.store.files import rename_durably
 
 VERSION = 3
 MAP_FILE = "map.npy"
@@ -90,7 +91,7 @@ def _save(path: Path, array: np.ndarray) -> None:
     unfinished = path.with_name(f"{path.name}.tmp")
     with unfinished.open("wb") as file:
         np.save(file, array, allow_pickle=False)
-    unfinished.replace(path)
+    rename_durably(unfinished, path)
 
 
 def read_map(folder: Path) -> np.ndarray:

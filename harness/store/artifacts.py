@@ -8,7 +8,7 @@ a killed stage had finished stay in the hidden folder, and the next start goes o
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +17,23 @@ from fusion.errors import UserError
 from harness.runtime import distributed
 from harness.runtime.memory import PeakMemory, trim_heap
 from harness.runtime.progress import stage
-from harness.store.files import disk_errors, exclusive_lock, read_json, write_json
-from harness.store.fingerprint import file_sha256, fingerprint
-from harness.store.leases import Leases, in_use
-from harness.store.paths import MANIFEST
+from harness.store.files import (
+    disk_errors,
+    exclusive_lock,
+    parse_json,
+    read_json,
+    rename_durably,
+    write_atomically,
+    write_json,
+)
+from harness.store.fingerprint import canonical, file_sha256, fingerprint
+from harness.store.leases import InUse, Leases, in_use, names_in_use
+from harness.store.paths import IN_USE, MANIFEST, place_of_artifact, safe_name
 from harness.store.provenance import made_by
+from harness.store.run_files import note_artifacts
 
 _IDENTITY = ("kind", "version", "inputs", "params")
+_KEY_DIGITS = 16  # of the fingerprint, in names of folders
 
 
 @dataclass(frozen=True)
@@ -53,8 +63,7 @@ class Spec:
     @property
     def folder_name(self) -> str:
         """`label-fingerprint`, with what a file name should not hold replaced by hyphens."""
-        safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.label)
-        return f"{safe}-{self.fingerprint[:16]}"
+        return f"{safe_name(self.label)}-{self.fingerprint[:_KEY_DIGITS]}"
 
 
 @dataclass(frozen=True)
@@ -86,15 +95,43 @@ class Store:
         self.dry = dry
         self.planned: dict[str, Planned] = {}
         self._verified: set[Path] = set()
+        self._in_use: InUse | None = None
+        self._plan: Path | None = None
+
+    @contextlib.contextmanager
+    def in_use(self, plan: Path | None = None) -> Iterator[None]:
+        """A context in which no clean-up of another process removes what `ensure` gives.
+
+        plan: a folder of runs whose plan lists these artifacts, so that they are spared afterwards, too. Default: the
+        caller lists them.
+        """
+        folder = self.root.parent / IN_USE
+        folder.mkdir(parents=True, exist_ok=True)
+        with InUse(folder) as self._in_use:
+            self._plan = plan
+            try:
+                yield
+            finally:
+                self._in_use = self._plan = None
+
+    def names_in_use(self) -> set[str]:
+        """The keys (see `key_of`) of what running processes use."""
+        return names_in_use(self.root.parent / IN_USE)
+
+    def clean_up_lock(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which no process can begin to use an artifact."""
+        folder = self.root.parent / IN_USE
+        folder.mkdir(parents=True, exist_ok=True)
+        return exclusive_lock(folder / "lock", "clean-up")
 
     def path(self, spec: Spec) -> Path:
         """The artifact's folder, whether it exists or not. It is found by fingerprint, under whatever label."""
         folder = self.root / spec.kind
-        existing = sorted(folder.glob(f"*-{spec.fingerprint[:16]}"))
+        existing = sorted(folder.glob(f"*-{spec.fingerprint[:_KEY_DIGITS]}"))
         return existing[0] if existing else folder / spec.folder_name
 
     def _partial_folder(self, spec: Spec) -> Path:
-        return self.root / spec.kind / f".{spec.fingerprint[:16]}.partial"
+        return self.root / spec.kind / f".{spec.fingerprint[:_KEY_DIGITS]}.partial"
 
     def ensure(
         self,
@@ -120,6 +157,11 @@ class Store:
             UserError: The artifact's bytes do not match its manifest.
             OSError: The folder cannot be written.
         """
+        if self._in_use is not None:
+            with self.clean_up_lock():
+                self._in_use.add(key_of(self._partial_folder(spec)))
+                if self._plan is not None and distributed.is_main_process():
+                    note_artifacts(self._plan, [place_of_artifact(self.path(spec))])
         path = self.path(spec)
         state: Literal["ready", "partial", "missing"] = (
             "ready" if path.exists() else "partial" if self._partial_folder(spec).exists() else "missing"
@@ -221,26 +263,31 @@ class Store:
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         }
         write_json(folder / MANIFEST, dict(sorted(manifest.items())))
-        folder.replace(path)
+        rename_durably(folder, path)
 
-    def verify(self, path: Path, spec: Spec | None = None) -> dict[str, Any]:
-        """Checks every file of the artifact against its manifest, once in a process, and returns the manifest.
+    def verify(self, path: Path, spec: Spec | None = None, *, anew: bool = False) -> dict[str, Any]:
+        """Checks every file of the artifact against its manifest, which it returns.
 
-        Raises UserError naming the first file that is missing, superfluous or changed.
+        Files are hashed once, and again when their size or time of change is another than it was then; `anew` hashes
+        them in any case. Raises UserError naming the first file that is missing, superfluous or changed.
         """
         manifest = read_manifest(path)
         if spec is not None and manifest["fingerprint"] != spec.fingerprint:
             raise UserError(f"{path} holds another artifact than its name states: remove that folder and run again.")
-        if path in self._verified:
+        if path in self._verified and not anew:
             return manifest
         remedy = "remove that artifact's folder to have it made again"
         files = {str(f.relative_to(path)) for f in path.rglob("*") if f.is_file() and f.name != MANIFEST}
         if different := sorted(files ^ set(manifest["files"])):
             raise UserError(f"{path / different[0]} is not as the artifact's manifest lists it: {remedy}.")
-        for name, expected in manifest["files"].items():
-            file = path / name
-            if expected != {"bytes": file.stat().st_size, "sha256": file_sha256(file)}:
-                raise UserError(f"{file} does not match its SHA-256 in the manifest: {remedy}.")
+        stamps = _stamps(path, [MANIFEST, *sorted(files)])
+        if anew or stamps != _read_stamps(path):
+            for name, expected in manifest["files"].items():
+                file = path / name
+                if expected != {"bytes": file.stat().st_size, "sha256": file_sha256(file)}:
+                    raise UserError(f"{file} does not match its SHA-256 in the manifest: {remedy}.")
+            with contextlib.suppress(OSError):  # a read-only folder: it is hashed by every process
+                write_atomically(_beside(path, "verified"), canonical(stamps))
         self._verified.add(path)
         return manifest
 
@@ -266,9 +313,35 @@ class Store:
                 yield folder
 
 
+def key_of(folder: Path) -> str:
+    """What identifies an artifact below the store: its kind and the beginning of its fingerprint.
+
+    The same for the folder of the artifact and for those of its unfinished state and its leases.
+    """
+    name = folder.stem.removeprefix(".") if folder.name.startswith(".") else folder.name
+    return f"{folder.parent.name}/{name[-_KEY_DIGITS:]}"
+
+
+def _beside(path: Path, what: str) -> Path:
+    """The hidden file or folder of an artifact that holds `what`."""
+    return path.with_name(f".{key_of(path).partition('/')[2]}.{what}")
+
+
 def _leases(partial: Path) -> Path:
     """The folder of the leases by which several processes divide the parts of an unfinished artifact."""
     return partial.with_suffix(".leases")
+
+
+def _stamps(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
+    """Size (bytes) and time of change (ns) of files, by name."""
+    return {name: [(stat := (folder / name).stat()).st_size, stat.st_mtime_ns] for name in names}
+
+
+def _read_stamps(path: Path) -> Any:
+    """The stamps that the files of an artifact had when they were last hashed; None where that is not known."""
+    with contextlib.suppress(OSError, ValueError):
+        return parse_json(_beside(path, "verified").read_bytes())
+    return None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

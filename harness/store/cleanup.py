@@ -1,38 +1,56 @@
 """Cleaning up: artifacts and leftovers that no run uses. Imports nothing heavy."""
 
+import contextlib
 import shutil
-from collections.abc import Iterator
+import uuid
 from pathlib import Path
 
-from harness.store.artifacts import Store
+from harness.store.artifacts import Store, key_of
 from harness.store.paths import ARTIFACTS, PLAN_FILE, RUN_FILE, run_files
 from harness.store.run_files import read_run_file
 
 
-def _size(path: Path) -> int:
-    return sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+def unused(root: Path, *, remove: bool = False) -> list[tuple[Path, int]]:
+    """Leftovers of interrupted stages and artifacts that no run or command lists, each with its size in bytes.
 
-
-def unused(root: Path) -> Iterator[tuple[Path, int]]:
-    """Leftovers of interrupted stages and artifacts that no run lists, each with its size in bytes.
+    What a running process uses is not among them, nor the unfinished state of what a run lists, which goes on from it.
+    With `remove` they are gone afterwards: renamed first, so that no half-removed artifact is ever found.
 
     Raises UserError for a damaged description of a run: what that run uses is not known.
     """
     store = Store(root / ARTIFACTS)
-    used = {
-        root / name
+    if not store.root.is_dir():
+        return []
+    removed: list[Path] = []
+    with store.clean_up_lock() if remove else contextlib.nullcontext():
+        # Read while no process can begin to use anything: what one that has ended meanwhile has made is listed.
+        in_use, listed = store.names_in_use(), _listed(root)
+        complete = {key_of(path): path for path in store.artifacts()}
+        left = [
+            path
+            for path in store.leftovers()
+            if path.suffix != ".partial" or key_of(path) not in in_use | (listed - complete.keys())
+        ]
+        paths = [*left, *(path for key, path in complete.items() if key not in in_use | listed)]
+        sizes = [(path, _size(path)) for path in paths]
+        for path in paths if remove else ():
+            beside = path.with_name(f".{path.name.lstrip('.')}.{uuid.uuid4().hex}.removed")
+            path.replace(beside)
+            removed.append(beside)
+    for path in removed:
+        shutil.rmtree(path)
+    return sizes
+
+
+def _listed(root: Path) -> set[str]:
+    """The keys of the artifacts that runs, evaluations and other commands list."""
+    return {
+        key_of(root / name)
         for file_name in (RUN_FILE, PLAN_FILE)
         for run_file in run_files(root, file_name)
         for name in read_run_file(run_file)["artifacts"]
     }
-    for path in [*store.leftovers(), *(p for p in store.artifacts() if p not in used)]:
-        yield path, _size(path)
 
 
-def remove(root: Path, path: Path) -> None:
-    """Removes an artifact or a leftover; renamed first, so that no half-removed artifact is ever found."""
-    if not path.is_relative_to(root / ARTIFACTS):
-        raise ValueError(f"{path} is no artifact")
-    beside = path.with_name(f".{path.name.lstrip('.')}.removed")
-    path.replace(beside)
-    shutil.rmtree(beside)
+def _size(path: Path) -> int:
+    return sum(f.stat().st_size for f in path.rglob("*") if f.is_file())

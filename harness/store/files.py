@@ -1,10 +1,14 @@
-"""Small files and locks: a kill, a full disk or a second process never leaves half a file under its final name."""
+"""Small files and locks: a kill, a full disk, a power loss or a second process never leaves half a file under its name.
+
+Data is on the disk before the name that it gets, and the name before the next step is begun.
+"""
 
 import contextlib
 import errno
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,18 +16,50 @@ from typing import Any
 from fusion.errors import UserError
 from harness.store.fingerprint import fingerprint
 
-_FULL = 1 << 20  # free bytes of a disk below which a failed write is taken for a full disk
+_FULL = 1 << 20  # free bytes of a disk below which a failed write that gives no reason is taken for a full disk
+_NO_SPACE = ("No space left", "Disk quota exceeded")
+_FAILED_WRITE = ("file write failed", "unexpected pos", "requested and")  # torch.save and numpy, which give no reason
+
+
+def sync(path: Path) -> None:
+    """Returns when the file, or the names in the folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot sync folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_all(path: Path) -> None:
+    """Returns when a file, or a folder with all that is in it, is on the disk."""
+    for inside in path.rglob("*") if path.is_dir() else ():
+        if not inside.is_symlink():
+            sync(inside)
+    sync(path)
+
+
+def rename_durably(beside: Path, path: Path) -> None:
+    """Gives a file, or a folder with all that is in it, its final name, when its data is on the disk.
+
+    A file that has the name is replaced.
+    """
+    sync_all(beside)
+    beside.replace(path)
+    sync(path.parent)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file beside `path`, syncs it and renames it: a reader sees the old text or the new, never a part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    """Writes a file beside `path`, syncs it and renames it: a reader sees the old text or the new, never a part.
+
+    Half a surrogate pair, which has no form in UTF-8, is written as a backslash escape; JSON reads it back.
+    """
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
+        rename_durably(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
@@ -40,20 +76,40 @@ def make_folder(folder: Path, option: str) -> None:
         raise UserError(f"The folder {folder} cannot be made ({error.strerror}): choose another {option}.") from None
 
 
-def whole_lines(path: Path) -> list[str]:
-    """The complete lines of a file that is appended to; a last line without its end, cut short by a kill, is dropped.
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
 
-    A file that does not exist has no lines.
+    Raises ValueError, with a reason that can be shown, for anything that Python cannot read as JSON in UTF-8.
     """
-    if not path.exists():
-        return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} at character {error.pos + 1}") from None
+    except ValueError:  # of int()
+        raise ValueError("it has a number of too many digits") from None
+
+
+def intact_lines(path: Path) -> list[str]:
+    """The JSON objects, one a line with its end, of a file that is appended to; none where there is no file.
+
+    A last line that a kill has cut short, and lines that a power loss has filled with other bytes, are dropped.
+    """
+    lines = []
+    for raw in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            if raw.endswith(b"\n") and isinstance(parse_json(raw), dict):
+                lines.append(raw.decode("utf-8"))
+    return lines
 
 
 def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     """The JSON object in a file. Raises UserError, ending in `remedy`, for anything else than a JSON object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_bytes())
     except ValueError:
         value = None
     if not isinstance(value, dict):
@@ -70,7 +126,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """The object that `write_json` wrote. Raises UserError, ending in `remedy`, when the file has been changed."""
     try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        value: dict[str, Any] = parse_json(path.read_bytes())
         whole = value.pop("checksum") == fingerprint(value)
     except (ValueError, TypeError, AttributeError, KeyError):
         whole = False
@@ -81,14 +137,21 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Raises OSError (ENOSPC) in place of whatever a library raises when the disk of `folder` is full."""
+    """Raises OSError (ENOSPC) in place of whatever a library raises when the disk of `folder` is full.
+
+    An error that does not speak of writing is left as it is, however full the disk.
+    """
     try:
         yield
     except (UserError, MemoryError):
         raise
     except Exception as error:
         is_os_error = isinstance(error, OSError) and error.errno is not None
-        if is_os_error or (shutil.disk_usage(folder.parent).free >= _FULL and "No space left" not in str(error)):
+        said = f"{error} {error.__cause__ or error.__context__}"
+        is_full = any(words in said for words in _NO_SPACE)
+        if any(words in said for words in _FAILED_WRITE):
+            is_full = shutil.disk_usage(folder.parent).free < _FULL
+        if is_os_error or not is_full:
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 

@@ -20,7 +20,7 @@ def plain_json(value: Mapping[str, Any]) -> dict[str, Any]:
 
 def fingerprint(value: Any) -> str:
     """SHA-256 (hexadecimal) of a JSON value, independent of the order of keys."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()
+    return hashlib.sha256(canonical(value).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

@@ -17,6 +17,7 @@ import uuid
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Self
 
 HEARTBEAT_S = 10.0
 LEASE_TIMEOUT_S = 180.0  # clients of a file server may see a state that is a minute old
@@ -81,7 +82,7 @@ class Leases:
         self._taken: list[Path] = []
         self._ended = threading.Event()
 
-    def __enter__(self) -> "Leases":
+    def __enter__(self) -> Self:
         self.take(uuid.uuid4().hex)  # marks the folder as in use, also between two parts
         threading.Thread(target=self._beat, daemon=True).start()
         return self
@@ -110,3 +111,29 @@ class Leases:
         except FileExistsError:
             return False
         return True
+
+
+class InUse(Leases):
+    """The names of what one process uses, for `names_in_use`; they are withdrawn when the context ends."""
+
+    def add(self, name: str) -> None:
+        """Adds a name, which holds no line end."""
+        with self._taken[0].with_suffix(".names").open("a", encoding="utf-8") as file:
+            file.write(f"{name}\n")
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self._taken[0].with_suffix(".names").unlink(missing_ok=True)
+
+
+def names_in_use(folder: Path) -> set[str]:
+    """The names that running processes have added in `folder`; files of processes that have ended are removed."""
+    names: set[str] = set()
+    for lease in folder.glob("*.lease"):
+        listed = lease.with_suffix(".names")
+        if _is_dead(lease):
+            listed.unlink(missing_ok=True)
+            lease.unlink(missing_ok=True)
+        elif listed.exists():
+            names.update(listed.read_text(encoding="utf-8").splitlines())
+    return names

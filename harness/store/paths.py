@@ -4,6 +4,7 @@
       artifacts/KIND/LABEL-FINGERPRINT/           one artifact: its files and manifest.json
       models/NAME/                                a fetched or converted model
       runs/EXPERIMENT/PROFILE/FINGERPRINT/        a run: run.json, plan.json, suites.json, records/, tables and figures
+      runs/EXPERIMENT/PROFILE/COMMAND/plan.json   what extract, audit and baseline build have made: clean-ups spare it
       evaluations/MODEL/FINGERPRINT/              the evaluation of one model, laid out like a run
       toolchains/                                 prepared toolchains of MultiPL-E's languages
 
@@ -20,12 +21,16 @@ PRESETS = PACKAGE / "config" / "presets"
 EXAMPLE_ROWS = PACKAGE / "models" / "tiny" / "rows"
 """A few evaluation rows of our own, laid out as `data.root` is."""
 
+_LONGEST_LABEL = 80  # bytes of 255, beside which fingerprints and endings stand
+
 # Folders below --root.
 ARTIFACTS = "artifacts"
 MODELS = "models"
 RUNS = "runs"
 EVALUATIONS = "evaluations"
 TOOLCHAINS = "toolchains"
+IN_USE = ".in-use"
+"""What running processes use, for clean-ups."""
 
 # Files and folders of a run or an evaluation.
 RUN_FILE = "run.json"
@@ -39,9 +44,20 @@ MODEL_FOLDER = "model"
 """The checkpoint of an artifact that is a trained model."""
 
 
+def safe_name(label: str) -> str:
+    """A label as part of a file's name: hyphens for what no name should hold, and not longer than a name may be."""
+    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in label)
+    return safe.encode()[:_LONGEST_LABEL].decode(errors="ignore")
+
+
 def run_path(root: Path, experiment: str, profile: str, fingerprint: str) -> Path:
     """The folder of a run."""
     return root / RUNS / experiment / profile / fingerprint[:16]
+
+
+def command_path(root: Path, experiment: str, profile: str, command: str) -> Path:
+    """The folder of what a command other than a run has made of an experiment: a plan that lists its artifacts."""
+    return root / RUNS / experiment / profile / command
 
 
 def evaluation_path(root: Path, model: str, fingerprint: str) -> Path:

@@ -9,9 +9,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from harness.store.files import read_json
+from harness.store.files import exclusive_lock, read_json, write_json
 from harness.store.fingerprint import file_sha256
-from harness.store.paths import RECORDS
+from harness.store.paths import PLAN_FILE, RECORDS
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
@@ -36,6 +36,18 @@ def list_measured(folder: Path, before: Mapping[str, Any], measured: Sequence[Ma
     kept = {entry["file"] for entry in entries.values()} - written
     hashes = {n: sha256 for n, sha256 in before.get("records", {}).items() if f"{Path(n).stem}.parquet" in kept}
     return {"measured": list(entries.values()), "records": {**hashes, **record_hashes(folder, written)}}
+
+
+def note_artifacts(folder: Path, places: Iterable[str]) -> None:
+    """Adds artifacts (paths relative to the root) to the plan in a folder of runs, so that no clean-up removes them.
+
+    Raises UserError where the plan is damaged.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with exclusive_lock(folder / ".lock", f"run {folder.name}"):
+        before = read_run_file(folder / PLAN_FILE).get("artifacts", [])
+        if after := set(places) - set(before):
+            write_json(folder / PLAN_FILE, {"artifacts": sorted(after.union(before))})
 
 
 def record_hashes(folder: Path, files: Iterable[str]) -> dict[str, str]:

@@ -4,6 +4,7 @@ PNG and SVG have the same bytes every time.
 """
 
 import textwrap
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,6 +111,6 @@ def save(figure: "Figure", path: Path) -> tuple[Path, ...]:
 
 
 def _write(figure: "Figure", path: Path, **options: Any) -> None:
-    temporary = path.with_name(f".{path.name}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     figure.savefig(temporary, format=path.suffix[1:], **options)
     temporary.replace(path)

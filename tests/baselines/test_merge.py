@@ -105,7 +105,7 @@ def test_a_merge_that_lacks_a_weight_is_refused(
     """Without a definition mergekit leaves the head of a GPT-NeoX model out, and loading would make one up."""
     from mergekit.architecture.json_definitions import NAME_TO_ARCH
 
-    monkeypatch.setattr("baselines.merge._define_gpt_neox", lambda: NAME_TO_ARCH.pop("GPTNeoXForCausalLM", None))
+    monkeypatch.setattr("baselines.merge.define_gpt_neox", lambda: NAME_TO_ARCH.pop("GPTNeoXForCausalLM", None))
     with pytest.raises(UserError, match=r"1 missing keys, first lm_head.weight\): mergekit cannot"):
         _merged(families, "neox", tmp_path)
 

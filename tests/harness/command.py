@@ -93,7 +93,7 @@ def assert_whole(root: Path) -> None:
     store = Store(root / "artifacts")
     for folder in (root / "artifacts").glob("*/*"):
         if not folder.name.startswith("."):
-            store.verify(folder)
+            store.verify(folder, anew=True)
     for run in (root / "runs").glob("*/*/*"):
         for path in run.rglob("*"):
             if path.is_dir() or path.name.startswith("."):

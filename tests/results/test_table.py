@@ -1,5 +1,7 @@
 """A table as an object: its data frame, how a notebook shows it, and what the package offers by name."""
 
+import csv
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +82,51 @@ def test_every_public_name_is_there_and_nothing_heavy_is_imported_before_it_is_u
 def test_what_rounds_to_zero_has_no_sign() -> None:
     table = Table("t", ("a", "b"), (Column("x"),), ((Cell(-1e-9, (-1e-9, 1.0)),), (Cell(1.0),)), True, 2)
     assert "-0.00" not in render(table, "md") and "0.00" in render(table, "md")
+
+
+HOSTILE = {
+    "<script>alert(1)</script>": r"\<script>alert(1)\</script>",
+    "<!-- hidden": r"\<!-- hidden",
+    "[a](javascript:b)": r"[a\](javascript:b)",
+    "a|b\\|c": r"a\|b\\\|c",
+    "`rm`": r"\`rm\`",
+    "*a* _b_ ~~c~~": r"\*a\* \_b\_ \~~c\~~",
+    "&lt;b": r"\&lt;b",
+    "p < 0.05, acc_norm, R&D [1, 2] ~3": "p < 0.05, acc_norm, R&D [1, 2] ~3",  # nothing that Markdown would read
+}
+
+
+@pytest.mark.parametrize("label", HOSTILE)
+def test_labels_are_text_in_markdown(label: str) -> None:
+    table = Table(
+        title=label,
+        rows=(label,),
+        columns=(Column(label),),
+        cells=((Cell(0.5, note=label),),),
+        higher_is_better=True,
+        digits=1,
+    )
+    text = render(table, "md")
+    assert text.count(HOSTILE[label]) >= 3 and f"| {HOSTILE[label]} |" in text
+    assert text.replace(HOSTILE[label], "").count("|") == 9
+
+
+@pytest.mark.parametrize(
+    ("label", "cell"),
+    [
+        ("=1+1", "'=1+1"),
+        ("@SUM(A1)", "'@SUM(A1)"),
+        ("+cmd|'/c calc'!A0", "'+cmd|'/c calc'!A0"),
+        ("-tail", "'-tail"),
+        ("\t=1", "'\t=1"),
+        ("-1.5%", "-1.5%"),
+        ("+3", "+3"),
+        ("CLM = 1", "CLM = 1"),
+    ],
+)
+def test_no_cell_of_a_csv_is_a_formula(label: str, cell: str) -> None:
+    table = Table(
+        title="t", rows=(label,), columns=(Column("c"),), cells=((Cell(-0.5),),), higher_is_better=True, digits=1
+    )
+    (_, line) = csv.reader(io.StringIO(render(table, "csv")))
+    assert line[:3] == [cell, "c", "-0.5"]

@@ -1,5 +1,6 @@
 """What is stored of an example of a task: one JSON line with its question, its answer, its target and its scores."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,10 +46,12 @@ def scored_line(
         for metric, value in task.process_results(doc, [r.filtered_resps[name] for r in requests]).items():
             suffix = "" if name == main_filter(filters) else f",{name}"
             if metric in means:
-                scores[recorded_name(metric) + suffix] = float(value)
+                scores[recorded_name(metric) + suffix] = _number(value, metric)
             else:
                 others[metric + suffix] = plain(value)
     question = task.doc_to_text(doc)
+    for answer in (answer for r in requests for answer in r.resps if not isinstance(answer, str)):
+        _number(answer[0], "log-likelihood")
     return {
         "example": example,
         "cluster": context_of(doc, prepared.source.config.get("dataset_path")),
@@ -84,6 +87,14 @@ def context_of(row: Mapping[str, Any], dataset: str | None) -> str:
     return "" if context is None else fingerprint(plain(context))[:16]
 
 
+def _number(value: Any, what: str) -> float:
+    """The value as a float. Raises ValueError where it is not a number; a log-likelihood may be minus infinity."""
+    number = float(value)
+    if math.isnan(number):
+        raise ValueError(f"its {what} is not a number")
+    return number
+
+
 def mean_metrics(prepared: Prepared) -> set[str]:
     """The task's metrics that are means over examples (a perplexity, for instance, is not)."""
     from lm_eval.api.metrics import mean
@@ -92,13 +103,15 @@ def mean_metrics(prepared: Prepared) -> set[str]:
 
 
 def plain(value: Any) -> Any:
-    """The value in JSON's own types."""
+    """The value in JSON's own types; infinite numbers as `float` reads them, since JSON has none."""
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     if hasattr(value, "item"):  # numpy's numbers
         value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fusion.errors import UserError
 from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.evaluation.lm_eval.tasks import Prepared
 
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 _DEFAULT_NEW_TOKENS = 256  # of HFLM, where a task sets no limit
+_MOST_FAILURES = 8  # examples that cannot be answered; with more the model is to blame, or the machine
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -29,7 +31,9 @@ def too_long(prepared: Prepared, evaluated: EvaluatedModel) -> str | None:
             text, extra = "".join(request.args), -1 if request.args[0] else 0
         else:
             continue
-        if len(text.encode()) + 2 + extra > context:  # a token is a byte or more, but for those put before a text
+        if (
+            len(text.encode(errors="surrogatepass")) + 2 + extra > context
+        ):  # a token is a byte or more, but for those put before a text
             doubtful.append((text, extra))
     if not doubtful:
         return None
@@ -44,8 +48,16 @@ def too_long(prepared: Prepared, evaluated: EvaluatedModel) -> str | None:
     return f"its longest prompt has {length} tokens{new}, which do not fit the context of {context}{advice}"
 
 
-def answer_requests(lm: Any, examples: Mapping[Key, list["Instance"]], finished: Callable[[Key], None]) -> None:
+def answer_requests(
+    lm: Any,
+    examples: Mapping[Key, list["Instance"]],
+    finished: Callable[[Key], None],
+    failed: Callable[[Key, Exception], None],
+) -> None:
     """Makes `lm` answer all requests; `finished(example)` is called once all requests of an example have `resps`.
+
+    `failed(example, error)` is called for one that cannot be answered: it is looked for by halves, and the others are
+    answered all the same. Raises what `lm` raises where it does so for more than a few examples.
 
     Examples are finished while others are under way, through the hook that lm-eval has for its cache. (The cache itself
     is not used: it has no model in its key, and would serve one model's answers to another.)
@@ -54,6 +66,7 @@ def answer_requests(lm: Any, examples: Mapping[Key, list["Instance"]], finished:
 
     unanswered = {example: len(requests) for example, requests in examples.items()}
     owner = {id(request): example for example, requests in examples.items() for request in requests}
+    given_up: set[Key] = set()
     itself: dict[int, Instance] = {}
     alike: dict[tuple[Any, str], list[Instance]] = {}
 
@@ -74,6 +87,32 @@ def answer_requests(lm: Any, examples: Mapping[Key, list["Instance"]], finished:
                 for request in alike.pop(_key(req), ()):
                     settle(request, [res])
 
+    def ask(kind: str, some: Sequence["Instance"]) -> None:
+        some = [request for request in some if not request.resps and owner[id(request)] not in given_up]
+        if not some:
+            return
+        named = [request for request in some for _ in range(request.repeats or 1)]
+        responses: dict[int, list[Any]] = {}
+        try:
+            answers = getattr(lm, kind)(named, disable_tqdm=True)
+        except (UserError, OSError, MemoryError):
+            raise
+        except Exception as error:  # of one example in many, such as one that a tokenizer does not take
+            if len(some) > 1:
+                ask(kind, some[: len(some) // 2])
+                ask(kind, some[len(some) // 2 :])
+                return
+            example = owner[id(some[0])]
+            given_up.add(example)
+            if len(given_up) > _MOST_FAILURES:
+                raise
+            failed(example, error)
+            return
+        for request, response in zip(named, answers, strict=True):
+            responses.setdefault(id(request), []).append(response)
+        for request in some:
+            settle(request, responses[id(request)])
+
     requests = [request for some in examples.values() for request in some]
     for kind in dict.fromkeys(request.request_type for request in requests):
         of_kind = [request for request in requests if request.request_type == kind]
@@ -86,14 +125,9 @@ def answer_requests(lm: Any, examples: Mapping[Key, list["Instance"]], finished:
                     alike.setdefault(_key(request.args), []).append(request)
         lm.set_cache_hook(Hook(None))
         try:
-            named = [request for request in of_kind for _ in range(request.repeats or 1)]
-            responses: dict[int, list[Any]] = {}
-            for request, response in zip(named, getattr(lm, kind)(named, disable_tqdm=True), strict=True):
-                responses.setdefault(id(request), []).append(response)
+            ask(kind, of_kind)
         finally:
             lm.set_cache_hook(CacheHook(None))
-        for request in of_kind:
-            settle(request, responses[id(request)])
 
 
 def _key(arguments: Sequence[Any]) -> tuple[Any, str]:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.evaluation.lm_eval.examples import EXAMPLES, mean_metrics, read_examples, scored_line, stored_answers
 from harness.evaluation.lm_eval.requests import answer_requests, too_long
+from harness.evaluation.lm_eval.rows import first_line
 from harness.evaluation.lm_eval.tasks import Overrides, Prepared, Source, find_source, prepare
 from harness.evaluation.suite import (
     NO_VOTE,
@@ -113,12 +114,12 @@ class LmEvalSuite:
             for task, spec in specs.items()
             if task not in missing
         ]
-        paths = ensure_jointly(store, wanted, partial(self._run, evaluated))
+        paths, unfinished = ensure_jointly(store, wanted, partial(self._run, evaluated))
         return SuiteResult(
             examples=lambda: (e for task, path in paths.items() for e in read_examples(task, path)),
             artifacts=paths,
             fingerprints={task: specs[task].fingerprint for task in paths},
-            missing=missing,
+            missing={**missing, **unfinished},
         )
 
     def _counted(self, evaluated: EvaluatedModel, store: Store, costs: Costs) -> SuiteResult:
@@ -195,8 +196,11 @@ class LmEvalSuite:
                 reasons[task] = reason
         return reasons
 
-    def _run(self, evaluated: EvaluatedModel, folders: Mapping[str, Path]) -> None:
-        """Writes the missing examples of several tasks, each into its task's folder."""
+    def _run(self, evaluated: EvaluatedModel, folders: Mapping[str, Path]) -> dict[str, str]:
+        """Writes the missing examples of several tasks, each into its task's folder.
+
+        Gives the reason for every task of which examples could not be answered or scored.
+        """
         prepared = {task: self._prepared[0][self._sources[task].name] for task in folders}
         pending: dict[tuple[str, str], list[Instance]] = {}
         for task, folder in folders.items():
@@ -205,18 +209,37 @@ class LmEvalSuite:
         total = sum(len(one.examples) for one in prepared.values())
         with track(f"{self.name} {evaluated.label}", total, "examples", done=total - len(pending)) as advance:
             if not pending:
-                return
-
+                return {}
             lm = evaluated.lm(batch_size=self.config.batch_size, seed=self.config.seed)
+            failures: dict[str, dict[str, str]] = {}
+
+            def failed(key: tuple[str, str], error: Exception) -> None:
+                task, example = key
+                failures.setdefault(task, {})[example] = first_line(error)
+                advance(1)
 
             def finished(key: tuple[str, str]) -> None:
                 task, example = key
-                name = partial(self.recorded_name, task)
-                line = scored_line(prepared[task], example, self.main_filter, name, lm.end_tokens)
+                try:
+                    name = partial(self.recorded_name, task)
+                    line = scored_line(prepared[task], example, self.main_filter, name, lm.end_tokens)
+                except Exception as error:  # whatever a task's own code raises about this answer
+                    failed(key, error)
+                    return
                 append_line(folders[task] / EXAMPLES, line)
                 advance(1)
 
-            answer_requests(lm, pending, finished)
+            answer_requests(lm, pending, finished, failed)
+        reasons = {}
+        for task, of_task in failures.items():
+            example, reason = min(of_task.items())
+            n, rows = len(of_task), len(prepared[task].examples)
+            reasons[task] = (
+                f"{n} of {rows} examples cannot be scored (first {example}, {reason}); the others are kept, and the "
+                "same command tries these again"
+            )
+            notify(f"{self.name} {evaluated.label}: {task} is left out, {reasons[task]}.")
+        return reasons
 
 
 def function_name(metric: str) -> str:

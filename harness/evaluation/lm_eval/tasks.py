@@ -4,6 +4,7 @@ A small YAML file includes the task's own and names the local files; nothing els
 that are needed are read, since reading all 14,000 YAML files of lm-eval takes longer than many a task.
 """
 
+import glob
 import importlib.metadata
 import importlib.util
 import json
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
 from harness.data.hub import dataset_commit, dataset_fingerprint, offline_unless_reachable
+from harness.evaluation.lm_eval.rows import first_line, read_rows, refuse_cache
 from harness.evaluation.quiet import quietly
 from harness.evaluation.suite import LimitedConfig
 from harness.store.fingerprint import file_sha256, fingerprint
@@ -203,18 +205,16 @@ def load_rows(hub: str, configuration: str, split: str, path: Path | None) -> li
     """All rows of a split, from `path` or else the hub. Raises UserError when they cannot be had."""
     import datasets
 
-    with quietly(), nullcontext() if path else offline_unless_reachable():
+    if path is not None:
+        return read_rows(path)
+    with quietly(), offline_unless_reachable():
         try:
-            if path is None:
-                return list(datasets.load_dataset(hub, configuration, split=split, revision=dataset_commit(hub)))
-            return list(datasets.load_dataset(_FORMATS[path.suffix], data_files={split: str(path)}, split=split))
+            return list(datasets.load_dataset(hub, configuration, split=split, revision=dataset_commit(hub)))
         except Exception as error:  # whatever datasets and its readers raise
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            remedy = (
-                f"correct {path}" if path else f"set data.root to a folder with {hub}/{configuration}/{split}.parquet"
-            )
+            refuse_cache(error)
             raise UserError(
-                f"The rows of {hub} ({configuration}, {split}) cannot be read ({reason}): {remedy}."
+                f"The rows of {hub} ({configuration}, {split}) cannot be read ({first_line(error)}): set data.root to "
+                f"a folder with {hub}/{configuration}/{split}.parquet."
             ) from None
 
 
@@ -231,12 +231,22 @@ def _needed_splits(config: dict[str, Any], overrides: Overrides) -> list[str]:
     return [str(split) for split in dict.fromkeys(needed) if split]
 
 
-def _include(source: Source) -> dict[str, Any]:
-    """The YAML that includes the task's own and changes what must be changed."""
+def _include(source: Source, folder: Path) -> dict[str, Any]:
+    """The YAML that includes the task's own and changes what must be changed.
+
+    folder: for what is needed only while rows are read. Files of rows are given by links there, since `datasets` takes
+    a path for a pattern or an address, and its cache of them is there, since they are here already.
+    """
+    rows = Path(tempfile.mkdtemp(dir=folder))
     changed: dict[str, Any] = {"include": str(source.yaml), "task": source.name}
+    data_files: dict[str, str] = {}
+    for split, path in source.files.items():
+        link = rows / f"{len(data_files)}{path.suffix}"
+        link.symlink_to(path.absolute())
+        data_files[split] = glob.escape(str(link))
+    local = {"data_files": data_files, "cache_dir": str(rows / "cache")}
     if source.names_own_files:
-        data_files = {split: str(path) for split, path in source.files.items()}
-        changed["dataset_kwargs"] = {**source.config["dataset_kwargs"], "data_files": data_files}
+        changed["dataset_kwargs"] = {**source.config["dataset_kwargs"], **local}
     elif source.files:
         kinds = {_FORMATS[path.suffix] for path in source.files.values()}
         if len(kinds) > 1:
@@ -244,7 +254,7 @@ def _include(source: Source) -> dict[str, Any]:
         changed |= {
             "dataset_path": kinds.pop(),
             "dataset_name": None,
-            "dataset_kwargs": {"data_files": {split: str(path) for split, path in source.files.items()}},
+            "dataset_kwargs": local,
         }
         for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
             if source.config.get(key) and source.config[key] not in source.files:
@@ -275,14 +285,18 @@ def prepare(sources: Sequence[Source], config: LimitedConfig) -> tuple[dict[str,
     with tempfile.TemporaryDirectory() as folder, quietly():
         for number, source in enumerate(sources):
             # JSON is YAML, and quotes everything.
-            Path(folder, f"{number}.yaml").write_text(json.dumps(_include(source)), encoding="utf-8")
+            Path(folder, f"{number}.yaml").write_text(json.dumps(_include(source, Path(folder))), encoding="utf-8")
         manager = TaskManager(include_defaults=False, include_path=[folder])
         for source in sources:
             try:
                 with nullcontext() if source.files else offline_unless_reachable():
                     prepared[source.name] = _prepared(source, manager.load([source.name])["tasks"][source.name], config)
             except Exception as error:  # whatever a task's own code raises
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                for path in source.files.values():
+                    if path.suffix in _FORMATS:
+                        read_rows(path)  # says what is wrong with the file, if that is it
+                refuse_cache(error, "TMPDIR" if source.files else "HF_DATASETS_CACHE")
+                reason = first_line(error)
                 if source.files:
                     listed = ", ".join(str(path) for path in source.files.values())
                     raise UserError(

@@ -16,6 +16,7 @@ from fusion.errors import UserError
 from harness.data.hub import dataset_fingerprint
 from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.evaluation.lm_eval.requests import answer_requests
+from harness.evaluation.lm_eval.rows import first_line
 from harness.evaluation.lm_eval.tasks import load_rows, local_split
 from harness.evaluation.multipl_e.languages import LANGUAGES, cut, original_name
 from harness.evaluation.suite import (
@@ -66,6 +67,11 @@ class MultiplEConfig(LimitedConfig):
     max_new_tokens: int = Field(1024, gt=0, description="longest completion (tokens)")
     batch_size: int | Literal["auto"] = Field("auto", description="completions generated at one time")
     seed: int = Field(0, ge=0, description="seed of the samples, and of `limit_by: seed`")
+    max_execution_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="longest execution of all programs of a language; the next start goes on. Default: no limit",
+    )
     execute: bool = Field(True, description="execute the completions. False: only write them")
     sandbox: bool = Field(True, description="False: generated programs run with all your rights")
 
@@ -135,6 +141,8 @@ class MultiplE:
 
             if why := refusal():  # before hours are spent on samples
                 raise UserError(f"{why} Without it write samples only (--generate-only) and run them elsewhere.")
+        from harness.evaluation.multipl_e.execute import OutOfTime
+
         samples, missing = self._generate(evaluated, store, costs)
         artifacts = {f"{language} samples": path for language, path in samples.items()}
         if not self.config.execute:
@@ -146,11 +154,15 @@ class MultiplE:
         for language, written in samples.items():
             if language not in not_run:
                 programs = (self.config.limit or _PROBLEMS) * self.config.n
-                paths[language] = store.ensure(
-                    self._results(evaluated, language),
-                    partial(self._execute, samples=written, store=store),
-                    Estimate(seconds=programs * _RUN_SECONDS),
-                )
+                try:
+                    paths[language] = store.ensure(
+                        self._results(evaluated, language),
+                        partial(self._execute, samples=written, store=store),
+                        Estimate(seconds=programs * _RUN_SECONDS),
+                    )
+                except OutOfTime as error:
+                    not_run[language] = str(error).rstrip(".")
+                    notify(f"{self.name} {evaluated.label}: {language} is left out, {not_run[language]}.")
         return SuiteResult(
             examples=lambda: (e for language, path in paths.items() for e in _examples(language, path)),
             artifacts={**artifacts, **paths},
@@ -180,7 +192,13 @@ class MultiplE:
         from harness.evaluation.multipl_e.execute import execute
 
         out = folder / RESULTS
-        done = execute(samples / COMPLETIONS, out, cache=_toolchains(store), unsafe=not self.config.sandbox)
+        done = execute(
+            samples / COMPLETIONS,
+            out,
+            cache=_toolchains(store),
+            unsafe=not self.config.sandbox,
+            max_seconds=self.config.max_execution_seconds,
+        )
         if done.not_run:
             raise UserError(next(iter(done.not_run.values())))
         for lock in folder.glob(".*.lock"):
@@ -200,7 +218,8 @@ class MultiplE:
         tokens = (self.config.limit or _PROBLEMS) * self.config.n * min(self.config.max_new_tokens, 256)
         estimate = costs.forward(evaluated.parameters, BYTES_PER_TOKEN * tokens)
         wanted = [(language, spec, estimate) for language, spec in specs.items() if language not in missing]
-        return ensure_jointly(store, wanted, partial(self._write, evaluated)), missing
+        paths, unfinished = ensure_jointly(store, wanted, partial(self._write, evaluated))
+        return paths, {**missing, **unfinished}
 
     def _spec(self, evaluated: EvaluatedModel, language: str) -> Spec:
         config = self.config
@@ -263,8 +282,11 @@ class MultiplE:
                 )
         return None
 
-    def _write(self, evaluated: EvaluatedModel, folders: Mapping[str, Path]) -> None:
-        """Generates the missing samples of several languages, then writes each file in MultiPL-E's format."""
+    def _write(self, evaluated: EvaluatedModel, folders: Mapping[str, Path]) -> dict[str, str]:
+        """Generates the missing samples of several languages, then writes each file in MultiPL-E's format.
+
+        Gives the reason for every language of which samples could not be generated.
+        """
         done: dict[Sample, str] = {}
         pending: dict[Sample, list[Instance]] = {}
         for language, folder in folders.items():
@@ -281,11 +303,25 @@ class MultiplE:
                 append_line(folders[language] / SAMPLES, {"name": name, "sample": sample, "completion": done[key]})
                 advance(1)
 
+            reasons: dict[str, str] = {}
+
+            def failed(key: Sample, error: Exception) -> None:
+                language, name, sample = key
+                reasons.setdefault(
+                    language,
+                    f"sample {sample} of {name} cannot be generated ({first_line(error)}); the others are kept, and "
+                    "the same command tries it again",
+                )
+
             if pending:
                 config = self.config
                 lm = evaluated.lm(batch_size=config.batch_size, seed=config.seed, after_prompt=True)
-                answer_requests(lm, pending, finished)
+                answer_requests(lm, pending, finished, failed)
+        for language, reason in reasons.items():
+            notify(f"{self.name} {evaluated.label}: {language} is left out, {reason}.")
         for language, folder in folders.items():
+            if language in reasons:
+                continue
             lines = [
                 {
                     **problem,
@@ -298,6 +334,7 @@ class MultiplE:
                 for problem in self.problems(language)
             ]
             write_atomically(folder / COMPLETIONS, "".join(json.dumps(line) + "\n" for line in lines))
+        return reasons
 
     def _requests(
         self, language: str, problem: Mapping[str, Any], done: Mapping[Sample, str]

@@ -22,7 +22,7 @@ from harness.evaluation.multipl_e.languages import LANGUAGES, language_of, nonce
 from harness.evaluation.multipl_e.toolchains import Toolchain, available, locate
 from harness.evaluation.sandbox import Limits, Sandbox, refusal
 from harness.runtime.progress import notify, track
-from harness.store.files import whole_lines, write_atomically
+from harness.store.files import intact_lines, write_atomically
 
 VERSION = 2  # of the way in which programs are put together, run and scored
 
@@ -39,6 +39,10 @@ class Executed:
     not_run: Mapping[str, str]
 
 
+class OutOfTime(UserError):
+    """An execution took longer than it may; its results are kept."""
+
+
 def results_path(generations: Path) -> Path:
     return generations.with_suffix(".results.jsonl")
 
@@ -51,13 +55,15 @@ def execute(
     workers: int | None = None,
     limits: Limits | None = None,
     unsafe: bool = False,
+    max_seconds: float | None = None,
 ) -> Executed:
     """Runs every completion of `generations` and writes `out` (formats: harness.evaluation.multipl_e.generations).
 
     `cache` keeps the prepared toolchains. Languages whose toolchain is missing are left out of `out` and named in the
-    result.
+    result. After `max_seconds` no further program is begun (default: no limit).
 
     Raises:
+        OutOfTime: Programs are left after `max_seconds`; finished results are kept.
         UserError: There is no sandbox (unless `unsafe`), `out` holds results of other completions, or a toolchain has
             disappeared meanwhile; finished results are kept.
     """
@@ -70,12 +76,22 @@ def execute(
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(out.with_name(f".{out.name}.lock"), timeout=0):
-            return _execute(problems, out, cache, workers or len(os.sched_getaffinity(0)), limits, unsafe)
+            workers = workers or len(os.sched_getaffinity(0))
+            return _execute(problems, out, cache, workers, limits, unsafe, max_seconds)
     except Timeout:
         raise UserError(f"Another process executes into {out}: wait for it or choose another file.") from None
 
 
-def _execute(problems: list[Problem], out: Path, cache: Path, workers: int, limits: Limits, unsafe: bool) -> Executed:
+def _execute(
+    problems: list[Problem],
+    out: Path,
+    cache: Path,
+    workers: int,
+    limits: Limits,
+    unsafe: bool,
+    max_seconds: float | None,
+) -> Executed:
+    started = time.monotonic()
     old = _old_lines(out, problems)
     names = sorted({problem.language.name for problem in problems})
     found, not_run = available(names, cache, unsafe=unsafe)
@@ -98,10 +114,13 @@ def _execute(problems: list[Problem], out: Path, cache: Path, workers: int, limi
                 file.flush()
                 results[result["toolchain"], result["program"]] = result
                 advance(1)
+                if max_seconds is not None and time.monotonic() - started > max_seconds:
+                    break
         except UserError as error:
-            kept = sum(key in results for key in programs)
-            raise UserError(f"{error} {kept} of {len(programs)} results are kept; the same command goes on.") from None
+            raise UserError(f"{error} {_kept(programs, results)}") from None
     _refuse_broken({p.language.name: kind[p.language.name] for p in todo.values()}, journal, cache, limits, unsafe)
+    if not programs.keys() <= results.keys():
+        raise OutOfTime(f"The {max_seconds:g} seconds of the execution are used up: {_kept(programs, results)}")
 
     lines, skipped = [], set()
     for problem in problems:
@@ -119,6 +138,11 @@ def _execute(problems: list[Problem], out: Path, cache: Path, workers: int, limi
     for name in sorted(skipped):
         notify(not_run[name])
     return Executed(out, len(todo), {name: not_run[name] for name in sorted(skipped)})
+
+
+def _kept(programs: Iterable[Key], results: Iterable[Key]) -> str:
+    wanted = set(programs)
+    return f"{len(wanted.intersection(results))} of {len(wanted)} results are kept; the same command goes on."
 
 
 def _run_all(
@@ -154,7 +178,7 @@ def _refuse_broken(used: Mapping[str, str], journal: Path, cache: Path, limits: 
     changed = [name for name in used if name not in found or _identity(found[name], limits, unsafe) != used[name]]
     if changed:
         dropped = {used[name] for name in changed}
-        kept = [line for line in whole_lines(journal) if json.loads(line)["toolchain"] not in dropped]
+        kept = [line for line in intact_lines(journal) if json.loads(line)["toolchain"] not in dropped]
         write_atomically(journal, "".join(kept))
         titles = " and ".join(LANGUAGES[name].title for name in changed)
         why = " ".join(not_run.values())
@@ -224,9 +248,9 @@ def _old_lines(out: Path, problems: list[Problem]) -> dict[tuple[str, str], dict
 
 def _finished(journal: Path, lines: Iterable[Mapping[str, Any]]) -> dict[Key, dict[str, Any]]:
     """The results that need not be computed again: the journal of an interrupted execution, and earlier results."""
-    kept = whole_lines(journal)
+    kept = intact_lines(journal)
     if journal.exists():
-        write_atomically(journal, "".join(kept))  # without the line that a kill has torn
+        write_atomically(journal, "".join(kept))  # without the lines that a kill or a power loss has damaged
     results = [result for line in lines for result in line["results"]]
     try:
         results += [json.loads(line) for line in kept]

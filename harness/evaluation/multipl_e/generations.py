@@ -6,7 +6,6 @@ it also reached the end of the tests), `cpu_ms` and `toolchain`. Other keys of a
 are copied.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from fusion.errors import UserError
 from harness.evaluation.multipl_e.languages import Language, language_of, program_of
+from harness.store.files import parse_json
 
 _TEXTS, _LISTS = ("name", "language", "prompt", "tests"), ("stop_tokens", "completions")
 
@@ -83,7 +83,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8", "surrogateescape"))
+                row = parse_json(line.decode("utf-8", "surrogateescape"))
             except ValueError as error:
                 raise UserError(f"{path}, line {number} is no JSON ({error}): correct or remove it.") from None
             if not isinstance(row, dict):

@@ -20,6 +20,7 @@ from fusion.errors import UserError
 from harness.evaluation.multipl_e.languages import LANGUAGES, Language, nonce_line
 from harness.evaluation.sandbox import Program, Sandbox
 from harness.runtime.programs import search_path, which
+from harness.store.files import rename_durably
 from harness.store.paths import SOURCE
 
 JAVATUPLES = Path("/usr/share/java/javatuples.jar")
@@ -182,7 +183,8 @@ def _prepared(language: Language, cache: Path, version: str, make: Callable[[Pat
             make(beside)
             for path in (beside, *beside.rglob("*")):
                 path.chmod(0o755 if path.is_dir() else 0o644)  # the sandbox reads them as nobody
-            return beside.rename(folder)
+            rename_durably(beside, folder)
+            return folder
         except subprocess.CalledProcessError as error:
             said = error.stderr.decode("utf-8", "replace").strip().partition("\n")[0]
             raise _refused(language, f"its toolchain cannot be prepared, {said or error}") from error

@@ -23,7 +23,7 @@ from fusion.errors import UserError
 from harness.evaluation import sandbox as sandboxes
 from harness.evaluation.multipl_e import execute as executing
 from harness.evaluation.multipl_e import toolchains
-from harness.evaluation.multipl_e.execute import Executed, execute
+from harness.evaluation.multipl_e.execute import Executed, OutOfTime, execute
 from harness.evaluation.multipl_e.generations import read_generations
 from harness.evaluation.multipl_e.languages import LANGUAGES, cut, language_of
 from harness.evaluation.multipl_e.scores import ProblemScore, check_samples, read_results, summary
@@ -97,6 +97,16 @@ def results_of(done: Executed) -> list[dict[str, Any]]:
 
 def verdicts(results: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
     return [(r["program"], r["exit_code"], r["status"], r["strict"]) for r in results]
+
+
+def test_an_execution_that_is_out_of_time_goes_on(run: Continuation) -> None:
+    programs = problem(*(f"    return x + y + {i} - {i}\n" for i in range(6)))
+    with pytest.raises(
+        OutOfTime, match=r"The 0.01 seconds of the execution are used up: [1-5] of 6 results are kept; "
+    ):
+        run(programs, max_seconds=0.01, workers=1)
+    results = run(programs, max_seconds=600)
+    assert [result["strict"] for result in results] == [True] * 6
 
 
 @pytest.mark.slow

@@ -499,6 +499,6 @@ def test_equal_questions_have_one_answer_unless_it_is_drawn(sampled: bool) -> No
             assert finished == ([] if sampled else ["0", "1", "2"])
             return [str(n) if sampled else "0" for n in range(len(requests))]
 
-    answer_requests(Lm(), examples, finished.append)
+    answer_requests(Lm(), examples, finished.append, lambda *_: pytest.fail("failed"))
     assert finished == ["0", "1", "2"]
     assert [requests[0].resps for requests in examples.values()] == ([["0"], ["1"], ["2"]] if sampled else [["0"]] * 3)

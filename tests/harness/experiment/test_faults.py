@@ -274,7 +274,7 @@ def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_there_is_an_artifact_of_every_kind(micro: Path) -> None:
-    assert {p.name for p in (micro / "artifacts").iterdir()} == {*VERSIONS, "perplexity", "tiny"}
+    assert {p.name for p in (micro / "artifacts").iterdir()} == {*VERSIONS, "curve", "perplexity", "tiny"}
 
 
 @pytest.mark.parametrize("kind", [*VERSIONS, "perplexity", "tiny"])

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fusion.errors import UserError
+from harness.models import reproduction
 from harness.models.checkpoints import load_model, load_tokenizer
 from harness.models.convert import SAMPLES, convert
 from harness.models.manifest import read_model_manifest
@@ -257,3 +259,71 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path: Path) -> None:
     (folder / "vocab.json").write_text("{}")
     with pytest.raises(UserError, match=r"only vocab\.json"):
         convert(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("value", "weight"),
+    [
+        (float("nan"), "model.norm.weight"),
+        (float("inf"), "model.embed_tokens.weight"),
+        (-float("inf"), "model.layers.0.mlp.up_proj.weight"),
+    ],
+)
+@pytest.mark.parametrize("form", ["pickle", "gguf"])
+def test_weights_that_are_not_finite_are_refused_by_name(form: str, value: float, weight: str, tmp_path: Path) -> None:
+    """Those of a training that diverged, for instance; all of a weight or a single number of it."""
+    folder = make_pickle(tmp_path / "source")
+    state = torch.load(folder / "pytorch_model.bin")
+    state[weight].view(-1)[-1] = value
+    torch.save(state, folder / "pytorch_model.bin")
+    path = folder
+    if form == "gguf":
+        save_file(state, folder / "model.safetensors")
+        path = make_gguf(tmp_path / "tiny.gguf", folder)
+    with pytest.raises(UserError) as refused:
+        convert(path, tmp_path / "out")
+    assert str(refused.value) == f"{path} has weights that are not finite (first {weight}): it was not converted."
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda logits: logits + 1,
+            r"its logits differ by up to 1, where \d\S+ is allowed, in [\d,]+ of [\d,]+ numbers",
+        ),
+        (
+            lambda logits: logits * float("nan"),
+            r"0 of the original's and [\d,]+ of the converted model's are not finite",
+        ),
+    ],
+)
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_conversion_that_fails_its_check_is_tried_once_more(
+    times: int, change: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_pickle(tmp_path / "source")
+    calls, told = 0, []
+    compute = reproduction._logits
+
+    def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        of_model = compute(model, ids)
+        return change(of_model) if calls in (2, 4)[:times] else of_model  # of the model that was loaded again
+
+    monkeypatch.setattr(reproduction, "_logits", logits)
+    if times == 1:
+        out = convert(folder, tmp_path / "out", notify=told.append)
+        assert re.search(said, told[1]) and told[1].endswith("converting once more ...")
+        torch.testing.assert_close(logits_of(out, tmp_path), logits_of(convert(folder, tmp_path / "b"), tmp_path))
+        assert not list(tmp_path.glob("*.difference"))
+        return
+    with pytest.raises(UserError, match=said) as refused:
+        convert(folder, tmp_path / "out", notify=told.append)
+    kept = tmp_path / "out.difference"
+    assert str(kept) in str(refused.value) and "run the same command again" in str(refused.value)
+    assert load_file(kept / "logits.safetensors").keys() == {"ids", "expected", "found"}
+    assert "torch" in json.loads((kept / "difference.json").read_text())["libraries"]
+    assert not (tmp_path / "out").exists() and (folder / "pytorch_model.bin").exists()

@@ -1,0 +1,151 @@
+"""An example that cannot be answered or scored is named and counted, stops nothing else, and is tried again."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lm_eval.api.instance import Instance
+from transformers import LlamaConfig
+
+from fusion.errors import UserError
+from harness.evaluation.lm_eval import requests, task_suite
+from harness.evaluation.lm_eval.examples import EXAMPLES
+from harness.evaluation.suite import SuiteResult, kept_lines
+from tests.harness.evaluation.test_suites import measure
+from tests.harness.suite_rows import make_data_root
+from tests.harness.tiny_models import save_model
+
+
+class _Lm:
+    """Answers a prompt by itself, but refuses the whole call for one in `bad`."""
+
+    def __init__(self, bad: Sequence[str]) -> None:
+        self.bad, self.calls = bad, 0
+
+    def set_cache_hook(self, hook: Any) -> None: ...
+
+    def generate_until(self, some: list[Instance], disable_tqdm: bool) -> list[str]:
+        self.calls += 1
+        if refused := [request for request in some if request.args[0] in self.bad]:
+            raise TypeError(f"no text: {refused[0].args[0]}")
+        return [request.args[0] for request in some]
+
+
+def _answer(n: int, bad: Sequence[str]) -> tuple[_Lm, list[str], dict[str, str]]:
+    examples = {str(i): [Instance("generate_until", {}, (str(i), {"until": []}), 0)] for i in range(n)}
+    lm, finished, failed = _Lm(bad), list[str](), dict[str, str]()
+    requests.answer_requests(lm, examples, finished.append, lambda key, error: failed.update({key: str(error)}))
+    return lm, sorted(finished, key=int), failed
+
+
+def test_a_request_that_cannot_be_answered_is_found_among_the_others() -> None:
+    lm, finished, failed = _answer(100, ["17", "18", "70"])
+    assert failed == {bad: f"no text: {bad}" for bad in ("17", "18", "70")}
+    assert finished == [str(i) for i in range(100) if str(i) not in failed]
+    assert lm.calls < 50
+
+
+def test_a_model_that_answers_nothing_is_an_error() -> None:
+    with pytest.raises(TypeError, match="no text"):
+        _answer(100, [str(i) for i in range(100)])
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data_root(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model") / "one", LlamaConfig, 400, 0, 6, max_position_embeddings=2048)
+
+
+def test_the_other_examples_and_tasks_are_finished(
+    rows: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = task_suite.scored_line
+
+    def scored(prepared: Any, example: str, *rest: Any) -> Any:
+        if prepared.source.name == "arc_easy" and example in ("00001", "00003"):
+            raise ZeroDivisionError("division by zero")
+        return score(prepared, example, *rest)
+
+    monkeypatch.setattr(task_suite, "scored_line", scored)
+
+    def run() -> SuiteResult:
+        return measure("commonsense", {"tasks": ["arc_easy", "boolq"]}, model, tmp_path, rows)
+
+    first = run()
+    assert first.missing == {
+        "arc_easy": "2 of 5 examples cannot be scored (first 00001, ZeroDivisionError: division by zero); the others "
+        "are kept, and the same command tries these again"
+    }
+    assert set(first.artifacts) == {"boolq"} and {example.task for example in first.examples()} == {"boolq"}
+    (kept,) = tmp_path.glob(f"artifacts/commonsense/.*.partial/{EXAMPLES}")
+    assert sorted(line["example"] for line in kept_lines(kept)) == ["00000", "00002", "00004"]
+    monkeypatch.setattr(task_suite, "scored_line", score)
+    asked: list[str] = []
+    answer = task_suite.answer_requests
+    monkeypatch.setattr(
+        task_suite, "answer_requests", lambda lm, pending, *rest: (asked.extend(pending), answer(lm, pending, *rest))
+    )
+    second = run()
+    assert second.missing == {} and set(second.artifacts) == {"arc_easy", "boolq"}
+    assert [example for _, example in asked] == ["00001", "00003"]
+
+
+def test_a_log_likelihood_that_is_no_number_has_no_score(
+    rows: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an LM that does not check its logits gives it; minus infinity is one, of a token that cannot be."""
+    from harness.evaluation.shared_prefix_lm import SharedPrefixLM
+
+    def loglikelihood(self: Any, some: list[Instance], disable_tqdm: bool) -> list[tuple[float, bool]]:
+        return [(float("-inf" if r.doc_id % 2 else "nan" if r.doc_id else "-1"), False) for r in some]
+
+    monkeypatch.setattr(SharedPrefixLM, "loglikelihood", loglikelihood)
+    result = measure("commonsense", {"tasks": ["arc_easy"], "limit": 3}, model, tmp_path, rows)
+    assert (
+        "1 of 3 examples cannot be scored (first 00002, ValueError: its log-likelihood is not a number)"
+        in (result.missing["arc_easy"])
+    )
+    result = measure("commonsense", {"tasks": ["arc_easy"], "limit": 2}, model, tmp_path, rows)
+    assert len({example.example for example in result.examples()}) == 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["data [old]", "a*b?", "sp ace", "100%20", "x::y", "été", "#1", "{a,b}", "~tilde", ".hidden", "a:b"],
+)
+def test_rows_are_read_from_any_path_without_a_cache(
+    name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` takes a path for a pattern or an address, and wants a folder that can be written."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("/proc/nothing/can/be/here"))
+    data = make_data_root(tmp_path / name)
+    section = {"tasks": ["arc_easy", "boolq"], "limit": 1}
+    result = measure("commonsense", section, model, tmp_path / "root", data)
+    assert result.missing == {} and len(list(result.examples())) == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"passage": ' + "[" * 100_000 + "}", "line 2 is not JSON in UTF-8 .it is nested too deeply"),
+        ("\0" * 30, "line 2 is not JSON in UTF-8"),
+        ("[1, 2]", "line 2 is no JSON object: correct that line"),
+        ('{"passage": "x", "question": "y"', "line 2 is not JSON in UTF-8 .Expecting"),
+        ('{"frage": "y"}', "give them the columns of"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named(line: str, said: str, model: Path, tmp_path: Path) -> None:
+    data = make_data_root(tmp_path / "data")
+    path = data / "aps/super_glue/boolq/validation.jsonl"
+    first = path.read_text().splitlines()[0]
+    path.write_text(f"{first}\n{line}\n" if "frage" not in line else line)
+    with pytest.raises(UserError, match=said) as refused:
+        measure("commonsense", {"tasks": ["boolq"]}, model, tmp_path, data)
+    assert str(path) in str(refused.value)
