@@ -68,9 +68,7 @@ class MultiplEConfig(LimitedConfig):
     batch_size: int | Literal["auto"] = Field("auto", description="completions generated at one time")
     seed: int = Field(0, ge=0, description="seed of the samples, and of `limit_by: seed`")
     max_execution_seconds: float | None = Field(
-        None,
-        gt=0,
-        description="longest execution of all programs of a language; the next start goes on. Default: no limit",
+        None, gt=0, description="longest execution of a language; the next start goes on. Default: no limit"
     )
     execute: bool = Field(True, description="execute the completions. False: only write them")
     sandbox: bool = Field(True, description="False: generated programs run with all your rights")
@@ -192,12 +190,9 @@ class MultiplE:
         from harness.evaluation.multipl_e.execute import execute
 
         out = folder / RESULTS
+        seconds = self.config.max_execution_seconds
         done = execute(
-            samples / COMPLETIONS,
-            out,
-            cache=_toolchains(store),
-            unsafe=not self.config.sandbox,
-            max_seconds=self.config.max_execution_seconds,
+            samples / COMPLETIONS, out, cache=_toolchains(store), unsafe=not self.config.sandbox, max_seconds=seconds
         )
         if done.not_run:
             raise UserError(next(iter(done.not_run.values())))
