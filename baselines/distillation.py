@@ -53,7 +53,7 @@ class DistillationParameters(TeacherParameters):
     alignment: Annotated[PartName, Registered(ALIGNMENTS)] | None = Field(
         None,
         description="offline: which teacher position is paired with a target position",
-        json_schema_extra={"effective": TopKDistillationLoss.alignment},
+        json_schema_extra={"effective": TopKDistillationLoss.alignment},  # type: ignore[dict-item]  # a name
     )
     tail: Literal["bucket", "renormalise", "gold"] | None = Field(
         None,

@@ -57,7 +57,7 @@ def suite_show(
 
     kind = SUITES.get(name)
     rows: list[list[object]] = []
-    standalone: dict[str, Any] = getattr(kind, "standalone_config", lambda options: {})({})
+    standalone: dict[str, object] = getattr(kind, "standalone_config", lambda options: {})({})
     for setting in settings_of(kind.schema):
         default = setting.default
         if setting.name in standalone:
