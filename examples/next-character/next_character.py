@@ -30,7 +30,7 @@ class NextCharacter:
 
     def measure(self, evaluated, store, costs):
         inputs = {"model": evaluated.fingerprint, **self.identity()}
-        spec = Spec(self.name, evaluated.label, 1, inputs, {"dtype": evaluated.dtype})
+        spec = Spec(self.name, evaluated.label, 1, inputs, evaluated.computing)
 
         def build(folder):
             lines = []

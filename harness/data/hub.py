@@ -43,15 +43,18 @@ def dataset_commit(name: str, revision: str = "main") -> str | None:
     Where the hub does not answer it is the one that was read last, from the cache. None where that is not known either:
     reading the data set then says what is the matter.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
     try:
         with offline_unless_reachable():
-            # Read for its place, CACHE/snapshots/COMMIT/README.md: the file itself is on this machine with the data.
-            path = hf_hub_download(name, "README.md", repo_type="dataset", revision=revision)
+            try:
+                # For the place that it gets, CACHE/snapshots/COMMIT, where it is found without the hub, too.
+                return Path(hf_hub_download(name, "README.md", repo_type="dataset", revision=revision)).parent.name
+            except EntryNotFoundError:
+                return HfApi().dataset_info(name, revision=revision, timeout=15).sha
     except Exception:  # of whichever HTTP library the hub's client uses
         return None
-    return Path(path).parent.name
 
 
 def dataset_fingerprint(name: str, revision: str = "main") -> str:

@@ -6,6 +6,7 @@ from baselines.registry import get_method
 from harness.data import corpus, passages
 from harness.evaluation.suite import SUITES
 from harness.experiment.pipeline import Experiment
+from harness.models.manifest import read_model_manifest
 from harness.stages import extraction, training, vocabulary_maps
 from harness.store.fingerprint import fingerprint
 
@@ -34,6 +35,12 @@ def run_fingerprint(experiment: Experiment) -> str:
     """The fingerprint that names a run's folder: that of the configuration and of what it only names."""
     config = experiment.config.model_dump(mode="json", exclude=_NO_EFFECT)
     return fingerprint({"config": config, **named(experiment)})
+
+
+def model_sources(experiment: Experiment) -> dict[str, Any]:
+    """Where the model of each role is from, as its folder's manifest has it: hub and commit, or wheels and SHA-256."""
+    models = experiment.models
+    return {name: read_model_manifest(models.base(name).folder).get("source") for name in models.names}
 
 
 def named(experiment: Experiment) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from harness.evaluation.records import note_suites, write_records
 from harness.evaluation.suite import SuiteResult
 from harness.experiment.candidates import FailedRow, Row, candidates, failure_sentence
 from harness.experiment.checks import check_inputs, check_lengths, check_space, check_validation
-from harness.experiment.identity import named, run_fingerprint
+from harness.experiment.identity import model_sources, named, run_fingerprint
 from harness.experiment.pipeline import Experiment, evaluated_model, measure, open_experiment, start
 from harness.experiment.plan import plan_stages
 from harness.reporting.export import write_run
@@ -143,6 +143,7 @@ def _make(
         description = {
             "configuration": config.model_dump(mode="json"),
             "named": named(experiment),
+            "model_sources": model_sources(experiment),
             **made_by(),
             "artifacts": sorted(artifacts.union(before.get("artifacts", []))),
             **listed,

@@ -11,6 +11,7 @@ from harness.data.corpus import Document
 from harness.data.passages import Passages, write_passages
 from harness.models.tiny.recipe import TinyModel, build_model, make_tokenizer, tiny_recipe, training_documents
 from harness.runtime import distributed
+from harness.stages import training
 from harness.stages.training import train_on_passages
 from harness.store.artifacts import Estimate, Spec
 from harness.store.workspace import Workspace
@@ -29,7 +30,8 @@ def make_tiny(workspace: Workspace, name: str, profile: str) -> tuple[Spec, Path
     python = ".".join(str(part) for part in sys.version_info[:3])
     corpus = {"max_bytes": recipe.corpus.max_bytes, "max_document_bytes": recipe.corpus.max_document_bytes}
     settings = {key: value for key, value in asdict(model).items() if value is not None}
-    spec = Spec("tiny", name, VERSION, {"python": python}, {**settings, "corpus": corpus})
+    params = {**settings, "corpus": corpus, "trainer": training.VERSION}
+    spec = Spec("tiny", name, VERSION, {"python": python}, params)
 
     def build(folder: Path) -> None:
         if distributed.world_size() > 1:

@@ -4,6 +4,7 @@ Every example is written as soon as all its requests are answered, so that a kil
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -177,10 +178,14 @@ class LmEvalSuite:
 
     def _rows(self, task: str) -> int:
         """Rows of the task's data on this machine, or a constant where they are not known, for estimates."""
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         files = [path for path in self._sources[task].files.values() if path.suffix == ".parquet"]
-        rows = pq.read_metadata(files[0]).num_rows if files else _UNKNOWN_ROWS
+        rows = _UNKNOWN_ROWS
+        if files:
+            with suppress(pa.ArrowInvalid):  # a damaged file, which is refused by name when it is read
+                rows = pq.read_metadata(files[0]).num_rows
         return min(rows, self.config.limit or rows)
 
     def _missing(self, evaluated: EvaluatedModel, tasks: Sequence[str]) -> dict[str, str]:
