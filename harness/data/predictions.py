@@ -73,8 +73,8 @@ class PredictionsReader:
         tokens = np.array([self._prefix, *encode(self._tokenizer, self._passages.text(passage))], np.int32)
         if token_digest(tokens) != int(self._shard(passage).tokens[passage % self._shard_size]):
             raise UserError(
-                f"{self._folder} was made of other tokens of {self._passages.name(passage)} than the tokenizer gives "
-                "now: the tokenizer's library has changed; remove that folder to have it made again."
+                f"{self._folder} was made of certain tokens of {self._passages.name(passage)}, but the tokenizer now "
+                "gives others: the tokenizer's library has changed; remove that folder to have it made again."
             )
         return tokens
 

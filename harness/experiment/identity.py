@@ -15,6 +15,7 @@ VERSIONS = {
     "predictions": extraction.VERSION,
     "map": vocabulary_maps.VERSION,
     "train": training.VERSION,
+    "curve": training.CURVE_VERSION,
 }
 """The version of each stage, by the kind of artifact that it makes."""
 _OF_ROLE = {"batch_tokens"}

@@ -179,8 +179,9 @@ def _notes(experiment: Experiment, row: Row) -> Iterator[str]:
     if curve is not None and training is not None and not curve.folder.exists():
         seed = "" if row.seed is None else f" (seed {row.seed})"
         yield (
-            f"{row.label}{seed} has no learning curve: it was trained before under other settings of the curve, and "
-            f"the checkpoints along the way are gone. Remove {place_of_artifact(training)} to train it again."
+            f"{row.label}{seed} has no learning curve: it was trained before under other settings of the curve, or "
+            "the curve was removed, and the checkpoints along the way are gone. Remove "
+            f"{place_of_artifact(training)} to train it again."
         )
     artifact = experiment.workspace.store.planned.get(row.candidate.fingerprint)
     if artifact is not None and (note := read_manifest(artifact.path)["info"].get("note")):

@@ -426,9 +426,12 @@ def test_a_tokenizer_changed_after_the_extraction_is_noticed(
     todo = {p.spec.label for p in plan(config, again) if p.state == "missing"}
     assert todo >= {"llama", "CLM-seed0", "FuseLLM-seed0"} and "neox" not in todo
     reader = read_predictions(open_experiment(load(str(experiment_file)), again), "neox")
-    monkeypatch.setattr(predictions, "encode", lambda tokenizer, text: encode(tokenizer, text)[:-1])
-    with pytest.raises(UserError, match="but the tokenizer now gives"):
-        reader.predictions(0)
+    for otherwise in (lambda ids: ids[:-1], lambda ids: ids[::-1]):  # fewer tokens, and as many
+        monkeypatch.setattr(
+            predictions, "encode", lambda tokenizer, text, other=otherwise: other(encode(tokenizer, text))
+        )
+        with pytest.raises(UserError, match="but the tokenizer now gives"):
+            reader.predictions(0)
 
 
 # Other processes.
