@@ -35,6 +35,7 @@ class Ratio:
 
     @cached_property
     def value(self) -> float:
+        """The ratio of the sums."""
         return float(self.top.sum() / self.bottom.sum())
 
     @cached_property

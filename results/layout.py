@@ -34,6 +34,7 @@ class Column:
 
     @property
     def tasks(self) -> tuple[str, ...]:
+        """The tasks that the column is an average of."""
         return tuple(part.task for part in self.parts)
 
 
@@ -122,6 +123,7 @@ class CellText:
     best: bool = False
 
     def text(self, between: str = " ") -> str:
+        """The whole text, with `between` before the interval."""
         line = " ".join([self.value, *self.about])
         return line + between + self.interval if self.interval else line
 

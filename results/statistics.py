@@ -58,6 +58,7 @@ class Units:
 
     @property
     def task(self) -> str:
+        """The task that the examples are of."""
         return self.part.task
 
     def of_seeds(self, seeds: Sequence[int]) -> "Units":

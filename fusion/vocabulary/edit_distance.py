@@ -159,6 +159,7 @@ class Targets:
 
     @classmethod
     def build(cls, strings: Codes, alphabet: int) -> Targets:
+        """The strings in alphabetical order, so that each shares a beginning with the one before it."""
         spelled, ends = strings.codes.astype(">u4").tobytes(), (4 * strings.offsets).tolist()
         keys = [spelled[start:end] for start, end in pairwise(ends)]
         order = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)

@@ -56,10 +56,12 @@ class Run:
 
     @property
     def experiment(self) -> str:
+        """The name of the experiment; `eval` for the evaluation of one model."""
         return str(self.configuration["experiment"])
 
     @property
     def profile(self) -> str:
+        """The profile that it was run in; for the evaluation of one model the computing precision."""
         return str(self.configuration["profile"])
 
     @property
@@ -88,6 +90,7 @@ class Run:
 
     @property
     def banner(self) -> str:
+        """The warning that is printed above its tables; empty where there is none."""
         return self.configuration["banner"] or ""
 
     @property

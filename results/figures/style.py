@@ -68,6 +68,7 @@ def stacked(axes: "Axes", groups: Sequence[str], series: Mapping[str, Sequence[f
 
 
 def name_groups(axes: "Axes", groups: Sequence[str], label: str) -> None:
+    """Writes the names of groups of bars below them and `label` beside the vertical axis."""
     axes.set_xticks(np.arange(len(groups)), groups, rotation=30, ha="right", fontsize=8)
     axes.set_ylabel(label, fontsize=8)
     axes.grid(axis="y", alpha=0.3)
@@ -75,6 +76,7 @@ def name_groups(axes: "Axes", groups: Sequence[str], label: str) -> None:
 
 
 def entitle(figure: "Figure", title: str, banner: str) -> None:
+    """Writes the banner and the title above the figure, in lines that fit its width."""
     text = ": ".join(part for part in (banner.upper(), title) if part)
     if text:
         # About 11 characters an inch at this size.

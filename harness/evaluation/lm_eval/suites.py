@@ -17,6 +17,8 @@ _SCORES = {"acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "em
 
 
 class BbhConfig(LmEvalConfig):
+    """The configuration of `bbh`: that of every suite of lm-eval tasks, and the kind of prompt."""
+
     variant: Literal["cot_fewshot", "fewshot", "zeroshot", "cot_zeroshot"] = Field(
         "cot_fewshot", description="three examples with a chain of thought (the paper's), without, or no examples"
     )

@@ -44,6 +44,7 @@ class OutOfTime(UserError):
 
 
 def results_path(generations: Path) -> Path:
+    """The file beside the completions that their results are written to unless another is named."""
     return generations.with_suffix(".results.jsonl")
 
 
