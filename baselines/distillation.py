@@ -20,7 +20,7 @@ from fusion.registry import PartName, Registered
 from fusion.vocabulary.maps import MAPS
 
 # Parameters of stored distributions; teachers in memory have none of these choices.
-_OFFLINE = ("map", "map_on", "alignment", "tail")
+_OFFLINE = ("map", "map_on", "alignment", "tail", "projection", "inside", "true_token")
 
 
 class TeacherParameters(Parameters):
@@ -59,6 +59,21 @@ class DistillationParameters(TeacherParameters):
         None,
         description="offline: mass outside the top k; all divergences but forward_kl require bucket",
         json_schema_extra={"effective": TopKDistillationLoss.tail},
+    )
+    projection: Literal["path", "token"] | None = Field(
+        None,
+        description="offline: entries become the target's along the text, or token by token",
+        json_schema_extra={"effective": TopKDistillationLoss.projection},
+    )
+    inside: Literal["prefix", "none"] | None = Field(
+        None,
+        description="offline: entries at positions inside a teacher's token",
+        json_schema_extra={"effective": TopKDistillationLoss.inside},
+    )
+    true_token: Literal["always", "top_k"] | None = Field(
+        None,
+        description="offline: whether the teacher's true next token is always an entry",
+        json_schema_extra={"effective": TopKDistillationLoss.true_token},
     )
 
     @model_validator(mode="after")
