@@ -282,7 +282,7 @@ def run_mergekit(configuration: Mapping[str, Any], folders: Mapping[str, Path], 
         if (donor / name).is_file() and not (out / name).exists():
             shutil.copyfile(donor / name, out / name)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        out, use_safetensors=True, local_files_only=True, output_loading_info=True
+        out, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
     )
     model, info = loaded
     check_loading(info, model, str(out), "mergekit cannot merge models of this architecture")

@@ -8,6 +8,7 @@ from typing import Any
 
 from baselines.merge_configuration import define_gpt_neox, first_line, with_folders
 from fusion.errors import UserError
+from fusion.modeling.loading import code_was_refused
 
 # Properties of a configuration that say nothing about the weights: names, library, precision, special tokens; and the
 # tokenizer of a shape, which is compared by itself.
@@ -30,15 +31,13 @@ def check_mergeable(
     only values known of both models are compared. Reads configurations and tokenizers, no weights. sliced: the number
     of layers may differ. tokenizers: False when tokenizers and vocabularies may differ.
     """
-    from transformers import AutoConfig
-
     (first, *others) = shapes or [""]
     skipped = _NOT_COMPARED | (_PER_LAYER if sliced else set()) | (set() if tokenizers else {"vocab_size"})
 
     def read_config(name: str) -> dict[str, Any]:
         shape = shapes[name]
         if isinstance(shape, Path):
-            shape = AutoConfig.from_pretrained(shape, local_files_only=True).get_text_config().to_dict()
+            shape = _text_config(shape, name, label).to_dict()
         return {key: value for key, value in shape.items() if key not in skipped}
 
     for name in others:
@@ -59,6 +58,21 @@ def check_mergeable(
             )
 
 
+def _text_config(folder: Path, name: str, label: str) -> Any:
+    """The configuration of a checkpoint's text model. Raises UserError where that would need code of its folder."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
+    except ValueError as error:
+        if not code_was_refused(error):
+            raise
+        raise UserError(
+            f"{label} cannot merge {name}, which needs Python code of its own (trust_remote_code), and merging runs "
+            "none: choose models that transformers knows."
+        ) from error
+
+
 def check_plan(configuration: Mapping[str, Any], shapes: Mapping[str, Path | Mapping[str, Any]], label: str) -> None:
     """Raises UserError for a configuration that mergekit would refuse while it merges, or that gives no numbers.
 
@@ -72,14 +86,11 @@ def check_plan(configuration: Mapping[str, Any], shapes: Mapping[str, Path | Map
     from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
     from mergekit.options import MergeOptions
     from mergekit.plan import MergePlanner
-    from transformers import AutoConfig
 
     with tempfile.TemporaryDirectory() as name:
         folders = {model: shape for model, shape in shapes.items() if isinstance(shape, Path)}
         layers = {
-            model: AutoConfig.from_pretrained(shape, local_files_only=True, trust_remote_code=False)
-            .get_text_config()
-            .num_hidden_layers
+            model: _text_config(shape, model, label).num_hidden_layers
             if isinstance(shape, Path)
             else shape.get("num_hidden_layers")
             for model, shape in shapes.items()

@@ -23,3 +23,8 @@ def check_loading(
             raise UserError(
                 f"The weights in {place} do not fit its config.json ({len(keys)} {what}, first {keys[0]}): {remedy}."
             )
+
+
+def code_was_refused(error: Exception) -> bool:
+    """Whether transformers raised this because it would have had to run Python code of the model's folder."""
+    return "trust_remote_code" in str(error)

@@ -30,13 +30,15 @@ def doctor(
 ) -> None:
     """What this machine has and what that means for a run.
 
-    Ends with exit status 2 if something that every run needs is missing.
+    Ends with exit status 2 if something that every run needs is missing, or if the sandbox does not hold.
     """
     prepare(root)
     rows, healthy = check(root, gpu=gpu)
     print_rows(["what", "found", "fine"], rows, form)
     if not healthy:
-        raise UserError("Something that every run needs is missing: see the lines marked 'no'.")
+        raise UserError(
+            "Something that every run needs is missing, or the sandbox does not hold: see the lines marked 'no'."
+        )
 
 
 def check(root: Path, *, gpu: bool) -> tuple[list[Row], bool]:
@@ -66,14 +68,22 @@ def check(root: Path, *, gpu: bool) -> tuple[list[Row], bool]:
 
 
 def _toolchains(cache: Path) -> list[Row]:
-    """The sandbox, and the toolchains as they are in it: a program of each language is run."""
+    """The sandbox, what holds of it, and the toolchains as they are in it: a program of each language is run."""
     from harness.evaluation.multipl_e.languages import LANGUAGES
     from harness.evaluation.multipl_e.toolchains import available
     from harness.evaluation.sandbox import refusal
+    from harness.evaluation.sandbox.guarantees import guarantees
 
     refused = refusal()
     rows = [("sandbox for generated programs", refused or "bubblewrap works", None if refused else True)]
     found, not_run = available(list(LANGUAGES), cache)
+    if "python" in found:
+        python = found["python"]
+        try:
+            tried = guarantees(python.run[0], python.roots)
+            rows += [(f"sandbox: {what}", came, "yes" if holds else "no") for what, came, holds in tried]
+        except UserError as error:
+            rows.append(("sandbox: what holds", str(error), "-"))
     for name, language in LANGUAGES.items():
         rows.append(
             (

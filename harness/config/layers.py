@@ -37,6 +37,7 @@ def user_layers(path: Path, _extending: Sequence[Path] = ()) -> tuple[list[Layer
     """
     values = _read(path, _extending[-1] if _extending else None)
     layer = Layer(values, dict(_lines(path)))
+    _refuse_functions(layer, str(path))
     extends = values.pop("extends", None)
     if extends is None:
         return [layer], None
@@ -71,8 +72,35 @@ def setting_layer(item: str) -> Layer:
     if re.fullmatch(r"[\w.-]+:", value):
         value = f"'{value}'"  # tiny: is a name, and not a key without a value
     values = OmegaConf.from_dotlist([f"{key}={value}"])
-    keys = _keys(OmegaConf.to_container(values, resolve=False))
-    return Layer(values, dict.fromkeys(keys, f"--set {item}"))
+    keys = dict(_items(OmegaConf.to_container(values, resolve=False)))
+    layer = Layer(values, dict.fromkeys(keys, f"--set {item}"))
+    _refuse_functions(layer, f"--set {item}")
+    return layer
+
+
+def _refuse_functions(layer: Layer, where: str) -> None:
+    """Raises UserError for a value that interpolates anything but another key, such as `${oc.env:HF_TOKEN}`.
+
+    A resolved configuration is stored with every artifact and printed in reports, and nothing of the environment may
+    get there. All of OmegaConf's functions are refused, since some of them (`oc.decode`) build a call of others.
+    """
+    from omegaconf import OmegaConf
+
+    for key, text in _items(OmegaConf.to_container(layer.values, resolve=False)):
+        if isinstance(text, str) and _calls_function(text):
+            raise UserError(
+                f"{layer.places.get(key, where)} has {'.'.join(key)} = {text}, which is not resolved, because a secret "
+                "of the environment would be stored with every result: write the value itself; only other keys, as in "
+                "${roles.target.model}, can be interpolated."
+            )
+
+
+def _calls_function(text: str) -> bool:
+    """Whether an interpolation of the text, which may stand in another one, is more than the name of a key."""
+    shorter = ""
+    while shorter != text:
+        shorter, text = text, re.sub(r"\$\{[^${}:]*\}", "", text)
+    return re.search(r"\$\{[^}]*:", text) is not None
 
 
 def _begins_with_suite(key: str) -> bool:
@@ -138,8 +166,9 @@ def _lines(path: Path) -> Iterator[tuple[Key, str]]:
         yield from walk(node, ())
 
 
-def _keys(value: Any, above: Key = ()) -> Iterator[Key]:
+def _items(value: Any, above: Key = ()) -> Iterator[tuple[Key, Any]]:
+    """Every key below a value, and what stands there."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
-        yield (*above, str(key))
-        yield from _keys(inner, (*above, str(key)))
+        yield (*above, str(key)), inner
+        yield from _items(inner, (*above, str(key)))

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.models.checkpoints import load_model, load_tokenizer
+from harness.models.checkpoints import load_model, load_tokenizer, load_whole_config
 from harness.models.resolution import ModelSpec, ResolvedModel, resolve
 
 if TYPE_CHECKING:
@@ -67,11 +67,8 @@ class EvaluatedModel:
     def context(self) -> int:
         """The longest text that the model reads (tokens), as lm-eval has it."""
         from lm_eval.models.utils import resolve_max_length
-        from transformers import AutoConfig
 
-        trusted = self.spec.trust_remote_code
-        config = AutoConfig.from_pretrained(self.resolved.folder, local_files_only=True, trust_remote_code=trusted)
-        return resolve_max_length(config, self.tokenizer)
+        return resolve_max_length(load_whole_config(self.resolved), self.tokenizer)
 
     def release(self) -> None:
         """Frees the model's memory; it is loaded again when it is needed again."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
-from fusion.modeling.loading import check_loading
+from fusion.modeling.loading import check_loading, code_was_refused
 from harness.models.resolution import GENERATION_FILE, ResolvedModel
 from harness.runtime.device import DType, compute_dtype
 from harness.store.files import read_json_object
@@ -13,19 +13,21 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 
-def load_config(resolved: ResolvedModel) -> Any:
-    """The model's configuration as transformers reads it; that of the text model where it has several parts.
-
-    Raises UserError when the library cannot read it.
-    """
+def load_whole_config(resolved: ResolvedModel) -> Any:
+    """The model's configuration as transformers reads it, of all its parts. Raises UserError when it cannot."""
     from transformers import AutoConfig
 
     return _load(
         resolved,
         lambda: AutoConfig.from_pretrained(
             resolved.folder, local_files_only=True, trust_remote_code=resolved.spec.trust_remote_code
-        ).get_text_config(),
+        ),
     )
+
+
+def load_config(resolved: ResolvedModel) -> Any:
+    """The configuration of the text model, which is all of it where there are no other parts. Raises UserError."""
+    return load_whole_config(resolved).get_text_config()
 
 
 def load_model(resolved: ResolvedModel, dtype: DType | None = None, device: str = "cpu") -> "PreTrainedModel":
@@ -100,6 +102,11 @@ def _load(resolved: ResolvedModel, load: Callable[[], Any]) -> Any:
     except UserError:
         raise
     except Exception as error:  # a broken file makes the libraries raise anything; `tokenizers` raises Exception itself
+        if code_was_refused(error):
+            raise UserError(
+                f"The model {resolved.name} needs Python code that lies in {resolved.folder}, which is not run: if you "
+                "trust it, set the role's trust_remote_code to true (`fusellm eval`: --trust-remote-code)."
+            ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"The model {resolved.name} in {resolved.folder} cannot be loaded ({reason.rstrip('.')}): correct its "

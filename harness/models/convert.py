@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
-from fusion.modeling.loading import check_loading
+from fusion.modeling.loading import check_loading, code_was_refused
 from harness.models.checkpoints import load_tokenizer
 from harness.models.manifest import read_model_manifest, write_model_manifest
 from harness.models.reproduction import SAMPLES, NotReproduced, as_resolved, save_checked, token_ids
@@ -103,7 +103,12 @@ def _convert_gguf(path: Path, out: Path) -> None:
     tokenizer = _gguf_tokenizer(path)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (ValueError, KeyError, NotImplementedError, OSError) as error:
         raise UserError(f"{path} cannot be read as a GGUF model ({type(error).__name__}: {error}).") from error
@@ -134,7 +139,9 @@ def _gguf_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
         )
     if "tokenizer.ggml.tokens" not in metadata:
         raise UserError(f"{path} has no tokenizer inside: use the hub's copy of the model.")
-    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(
+        path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+    )
     kind, split = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind == "gpt2":
         if split in _DIGITS_THEN_GPT2_SPLIT:
@@ -194,11 +201,17 @@ def _convert_folder(folder: Path, out: Path) -> None:
             use_safetensors=has_safetensors,
             weights_only=True,
             local_files_only=True,
+            trust_remote_code=False,  # without this it asks, and a `y` runs the code
             output_loading_info=True,
         )
     except pickle.UnpicklingError as error:
         raise _unsafe(folder) from error
     except (ValueError, KeyError, OSError, RuntimeError) as error:
+        if code_was_refused(error):
+            raise UserError(
+                f"{folder} needs Python code that lies beside it, which a conversion never runs: convert it with its "
+                "own tools to safetensors, and use that folder with trust_remote_code if you trust the code."
+            ) from error
         raise UserError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     model, info = loaded
     check_loading(info, model, str(folder))
@@ -247,7 +260,7 @@ def _folder_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
         raise UserError(f"{passages[0]} cannot be read as a SentencePiece model: copy it again.") from error
     differing = ""
     for exact in (False, True):
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if not tokenizer.is_fast:
             raise UserError(
                 f"{folder}: no fast tokenizer can be made of {passages[0].name}: put a tokenizer.json into it."

@@ -24,7 +24,7 @@ from harness.evaluation.sandbox import Limits, Sandbox, refusal
 from harness.runtime.progress import notify, track
 from harness.store.files import intact_lines, write_atomically
 
-VERSION = 2  # of the way in which programs are put together, run and scored
+VERSION = 3  # of the way in which programs are put together, run and scored
 
 Key = tuple[str, str]
 """A toolchain, with everything else that can change a verdict, and a program."""

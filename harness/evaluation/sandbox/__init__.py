@@ -1,7 +1,8 @@
 """Runs untrusted programs in bubblewrap, without network, with bounded time, memory, processes, disk and output.
 
 A program sees the machine's /usr and its toolchain, all read-only, a temporary folder of bounded size, and nothing
-else: no other file, process, socket or environment variable. Nothing of it remains when it ends or is stopped.
+else: no other file, process, key or environment variable, and no socket but pairs of its own (`seccomp`). Nothing of it
+remains when it ends or is stopped. `guarantees` tries what holds on this machine.
 """
 
 import json
@@ -10,17 +11,20 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
 from fusion.errors import UserError
+from harness.evaluation.sandbox.memory_cgroup import MemoryCgroup
+from harness.evaluation.sandbox.seccomp import seccomp_filter
 from harness.runtime.programs import which
 
 INSTALL = "apt-get install bubblewrap"
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _MiB = 1 << 20
+_OWN_MEMORY = 64 * _MiB  # bytes, of the supervisor and bubblewrap
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Sandbox:
         `roots` are the folders outside /usr that programs may read. With `unsafe` there is no sandbox, only the limits
         of a process.
         """
+        limits = limits or Limits()
         bwrap = which("bwrap")
         if bwrap is None and not unsafe:
             raise UserError(f"bubblewrap is not installed: {INSTALL}.")
@@ -87,18 +92,34 @@ class Sandbox:
             "bwrap": None if unsafe else bwrap,
             "roots": sorted(seen),
             "cpu": cores[slot % len(cores)],
-            "limits": asdict(limits or Limits()),
+            "limits": asdict(limits),
+            "seccomp": "" if unsafe else seccomp_filter().hex(),
         }
-        command = [sys.executable, "-I", "-S", str(_SUPERVISOR), json.dumps(config)]
+        # What lies in the temporary folders is memory, too, and bounded by their size.
+        self._cgroup = MemoryCgroup(limits.memory + limits.disk + limits.shared + _OWN_MEMORY)
+        command = [*self._cgroup.prefix, sys.executable, "-I", "-S", str(_SUPERVISOR), json.dumps(config)]
         # A session of its own: an interrupt at the terminal is the harness's to handle, and no program has a terminal.
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={}, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=self._cgroup.environment,  # which no program sees: bubblewrap starts with none
+            start_new_session=True,
         )
+        self._cgroup.add(self._process.pid)
+
+    @property
+    def memory_limit(self) -> str:
+        """Who bounds the memory of all processes of a program together, in words."""
+        by_kernel = "by the kernel (cgroup) and " if self._cgroup.bounded else ""
+        return f"{by_kernel}by the supervisor, which looks ten times a second"
 
     def run(self, program: Program) -> Outcome:
         """Runs one program; whatever it does is an Outcome. Raises UserError where the sandbox itself fails."""
         assert self._process.stdin
         assert self._process.stdout
+        killed = self._cgroup.killed()
         try:
             self._process.stdin.write(json.dumps(asdict(program)) + "\n")
             self._process.stdin.flush()
@@ -113,7 +134,10 @@ class Sandbox:
         if not reply.pop("started"):
             why = reply["stderr"].strip().partition("\n")[0] or f"exit status {reply['exit_code']}"
             raise UserError(f"The sandbox cannot start programs ({why}).")
-        return Outcome(**reply)
+        outcome = Outcome(**reply)
+        if outcome.exit_code and self._cgroup.killed() > killed:
+            outcome = replace(outcome, exit_code=-1, stopped="memory")
+        return outcome
 
     def close(self) -> None:
         """Ends the running program, if any."""
@@ -123,6 +147,7 @@ class Sandbox:
             self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
+        self._cgroup.close()
 
     def __enter__(self) -> Self:
         return self

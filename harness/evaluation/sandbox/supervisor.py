@@ -10,13 +10,11 @@ import ctypes
 import fcntl
 import json
 import os
-import platform
 import resource  # noqa: F401  (os.wait4 imports it, which an unreadable installation forbids after the uid is dropped)
 import select
 import shlex
 import shutil
 import signal
-import struct
 import sys
 import tempfile
 import time
@@ -27,20 +25,16 @@ WORK = "/tmp"  # the program's folder in the sandbox: a tmpfs of bounded size
 _TICK = 0.1  # seconds between two looks at the memory
 _STAGE = 3  # the descriptor on which the script in the sandbox says how far it got
 _SYSTEM = ("/etc/alternatives", "/etc/ld.so.cache")
-_FILES = 256  # open files a process
+_FILES = 256  # open files a process; R does not start with fewer
+_WMEM_DEFAULT = Path("/proc/sys/net/core/wmem_default")
+_SOCKET = 1 << 16  # bytes by which a socket's buffer may exceed that limit
+_INODE = 1536  # bytes of the kernel's memory that a file or folder in a tmpfs takes, with its name
 _ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}
 
 # linux/prctl.h, linux/sched.h, linux/mount.h
 _PR_SET_CHILD_SUBREAPER = 36
 _CLONE_NEWNS = 0x00020000
 _MS_BIND, _MS_REC, _MS_PRIVATE = 1 << 12, 1 << 14, 1 << 18
-
-# Refused: memory that belongs to no process and so escapes every other bound (memfd, System V segments, queues and
-# semaphores), io_uring, and a change of the core, which would slow another program down. (audit architecture, numbers)
-_REFUSED_CALLS = {
-    "x86_64": (0xC000003E, (29, 64, 68, 203, 319, 425, 447)),
-    "aarch64": (0xC00000B7, (122, 186, 190, 194, 279, 425, 447)),
-}
 
 
 def main() -> None:
@@ -53,6 +47,8 @@ def main() -> None:
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     if config["cpu"] is not None:
         os.sched_setaffinity(0, {config["cpu"]})
+    # Where memory runs short the kernel ends a program, which inherits this, and not the harness with its model.
+    Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     places, broken = {root: root for root in config["roots"]}, None
     if config["bwrap"] and os.geteuid() == 0:
         try:
@@ -246,23 +242,51 @@ def _namespace(bwrap: int) -> int:
 
 
 def _memory(namespace: int) -> int:
-    """Bytes that the processes of the namespace hold: private pages, and shared mappings that no file bounds."""
-    pages = 0
+    """Bytes that the processes of the namespace hold, in memory, in the swap space, and in tables of the kernel."""
+    total = 0
     shared: dict[bytes, int] = {}
+    task = None
     for process in Path("/proc").iterdir():
         try:
             if not process.name.isdigit() or (process / "ns/pid").stat().st_ino != namespace:
                 continue
-            resident, of_files = map(int, (process / "statm").read_text(encoding="utf-8").split()[1:3])
-            maps = (process / "maps").read_bytes().splitlines()
+            task, status = _living_thread(process)
+            maps = (task / "maps").read_bytes().splitlines()
         except OSError:
             continue
-        pages += resident - of_files
+        total += sum(1024 * int(status[key].split()[0]) for key in ("RssAnon", "VmPTE", "VmSwap"))
         # By their size, because a page that a dead process touched is in nobody's resident set.
         for span, _, _, _, inode, *_ in (line.split() for line in maps if b" /dev/zero " in line):
             first, last = (int(end, 16) for end in span.split(b"-"))
             shared[inode] = max(shared.get(inode, 0), last - first)
-    return pages * os.sysconf("SC_PAGESIZE") + sum(shared.values())
+    return total + sum(shared.values()) + (_of_kernel(task) if task else 0)
+
+
+def _living_thread(process: Path) -> tuple[Path, dict[str, str]]:
+    """A thread that has not ended, and its status; /proc says nothing of the memory of one that has.
+
+    Raises OSError where none is left.
+    """
+    for task in (process / "task").iterdir():
+        status = dict(line.split(":", 1) for line in (task / "status").read_text(encoding="utf-8").splitlines())
+        if "RssAnon" in status:
+            return task, status
+    raise FileNotFoundError
+
+
+def _of_kernel(task: Path) -> int:
+    """At most the bytes that the kernel keeps for the sandbox of a process, in no process's name.
+
+    These are the sockets' buffers, and the files and folders of the tmpfs, whose size bounds only what is in them.
+    """
+    try:
+        sockets = int((task / "net/sockstat").read_text(encoding="ascii").split()[2])
+        # Containers with a network of their own may not have the file; this is the kernel's default.
+        buffer = int(_WMEM_DEFAULT.read_text(encoding="ascii")) if _WMEM_DEFAULT.exists() else 212992
+        filled = [os.statvfs(f"{task}/root{folder}") for folder in (WORK, "/dev/shm")]
+    except OSError:  # it has ended meanwhile
+        return 0
+    return sockets * (buffer + _SOCKET) + _INODE * sum(one.f_files - one.f_ffree for one in filled)
 
 
 def _sandboxed(job: dict[str, Any], config: dict[str, Any], places: dict[str, str], lent: list[int]) -> list[str]:
@@ -285,8 +309,10 @@ def _sandboxed(job: dict[str, Any], config: dict[str, Any], places: dict[str, st
     for name, text in job["files"].items():
         lent.append(_in_memory(_bytes(text)))
         args += ["--file", str(lent[-1]), f"{WORK}/{name}"]
-    lent.append(_in_memory(_filter()))
-    args += ["--seccomp", str(lent[-1]), "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", WORK]
+    lent.append(_in_memory(bytes.fromhex(config["seccomp"])))
+    args += ["--seccomp", str(lent[-1]), "--chdir", WORK]
+    for path in ("/proc", "/dev", "/"):  # /proc, so that no program takes back its oom_score_adj
+        args += ["--remount-ro", path]
     for name, value in _environment(job, WORK).items():
         args += ["--setenv", name, value]
     return [config["bwrap"], *args, "/bin/sh", "-c", _script(job, limits)]
@@ -304,7 +330,7 @@ def _script(job: dict[str, Any], limits: dict[str, Any]) -> str:
     lines = [
         f"{{ ulimit -u {limits['processes']} 2>/dev/null || ulimit -p {limits['processes']}; }}",  # bash, dash
         f"ulimit -t {limits['cpu']} && ulimit -d {kib} && ulimit -f {limits['disk'] // 512}",
-        f"ulimit -n {_FILES} && ulimit -c 0 && echo 1000 >/proc/self/oom_score_adj && printf s >&{_STAGE} || exit",
+        f"ulimit -n {_FILES} && ulimit -c 0 && printf s >&{_STAGE} || exit",
     ]
     text = " && ".join(lines)
     if job["compile"]:
@@ -332,25 +358,6 @@ def _in_memory(data: bytes) -> int:
         file.write(data)
     os.lseek(descriptor, 0, os.SEEK_SET)
     return descriptor
-
-
-def _filter() -> bytes:
-    """A BPF program (linux/seccomp.h) that answers refused calls with EPERM and kills programs of another ABI."""
-    if platform.machine() not in _REFUSED_CALLS:
-        raise OSError(f"it is made for {' and '.join(_REFUSED_CALLS)}, not for {platform.machine()}")
-    architecture, numbers = _REFUSED_CALLS[platform.machine()]
-    load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
-    rules = [
-        (load, 0, 0, 4),
-        (equal, 1, 0, architecture),
-        (answer, 0, 0, 0x80000000),  # kill: another architecture has other numbers
-        (load, 0, 0, 0),
-        (at_least, len(numbers) + 1, 0, 0x40000000),  # x32's numbers
-        *((equal, len(numbers) - i, 0, number) for i, number in enumerate(numbers)),
-        (answer, 0, 0, 0x7FFF0000),  # allow
-        (answer, 0, 0, 0x00050001),  # EPERM
-    ]
-    return b"".join(struct.pack("HBBI", *rule) for rule in rules)
 
 
 if __name__ == "__main__":

@@ -218,3 +218,49 @@ def test_an_unknown_base_is_named_with_its_line(tmp_path: Path) -> None:
 
 def test_a_name_that_ends_in_a_colon_is_set(tmp_path: Path) -> None:
     assert load("main", overrides=["data.root=tiny:"]).data.root == "tiny:"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "title: ${oc.env:HF_TOKEN}",
+        "title: 'a ${ oc.env : HF_TOKEN } b'",
+        "title: ${oc.env:NONE,${oc.env:HF_TOKEN}}",
+        "extends: ${oc.env:HF_TOKEN}.yaml",
+        "profile: ${oc.env:HF_TOKEN}",
+        "methods: {CLM: {method: '${oc.env:HF_TOKEN}'}}",
+        "seeds: [0, '${oc.env:HF_TOKEN}']",
+        "a: oc\ntitle: ${${a}.env:HF_TOKEN}",
+        "a: 'oc.e'\nb: 'nv:HF_TOKEN'\nc: '\\${${a}${b}}'\ntitle: ${oc.decode:${c}}",
+    ],
+)
+def test_nothing_of_the_environment_gets_into_a_configuration(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.chdir(tmp_path)
+    _write(tmp_path, own=text if "extends" in text else f"extends: main\n{text}", other="extends: own.yaml")
+    for command in (["show", "own.yaml"], ["show", "other.yaml"], ["run", "own.yaml"], ["validate", "own.yaml"]):
+        status, printed, said = answer("experiment", *command)
+        assert status == 2
+        assert "hf_secret" not in printed + said
+        assert "own.yaml, line" in printed + said and "secret of the environment" in printed + said
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and "hf_secret" in path.read_text()]
+
+
+def test_nothing_of_the_environment_gets_into_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    for command in (
+        ["experiment", "show", "main", "--set", "title=${oc.env:HF_TOKEN}"],
+        ["eval", "m", "--suite", "bbh", "--set", "bbh.limit=${oc.env:HF_TOKEN}", "--root", str(tmp_path)],
+        ["eval", "m", "--suite", "bbh", "--set", "data.root=/data/${oc.env:HF_TOKEN}", "--root", str(tmp_path)],
+    ):
+        status, printed, said = answer(*command)
+        assert status == 2
+        assert "hf_secret" not in printed + said and "secret of the environment" in said
+
+
+def test_other_keys_can_be_interpolated(tmp_path: Path) -> None:
+    _write(tmp_path, own="extends: main\ntitle: 'On ${roles.target.model}: ${roles.target.model}: all of it'")
+    config = load(str(tmp_path / "own.yaml"))
+    assert config.title == f"On {config.roles.target.model}: {config.roles.target.model}: all of it"

@@ -483,6 +483,7 @@ def test_doctor_names_the_sandbox_and_every_language(cache: Path) -> None:
     shown = _toolchains(cache)
     assert [what for what, _, _ in shown] == [
         "sandbox for generated programs",
+        *(f"sandbox: {what}" for what in ("sockets", "system calls", "files, environment, processes", "memory")),
         *(f"MultiPL-E in {language.title}" for language in LANGUAGES.values()),
     ]
     for what, found, fine in shown:

@@ -1,6 +1,9 @@
+import ast
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from harness.models.checkpoints import load_model, load_tokenizer
 from harness.models.manifest import MANIFEST
 from harness.models.resolution import ModelSpec, count_parameters, resolve
 from harness.runtime.device import compute_dtype
+from tests.harness.command import sentence
 
 
 def make_tokenizer(folder: Path) -> int:
@@ -237,8 +241,9 @@ def test_a_missing_head_of_an_untied_model_is_refused(tmp_path: Path) -> None:
         load_model(resolve(ModelSpec(name=str(folder)), tmp_path), "float32")
 
 
-@pytest.mark.parametrize("trust", [False, True])
-def test_code_in_the_folder_runs_only_when_the_spec_says_so(trust: bool, tiny: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def with_code(tiny: Path, tmp_path: Path) -> Path:
+    """A model whose class is defined by Python code in its folder, which makes a file `ran` when it is imported."""
     config = json.loads((tiny / "config.json").read_text())
     config["model_type"] = "of_my_own"
     config["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
@@ -250,13 +255,44 @@ def test_code_in_the_folder_runs_only_when_the_spec_says_so(trust: bool, tiny: P
         "class Config(LlamaConfig):\n    model_type = 'of_my_own'\n"
         "class Model(LlamaForCausalLM):\n    config_class = Config\n"
     )
-    resolved = resolve(ModelSpec(name=str(tiny), trust_remote_code=trust), tmp_path)
+    return tiny
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_code_in_the_folder_runs_only_when_the_spec_says_so(trust: bool, with_code: Path, tmp_path: Path) -> None:
+    resolved = resolve(ModelSpec(name=str(with_code), trust_remote_code=trust), tmp_path)
     if trust:
         assert load_model(resolved, "float32").config.model_type == "of_my_own"
     else:
-        with pytest.raises(UserError, match="cannot be loaded"):
+        with pytest.raises(UserError, match=r"needs Python code .* set the role's trust_remote_code to true"):
             load_model(resolved, "float32")
     assert (tmp_path / "ran").exists() is trust
+
+
+def test_no_command_asks_whether_to_run_code(with_code: Path, tmp_path: Path) -> None:
+    """transformers asks on the terminal where it is not told, and runs the code after a `y`."""
+    from baselines.merge_checks import check_mergeable
+
+    for command in (
+        ["model", "convert", with_code, "--root", tmp_path / "root"],
+        ["eval", with_code, "--suite", "commonsense", "--set", "data.root='tiny:'", "--root", tmp_path / "root"],
+    ):
+        said = subprocess.run(
+            [sys.executable, "-m", "harness", *map(str, command)], input="y\n" * 9, capture_output=True, text=True
+        )
+        assert said.returncode == 2 and "trust_remote_code" in sentence(said.stderr), (said.stdout, said.stderr)
+    with pytest.raises(UserError, match=r"cannot merge a, which needs Python code of its own \(trust_remote_code\)"):
+        check_mergeable({"a": with_code, "b": with_code}, "row")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_every_automatic_class_is_told_whether_to_run_code() -> None:
+    root = Path(__file__).parents[3]
+    for path in (path for package in ("harness", "fusion", "baselines") for path in (root / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            call = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if isinstance(node, ast.Call) and re.fullmatch(r"Auto\w+\.from_pretrained", call):
+                assert "trust_remote_code" in [keyword.arg for keyword in node.keywords], (path, node.lineno)
 
 
 def test_the_tokenizer_is_what_tokenizer_json_says(tiny: Path, tmp_path: Path) -> None:
