@@ -93,6 +93,7 @@ class Layout:
     published: tuple[str, ...] = ()
     banner: str = ""
     notes: tuple[str, ...] = ()
+    values: str = ""  # what the values are, with their unit
 
     def best(self, published: bool = False) -> frozenset[tuple[int, int]]:
         """The (row, column) of every best value, or published one; equal ones are all best, unless all are equal."""

@@ -1,7 +1,7 @@
 """What a metric's stored numerator and denominator mean: the one place that turns them into the printed value."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,11 +20,12 @@ class Metric:
     """
 
     name: str
-    label: str
+    label: str  # with its unit
     higher_is_better: bool
     scale: float
     digits: int
     unit: str  # what one example is called
+    stored: str = "points / points"  # units of the stored numerator and denominator
     bounds: tuple[float, float] | None = None  # of the printed value
     k: int | None = None
 
@@ -70,7 +71,8 @@ def pass_at_k(samples: "np.ndarray", passing: "np.ndarray", k: int) -> "np.ndarr
 
 
 def _score(name: str, label: str, unit: str = "example", k: int | None = None) -> Metric:
-    return Metric(name, label, True, 100.0, 2, unit, (0.0, 100.0), k)
+    stored = "points / points" if k is None else "passing samples / samples"
+    return Metric(name, label, True, 100.0, 2, unit, stored, (0.0, 100.0), k)
 
 
 # Nats over bytes, so nats per byte / ln 2. The two differ in how much text before a token the model sees: as lm-eval's
@@ -78,8 +80,10 @@ def _score(name: str, label: str, unit: str = "example", k: int | None = None) -
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("bits_per_byte", "bits per byte", False, 1 / math.log(2), 4, "document"),
-        Metric("bits_per_byte_strided", "bits per byte (strided)", False, 1 / math.log(2), 4, "document"),
+        Metric("bits_per_byte", "bits per byte", False, 1 / math.log(2), 4, "document", "nats / bytes"),
+        Metric(
+            "bits_per_byte_strided", "bits per byte (strided)", False, 1 / math.log(2), 4, "document", "nats / bytes"
+        ),
         _score("acc", "accuracy, percent"),
         _score("acc_norm", "accuracy by length-normalised likelihood, percent"),
         _score("exact_match", "exact match, percent"),
@@ -110,7 +114,7 @@ def measure(name: str) -> Metric:
     base, _, direction = name.partition(",")[0].partition(":")
     if direction in ("higher", "lower"):
         label = name.replace(f":{direction}", "", 1)
-        return Metric(name, f"{label}, {direction} is better", direction == "higher", 1.0, 4, "example")
+        return Metric(name, f"{label}, {direction} is better", direction == "higher", 1.0, 4, "example", "value / 1")
     return METRICS.get(name) or _score(name, f"{name}, percent")
 
 
@@ -121,3 +125,9 @@ def comparable(metrics: Mapping[str, str]) -> list[dict[str, str]]:
         metric = measure(name)
         groups.setdefault((metric.higher_is_better, metric.scale, metric.bounds is None), {})[task] = name
     return list(groups.values())
+
+
+def values_of(metrics: Sequence[Metric]) -> str:
+    """What the values of a table are, with their unit."""
+    labels = (metric.label.removesuffix(", higher is better").removesuffix(", lower is better") for metric in metrics)
+    return " or ".join(dict.fromkeys(labels))

@@ -11,7 +11,7 @@ import pandas as pd
 
 from results.errors import UnknownName, UserError
 from results.layout import Cell, Column, Part
-from results.metrics import measure
+from results.metrics import measure, values_of
 from results.paper_numbers import AVERAGE, Published, load
 from results.table import Table, transposed
 from results.tables import Comparison, Reason, compare, sentences, untested_rows
@@ -183,6 +183,7 @@ def comparison(
         differences=False,
         banner=banner,
         notes=tuple(_notes(published, rows, compared, reference, roles, with_paper, command)),
+        values=values_of([measure(part.metric) for column in compared.columns for part in column.parts]),
     )
     if layout.methods_across:
         return _headed(transposed(table), [row.published or "" for row in rows])
@@ -253,7 +254,7 @@ def _notes(
     command: str,
 ) -> list[str]:
     metrics = [measure(part.metric) for column in compared.columns for part in column.parts]
-    notes = sentences(metrics[0], reference, compared, "task") if metrics else []
+    notes = sentences(metrics, reference, compared, "task") if metrics else []
     notes.append(f"In brackets: relative to {roles.get('target', 'the target')}.")
     if command and any(cell.note for row in compared.cells for cell in row):
         notes.append(f"What is missing is made by `{command}`, as far as this harness can.")

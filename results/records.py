@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from results.errors import UserError
+from results.metrics import measure
 
-SCHEMA_VERSION = "2"
+SCHEMA_VERSION = "3"
 NO_SEED = -1  # of a method without a seed, such as a model as it is
 _VERSION_KEY = b"fusellm.records.schema"
 
@@ -37,17 +38,20 @@ _SCHEMA = pa.schema(
         pa.field("denominator", pa.float64(), nullable=False),
         pa.field("weight", pa.float64(), nullable=False),
         pa.field("cluster", pa.string(), nullable=False),
+        pa.field("unit", pa.string(), nullable=False),
     ],
     metadata={_VERSION_KEY: SCHEMA_VERSION.encode()},
 )
 COLUMNS = tuple(_SCHEMA.names)
 VALUES = ("numerator", "denominator", "weight")
-KEY = tuple(name for name in COLUMNS if name not in (*VALUES, "cluster"))
+KEY = tuple(name for name in COLUMNS if name not in (*VALUES, "cluster", "unit"))
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """One example's result for one method.
+
+    Stored beside it is `unit`, the units of numerator and denominator: "nats / bytes" for bits per byte.
 
     method is the row label in tables; seed is -1 for a method without one; task is the domain in the suite
     `perplexity`; example is a document's id or SHA-256. The metric says what numerator / denominator is
@@ -70,6 +74,11 @@ class Record:
     weight: float = 1.0
     tokens: int | None = None
     cluster: str = ""
+
+    @property
+    def unit(self) -> str:
+        """The units of numerator and denominator."""
+        return measure(self.metric).stored
 
 
 def write(path: Path | str, records: Iterable[Record], provenance: Mapping[str, object] | None = None) -> None:

@@ -13,7 +13,7 @@ from results import statistics
 from results.bootstrap import RESAMPLES, SharedRatios, strata
 from results.errors import UnknownName, UserError
 from results.layout import Cell, Column, Part, Verdict
-from results.metrics import Metric, measure, metric_of
+from results.metrics import Metric, measure, metric_of, values_of
 from results.paper_numbers import AVERAGE
 from results.records import NO_SEED
 from results.statistics import CONFIDENCE, MIN_SEEDS, MIN_UNITS, MIN_UNLIKE, Units
@@ -95,7 +95,8 @@ def suite_table(
     wanted.append(Column(AVERAGE, tuple(parts), compared=True))
     final = records[records["tokens"].isna() & records["method"].isin(list(order))]
     compared = compare(final, order, wanted, reference, unit=f"{task}s", reasons=reasons, untested=untested)
-    kind = measure(parts[0].metric)
+    measures = [measure(part.metric) for part in parts]
+    kind = measures[0]
     difference = (
         f"− {reference}: the method minus {reference}, paired over the same {kind.unit}s; "
         f"{'positive' if kind.higher_is_better else 'negative'} is better than {reference}."
@@ -109,7 +110,8 @@ def suite_table(
         digits=kind.digits,
         reference=reference,
         banner=banner,
-        notes=tuple(sentences(kind, reference, compared, task, *([difference] if reference else []))),
+        notes=tuple(sentences(measures, reference, compared, task, *([difference] if reference else []))),
+        values=values_of(measures),
     )
 
 
@@ -317,11 +319,19 @@ def _evaluations(records: pd.DataFrame) -> dict[tuple[str, Part], tuple[str, ...
     return evaluations
 
 
-def sentences(metric: Metric, reference: str | None, compared: Comparison, task: str, *more: str) -> list[str]:
-    """What a reader must know to read the numbers; `task` is what one is called, `more` comes after the intervals."""
+def sentences(
+    metrics: Sequence[Metric], reference: str | None, compared: Comparison, task: str, *more: str
+) -> list[str]:
+    """What a reader must know to read the numbers; `task` is what one is called, `more` comes after the intervals.
+
+    metrics: those of the table, of one direction; the first one tells how intervals are made.
+    """
+    metric = metrics[0]
+    better = "higher" if metric.higher_is_better else "lower"
     cells = [cell for row in compared.cells for cell in row]
     alike = f", or fewer than {MIN_UNLIKE} in all score unlike the rest" if metric.bounds else ""
     notes = [
+        f"Values: {values_of(metrics)}; {better} is better.",
         f"The average is the unweighted mean over {task}s; n counts {metric.unit}s.",
         f"[low, high]: {CONFIDENCE:.0%} interval over {metric.unit}s within {task}s ({_how(metric)}), about these "
         f"checkpoints only; none where a {task} has fewer than {MIN_UNITS} {metric.unit}s{alike}.",

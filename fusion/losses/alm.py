@@ -37,7 +37,7 @@ class ALMLoss(Loss):
     grows, the loss tends to b - a + a log(a / b) of the chunk's nats a = -log p and b = -log q; the factor T keeps it
     from vanishing on the way. The paper's correction of tokenisation bias, which leaves out chunks whose outcomes the
     tokenizers do not agree on, needs whole distributions and is not done. A chunk's nats are spread evenly over its
-    positions.
+    positions. The sum over chunks is divided by the number of CLM labels, so that its share falls as chunks get longer.
     """
 
     teachers: Sequence[str]

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 class FusionLoss(Loss):
     """Cross-entropy - sum_v p_v log q_v of the target's q from the fused p, one distribution a position.
 
+    Its sum over positions is divided by the number of CLM labels, which include the ends of documents.
+
     Raises UserError for a map, an alignment or a fusion function that is not registered, and for a map that does
     not go with the switches.
     """

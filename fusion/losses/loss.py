@@ -103,6 +103,9 @@ class TeacherModel(Protocol):
 class Loss(ABC):
     """A loss beside CLM; subclasses are frozen dataclasses whose fields are its parameters.
 
+    A training divides its sum over the global batch by what it divides CLM's by, the number of CLM labels (next tokens,
+    and ends of text), not by the positions at which the loss is taken.
+
     `__post_init__` refuses names that are not registered; who overrides it calls it.
     """
 

@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 class OnlineDistillationLoss(Loss):
     """T^2 D(p^(1/T) || q^(1/T)), the mean over teachers p with the target's tokenizer, over all tokens.
 
-    It is taken at every position with a next token in its passage. A teacher's hidden states are computed for the whole
-    batch, its logits for a chunk when the target's are. Entries of either's logits beyond the other's have no token.
+    It is taken at every position with a next token in its passage, and the sum is divided by the number of CLM labels.
+    A teacher's hidden states are computed for the whole batch, its logits for a chunk when the target's are. Entries of
+    either's logits beyond the other's have no token.
     """
 
     teachers: Sequence[str]

@@ -44,7 +44,9 @@ class TopKDistillationLoss(Loss):
 
     p is a teacher's distribution at the aligned position, projected onto the target's tokens as a source's is for
     `FusionLoss`; q is the target's. The loss of a position is the mean over the teachers that have an aligned one. The
-    factor T^2 keeps the size of the gradient. With a `tail` other than `bucket` there is no outcome for the rest.
+    factor T^2 keeps the size of the gradient. The sum over positions is divided by the number of CLM labels, aligned or
+    not, so that its share falls with the part of positions that are aligned. With a `tail` other than `bucket` there is
+    no outcome for the rest.
 
     Raises UserError for names that are not registered, and for a divergence of all outcomes without the tail.
     """

@@ -33,7 +33,8 @@ class ULDLoss(Loss):
     The k stored probabilities of the teacher, its greatest, are compared one by one with the target's k greatest, and
     the mass of the rest with the rest; with k the vocabulary that is the whole distance. Positions are aligned by the
     byte at which the text before them ends; the published code counts tokens from the start. The loss of a position is
-    the mean over the teachers that have an aligned one.
+    the mean over the teachers that have an aligned one. The sum over positions is divided by the number of CLM labels,
+    aligned or not, so that its share falls with the part of positions that are aligned.
     """
 
     teachers: Sequence[str]

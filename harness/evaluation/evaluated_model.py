@@ -1,7 +1,7 @@
 """A candidate as a suite sees it: its names and settings, and the model, which is loaded when it is first needed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,10 @@ class EvaluatedModel:
     @cached_property
     def model(self) -> "PreTrainedModel":
         return load_model(self.resolved, self.dtype, self.device)  # type: ignore[arg-type]
+
+    def in_dtype(self, dtype: str) -> "EvaluatedModel":
+        """The same candidate computing in another precision; itself where it does already."""
+        return self if self.dtype == dtype else replace(self, dtype=dtype)
 
     @property
     def predictor(self) -> "PreTrainedModel | PrefixCachedEnsemble":

@@ -1,7 +1,7 @@
 """An ensemble as a suite sees it: its members loaded together and read as one, or asked one by one and counted."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,12 @@ class JointModel(EvaluatedModel):
 
     ensemble: Ensemble = field(kw_only=True)
     parts: Sequence[tuple[EvaluatedModel, float]] = field(kw_only=True)
+
+    def in_dtype(self, dtype: str) -> "JointModel":
+        if all(member.dtype == dtype for member, _ in self.parts):
+            return self
+        parts = [(member.in_dtype(dtype), weight) for member, weight in self.parts]
+        return replace(self, dtype=dtype, parts=parts)
 
     @property
     def members(self) -> Sequence[tuple[EvaluatedModel, float]]:

@@ -17,6 +17,7 @@ from harness.data import corpus
 from harness.data.corpus import Document
 from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.evaluation.suite import NO_VOTE, SUITES, Example, Suite, SuiteConfig, SuiteResult
+from harness.runtime.memory import device_memory
 from harness.runtime.progress import track
 from harness.stages.training_log import read_curve
 from harness.store.artifacts import Spec, Store
@@ -44,6 +45,9 @@ class PerplexityConfig(SuiteConfig):
     )
     stride: int | None = Field(
         None, gt=0, description="strided: distance of two windows (tokens). Default: half the window"
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "role"] = Field(
+        "float32", description="computing precision, the same for every row; role: that of each row's own model"
     )
 
     def key(self) -> dict[str, Any]:
@@ -114,7 +118,8 @@ class Perplexity(Suite):
 
     def key(self, text: HeldOutText) -> dict[str, Any]:
         """What the nats of a text depend on beside the model: the text, how it is measured, and by which version."""
-        return {"version": VERSION, "documents": text.fingerprint, **self.config.key()}
+        dtype = self.config.dtype
+        return {"version": VERSION, "documents": text.fingerprint, "dtype": dtype, **self.config.key()}
 
     def task_metrics(self) -> dict[str, str]:
         return dict.fromkeys(sorted({document.domain for document in self.documents}), METRICS[self.config.mode])
@@ -127,14 +132,23 @@ class Perplexity(Suite):
         if evaluated.votes:
             domains = {document.domain for document in text.documents}
             return SuiteResult(lambda: iter(()), missing=dict.fromkeys(sorted(domains), NO_VOTE))
-        spec = evaluation_spec(evaluated, text, self.config)
+        measured = evaluated if self.config.dtype == "role" else evaluated.in_dtype(self.config.dtype)
+        spec = evaluation_spec(measured, text, self.config)
 
         def build(folder: Path) -> None:
-            evaluate(folder, evaluated, text.documents, self.config)
+            if measured is not evaluated:
+                evaluated.release()  # lest the model be in memory twice
+            refuse_too_large(measured.label, measured.parameters, measured.dtype, measured.device)
+            evaluate(folder, measured, text.documents, self.config)
+            if measured is not evaluated:
+                measured.release()
 
         path = store.ensure(spec, build, costs.forward(evaluated.parameters, text.n_bytes))
         return SuiteResult(
-            lambda: self._examples(read_evaluation(path)), {self.name: path}, {self.name: spec.fingerprint}
+            lambda: self._examples(read_evaluation(path)),
+            {self.name: path},
+            {self.name: spec.fingerprint},
+            dtype=measured.dtype,
         )
 
     def with_curve(self, result: SuiteResult, curve: Artifact) -> SuiteResult:
@@ -167,6 +181,16 @@ class Perplexity(Suite):
         names = {one.sha256: f"{one.domain}/{one.name}" for one in self.documents if one.name}
         times = Counter(names.values())
         return {sha256: name for sha256, name in names.items() if times[name] > 1}
+
+
+def refuse_too_large(label: str, parameters: float, dtype: str, device: str) -> None:
+    """Raises UserError where the weights alone exceed the memory of the device."""
+    needed, memory = parameters * (4 if dtype == "float32" else 2), device_memory(device)
+    if needed > memory:
+        raise UserError(
+            f"{label} has {needed / 1e9:.1f} GB of weights in {dtype}, in which perplexity is computed, and {device} "
+            f"has {memory / 1e9:.1f} GB of memory: set suites.perplexity.dtype to bfloat16, or to role."
+        )
 
 
 def evaluation_spec(evaluated: EvaluatedModel, text: HeldOutText, config: PerplexityConfig) -> Spec:

@@ -37,6 +37,7 @@ def write_records(
         for example in result.examples()
     ]
     entry = {"row": method, "seed": seed, "suite": name, "missing": result.missing, "notes": result.notes}
+    entry |= {"dtype": result.dtype}
     if not records:
         return {**entry, "file": None}
     evaluation = fingerprint(result.fingerprints)
@@ -70,10 +71,23 @@ def note_suites(folder: Path, suites: Mapping[str, Suite], measured: Sequence[Ma
         missing: dict[str, dict[str, str]] = {}
         for entry in of_suite:
             missing.setdefault(entry["row"], {}).update(entry["missing"])
+        precision = _precision(name, of_suite)
         noted[name] = {
             "metrics": suite.task_metrics(),
             "k": getattr(suite.config, "k", 1),
             "missing": missing,
-            "notes": sorted({note for entry in of_suite for note in entry["notes"]}),
+            "notes": sorted({note for entry in of_suite for note in [*entry["notes"], *precision]}),
         }
     write_json(folder / SUITES_FILE, noted)
+
+
+def _precision(suite: str, entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence about the precision that the rows of a suite were computed in; [] where it is not known."""
+    rows: dict[str, dict[str, None]] = {}
+    for entry in entries:
+        if entry["dtype"]:
+            rows.setdefault(entry["dtype"], {})[entry["row"]] = None
+    if len(rows) == 1:
+        return [f"{suite} is computed in {next(iter(rows))}."]
+    listed = "; ".join(f"{dtype}: {', '.join(labels)}" for dtype, labels in sorted(rows.items()))
+    return [f"{suite} is computed in several precisions ({listed})."] if rows else []

@@ -1,4 +1,4 @@
-"""lm-eval's HFLM with cached prompt prefixes: the same answers in less time.
+"""lm-eval's HFLM with cached prompt prefixes: in float32 the same answers, in less time.
 
 lm-eval's tasks use it like any other LM. For a model whose attention cache cannot be shared this way, a notice is
 printed and HFLM's own methods are used.
@@ -119,7 +119,8 @@ class SharedPrefixLM(HFLM):
     """A model and its tokenizer as lm-eval's LM. It differs from HFLM in three points.
 
     A prompt that does not fit the context is refused with UserError instead of being cut. A sampled answer depends
-    only on `seed`, its prompt and its number. Log-probabilities are computed in float32 whatever the model's dtype is.
+    only on `seed`, its prompt and its number. Log-probabilities are computed in float32 from logits in the model's own
+    dtype.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ from harness.evaluation.records import note_suites, write_records
 from harness.evaluation.suite import SUITES, Suite, suite_config
 from harness.models.resolution import ModelSpec, count_parameters, resolve
 from harness.runtime.device import compute_dtype
+from harness.runtime.environment import ignore_overrides
 from harness.runtime.progress import notify
 from harness.store.artifacts import Store
 from harness.store.costs import Costs
@@ -82,6 +83,11 @@ def evaluate(
     spec: ModelSpec, suites: Mapping[str, Suite], root: Path, *, device: str, batch_tokens: int = 2048
 ) -> Path:
     """Measures one model on the suites; the folder with records and tables. What is there is not computed again."""
+    ignore_overrides()
+    if spec.dtype != "auto":  # asked for of the model, and so of suites that do not ask for another
+        for one in suites.values():
+            if "dtype" in type(one.config).model_fields and "dtype" not in one.config.model_fields_set:
+                one.config = one.config.model_copy(update={"dtype": spec.dtype})
     resolved = resolve(spec, root / MODELS)
     dtype = compute_dtype(spec.dtype, device)
     evaluated = EvaluatedModel(

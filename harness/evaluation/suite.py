@@ -96,6 +96,8 @@ class SuiteResult:
     """By task (or a name for all of them): the fingerprint of that artifact."""
     missing: dict[str, str] = field(default_factory=dict)
     """By task that could not be run: why not."""
+    dtype: str = ""
+    """Precision that the candidate computed in; '' where its members answered each by itself."""
     notes: list[str] = field(default_factory=list)
     """Sentences that belong below its table."""
 

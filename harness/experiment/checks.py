@@ -9,6 +9,7 @@ import numpy as np
 from fusion.errors import UserError
 from fusion.vocabulary.tokenization import encode, prefix_id
 from harness.data.passages import Passages
+from harness.evaluation.perplexity import refuse_too_large
 from harness.experiment.pipeline import TARGET, Experiment
 from harness.models.checkpoints import load_tokenizer
 from harness.runtime import distributed
@@ -30,6 +31,7 @@ def check_inputs(experiment: Experiment) -> None:
         if not experiment.models.is_tiny(name):
             experiment.models.base(name)
     check_sizes(experiment)
+    check_memory(experiment)
     experiment.corpora.check_test_documents()
 
 
@@ -51,6 +53,16 @@ def check_sizes(experiment: Experiment) -> None:
             raise UserError(f"extraction.k = {k} exceeds the vocabulary of {name}, {vocabulary}: lower it.")
         if context and window > context and name in evaluated:
             raise UserError(f"suites.perplexity.window = {window} exceeds the context of {name}, {context}: lower it.")
+
+
+def check_memory(experiment: Experiment) -> None:
+    """Refuses rows whose model does not fit the device in the precision that perplexity is computed in."""
+    models, perplexity = experiment.models, experiment.corpora.perplexity
+    if perplexity is None:
+        return
+    for name in {entry.get("role", TARGET) for entry in experiment.config.methods.values()} & set(models.names):
+        dtype = models.dtype(name) if perplexity.config.dtype == "role" else perplexity.config.dtype
+        refuse_too_large(name, models.size(name).parameters, dtype, experiment.workspace.device)
 
 
 def check_lengths(experiment: Experiment) -> None:

@@ -4,6 +4,7 @@ Everything goes through the store, so that nothing is made twice. With a dry wor
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from harness.experiment.model_pool import ModelPool
 from harness.models.checkpoints import load_config, load_tokenizer
 from harness.models.resolution import ResolvedModel
 from harness.runtime import distributed
+from harness.runtime.environment import ignore_overrides
 from harness.stages.extraction import extraction_spec, make_extraction
 from harness.stages.loss_resources import TARGET, LossInputs, check_stored, load_resources, open_predictions
 from harness.stages.training import HeldOutCurve, Training, make_training, model_card
@@ -65,9 +67,10 @@ def open_experiment(config: Config, root: Path, *, dry: bool = False, flops: flo
 
 
 def start(experiment: Experiment) -> None:
-    """Connects the ranks and sets the number of CPU threads: for the entry of every command that computes."""
+    """Connects the ranks and sets what a process computes with: for the entry of every command that computes."""
     if not experiment.workspace.store.dry:
         distributed.initialize(experiment.workspace.device)
+        ignore_overrides()
     if experiment.config.threads is not None:
         import torch
 
@@ -214,10 +217,14 @@ def _curve(experiment: Experiment) -> HeldOutCurve:
     batch_tokens = experiment.models.role(TARGET).batch_tokens
     if perplexity is None or not text.documents:
         return HeldOutCurve(points, {}, text.n_bytes, None)
-    config = perplexity.config
+    config, device = perplexity.config, experiment.workspace.device
 
     def measure(model: "PreTrainedModel", tokenizer: Any) -> list[dict[str, Any]]:
-        return measure_documents(model, tokenizer, text.documents, config, batch_tokens=batch_tokens)
+        import torch
+
+        # As the finished checkpoint is measured, whatever the precision of training; ZeRO's weights stay in bfloat16.
+        with torch.autocast(torch.device(device).type, enabled=False) if config.dtype == "float32" else nullcontext():
+            return measure_documents(model, tokenizer, text.documents, config, batch_tokens=batch_tokens)
 
     return HeldOutCurve(points, perplexity.key(text), text.n_bytes, measure)
 

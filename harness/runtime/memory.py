@@ -7,6 +7,7 @@ cleared anew, page by page: in a training step on a CPU that costs about a seven
 import contextlib
 import ctypes
 import gc
+import os
 import resource
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +22,15 @@ def retain_heap() -> None:
         libc.mallopt(_MMAP_MAX, 0)
         libc.mallopt(_TRIM_THRESHOLD, -1)
         libc.mallopt(_TOP_PAD, 2**28)
+
+
+def device_memory(device: str) -> int:
+    """The memory of a device (bytes), whoever uses it."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def trim_heap() -> None:

@@ -308,9 +308,10 @@ def train(
 ) -> None:
     """Trains `model` on `rows` and leaves `folder/model`, which plain `AutoModelForCausalLM.from_pretrained` loads.
 
-    Goes on from the last complete checkpoint in `folder`, bit for bit. `lam` is the weight of the CLM term
-    (paper section 3.3, equation 5), `loss` the other term, whose features `rows` hold, and `teachers` the models that
-    it requires, on `device`. Called by all ranks. Raises UserError when packed passages would see each other, the
+    Goes on from the last complete checkpoint in `folder`: bit for bit on a CPU, up to rounding on CUDA, where backward
+    passes add in no fixed order. `lam` is the weight of the CLM term (paper section 3.3, equation 5), `loss` the other
+    term, whose features `rows` hold; both are divided by the labels of the global batch. `teachers` are the models that
+    the loss requires, on `device`. Called by all ranks. Raises UserError when packed passages would see each other, the
     loss diverges, or the ranks do not fit the configuration or the checkpoint.
     """
     final = folder / MODEL_FOLDER

@@ -47,7 +47,9 @@ class LmEvalConfig(LimitedConfig):
     tasks: list[str] | None = Field(None, min_length=1, description="only these tasks. Default: all of the suite")
     num_fewshot: int | None = Field(None, ge=0, description="examples in the prompt. Default: the task's own number")
     max_new_tokens: int | None = Field(None, gt=0, description="longest answer (tokens). Default: the task's own")
-    batch_size: int | Literal["auto"] = Field("auto", description="answers generated at one time; changes no answer")
+    batch_size: int | Literal["auto"] = Field(
+        "auto", description="answers generated at one time; changes no answer in float32"
+    )
     seed: int = Field(0, ge=0, description="seed of tasks that sample their answers, and of `limit_by: seed`")
 
 
@@ -121,6 +123,7 @@ class LmEvalSuite:
             artifacts=paths,
             fingerprints={task: specs[task].fingerprint for task in paths},
             missing={**missing, **unfinished},
+            dtype=evaluated.dtype,
         )
 
     def _counted(self, evaluated: EvaluatedModel, store: Store, costs: Costs) -> SuiteResult:

@@ -166,6 +166,7 @@ class MultiplE:
             artifacts={**artifacts, **paths},
             fingerprints={name: self._results(evaluated, name).fingerprint for name in paths},
             missing={**missing, **not_run},
+            dtype=evaluated.dtype,
             notes=[] if store.dry else _unsolvable(paths),
         )
 
