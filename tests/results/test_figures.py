@@ -246,7 +246,8 @@ def lambdas(found: pd.DataFrame) -> Table:
 def test_differences_are_sorted(tmp_path: Path, drawn: list[Any]) -> None:
     table = lambdas(records(tmp_path, *at_lambdas()))
     differences_figure(table, tmp_path / "f")
-    assert [axes.get_xlabel() for axes in drawn[0].axes] == ["at 0.9 − CLM", "at 0.7 − CLM", "at 0.5 − CLM"]
+    labels = [axes.get_xlabel() for axes in drawn[0].axes]
+    assert labels == [f"at {value} − CLM (bits per byte)" for value in ("0.9", "0.7", "0.5")]
     for row, axes in enumerate(drawn[0].axes, 1):
         widths = [bar.get_width() for bar in axes.containers[0]] if len(axes.containers) == 1 else [
             group[0].get_width() for group in axes.containers
@@ -267,7 +268,7 @@ def test_quality_against_a_setting(tmp_path: Path, drawn: list[Any]) -> None:
     line = drawn[0].axes[0].lines[0]
     assert list(line.get_xdata()) == [0.5, 0.7, 0.9]
     assert list(line.get_ydata()) == [table.cells[row][3].difference for row in (3, 2, 1)]
-    assert drawn[0].axes[0].get_ylabel() == "average − CLM (lower is better)"
+    assert drawn[0].axes[0].get_ylabel() == "average − CLM (bits per byte, lower is better)"
     with pytest.raises(UnknownName, match=r"There is no row .at 0\.6."):
         quality_figure(table, {"corrected": {"at 0.6": 0.6}}, tmp_path / "f", along="lambda")
     with pytest.raises(UnknownName, match="There is no column 'averag'"):
