@@ -1,9 +1,11 @@
 """Decoding many sequences at once: common prefixes are computed once, finished sequences make room."""
 
+import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from fusion.inference.prefix_cache import DecodingBatch, PrefixCachedModel
@@ -140,3 +142,31 @@ def _admit(
                 rows.add(row)
                 family.members.append(number)
                 family.tokens.append(token)
+
+
+@dataclass
+class Sampling:
+    """How a token is drawn; 0 as `top_k` and 1 as `top_p` leave nothing out."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    random: random.Random
+
+    def draw(self, logits: Tensor) -> int:
+        """Draws one token from logits[V]: temperature, then top k, then top p, in the order of transformers."""
+        n = self.top_k or 64
+        while True:
+            top = logits.topk(min(n, len(logits)))
+            scaled = top.values.double() / self.temperature
+            # The rest is at most as likely as the last of these; where that is nothing it needs not be summed.
+            rest = (len(logits) - n) * float((scaled[-1] - scaled[0]).exp())
+            whole = scaled if self.top_k or rest < 1e-9 else logits.double() / self.temperature
+            p = (scaled - whole.logsumexp(-1)).exp()
+            if self.top_k or n >= len(logits) or float(p.sum()) >= self.top_p:
+                break
+            n *= 8  # few are needed where the model is sure
+        kept = p[p.cumsum(-1) - p < self.top_p].cumsum(-1)
+        # The likeliest first: rounding in the sum of the unlikely ones moves no draw.
+        drawn = int(torch.searchsorted(kept, self.random.random() * float(kept[-1]), right=True))
+        return int(top.indices[min(drawn, len(kept) - 1)])

@@ -89,7 +89,7 @@ class CrossTokenizerMember:
         self._pivot = pivot
         self._prefix = prefix
         self._label = label
-        self._always = tokenizer("")["input_ids"][:1] == [prefix]  # some tokenizers put a bos before any text
+        self.adds_prefix = tokenizer("")["input_ids"][:1] == [prefix]  # some tokenizers put a bos before any text
         self._mapped = torch.nonzero(vocabulary_map >= 0)[:, 0].to(reader.device)
         self._onto = vocabulary_map.to(reader.device)[self._mapped]
         self._of_byte = {
@@ -154,7 +154,7 @@ class CrossTokenizerMember:
         """The parts of a text: strings that are still to be encoded, and ids of the model between them."""
         spellings = self._pivot.token_bytes
         start = next((n for n, i in enumerate(text) if spellings[i] is not None), len(text))
-        found: list[str | int] = [self._prefix] if start or self._always else []
+        found: list[str | int] = [self._prefix] if start or self.adds_prefix else []
         spelled: list[bytes] = []
         for i in [*text[start:], None]:
             spelling = spellings[i] if i is not None else None
@@ -287,6 +287,28 @@ class PrefixCachedEnsemble(PrefixCachedModel):
             for reader in [*self._readers, *(t.reader for t in self._members)]:
                 stack.enter_context(reader.patched_attention())
             yield
+
+    def excess(self, tokens: Sequence[int], new: int) -> int:
+        """By how many tokens of its own a text, given in the pivot's tokens, and `new` more exceed the context of the
+        member with another tokenizer that they exceed most; 0 or less where they fit all.
+        """
+        limited = [(member, member.reader.positions) for member in self._members if member.reader.positions]
+        return max((len(member.encode([tokens])[0]) + new - most for member, most in limited), default=0)
+
+    @contextmanager
+    def prefixes_as_given(self) -> Iterator[None]:
+        """Inside the block a member reads its bos where the pivot's tokens begin with a control token, and only there.
+
+        Outside, members whose tokenizer puts a bos before any text do so.
+        """
+        before = [member.adds_prefix for member in self._members]
+        for member in self._members:
+            member.adds_prefix = False
+        try:
+            yield
+        finally:
+            for member, adds in zip(self._members, before, strict=True):
+                member.adds_prefix = adds
 
     def read(self, branchings: Sequence[Branching | PrefixTree], wanted: Sequence[Sequence[int]]) -> Tensor:
         return self._with_others(super().read(branchings, wanted), branchings, wanted)[0]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ from fusion.inference.decoding import pack_consecutive
 from fusion.inference.ensembles import PrefixCachedEnsemble
 from fusion.inference.prefix_tree import Branching, CachedPrefix
 from fusion.inference.top_k import Backbone, Projection, batches_by_length, reader
-from fusion.inference.windows import Window, window_stride, windows
+from fusion.inference.windows import read_tokens, window_stride, windows
+from fusion.modeling.context import context_length
 from fusion.modeling.heads import find_head
 
 Mode = Literal["rolling", "strided"]
@@ -38,8 +39,10 @@ def document_nats(
     that it is scored, too: the model's bos, else its eos. An empty document has 0 nats. `mode`:
 
     `rolling`  the number of lm-eval 0.4.13's `loglikelihood_rolling` with `max_length=window, add_bos_token=False`:
-               windows that meet without overlap, so that the tokens at the beginning of one know little
-    `strided`  windows that overlap: half a window or more before every token, but for the first window
+               windows that meet without overlap, so that the tokens at the beginning of one know little, and only
+               a document's first window begins with the prefix
+    `strided`  windows that overlap and begin with the prefix each: half a window or more before every token, but for
+               the first window
 
     Where lm-eval differs: it leaves special tokens to the tokenizer unless told otherwise, so that families whose
     tokenizer puts a bos before the text (Gemma, Llama 2 and 3, Mistral) read bos twice and have the second one scored;
@@ -58,8 +61,7 @@ def document_nats(
     if isinstance(model, PrefixCachedEnsemble):
         positions, rows = model.positions, model.vocabulary
     else:
-        config: Any = model.config
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        positions = context_length(model.config)
         rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if positions is not None and window > positions:
         raise UserError(f"the window of {window} tokens exceeds the {positions} positions of the model: lower it")
@@ -72,14 +74,20 @@ def document_nats(
     if not 0 <= prefix < rows:
         raise UserError(f"the prefix token {prefix} lies outside of the model's vocabulary of {rows}")
 
-    sequences = [np.array([prefix, *tokens], dtype=np.int64) for tokens in texts_ids]
+    sequences = [[prefix, *tokens] for tokens in texts_ids]
     jobs = [
         (document, part)
         for document, tokens in enumerate(texts_ids)
         for part in windows(len(tokens), window=window, stride=stride)
     ]
     job_nats = np.zeros(len(jobs))
-    chosen = [(sequences[document], part) for document, part in jobs]
+    chosen = [
+        ScoredText(
+            np.array(read_tokens(sequences[document], part, mode), np.int64),
+            np.array(sequences[document][part.scored_from + 1 : part.end + 1], np.int64),
+        )
+        for document, part in jobs
+    ]
     scored = (
         _ensemble_nats(model, chosen) if isinstance(model, PrefixCachedEnsemble) else _nats(model, chosen, batch_tokens)
     )
@@ -89,18 +97,30 @@ def document_nats(
                 raise UserError(f"the model's logits on document {jobs[job][0]} are not finite: it cannot be scored")
             job_nats[job] = nats.sum()
         if progress is not None:
-            progress(sum(chosen[job][1].end - chosen[job][1].scored_from for job in batch))
+            progress(sum(len(chosen[job].gold) for job in batch))
     result = np.zeros(len(texts_ids))
     # In the windows' order, so that the sum does not depend on how they were batched.
     np.add.at(result, [document for document, _ in jobs], job_nats)
     return result
 
 
+class ScoredText(NamedTuple):
+    """What is read of a window, int64[L], and the tokens that its last positions predict, int64[n] with n <= L."""
+
+    tokens: np.ndarray
+    gold: np.ndarray
+
+    @property
+    def first(self) -> int:
+        """The first position whose prediction is scored."""
+        return len(self.tokens) - len(self.gold)
+
+
 ScoredWindows = Iterator[tuple[list[int], list[np.ndarray]]]
 """Numbers of windows, and the float64 nats of the scored tokens of each."""
 
 
-def _nats(model: nn.Module, jobs: Sequence[tuple[np.ndarray, Window]], batch_tokens: int) -> ScoredWindows:
+def _nats(model: nn.Module, jobs: Sequence[ScoredText], batch_tokens: int) -> ScoredWindows:
     embeddings: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
     rows = embeddings.shape[0]
     training = model.training
@@ -109,42 +129,39 @@ def _nats(model: nn.Module, jobs: Sequence[tuple[np.ndarray, Window]], batch_tok
         backbone, project = reader(model)
         if find_head(model) is None:  # then the backbone gives the logits of all positions of a batch
             batch_tokens = min(batch_tokens, DENSE_LOGITS // rows)
-        for batch in batches_by_length([part.end - part.start for _, part in jobs], batch_tokens):
+        for batch in batches_by_length([len(job.tokens) for job in jobs], batch_tokens):
             some = [jobs[job] for job in batch]
             yield batch, _token_nats(backbone, project, some, embeddings.device, max(1, LOGITS_PER_CHUNK // rows))
     finally:
         model.train(training)
 
 
-def _ensemble_nats(reader: PrefixCachedEnsemble, jobs: Sequence[tuple[np.ndarray, Window]]) -> ScoredWindows:
+def _ensemble_nats(reader: PrefixCachedEnsemble, jobs: Sequence[ScoredText]) -> ScoredWindows:
     chunk = max(1, LOGITS_PER_CHUNK // reader.widest)
-    for batch in pack_consecutive([part.end - part.start for _, part in jobs], chunk):
-        some = [(jobs[job][0][jobs[job][1].start : jobs[job][1].end + 1].tolist(), jobs[job][1]) for job in batch]
-        firsts = [part.scored_from - part.start for _, part in some]
-        with reader.patched_attention():
+    for batch in pack_consecutive([len(job.tokens) for job in jobs], chunk):
+        some = [jobs[job] for job in batch]
+        with reader.patched_attention(), reader.prefixes_as_given():
             if len(batch) == 1:
-                found = _in_parts(reader, some[0][0], firsts[0], chunk)
+                found = _in_parts(reader, some[0], chunk)
             else:
-                branchings = [Branching(tokens[:-1]) for tokens, _ in some]
-                wanted = [
-                    range(first, len(branching.tokens)) for branching, first in zip(branchings, firsts, strict=True)
-                ]
-                gold = [i for (tokens, _), first in zip(some, firsts, strict=True) for i in tokens[first + 1 :]]
-                found = _gold_nats(reader.read(branchings, wanted), torch.tensor(gold))
-        counts = [part.end - part.scored_from for _, part in some]
-        yield batch, np.split(found.double().cpu().numpy(), np.cumsum(counts)[:-1])
+                branchings = [Branching(job.tokens.tolist()) for job in some]
+                wanted = [range(job.first, len(job.tokens)) for job in some]
+                gold = torch.from_numpy(np.concatenate([job.gold for job in some]))
+                found = _gold_nats(reader.read(branchings, wanted), gold)
+        yield batch, np.split(found.double().cpu().numpy(), np.cumsum([len(job.gold) for job in some])[:-1])
 
 
-def _in_parts(reader: PrefixCachedEnsemble, tokens: Sequence[int], first: int, chunk: int) -> torch.Tensor:
-    """The nats of tokens[first + 1 :], computed `chunk` positions at a time."""
+def _in_parts(reader: PrefixCachedEnsemble, job: ScoredText, chunk: int) -> torch.Tensor:
+    """The nats of the job's gold tokens, computed `chunk` positions at a time."""
     cached: CachedPrefix | None = None
     found = []
-    for start, end in pairwise([*([0] if first else []), *range(first, len(tokens) - 1, chunk), len(tokens) - 1]):
+    tokens, first = job.tokens.tolist(), job.first
+    for start, end in pairwise([*([0] if first else []), *range(first, len(tokens), chunk), len(tokens)]):
         wanted = [range(end - start)] if start >= first else None
         logits, (new,) = reader.prefill([Branching(tokens[start:end], cached)], wanted)
         cached = new if cached is None else cached.then(new)
         if wanted:
-            found.append(_gold_nats(logits, torch.tensor(tokens[start + 1 : end + 1])))
+            found.append(_gold_nats(logits, torch.from_numpy(job.gold[start - first : end - first])))
     return torch.cat(found)
 
 
@@ -156,21 +173,20 @@ def _gold_nats(logits: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:
 def _token_nats(
     backbone: Backbone,
     project: Projection,
-    batch: Sequence[tuple[np.ndarray, Window]],
+    batch: Sequence[ScoredText],
     device: torch.device,
     chunk: int,
 ) -> list[np.ndarray]:
-    """float64 nats of the scored tokens of each (sequence, window), computed as one batch padded on the right.
+    """float64 nats of the scored tokens of each text, computed as one batch padded on the right.
 
     Logits exist for `chunk` positions at a time, in float32.
     """
-    length = max(part.end - part.start for _, part in batch)
+    length = max(len(job.tokens) for job in batch)
     tokens = torch.zeros(len(batch), length, dtype=torch.long)
     gold = torch.full((len(batch), length), -1)  # -1: not scored
-    for row, (sequence, part) in enumerate(batch):
-        tokens[row, : part.end - part.start] = torch.from_numpy(sequence[part.start : part.end])
-        first, last = part.scored_from - part.start, part.end - part.start
-        gold[row, first:last] = torch.from_numpy(sequence[part.scored_from + 1 : part.end + 1])
+    for row, job in enumerate(batch):
+        tokens[row, : len(job.tokens)] = torch.from_numpy(job.tokens)
+        gold[row, job.first : len(job.tokens)] = torch.from_numpy(job.gold)
     gold = gold.to(device)
     scored = gold >= 0
     hidden = backbone(tokens.to(device))[scored]
@@ -179,5 +195,5 @@ def _token_nats(
     for some, following in zip(hidden.split(chunk), gold.split(chunk), strict=True):
         logits = project(some).float()
         values.append(_gold_nats(logits, following))
-    counts = [part.end - part.scored_from for _, part in batch]
+    counts = [len(job.gold) for job in batch]
     return np.split(torch.cat(values).double().cpu().numpy(), np.cumsum(counts)[:-1])

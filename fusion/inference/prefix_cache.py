@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from fusion.inference.prefix_tree import Branching, CachedPrefix, PrefixTree
+from fusion.modeling.context import context_length
 from fusion.modeling.heads import find_head, float32_logits
-from fusion.modeling.packing import device_of, dtype_of, own_forward, trying
+from fusion.modeling.packing import device_of, dtype_of, own_forward, trial_tokens, trying
+from fusion.modeling.sliding_windows import wrong_windows
 
 ATTENTION = "fusellm_prefixes"  # what the attention function is called in transformers' registry
 _HARMLESS = {"dropout", "position_ids", "use_cache", "is_causal", "sliding_window"}
@@ -251,7 +253,7 @@ class PrefixCachedModel:
         self.device = device_of(model)
         config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
         self.vocabulary = self.widest = int(config.vocab_size)
-        self.positions: int | None = getattr(config, "max_position_embeddings", None)
+        self.positions = context_length(config)
         self.layers = int(config.num_hidden_layers)
         self.position_bytes = 0
         """Bytes of keys and values per token, over all layers."""
@@ -341,9 +343,7 @@ class PrefixCachedModel:
         if any(kind in str(getattr(config, "rope_parameters", "")) for kind in ("'dynamic'", "'longrope'")):
             return "its rotary positions depend on the longest sequence read at one time"
         with trying(self._model) as generator:
-            cached, trunk, one, other, third = torch.randint(
-                self.vocabulary, (5, 4), generator=generator, device="cpu"
-            ).tolist()
+            cached, trunk, one, other, third = trial_tokens(self._model, (5, 4), generator).tolist()
             texts = [[*cached, *trunk, *one], [*cached, *trunk, *other], [*cached, *third]]
             own = [
                 own_forward(self._model, input_ids=torch.tensor([t], device=self.device), use_cache=False).logits[0]
@@ -370,17 +370,4 @@ class PrefixCachedModel:
         tolerance = max(1e-4, 16 * torch.finfo(dtype_of(self._model)).eps)
         if not apart <= tolerance:
             return f"its logits are not its own when read in parts (apart by {apart:.2g} of the greatest)"
-        return self._wrong_window(config)
-
-    def _wrong_window(self, config: Any) -> str | None:
-        """Compares the window that each layer passes with the configuration: the trial is shorter than any sliding
-        window.
-        """
-        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(self._windows)
-        if strange := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
-            return f"it has layers of {', '.join(strange)}"
-        window = getattr(config, "sliding_window", None)
-        expected = {i: window if kind == "sliding_attention" else None for i, kind in enumerate(kinds)}
-        if self._windows != expected:
-            return "its attention layers do not say what window they see through"
-        return None
+        return wrong_windows(config, self._windows)

@@ -48,6 +48,13 @@ class TopKPredictions:
     nats: np.ndarray  # float32[M], -log p(next token); 0 at M - 1
     log_z: np.ndarray | None = None  # float32[M, n], log sum over all V ids of p^(1/T) at the n temperatures asked for
 
+    @classmethod
+    def none(cls, k: int, temperatures: int = 0) -> "TopKPredictions":
+        """The predictions of a sequence that is skipped: no positions, k entries, so many temperatures."""
+        log_p, nats = np.zeros((0, k), np.float32), np.zeros(0, np.float32)
+        log_z = np.zeros((0, temperatures), np.float32) if temperatures else None
+        return cls(np.zeros((0, k), np.int32), log_p, nats, nats, log_z)
+
 
 def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Indices grouped into batches of at most `max_tokens` padded tokens, sorted by length so that little is padding.

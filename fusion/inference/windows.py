@@ -1,5 +1,6 @@
 """The windows in which a text longer than a model's context is scored. Imports no torch, so that plans are quick."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fusion.errors import UserError
@@ -9,7 +10,8 @@ from fusion.errors import UserError
 class Window:
     """One forward pass over `[start, end)` of a document's sequence `[prefix] + tokens`.
 
-    The tokens at `(scored_from, end]` of the sequence are scored, each by the position before it.
+    The tokens at `(scored_from, end]` of the sequence are scored, each by the position before it. In the mode `strided`
+    the prefix is read in place of the window's first token (see `read_tokens`).
     """
 
     start: int
@@ -33,6 +35,16 @@ def windows(length: int, *, window: int, stride: int) -> list[Window]:
         result.append(Window(max(0, end - window), scored, end))
         scored = end
     return result
+
+
+def read_tokens(sequence: Sequence[int], window: Window, mode: str) -> list[int]:
+    """The tokens that a model reads of a window of `sequence`, the document with its prefix in front.
+
+    Every window of `strided` begins with the prefix, as every text does that the model was trained on. The windows of
+    `rolling` begin with whatever token stands there, as lm-eval's do: models that need their bos are badly off.
+    """
+    tokens = list(sequence[window.start : window.end])
+    return [sequence[0], *tokens[1:]] if mode == "strided" else tokens
 
 
 def window_stride(mode: str, window: int, stride: int | None) -> int:

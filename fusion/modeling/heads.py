@@ -25,7 +25,7 @@ from fusion.losses.objective import (
     mixed_loss,
     mixed_loss_from_logits,
 )
-from fusion.modeling.packing import Packing, device_of, dtype_of, own_forward, packed_inputs, trying
+from fusion.modeling.packing import Packing, device_of, dtype_of, own_forward, packed_inputs, trial_tokens, trying
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,8 @@ def _find(model: nn.Module) -> Split:
 def _disagreement(model: nn.Module, output: nn.Linear, found: Split) -> str | None:
     """How the model's own logits differ from those of backbone and head, or None."""
     with trying(model) as generator:
-        vocabulary = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
-        tokens = torch.randint(vocabulary, (2, 8), generator=generator).to(device_of(model))
-        positions = torch.arange(8, device=tokens.device).expand(2, 8)
-        inputs = packed_inputs("positions", tokens, positions, torch.float)
+        tokens = trial_tokens(model, (2, 8), generator).to(device_of(model))
+        inputs = {"input_ids": tokens, "use_cache": False}
         hidden = getattr(_backbone(model)(**inputs), "last_hidden_state", None)
         if hidden is None or hidden.ndim != 3:
             return "its backbone gives no last hidden state"

@@ -11,10 +11,13 @@ products are masked. `passages` is therefore tried first: an attention of our ow
 at a time.
 
 The padding at the end of a sequence is one more passage: its positions restart at 0.
+
+Where nothing keeps packed passages apart (recurrent and convolutional layers, attention biases by distance alone), a
+sequence holds a single passage, padded on the right, which a causal model cannot attend to.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -24,9 +27,11 @@ from transformers import AttentionInterface
 
 from fusion.errors import UserError
 from fusion.modeling.attention import attend_by_passage
+from fusion.modeling.sliding_windows import longest_window, wrong_windows
 
-Packing = Literal["passages", "positions", "flat", "mask"]
-PACKINGS: tuple[Packing, ...] = ("passages", "positions", "flat", "mask")
+Packing = Literal["passages", "positions", "flat", "mask", "single"]
+PACKINGS: tuple[Packing, ...] = ("passages", "positions", "flat", "mask", "single")
+_LONGEST_TRIAL = 1024  # tokens; a sliding window that reaches further is looked at, not tried
 _BY_PASSAGE = "fusellm_by_passage"  # the name of `attend_by_passage` among the attentions of transformers
 
 
@@ -35,9 +40,11 @@ def packed_inputs(packing: Packing, input_ids: Tensor, position_ids: Tensor, dty
 
     position_ids[B, T] restart at 0 with each passage. `passages` passes their lengths, for a model with our own
     attention (`attending_by_passage`); `positions` relies on the model's own detection; `flat` joins the batch to one
-    sequence of B * T, for flash attention; `mask` adds an explicit mask [B, 1, T, T] in `dtype` (the model's). The
-    order of the hidden states is the same for all four.
+    sequence of B * T, for flash attention; `mask` adds an explicit mask [B, 1, T, T] in `dtype` (the model's); `single`
+    is for sequences of one passage each. The order of the hidden states is the same for all.
     """
+    if packing == "single":
+        return {"input_ids": input_ids, "use_cache": False}
     if packing == "flat":
         input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
     inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
@@ -58,11 +65,14 @@ def _passage_numbers(position_ids: Tensor) -> Tensor:
 
 
 @contextmanager
-def attending_by_passage(model: nn.Module, packing: Packing) -> Iterator[None]:
+def attending_by_passage(
+    model: nn.Module, packing: Packing, windows: dict[int, int | None] | None = None
+) -> Iterator[None]:
     """Inside the block, for `passages`, the model has the attention that needs `passage_lengths`; afterwards its own
     again.
 
-    The backward pass must be inside the block too: activation checkpointing recomputes the attention there.
+    The backward pass must be inside the block too: activation checkpointing recomputes the attention there. `windows`
+    receives the sliding window that each layer asks for, by the layer's number.
     """
     if packing != "passages":
         yield
@@ -70,7 +80,13 @@ def attending_by_passage(model: nn.Module, packing: Packing) -> Iterator[None]:
     before = model.config._attn_implementation  # type: ignore[union-attr]
     if before != "sdpa" or not _layer_kinds(model) <= {"full_attention", "sliding_attention"}:
         raise ValueError(f"its layers are {', '.join(sorted(_layer_kinds(model)))} under {before}")
-    AttentionInterface.register(_BY_PASSAGE, attend_by_passage)
+
+    def recorded(module: nn.Module, *states: Any, sliding_window: int | None = None, **options: Any) -> Any:
+        assert windows is not None
+        windows[getattr(module, "layer_idx", 0)] = sliding_window
+        return attend_by_passage(module, *states, sliding_window=sliding_window, **options)
+
+    AttentionInterface.register(_BY_PASSAGE, attend_by_passage if windows is None else recorded)
     model.set_attn_implementation(_BY_PASSAGE)  # type: ignore[operator]
     try:
         yield
@@ -90,13 +106,15 @@ def check_packing(model: nn.Module) -> Packing:
     """The first of `PACKINGS` under which packed passages of this causal LM do not attend to each other.
 
     Tested with a few random tokens on the model itself, in evaluation mode, without gradients: the logits of a passage
-    must equal those of the passage alone and must not change with its neighbours' tokens. Warns when only the last two
-    packings hold. Raises `UserError` when none holds.
+    must equal those of the passage alone and must not change with its neighbours' tokens. Passages are longer than the
+    model's sliding windows where these are short; where they are long, its layers must ask for the windows that its
+    configuration states. Warns when only one of the last three packings holds. Raises `UserError` when none holds.
     """
     failures = []
     for packing in PACKINGS:
         if packing == "mask" and _layer_kinds(model) != {"full_attention"}:
-            failures.append("mask: the model has sliding-window layers, which one mask for all layers would undo")
+            kinds = ", ".join(sorted(_layer_kinds(model) - {"full_attention"}))
+            failures.append(f"mask: the model has layers of {kinds}, for which one mask does not serve")
             continue
         try:
             failure = _leak(model, packing)
@@ -104,17 +122,18 @@ def check_packing(model: nn.Module) -> Packing:
             failure = f"{type(error).__name__}: {error}".splitlines()[0]
         if failure is None:
             if packing not in ("passages", "positions"):
+                how = ": one passage a sequence, padded on the right" if packing == "single" else ""
                 warnings.warn(
                     f"{type(model).__name__} does not find packed passages by their positions ({'; '.join(failures)}): "
-                    f"packing is done with '{packing}'",
+                    f"packing is done with '{packing}'{how}",
                     stacklevel=2,
                 )
             return packing
         failures.append(f"{packing}: {failure}")
     raise UserError(
         f"{type(model).__name__} with attention {getattr(model.config, '_attn_implementation', None)!r} lets packed "
-        f"passages see each other ({'; '.join(failures)}): load it with attn_implementation='sdpa' or 'eager', or put "
-        "one passage in a row."
+        f"passages see each other ({'; '.join(failures)}): load it with attn_implementation='sdpa' or 'eager', or "
+        "choose another model."
     )
 
 
@@ -146,39 +165,72 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
+def trial_tokens(model: nn.Module, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Random token ids int64[*shape] for a trial on the CPU, none of which the configuration names.
+
+    Placeholders of images and padding may be treated otherwise than text.
+    """
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    named = {
+        number
+        for given in (model.config.to_dict(), config.to_dict())  # type: ignore[operator, union-attr]
+        for name, value in given.items()
+        if name.endswith(("token_id", "token_index", "token_ids"))
+        for number in (value if isinstance(value, list) else [value])
+    }
+    plain = torch.tensor([i for i in range(config.vocab_size) if i not in named])
+    return plain[torch.randint(len(plain), tuple(shape), generator=generator)]
+
+
 def _leak(model: nn.Module, packing: Packing) -> str | None:
-    """The fault found with two sequences of two passages and padding, or None."""
-    rows = ((3, 5, 2), (4, 6))  # lengths of the passages; the 2 stand for padding
-    width = sum(rows[0])
+    """The fault found with two sequences of two passages and padding, and with one beyond a sliding window, or None."""
+    windows: dict[int, int | None] = {}
+    # Lengths of the passages; the 2 stand for padding. A single passage is followed by padding alone.
+    rows = ((8, 2), (4, 6)) if packing == "single" else ((3, 5, 2), (4, 6))
+    with trying(model) as generator:
+        if reason := _leaks(model, packing, rows, generator, windows):
+            return reason
+        if packing == "passages" and (reason := wrong_windows(model.config, windows)):
+            return reason
+        beyond = longest_window(model.config, _LONGEST_TRIAL - 2) + 2
+        return _leaks(model, packing, ((beyond, 3),), generator, windows) if beyond > 2 else None
+
+
+def _leaks(
+    model: nn.Module,
+    packing: Packing,
+    rows: Sequence[Sequence[int]],
+    generator: torch.Generator,
+    windows: dict[int, int | None],
+) -> str | None:
+    """The fault found with packed passages of these lengths, the same number of tokens in each row, or None."""
     dtype, device = dtype_of(model), device_of(model)
     eps = torch.finfo(dtype).eps
 
-    def logits(tokens: Tensor, lengths: tuple[tuple[int, ...], ...], how: Packing) -> Tensor:
+    def logits(tokens: Tensor, lengths: Sequence[Sequence[int]], how: Packing) -> Tensor:
         positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
         inputs = packed_inputs(how, tokens.to(device), positions.to(device), dtype)
-        with attending_by_passage(model, how):
+        with attending_by_passage(model, how, windows):
             out = own_forward(model, **inputs).logits
         return out.reshape(*tokens.shape, -1).float()
 
-    with trying(model) as generator:
-        vocabulary = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
-        tokens, others = torch.randint(vocabulary, (2, len(rows), width), generator=generator)
-        packed = logits(tokens, rows, packing)
-        size = packed.abs().max()
-        for r, lengths in enumerate(rows):
-            start = 0
-            for n in lengths:
-                part = slice(start, start + n)
-                alone = logits(tokens[r : r + 1, part], ((n,),), "positions")
-                # The same tokens, in a product of another shape: rounding differs, positions must not.
-                if not (packed[r, part] - alone[0]).abs().max() <= max(1e-4, 8 * eps) * size:
-                    return "a packed passage does not give what it gives alone"
-                mixed = others.clone()
-                mixed[r, part] = tokens[r, part]
-                # The same shapes: what is masked is exactly 0, so that any difference beyond the last digits is a leak.
-                if not (packed[r, part] - logits(mixed, rows, packing)[r, part]).abs().max() <= 8 * eps * size:
-                    return "a packed passage changes with its neighbours"
-                start += n
+    tokens, others = trial_tokens(model, (2, len(rows), sum(rows[0])), generator)
+    packed = logits(tokens, rows, packing)
+    size = packed.abs().max()
+    for r, lengths in enumerate(rows):
+        start = 0
+        for n in lengths[:1] if packing == "single" else lengths:
+            part = slice(start, start + n)
+            alone = logits(tokens[r : r + 1, part], ((n,),), "single")
+            # The same tokens, in a product of another shape: rounding differs, positions must not.
+            if not (packed[r, part] - alone[0]).abs().max() <= max(1e-4, 8 * eps) * size:
+                return "a packed passage does not give what it gives alone"
+            mixed = others.clone()
+            mixed[r, part] = tokens[r, part]
+            # The same shapes: what is masked is exactly 0, so that any difference beyond the last digits is a leak.
+            if not (packed[r, part] - logits(mixed, rows, packing)[r, part]).abs().max() <= 8 * eps * size:
+                return "a packed passage changes with its neighbours"
+            start += n
     return None
 
 

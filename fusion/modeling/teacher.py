@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion.modeling.heads import find_head, float32_logits
-from fusion.modeling.packing import attending_by_passage, check_packing, dtype_of, own_forward, packed_inputs
+from fusion.modeling.packing import attending_by_passage, check_packing, device_of, dtype_of, own_forward, packed_inputs
 
 
 class Teacher:
@@ -22,10 +22,15 @@ class Teacher:
     @torch.no_grad()
     def hidden(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Hidden states [B * L, D] of packed sequences [B, L], from which `logits` computes logits."""
-        inputs = packed_inputs(self._packing, input_ids, position_ids, dtype_of(self.model))
+        if self._packing == "single":  # each packed passage by itself
+            passages = input_ids.flatten().tensor_split(position_ids.flatten().eq(0).nonzero()[1:, 0].cpu())
+            return torch.cat([self._hidden({"input_ids": one[None], "use_cache": False}) for one in passages])
+        return self._hidden(packed_inputs(self._packing, input_ids, position_ids, dtype_of(self.model)))
+
+    def _hidden(self, inputs: dict[str, Any]) -> Tensor:
         backbone: Any = self.model.base_model
         # In its own precision, as when its predictions are extracted, whatever the target is trained in.
-        with attending_by_passage(self.model, self._packing), torch.autocast(input_ids.device.type, enabled=False):
+        with attending_by_passage(self.model, self._packing), torch.autocast(device_of(self.model).type, enabled=False):
             if self._dense:
                 hidden: Tensor = own_forward(self.model, **inputs).logits
             else:

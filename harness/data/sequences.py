@@ -5,6 +5,7 @@ is built.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -53,10 +54,11 @@ class PackedSequences(Dataset[dict[str, np.ndarray]]):
     its document's last, and none otherwise. Without `features` this is plain continued training; with them, `readers`
     give the predictions that they are computed from, by role, and `target` is the role that is trained. Beyond the last
     sequence there are empty ones without any label or feature, which make up the number where ranks share sequences
-    unevenly.
+    unevenly. Passages that do not fit a sequence or the model's `context` (tokens; None: any length) are left out:
+    their indices are `left_out`.
 
     Raises:
-        UserError: a passage does not fit a sequence, or the tokenizer does not fit the model.
+        UserError: no passage fits, or the tokenizer does not fit the model.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class PackedSequences(Dataset[dict[str, np.ndarray]]):
         features: Features | None = None,
         readers: Mapping[str, PredictionsReader] = {},
         target: str = "target",
+        context: int | None = None,
     ) -> None:
         self._passages = passages
         self._tokenizer = tokenizer
@@ -87,15 +90,36 @@ class PackedSequences(Dataset[dict[str, np.ndarray]]):
                     f"{len(vocabulary)}: put the model's own tokenizer.json beside its weights."
                 )
             lengths.append(1 + len(ids))
-        longest = int(np.argmax(lengths))
-        if lengths[longest] > sequence_length:
+        self.longest = min(sequence_length, context or sequence_length)
+        self.left_out = [passage for passage, length in enumerate(lengths) if length > self.longest]
+        fitting = [passage for passage, length in enumerate(lengths) if length <= self.longest]
+        if not fitting:
             raise UserError(
-                f"{passages.name(longest)} is {lengths[longest]} tokens and does not fit a row of {sequence_length}: "
-                "lower passages.max_bytes or raise training.sequence_length."
+                f"every passage is longer than {self.longest} tokens, the least of training.sequence_length and the "
+                "model's context: lower passages.max_bytes or raise training.sequence_length."
             )
-        self.members = pack(lengths, sequence_length)
-        ends_text = sum(bool(last) for last in passages.last) if self._eos is not None else 0
-        self.n_tokens = sum(lengths) - len(lengths) + ends_text
+        self.members = [
+            [fitting[i] for i in members] for members in pack([lengths[p] for p in fitting], sequence_length)
+        ]
+        ends_text = sum(bool(passages.last[p]) for p in fitting) if self._eos is not None else 0
+        self.n_tokens = sum(lengths[p] for p in fitting) - len(fitting) + ends_text
+
+    def one_passage_each(self) -> "PackedSequences":
+        """The same passages, each in a sequence of its own that is as long as the longest of them."""
+        alone = copy(self)
+        alone.members = [[passage] for members in self.members for passage in members]
+        alone.sequence_length = max(self._lengths[passage] for (passage,) in alone.members)
+        return alone
+
+    def left_out_sentence(self) -> str | None:
+        """One sentence on the passages that are not trained on because they are too long; None where all are."""
+        if not self.left_out:
+            return None
+        share = self._passages.n_bytes[self.left_out].sum() / self._passages.n_bytes.sum()
+        return (
+            f"{len(self.left_out):,} of {len(self._lengths):,} passages ({share:.2%} of the text) are longer than "
+            f"{self.longest:,} tokens and are not trained on (first {self._passages.name(self.left_out[0])})."
+        )
 
     def __len__(self) -> int:
         return len(self.members)

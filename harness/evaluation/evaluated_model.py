@@ -6,6 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion.modeling.context import context_length
+from harness.evaluation.overflow import OverflowRule
 from harness.models.checkpoints import load_model, load_tokenizer, load_whole_config
 from harness.models.resolution import ModelSpec, ResolvedModel, resolve
 
@@ -69,19 +71,24 @@ class EvaluatedModel:
 
     @cached_property
     def context(self) -> int:
-        """The longest text that the model reads (tokens), as lm-eval has it."""
+        """The longest text that the model reads (tokens); where its configuration names none, what lm-eval assumes."""
         from lm_eval.models.utils import resolve_max_length
 
-        return resolve_max_length(load_whole_config(self.resolved), self.tokenizer)
+        config = load_whole_config(self.resolved)
+        return context_length(config) or resolve_max_length(config, self.tokenizer)
 
     def release(self) -> None:
         """Frees the model's memory; it is loaded again when it is needed again."""
         self._lm = None
         self.__dict__.pop("model", None)
 
-    def lm(self, *, batch_size: Any, seed: int, after_prompt: bool = False) -> "SharedPrefixLM":
-        """The candidate as lm-eval's LM. With `after_prompt` its answers join to the prompt (see `SharedPrefixLM`)."""
-        settings = {"batch_size": batch_size, "seed": seed, "after_prompt": after_prompt}
+    def lm(
+        self, *, batch_size: Any, seed: int, after_prompt: bool = False, overflow: OverflowRule | None = None
+    ) -> "SharedPrefixLM":
+        """The candidate as lm-eval's LM. With `after_prompt` its answers join to the prompt; `overflow` is the rule for
+        prompts that do not fit the context (see `SharedPrefixLM`).
+        """
+        settings = {"batch_size": batch_size, "seed": seed, "after_prompt": after_prompt, "overflow": overflow}
         if self._lm is None or self._lm[0] != settings:
             self._lm = settings, self._make_lm(**settings)
         return self._lm[1]
@@ -94,5 +101,6 @@ class EvaluatedModel:
             self.tokenizer,
             label=self.label,
             batch_tokens=self.batch_tokens,
+            context=self.context,
             **settings,
         )

@@ -121,7 +121,7 @@ class JointModel(EvaluatedModel):
         return min(member.context for member, _ in self.parts)
 
     def _make_lm(self, **settings: Any) -> "SharedPrefixLM":
-        return super()._make_lm(joint=self.reader, context=self.context, **settings)
+        return super()._make_lm(joint=self.reader, **settings)
 
     def release(self) -> None:
         super().release()

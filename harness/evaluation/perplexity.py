@@ -11,7 +11,8 @@ from pydantic import BaseModel, Field
 
 from baselines.method import Artifact
 from fusion.errors import UserError
-from fusion.inference.windows import window_stride
+from fusion.inference.windows import window_stride, windows
+from fusion.modeling.context import context_length
 from harness.config.schema import CorpusConfig
 from harness.data import corpus
 from harness.data.corpus import Document
@@ -30,7 +31,12 @@ if TYPE_CHECKING:
 
     from fusion.inference.ensembles import PrefixCachedEnsemble
 
-VERSION = 2
+VERSION = 3
+ROLLING_NOTE = (
+    "Bits per byte are lm-eval's rolling ones: of a document beyond {window:,} tokens only the first window begins "
+    "with the model's prefix token, which costs models that need it (suites.perplexity.mode=strided has it in every "
+    "window)."
+)
 METRICS = {"rolling": "bits_per_byte", "strided": "bits_per_byte_strided"}
 _PART = 32  # documents measured between two savings
 
@@ -144,11 +150,15 @@ class Perplexity(Suite):
                 measured.release()
 
         path = store.ensure(spec, build, costs.forward(evaluated.parameters, text.n_bytes))
+        notes = []
+        if self.config.mode == "rolling" and not store.dry and any(row["windows"] > 1 for row in read_evaluation(path)):
+            notes.append(ROLLING_NOTE.format(window=self.config.window))
         return SuiteResult(
             lambda: self._examples(read_evaluation(path)),
             {self.name: path},
             {self.name: spec.fingerprint},
             dtype=measured.dtype,
+            notes=notes,
         )
 
     def with_curve(self, result: SuiteResult, curve: Artifact) -> SuiteResult:
@@ -213,7 +223,10 @@ def measure_documents(
     *,
     batch_tokens: int,
 ) -> list[dict[str, Any]]:
-    """One row a document: example (SHA-256), domain, nats, bytes. Raises UserError for a stride that does not fit."""
+    """One row a document: example (SHA-256), domain, nats, bytes, and the windows that it was read in.
+
+    Raises UserError for a stride that does not fit.
+    """
     from fusion.inference.likelihood import document_nats
     from fusion.vocabulary.tokenization import encode, prefix_id
 
@@ -231,9 +244,16 @@ def measure_documents(
     except UserError as error:
         names = ", ".join(document.name for document in documents[:3])
         raise UserError(f"perplexity of {names} ...: {error}") from None
+    stride = window_stride(config.mode, config.window, config.stride)
     return [
-        {"example": d.sha256, "domain": d.domain, "nats": float(n), "bytes": len(d.text.encode("utf-8"))}
-        for d, n in zip(documents, nats, strict=True)
+        {
+            "example": d.sha256,
+            "domain": d.domain,
+            "nats": float(n),
+            "bytes": len(d.text.encode("utf-8")),
+            "windows": len(windows(len(ids), window=config.window, stride=stride)),
+        }
+        for d, ids, n in zip(documents, tokens, nats, strict=True)
     ]
 
 
@@ -273,7 +293,7 @@ def _context(model: Any) -> int | None:
 
     if isinstance(model, PrefixCachedEnsemble):
         return model.positions
-    return getattr(model.config, "max_position_embeddings", None)
+    return context_length(model.config)
 
 
 def read_evaluation(folder: Path) -> list[dict[str, Any]]:

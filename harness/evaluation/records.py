@@ -36,8 +36,8 @@ def write_records(
         Record(experiment=experiment, profile=profile, method=method, seed=number, suite=name, **asdict(example))
         for example in result.examples()
     ]
-    entry = {"row": method, "seed": seed, "suite": name, "missing": result.missing, "notes": result.notes}
-    entry |= {"dtype": result.dtype}
+    entry: dict[str, Any] = {"row": method, "seed": seed, "suite": name}
+    entry |= {"missing": result.missing, "notes": result.notes, "skipped": result.skipped, "dtype": result.dtype}
     if not records:
         return {**entry, "file": None}
     evaluation = fingerprint(result.fingerprints)
@@ -61,7 +61,8 @@ def places(artifacts: Mapping[str, Path]) -> dict[str, str]:
 
 
 def note_suites(folder: Path, suites: Mapping[str, Suite], measured: Sequence[Mapping[str, Any]]) -> None:
-    """Writes what tables need beside the records: tasks and their metrics, what was left out by row, and notes.
+    """Writes what tables need beside the records: tasks and their metrics, what was left out by row, notes, and
+    the examples that could not be measured for every row.
 
     measured: the entries of `run.json`, of all rows, seeds and suites.
     """
@@ -69,14 +70,18 @@ def note_suites(folder: Path, suites: Mapping[str, Suite], measured: Sequence[Ma
     for name, suite in suites.items():
         of_suite = [entry for entry in measured if entry["suite"] == name]
         missing: dict[str, dict[str, str]] = {}
+        skipped: dict[str, set[str]] = {}
         for entry in of_suite:
             missing.setdefault(entry["row"], {}).update(entry["missing"])
+            for task, examples in entry["skipped"].items():
+                skipped.setdefault(task, set()).update(examples)
         precision = _precision(name, of_suite)
         noted[name] = {
             "metrics": suite.task_metrics(),
             "k": getattr(suite.config, "k", 1),
             "missing": missing,
             "notes": sorted({note for entry in of_suite for note in [*entry["notes"], *precision]}),
+            "skipped": {task: sorted(examples) for task, examples in skipped.items()},
         }
     write_json(folder / SUITES_FILE, noted)
 

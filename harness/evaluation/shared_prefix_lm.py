@@ -21,11 +21,12 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import GenerationMode
 
 from fusion.errors import UserError
-from fusion.inference.decoding import decode, group_by_prefix, pack_consecutive
+from fusion.inference.decoding import Sampling, decode, group_by_prefix, pack_consecutive
 from fusion.inference.ensembles import PrefixCachedEnsemble
 from fusion.inference.prefix_cache import PrefixCachedModel, UnsupportedModel
 from fusion.inference.prefix_tree import Branching
 from fusion.vocabulary.tokenization import decode_continuation
+from harness.evaluation.overflow import Overflow, OverflowRule, fit
 from harness.evaluation.quiet import quietly
 from harness.runtime.progress import notify
 
@@ -61,32 +62,6 @@ def _totals(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass
-class _Sampling:
-    temperature: float
-    top_k: int
-    top_p: float
-    random: random.Random
-
-    def draw(self, logits: Tensor) -> int:
-        """Draws one token from logits[V]: temperature, then top k, then top p, in the order of transformers."""
-        n = self.top_k or 64
-        while True:
-            top = logits.topk(min(n, len(logits)))
-            scaled = top.values.double() / self.temperature
-            # The rest is at most as likely as the last of these; where that is nothing it needs not be summed.
-            rest = (len(logits) - n) * float((scaled[-1] - scaled[0]).exp())
-            whole = scaled if self.top_k or rest < 1e-9 else logits.double() / self.temperature
-            p = (scaled - whole.logsumexp(-1)).exp()
-            if self.top_k or n >= len(logits) or float(p.sum()) >= self.top_p:
-                break
-            n *= 8  # few are needed where the model is sure
-        kept = p[p.cumsum(-1) - p < self.top_p].cumsum(-1)
-        # The likeliest first: rounding in the sum of the unlikely ones moves no draw.
-        drawn = int(torch.searchsorted(kept, self.random.random() * float(kept[-1]), right=True))
-        return int(top.indices[min(drawn, len(kept) - 1)])
-
-
-@dataclass
 class _Row:
     """One answer that is being generated."""
 
@@ -98,7 +73,7 @@ class _Row:
     lookback: int
     """Tokens in which a stop string that has just been completed must lie: each is a byte or more."""
     processors: LogitsProcessorList
-    sampling: _Sampling | None
+    sampling: Sampling | None
     new: list[int] = field(default_factory=list)
 
     def choose(self, logits: Tensor, greedy: int) -> int:
@@ -118,9 +93,9 @@ class _Row:
 class SharedPrefixLM(HFLM):
     """A model and its tokenizer as lm-eval's LM. It differs from HFLM in three points.
 
-    A prompt that does not fit the context is refused with UserError instead of being cut. A sampled answer depends
-    only on `seed`, its prompt and its number. Log-probabilities are computed in float32 from logits in the model's own
-    dtype.
+    A prompt that does not fit the context is refused with UserError unless a rule says what is read of it. A sampled
+    answer depends only on `seed`, its prompt and its number. Log-probabilities are computed in float32 from logits in
+    the model's own dtype.
     """
 
     def __init__(
@@ -135,13 +110,15 @@ class SharedPrefixLM(HFLM):
         joint: PrefixCachedEnsemble | None = None,
         context: int | None = None,
         after_prompt: bool = False,
+        overflow: OverflowRule | None = None,
     ) -> None:
         """Wraps a loaded model. Raises UserError where the tokenizer has no end-of-text token.
 
         `batch_size` is the number of sequences decoded at one time, `batch_tokens` the number of prompt tokens read at
-        one time. `joint` are the models of an ensemble, with `model` among them, and `context` is then the shortest of
-        theirs. With `after_prompt` an answer is what the new tokens add to the text of the prompt (see
-        `decode_continuation`); by default they are decoded by themselves, as HFLM does, and may lack a first space.
+        one time. `context` is the longest text that is read (tokens; default: as lm-eval finds it). `joint` are the
+        models of an ensemble, with `model` among them. With `after_prompt` an answer is what the new tokens add to the
+        text of the prompt (see `decode_continuation`); by default they are decoded by themselves, as HFLM does, and may
+        lack a first space. `overflow` is the rule for prompts that do not fit the context (default: they are refused).
         """
         if tokenizer.eos_token_id is None:
             raise UserError(
@@ -159,6 +136,7 @@ class SharedPrefixLM(HFLM):
         self._seed = seed
         self._joint = joint
         self._after_prompt = after_prompt
+        self._overflow = overflow
         self._prompt: list[int] | None = None
         """With `after_prompt`, the prompt that HFLM is answering."""
         try:
@@ -180,8 +158,7 @@ class SharedPrefixLM(HFLM):
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         """Log-probability (nats) of each (_, context, continuation), and True where the continuation is greedy."""
-        for _, context, continuation in requests:
-            self._check_window(len(context) + len(continuation) - 1, 0)
+        requests = [(key, self._fitted(c, len(scored) - 1, scored=True)[0], scored) for key, c, scored in requests]
         if self.reader is None:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         of_context: dict[tuple[int, ...], list[int]] = {}
@@ -247,14 +224,14 @@ class SharedPrefixLM(HFLM):
         answers = [""] * len(requests)
         rows: dict[int, _Row] = {}
         copies: Counter[int] = Counter()
-        slow: list[int] = []
+        slow: list[tuple[int, Instance]] = []
         for index, request in enumerate(requests):
             context, given = request.args
             kwargs: dict[str, Any] = dict(normalize_gen_kwargs(given, self.max_gen_toks))
             until = handle_stop_sequences(kwargs.pop("until"), self.tok_decode(self.eot_token_id, False))
             limit = kwargs.pop("max_gen_toks")
             prompt = self.tok_batch_encode([context])[0][0].tolist()
-            self._check_window(len(prompt), limit)
+            prompt, limit = self._fitted(prompt, limit)
             number = copies[id(request)]  # lm-eval asks for several answers by naming a request again
             copies[id(request)] += 1
             seed = f"{self._seed}:{request.idx}:{number}:{context}"
@@ -270,16 +247,16 @@ class SharedPrefixLM(HFLM):
                 # One by one: the answer must not depend on its neighbours, and is decoded after its own prompt.
                 torch.manual_seed(int(hashlib.sha256(seed.encode()).hexdigest()[:15], 16))
                 self._prompt = prompt if self._after_prompt else None
-                answers[index] = super().generate_until([request], disable_tqdm=True)[0]
+                answers[index] = super().generate_until([_limited(request, limit)], disable_tqdm=True)[0]
                 self._prompt = None
                 self.cache_hook.add_partial("generate_until", request.args, answers[index])
             else:
-                slow.append(index)
+                slow.append((index, _limited(request, limit)))
         if rows:
             self._decode(rows, answers)
         if slow:
-            found = super().generate_until([requests[i] for i in slow], disable_tqdm)
-            for index, answer in zip(slow, found, strict=True):
+            found = super().generate_until([request for _, request in slow], disable_tqdm)
+            for (index, _), answer in zip(slow, found, strict=True):
                 answers[index] = answer
         return answers
 
@@ -308,7 +285,7 @@ class SharedPrefixLM(HFLM):
         sampling = None
         if config.do_sample:
             top_p = 1.0 if config.top_p is None else config.top_p
-            sampling = _Sampling(config.temperature or 1.0, config.top_k or 0, top_p, random.Random(seed))
+            sampling = Sampling(config.temperature or 1.0, config.top_k or 0, top_p, random.Random(seed))
         config.do_sample = False  # what is left to transformers are the processors, not the sampling
         config.max_length = len(prompt) + limit
         self.model._prepare_special_tokens(config, True, device=self.device)
@@ -368,9 +345,54 @@ class SharedPrefixLM(HFLM):
             free = psutil.virtual_memory().available
         return max(1, min(ROWS, free // 2 // (self.reader.position_bytes * length)))
 
-    def _check_window(self, read: int, new: int) -> None:
-        if read + new > self.max_length:
+    def overflow(self, request: Instance) -> Overflow | None:
+        """How a request exceeds the context, and what is read of it by the rule; None where it fits."""
+        if request.request_type not in ("generate_until", "loglikelihood"):
+            return None
+        generates = request.request_type == "generate_until"
+        text, following = request.args
+        new = int(normalize_gen_kwargs(following, self.max_gen_toks)["max_gen_toks"]) if generates else 0
+        written = text if generates else text + following
+        if (
+            len(written.encode(errors="surrogatepass")) + 2 + new <= self.max_length
+        ):  # a token is a byte or more, but for those put before
+            return None
+        if generates:
+            prompt = self.tok_batch_encode([text])[0][0].tolist()
+        elif text:
+            prompt, scored = self._encode_pair(text, following)
+            new = len(scored) - 1
+        else:
+            prompt, new = [self.prefix_token_id], len(self.tok_encode(following, add_special_tokens=False)) - 1
+        if self._excess(prompt, new) <= 0:
+            return None
+        read, left = fit(prompt, new, self._excess, self._rule(not generates)) or ([], new)
+        return Overflow(self.max_length, len(prompt), len(read), left)
+
+    def _rule(self, scored: bool) -> OverflowRule:
+        """The rule; a continuation that is scored cannot be shrunk."""
+        shrinks = self._overflow == "shrink_answer"
+        return "truncate_left" if shrinks and scored else self._overflow or "skip"
+
+    def _excess(self, tokens: Sequence[int], new: int) -> int:
+        """By how many tokens a text and so many new ones exceed the context; of an ensemble, the worst member's."""
+        own = len(tokens) + new - self.max_length
+        return own if self._joint is None else max(own, self._joint.excess(tokens, new))
+
+    def _fitted(self, prompt: list[int], new: int, *, scored: bool = False) -> tuple[list[int], int]:
+        """What is read of a prompt, and the longest answer. Raises UserError where nothing can be asked."""
+        fitted = fit(prompt, new, self._excess, self._rule(scored))
+        if fitted is None:
             raise UserError(
-                f"A prompt of {read} tokens with up to {new} new ones does not fit the context of {self.label}, "
+                f"A prompt of {len(prompt)} tokens with up to {new} new ones does not fit the context of {self.label}, "
                 f"{self.max_length}: leave its task out, or lower max_new_tokens."
             )
+        return fitted
+
+
+def _limited(request: Instance, limit: int) -> Instance:
+    """The request for HFLM, with the longest answer that the prompt leaves room for."""
+    text, given = request.args
+    if normalize_gen_kwargs(given, limit)["max_gen_toks"] == limit:
+        return request
+    return Instance(request.request_type, request.doc, (text, {**given, "max_gen_toks": limit}), request.idx)

@@ -100,6 +100,8 @@ class SuiteResult:
     """Precision that the candidate computed in; '' where its members answered each by itself."""
     notes: list[str] = field(default_factory=list)
     """Sentences that belong below its table."""
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+    """By task: the examples that were not measured, so that they must count for no row of a table."""
 
 
 class Suite(Protocol):

@@ -36,7 +36,8 @@ def voted(task: str, members: Sequence[tuple[Sequence[Line], float]], answers: A
     weight.
     """
     by_example = [({line["example"]: line for line in lines}, weight) for lines, weight in members]
-    for example in sorted(by_example[0][0], key=str):
+    shared = set.intersection(*(set(lines) for lines, _ in by_example))  # what one could not be asked counts for none
+    for example in sorted(shared, key=str):
         given = [(lines[example], answers(lines[example]), weight) for lines, weight in by_example]
         for metric in given[0][1].keys() & given[0][0]["scores"].keys():
             behind: dict[str, float] = {}

@@ -13,10 +13,12 @@ from harness.evaluation.perplexity import refuse_too_large
 from harness.experiment.pipeline import TARGET, Experiment
 from harness.models.checkpoints import load_tokenizer
 from harness.runtime import distributed
+from harness.runtime.progress import notify
 from harness.stages.sharding import check_usable
 from harness.store.artifacts import Planned
 
-_LONGEST = 256  # passages that are encoded to find one that is too long
+_MOST = 0.1  # of the text may be left out because it is too long; above, shorter passages are the better remedy
+_SAMPLE = 256  # passages that are encoded to find out how many are too long
 
 
 def check_inputs(experiment: Experiment) -> None:
@@ -66,25 +68,33 @@ def check_memory(experiment: Experiment) -> None:
 
 
 def check_lengths(experiment: Experiment) -> None:
-    """Refuses passages that exceed a context or a sequence; encodes the longest ones only, as all would take hours."""
+    """Refuses text of which most exceeds a context or a sequence, and says how much of it will be left out.
+
+    Encodes a sample only, as all would take hours.
+    """
     passages = Passages(experiment.corpora.passages[1])
-    longest = np.argsort(-passages.n_bytes, kind="stable")[:_LONGEST].tolist()
-    models = experiment.models
+    sample = np.unique(np.linspace(0, len(passages) - 1, _SAMPLE).astype(int)).tolist()
+    n_bytes, models = passages.n_bytes[sample], experiment.models
     for name in models.names:
         if models.is_tiny(name):  # not made yet, and its recipe fits its text
             continue
         tokenizer = load_tokenizer(models.base(name))
         prefix_id(tokenizer)
-        lengths = [1 + len(encode(tokenizer, passages.text(passage))) for passage in longest]
+        lengths = np.array([1 + len(encode(tokenizer, passages.text(passage))) for passage in sample])
         limits = {f"the context of {name}": models.limits(name)[1]}
         if name == TARGET:
             limits["training.sequence_length"] = experiment.config.training.sequence_length
         for what, limit in limits.items():
-            if limit and max(lengths) > limit:
-                raise UserError(
-                    f"{passages.name(longest[int(np.argmax(lengths))])} is {max(lengths)} tokens for {name} and "
-                    f"exceeds {what}, {limit}: lower passages.max_bytes."
-                )
+            if not limit or lengths.max() <= limit:
+                continue
+            share = n_bytes[lengths > limit].sum() / n_bytes.sum()
+            sentence = (
+                f"{passages.name(sample[int(np.argmax(lengths))])} is {lengths.max()} tokens for {name} and exceeds "
+                f"{what}, {limit}"
+            )
+            if share > _MOST:
+                raise UserError(f"{sentence}, as {share:.0%} of the text does: lower passages.max_bytes.")
+            notify(f"{sentence}. About {share:.1%} of the text is too long and is left out: lower passages.max_bytes.")
 
 
 def check_space(planned: Sequence[Planned], root: Path) -> None:

@@ -64,7 +64,7 @@ def audit(config: Config, root: Path) -> Audit:
         measures, skipped = _measures(experiment, fusion)
     sentence = _sentence(measures)
     if skipped:
-        sentence += f" {skipped} passages are not counted: the logits of a model about them are not finite."
+        sentence += f" {skipped} passages are not counted: a model has no predictions of them (see its extraction)."
     folder = run_folder(experiment, root) / "audit"
     folder.mkdir(parents=True, exist_ok=True)
     _write(measures, sentence, folder, config)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError, did_you_mean
+from fusion.modeling.context import context_length
 from fusion.vocabulary.token_bytes import Vocabulary
 from harness.config.schema import Config, RoleConfig
 from harness.experiment.corpora import Corpora
@@ -126,7 +127,7 @@ class ModelPool:
             return None, None
         count_parameters(base.folder)
         config = load_config(base)
-        return config.vocab_size, getattr(config, "max_position_embeddings", None)
+        return config.vocab_size, context_length(config)
 
     def shape(self, name: str) -> Path | Mapping[str, Any] | None:
         """What is known of the architecture of the role's model before it is there: see `Candidate.shape`."""

@@ -107,6 +107,10 @@ class Run:
         notes = dict.fromkeys(note["sentence"] for note in self.description.get("notes", []))
         return [*notes, *sentences]
 
+    def suite_notes(self, *suites: str) -> list[str]:
+        """Sentences about how these suites were measured, printed below their tables."""
+        return [note for name in suites if name in self.suites for note in self.suites[name].get("notes", ())]
+
     @cached_property
     def seeds(self) -> list[int]:
         """The seeds of its records, which several commands may have made; rows without a seed are left out."""
@@ -145,7 +149,22 @@ def open_run(folder: Path) -> Run:
             raise UserError(f"{path} does not match its SHA-256 in {RUN_FILE}: remove it and run the experiment again.")
         if path == records:
             paths.append(path)
-    return Run(folder, description, read_run_file(folder / SUITES_FILE), read(paths))
+    suites = read_run_file(folder / SUITES_FILE)
+    return Run(folder, description, suites, _measured_for_all(read(paths), suites))
+
+
+def _measured_for_all(records: "pd.DataFrame", suites: Mapping[str, Any]) -> "pd.DataFrame":
+    """The records without the examples that a row could not be asked, so that all rows have the same ones."""
+    skipped = {
+        (suite, task, example)
+        for suite, noted in suites.items()
+        for task, examples in noted.get("skipped", {}).items()
+        for example in examples
+    }
+    if not skipped:
+        return records
+    keys = zip(records["suite"], records["task"], records["example"], strict=True)
+    return records[[key not in skipped for key in keys]]
 
 
 def _is_configuration(configuration: Any) -> bool:

@@ -110,7 +110,7 @@ def run_table(run: Run, *, reference: str | None = None, with_paper: bool = Fals
             command=f"fusellm experiment run {name} --profile {run.profile}",
             reasons=run.reasons,
         )
-        return replace(table, notes=(*table.notes, *run.notes))
+        return replace(table, notes=(*table.notes, *run.suite_notes(*run.suites), *run.notes))
     if with_paper:
         raise UserError(f"The paper has no table {name!r}: those it has are {', '.join(LAYOUTS)}.")
     if run.suites and HELD_OUT not in run.suites:
@@ -126,7 +126,7 @@ def held_out_table(run: Run, reference: str | None = None) -> "Table":
 
     records, reference = run.records, reference or _reference(run)
     text = records[(records["suite"] == HELD_OUT) & records["tokens"].isna()]
-    return main_table(
+    table = main_table(
         records,
         list(run.methods),
         reference,
@@ -135,6 +135,7 @@ def held_out_table(run: Run, reference: str | None = None) -> "Table":
         banner=run.banner,
         untested=untested_rows(list(run.methods), run.roles.values(), reference),
     )
+    return replace(table, notes=(*table.notes, *run.suite_notes(HELD_OUT)))
 
 
 def _reference(run: Run) -> str:

@@ -1,6 +1,7 @@
 """The stage of continued models: one model, trained on text of its own by causal language modelling."""
 
 from pathlib import Path
+from typing import Any
 
 from fusion.vocabulary.token_bytes import Vocabulary
 from harness.config.schema import TrainingConfig
@@ -43,9 +44,9 @@ def make_continued_model(
     """
     device = workspace.device
 
-    def build(folder: Path) -> None:
+    def build(folder: Path) -> dict[str, Any]:
         tokenizer = load_tokenizer(base)
-        train_on_passages(
+        return train_on_passages(
             folder,
             Passages(passages_folder),
             tokenizer,

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusion.errors import UserError
+from fusion.modeling.context import context_length
 from fusion.vocabulary.token_bytes import Vocabulary, byte_ends
 from fusion.vocabulary.tokenization import encode, prefix_id
 from harness.config.schema import ExtractionConfig
 from harness.data.passages import Passages
 from harness.data.shards import checked, shard_path, write_shard
+from harness.models.checkpoints import load_config, load_model, load_tokenizer
 from harness.runtime.progress import Advance, notify, track
 from harness.store.artifacts import Estimate, Spec, Store
 from harness.store.leases import Leases
@@ -69,7 +71,7 @@ def make_extraction(
 
     A shard holds `passages_per_shard` passages and is written whole or not at all. Any number of processes that share
     a file system can work on it: each makes the shards whose leases it gets, and the bytes do not depend on their
-    number. A passage is skipped where the model's logits are not finite.
+    number. A passage is skipped where the model's logits are not finite, and where it is longer than its context.
 
     Raises:
         UserError: More passages would be skipped than `settings.max_skipped_fraction` allows, or the model's
@@ -149,18 +151,33 @@ def _extract(
 def _summary(
     folder: Path, spec: Spec, model: "ResolvedModel", passages: Passages, settings: ExtractionConfig
 ) -> dict[str, Any]:
-    """Checks the bytes of all shards; returns, for the manifest, their number of tokens and the skipped passages."""
-    skipped = []
+    """Checks the bytes of all shards; returns, for the manifest, their number of tokens and the skipped passages: those
+    with logits that are not finite (`skipped`), and those longer than the model's context (`too_long`).
+    """
+    empty = []
     tokens = 0
     for index, members in enumerate(_members(passages, spec)):
         positions = np.diff(checked(shard_path(folder, index)).offsets)
         tokens += int(positions.sum())
-        skipped += [passages.name(p) for p, n in zip(members, positions, strict=True) if not n]
-    _check_skipped(skipped, model, passages, settings)
-    if not skipped:
+        empty += [p for p, n in zip(members, positions, strict=True) if not n]
+    if not empty:
         return {"tokens": tokens}
-    notify(f"{model.name}: {len(skipped)} of {len(passages)} passages are skipped; the manifest names them.")
-    return {"tokens": tokens, "skipped": skipped}
+    tokenizer, context = load_tokenizer(model), context_length(load_config(model))
+    long = [p for p in empty if context and 1 + len(encode(tokenizer, passages.text(p))) > context]
+    names = {
+        "skipped": [passages.name(p) for p in sorted(set(empty) - set(long))],
+        "too_long": [passages.name(p) for p in long],
+    }
+    _check_skipped(names["skipped"], model, passages, settings)
+    if len(long) == len(passages):
+        raise UserError(
+            f"Every passage is longer than the context of {model.name}, {context} tokens: lower passages.max_bytes."
+        )
+    notify(
+        f"{model.name}: {len(empty)} of {len(passages)} passages are skipped, {len(long)} of them because they are "
+        "longer than its context; the manifest names them."
+    )
+    return {"tokens": tokens, **{reason: listed for reason, listed in names.items() if listed}}
 
 
 def _check_skipped(
@@ -183,14 +200,13 @@ class _Reader:
         self, spec: Spec, model: "ResolvedModel", passages: Passages, settings: ExtractionConfig, device: str
     ) -> None:
         from fusion.inference.top_k import reader
-        from harness.models.checkpoints import load_model, load_tokenizer
 
         self._spec, self._model, self._passages, self._settings, self._device = spec, model, passages, settings, device
         self._tokenizer = load_tokenizer(model)
         loaded = load_model(model, dtype=spec.params["dtype"], device=device)
         self._vocabulary = Vocabulary.from_tokenizer(self._tokenizer, loaded.config.get_text_config().vocab_size)
         self._backbone, self._project = reader(loaded)
-        self._window = getattr(loaded.config, "max_position_embeddings", None)
+        self._context = context_length(loaded.config)
         self._skipped: list[str] = []
         self.lost = 0
         self.wide = len(self._vocabulary.tokens) > 65536
@@ -216,22 +232,21 @@ class _Reader:
                 f"The tokenizer of {self._model.name} gives token {max(tokens)}, but its config.json has a vocabulary "
                 f"of {len(self._vocabulary)}: put the model's own tokenizer.json into {self._model.folder}."
             )
-        if self._window and len(tokens) > self._window:
-            raise UserError(
-                f"{self._passages.name(passage)} is {len(tokens)} tokens for {self._model.name}, whose context is "
-                f"{self._window}: lower passages.max_bytes."
-            )
         return tokens
 
     def read(
         self, members: Sequence[int], advance: Advance
     ) -> "tuple[list[TopKPredictions], list[np.ndarray], list[list[int]]]":
         """The predictions of the model on the passages `members`, the byte ends of their tokens, and the tokens."""
-        from fusion.inference.top_k import batches_by_length
+        from fusion.inference.top_k import TopKPredictions, batches_by_length
 
         sequences = [self._tokens(passage) for passage in members]
-        results: list[Any] = [None] * len(sequences)
-        for batch in batches_by_length([len(s) for s in sequences], int(self._spec.info["batch_tokens"])):
+        none = TopKPredictions.none(int(self._spec.params["k"]), len(self._spec.params.get("temperatures", ())))
+        results = [none] * len(sequences)
+        fitting = [i for i, s in enumerate(sequences) if not self._context or len(s) <= self._context]
+        advance(sum(int(self._passages.n_bytes[members[i]]) for i in set(range(len(sequences))) - set(fitting)))
+        for group in batches_by_length([len(sequences[i]) for i in fitting], int(self._spec.info["batch_tokens"])):
+            batch = [fitting[i] for i in group]
             for i, result in zip(batch, self._predict([sequences[i] for i in batch]), strict=True):
                 results[i] = result
                 if not len(result.nats):

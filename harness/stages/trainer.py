@@ -324,6 +324,7 @@ def train(
     if config.deepspeed and device == "cpu":
         without_own_ops()
     packing = check_packing(model)
+    rows = rows.one_passage_each() if packing == "single" else rows
     split(model)  # says before the training starts when the fused objective cannot serve this model
     steps = steps_of(config, len(rows))
     at = curve.steps(steps) if curve else []

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.losses.loss import Loss, LossRequirements
+from fusion.modeling.context import context_length
 from fusion.vocabulary.token_bytes import Vocabulary
 from harness.config.schema import Config, TrainingConfig
 from harness.data.passages import Passages
@@ -22,6 +23,7 @@ from harness.models.checkpoints import load_model
 from harness.models.resolution import ResolvedModel
 from harness.runtime import distributed
 from harness.runtime.device import compute_dtype
+from harness.runtime.progress import notify
 from harness.stages.loss_resources import TARGET, LossInputs, TokenizerOf, load_resources, open_predictions
 from harness.stages.sharding import zero_stage
 from harness.stages.training_log import CURVE_FILE, curve_files
@@ -71,22 +73,35 @@ def train_on_passages(
     predictions: Mapping[str, PredictionsReader] = {},
     load_teachers: Callable[[], "Mapping[str, PreTrainedModel]"] = dict,
     curve: "Curve | None" = None,
-) -> None:
+) -> dict[str, Any]:
     """Packs the passages into sequences and trains what `load` gives on them (see `harness.stages.trainer.train`).
 
     The random state is set to `seed` before `load` is called, so that a model may be initialised there. Called by all
-    ranks.
+    ranks. Returns, for the manifest, the names of the passages that are left out because they are too long, and a note
+    for tables; nothing where there are none.
     """
     from transformers import set_seed
 
     from harness.data.sequences import PackedSequences
     from harness.stages.trainer import train
 
-    sequences = PackedSequences(passages, tokenizer, vocabulary, settings.sequence_length, features, predictions)
     set_seed(seed)
+    model = load()
+    sequences = PackedSequences(
+        passages,
+        tokenizer,
+        vocabulary,
+        settings.sequence_length,
+        features,
+        predictions,
+        context=context_length(model.config),
+    )
+    note = sequences.left_out_sentence()
+    if note is not None:
+        notify(f"{label}: {note}")
     with redirect_stdout(sys.stderr):  # DeepSpeed prints, and standard output is for tables
         train(
-            load(),
+            model,
             tokenizer,
             sequences,
             settings,
@@ -100,6 +115,7 @@ def train_on_passages(
             card=card,
             curve=curve,
         )
+    return {} if note is None else {"left_out": [passages.name(p) for p in sequences.left_out], "note": note}
 
 
 @dataclass(frozen=True)
@@ -181,7 +197,7 @@ def make_training(
     curve_spec = None if curve.measure is None else curve.spec(spec)
     trained_before = store.path(spec).exists()
 
-    def build(folder: Path) -> None:
+    def build(folder: Path) -> dict[str, Any]:
         from harness.stages.trainer import Curve
 
         tokenizer, vocabulary = tokenizer_of(TARGET)
@@ -193,7 +209,7 @@ def make_training(
         along = None
         if measure is not None and curve_spec is not None:
             along = Curve(curve.points, curve_spec.fingerprint[:16], lambda model: measure(model, tokenizer))
-        train_on_passages(
+        left_out = train_on_passages(
             folder,
             passages,
             tokenizer,
@@ -219,6 +235,7 @@ def make_training(
                 store.ensure(curve_spec, partial(_keep_curve, along.file(folder)))
             for measured in curve_files(folder):
                 measured.unlink()
+        return left_out
 
     costs = workspace.costs
     whole = costs.training(parameters, corpus_bytes / BYTES_PER_TOKEN * settings.epochs)

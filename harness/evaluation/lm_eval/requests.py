@@ -1,14 +1,16 @@
-"""Requests of lm-eval's tasks: whether they fit a model's context, and answering them so that a kill costs little."""
+"""Requests of lm-eval's tasks: whether they leave room for answers, and answering them so that a kill costs little."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fusion.errors import UserError
-from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.evaluation.lm_eval.tasks import Prepared
+from harness.evaluation.overflow import Overflow, OverflowRule
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
+
+    from harness.evaluation.shared_prefix_lm import SharedPrefixLM
 
 _DEFAULT_NEW_TOKENS = 256  # of HFLM, where a task sets no limit
 _MOST_FAILURES = 8  # examples that cannot be answered; with more the model is to blame, or the machine
@@ -16,36 +18,32 @@ _MOST_FAILURES = 8  # examples that cannot be answered; with more the model is t
 Key = TypeVar("Key", bound=Hashable)
 
 
-def too_long(prepared: Prepared, evaluated: EvaluatedModel) -> str | None:
-    """The reason why the task's longest prompt does not fit the model's context (tokens); None when all fit."""
+def no_room(prepared: Prepared, context: int, rule: OverflowRule) -> str | None:
+    """The reason why no prompt of the task can be asked in a context of so many tokens: its answers alone fill it."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    context = evaluated.context
-    doubtful: list[tuple[str, int]] = []  # text, and tokens that must fit beside it
-    for request in (r for requests in prepared.examples.values() for r in requests):
-        if request.request_type == "generate_until":
-            settings = normalize_gen_kwargs(request.args[1], _DEFAULT_NEW_TOKENS)
-            text, extra = request.args[0], int(settings["max_gen_toks"])
-        elif request.request_type == "loglikelihood":
-            # The last token is predicted, not read; a prompt of nothing is read as one token.
-            text, extra = "".join(request.args), -1 if request.args[0] else 0
-        else:
-            continue
-        if (
-            len(text.encode(errors="surrogatepass")) + 2 + extra > context
-        ):  # a token is a byte or more, but for those put before a text
-            doubtful.append((text, extra))
-    if not doubtful:
+    generated = [
+        int(normalize_gen_kwargs(request.args[1], _DEFAULT_NEW_TOKENS)["max_gen_toks"])
+        for requests in prepared.examples.values()
+        for request in requests
+        if request.request_type == "generate_until"
+    ]
+    longest = max(generated, default=0)
+    if longest < context or rule == "shrink_answer":
         return None
-    lengths = [len(ids) for ids in evaluated.tokenizer([text for text, _ in doubtful])["input_ids"]]
-    length, extra = max(
-        ((n, extra) for n, (_, extra) in zip(lengths, doubtful, strict=True)), key=lambda pair: sum(pair)
+    return (
+        f"up to {longest} tokens are to be generated, which do not fit the context of {context}; lower max_new_tokens, "
+        "or set overflow to shrink_answer"
     )
-    if length + extra <= context:
+
+
+def worst_overflow(lm: "SharedPrefixLM", requests: Sequence["Instance"]) -> Overflow | None:
+    """Of the requests of an example, the one of which least can be read; None where all fit the context."""
+    try:
+        found = [overflow for request in requests if (overflow := lm.overflow(request))]
+    except Exception:  # a text that the tokenizer does not take is named when it is asked
         return None
-    new = f" and up to {extra} are to be generated" if extra > 0 else ""
-    advice = "; lower max_new_tokens to run it with shorter answers" if length < context and extra > 0 else ""
-    return f"its longest prompt has {length} tokens{new}, which do not fit the context of {context}{advice}"
+    return min(found, key=lambda one: (one.read > 0, one.read - one.prompt), default=None)
 
 
 def answer_requests(

@@ -5,6 +5,7 @@ Every example is written as soon as all its requests are answered, so that a kil
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -12,10 +13,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, Field
 
 from harness.evaluation.evaluated_model import EvaluatedModel
-from harness.evaluation.lm_eval.examples import EXAMPLES, mean_metrics, read_examples, scored_line, stored_answers
-from harness.evaluation.lm_eval.requests import answer_requests, too_long
+from harness.evaluation.lm_eval.examples import (
+    EXAMPLES,
+    SKIPPED,
+    Overflows,
+    mean_metrics,
+    read_examples,
+    read_overflows,
+    scored_line,
+    stored_answers,
+)
+from harness.evaluation.lm_eval.requests import answer_requests, no_room, worst_overflow
 from harness.evaluation.lm_eval.rows import first_line
 from harness.evaluation.lm_eval.tasks import Overrides, Prepared, Source, find_source, prepare
+from harness.evaluation.overflow import OverflowRule, overflow_note, unanswerable_note
 from harness.evaluation.suite import (
     NO_VOTE,
     Example,
@@ -36,8 +47,9 @@ from harness.store.fingerprint import fingerprint
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-VERSION = 3
+VERSION = 4
 _DEFAULT_METRICS = {"multiple_choice": "acc", "loglikelihood": "acc", "generate_until": "exact_match"}
+_NONE_FITS = "none of its prompts fits the context"
 _UNKNOWN_ROWS = 1000  # of a task whose rows are not on this machine, for estimates
 
 
@@ -51,6 +63,11 @@ class LmEvalConfig(LimitedConfig):
         "auto", description="answers generated at one time; changes no answer in float32"
     )
     seed: int = Field(0, ge=0, description="seed of tasks that sample their answers, and of `limit_by: seed`")
+    overflow: OverflowRule = Field(
+        "truncate_left",
+        description="for prompt and answer that do not fit the context: truncate_left reads the prompt's end only, as "
+        "lm-eval does; shrink_answer leaves less room for the answer; skip leaves the example out of all rows",
+    )
 
 
 class LmEvalSuite:
@@ -118,13 +135,30 @@ class LmEvalSuite:
             if task not in missing
         ]
         paths, unfinished = ensure_jointly(store, wanted, partial(self._run, evaluated))
+        overflows = {} if store.dry else {task: read_overflows(path) for task, path in paths.items()}
         return SuiteResult(
             examples=lambda: (e for task, path in paths.items() for e in read_examples(task, path)),
             artifacts=paths,
             fingerprints={task: specs[task].fingerprint for task in paths},
-            missing={**missing, **unfinished},
+            missing={**missing, **unfinished} | {task: _NONE_FITS for task, one in overflows.items() if one.asked == 0},
+            notes=self._notes(evaluated.label, overflows),
+            skipped={task: one.skipped for task, one in overflows.items() if one.skipped and one.asked},
             dtype=evaluated.dtype,
         )
+
+    def _notes(self, label: str, overflows: Mapping[str, Overflows]) -> list[str]:
+        """What is said below the table of prompts that do not fit."""
+        rule, notes = self.config.overflow, []
+        skipped = [(task, len(one.skipped), one.asked + len(one.skipped)) for task, one in overflows.items()]
+        cut = [(task, one.changed, one.asked + len(one.skipped)) for task, one in overflows.items()]
+        context = max((one.context for one in overflows.values()), default=0)
+        for counts, skips in ((cut, False), (skipped, True)):
+            if some := [count for count in counts if count[1]]:
+                of_rule = skips == (rule == "skip")
+                notes.append(
+                    overflow_note(label, rule, context, some) if of_rule else unanswerable_note(label, context, some)
+                )
+        return notes
 
     def _counted(self, evaluated: EvaluatedModel, store: Store, costs: Costs) -> SuiteResult:
         """The result of a majority vote: each member is measured by itself, and their answers are counted."""
@@ -153,6 +187,10 @@ class LmEvalSuite:
                 for task in tasks
             },
             missing=missing,
+            notes=[note for result, _ in results for note in result.notes],
+            skipped={
+                task: sorted({e for result, _ in results for e in result.skipped.get(task, ())}) for task in tasks
+            },
         )
 
     def _answers(self, task: str) -> Answers | None:
@@ -171,7 +209,12 @@ class LmEvalSuite:
             f"{evaluated.label}-{task}",
             VERSION,
             {"model": evaluated.fingerprint, "task": self._sources[task].identity()},
-            {**self.config.limit_identity(), "seed": self.config.seed, **evaluated.computing},
+            {
+                **self.config.limit_identity(),
+                "seed": self.config.seed,
+                "overflow": self.config.overflow,
+                **evaluated.computing,
+            },
             {
                 "candidate": evaluated.label,
                 "batch_size": self.config.batch_size,
@@ -199,8 +242,11 @@ class LmEvalSuite:
         reasons = {}
         for task in tasks:
             name = self._sources[task].name
-            long = (too_long(prepared[name], member) for member, _ in evaluated.members)
-            if reason := unavailable.get(name) or _unfit(prepared[name]) or next(filter(None, long), None):
+            if reason := (
+                unavailable.get(name)
+                or _unfit(prepared[name])
+                or no_room(prepared[name], evaluated.context, self.config.overflow)
+            ):
                 reasons[task] = reason
         return reasons
 
@@ -212,19 +258,30 @@ class LmEvalSuite:
         prepared = {task: self._prepared[0][self._sources[task].name] for task in folders}
         pending: dict[tuple[str, str], list[Instance]] = {}
         for task, folder in folders.items():
-            done = {line["example"] for line in kept_lines(folder / EXAMPLES)}
+            done = {line["example"] for name in (EXAMPLES, SKIPPED) for line in kept_lines(folder / name)}
             pending |= {(task, e): requests for e, requests in prepared[task].examples.items() if e not in done}
         total = sum(len(one.examples) for one in prepared.values())
         with track(f"{self.name} {evaluated.label}", total, "examples", done=total - len(pending)) as advance:
             if not pending:
                 return {}
-            lm = evaluated.lm(batch_size=self.config.batch_size, seed=self.config.seed)
+            config = self.config
+            lm = evaluated.lm(batch_size=config.batch_size, seed=config.seed, overflow=config.overflow)
             failures: dict[str, dict[str, str]] = {}
 
             def failed(key: tuple[str, str], error: Exception) -> None:
                 task, example = key
                 failures.setdefault(task, {})[example] = first_line(error)
                 advance(1)
+
+            overflows: dict[tuple[str, str], dict[str, int]] = {}
+            for (task, example), requests in list(pending.items()):
+                worst = worst_overflow(lm, requests)
+                if worst is not None:
+                    overflows[task, example] = asdict(worst)
+                if worst is not None and worst.read == 0:
+                    append_line(folders[task] / SKIPPED, {"example": example, "overflow": asdict(worst)})
+                    del pending[task, example]
+                    advance(1)
 
             def finished(key: tuple[str, str]) -> None:
                 task, example = key
@@ -234,7 +291,7 @@ class LmEvalSuite:
                 except Exception as error:  # whatever a task's own code raises about this answer
                     failed(key, error)
                     return
-                append_line(folders[task] / EXAMPLES, line)
+                append_line(folders[task] / EXAMPLES, {**line, "overflow": overflows.get(key)})
                 advance(1)
 
             answer_requests(lm, pending, finished, failed)

@@ -35,6 +35,7 @@ from fusion.inference.ensembles import CrossTokenizerMember, PrefixCachedEnsembl
 from fusion.inference.likelihood import document_nats
 from fusion.inference.prefix_cache import PrefixCachedModel
 from fusion.inference.prefix_tree import Branching, PrefixTree
+from fusion.inference.windows import read_tokens
 from fusion.vocabulary.maps import build_map
 from fusion.vocabulary.token_bytes import Vocabulary
 from fusion.vocabulary.tokenization import encode, encode_all, prefix_id
@@ -213,7 +214,7 @@ def test_perplexity_is_the_naive_means(trio: list[Any], mode: Any, monkeypatch: 
         found[logits] = document_nats(joint(trio, WEIGHTS), given, prefix=0, window=24, mode=mode, batch_tokens=100)
     expected = [
         sum(
-            -float(naive(trio, WEIGHTS, "probabilities", [0, *t][w.start : w.end])[i - w.start, t[i]])
+            -float(naive(trio, WEIGHTS, "probabilities", read_tokens([0, *t], w, mode))[i - w.start, t[i]])
             for w in fusion.inference.likelihood.windows(len(t), window=24, stride=24 if mode == "rolling" else 12)
             for i in range(w.scored_from, w.end)
         )
@@ -553,3 +554,26 @@ def test_a_text_beyond_a_members_context_is_refused(pivot: Any, members: dict[st
     reader._members[0].reader.positions = 10
     with reader.patched_attention(), pytest.raises(UserError, match="does not fit the context of sentencepiece, 10"):
         reader.read([Branching(encode(byte_level(), TEXT))], [[12]])
+
+
+@pytest.mark.parametrize("mode", ["rolling", "strided"])
+def test_a_window_begins_alike_for_every_member(
+    pivot: Any, members: dict[str, Any], mode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A member whose tokenizer puts a bos before any text reads it where a model by itself reads its own."""
+    reader = translated(pivot, {"sentencepiece": members["sentencepiece"]})
+    (member,) = reader._members
+    member.adds_prefix = True
+    read: dict[int, bool] = {}
+    encode_texts = member.encode
+
+    def watched(texts: Sequence[Sequence[int]]) -> list[list[int]]:
+        found = encode_texts(texts)
+        read.update({text[0]: own[0] == member._prefix for text, own in zip(texts, found, strict=True)})
+        return found
+
+    monkeypatch.setattr(member, "encode", watched)
+    document_nats(reader, [encode(byte_level(), TEXT)], prefix=0, window=8, mode=mode, batch_tokens=100)
+    assert read.pop(0)
+    assert (read == {}) if mode == "strided" else (read and not any(read.values()))
+    assert member.adds_prefix

@@ -109,7 +109,8 @@ def test_equals_one_forward_pass_a_token(llama: LlamaForCausalLM, mode: str) -> 
     stride = window_stride(mode, WINDOW, None)
     for part in windows(len(tokens), window=WINDOW, stride=stride):
         for position in range(part.scored_from, part.end):
-            context = torch.tensor([sequence[part.start : position + 1]])
+            first = BOS if mode == "strided" else sequence[part.start]
+            context = torch.tensor([[first, *sequence[part.start + 1 : position + 1]]])
             log_p = llama(context).logits[0, -1].double().log_softmax(-1)
             expected -= log_p[sequence[position + 1]].item()
     nats = document_nats(llama, [tokens], prefix=BOS, window=WINDOW, mode=mode, batch_tokens=32)  # type: ignore[arg-type]
@@ -243,3 +244,20 @@ def test_mistakes(llama: LlamaForCausalLM, options: dict[str, object], message: 
     usual = {"texts_ids": [[1]], "prefix": BOS, "window": WINDOW, "mode": "rolling", "batch_tokens": 64}
     with pytest.raises(UserError, match=message):
         document_nats(llama, **{**usual, **options})  # type: ignore[arg-type]
+
+
+def test_every_strided_window_begins_with_the_prefix(llama: LlamaForCausalLM) -> None:
+    """As every text that the model was trained on; only lm-eval's own number reads a document's middle without."""
+    read: list[list[int]] = []
+    hook = llama.model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.extend(kwargs["input_ids"].tolist()), with_kwargs=True
+    )
+    tokens = list(range(50))
+    beginnings = {}
+    for mode in ("rolling", "strided"):
+        read.clear()
+        document_nats(llama, [tokens], prefix=BOS, window=WINDOW, mode=mode, batch_tokens=1)  # type: ignore[arg-type]
+        beginnings[mode] = [row[0] for row in read]
+    hook.remove()
+    assert beginnings["strided"] == [BOS] * 6  # 16 tokens, then 8 more a window
+    assert beginnings["rolling"] == [BOS, 15, 31, 33]

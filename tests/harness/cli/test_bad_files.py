@@ -156,7 +156,7 @@ FILES: list[tuple[Prepare, list[str], str]] = [
     (
         write("train/long.txt", "".join(map(str, range(2000)))),
         run("passages.max_bytes=3000", "corpus.first_bytes=3000", "training.sequence_length=4000"),
-        r"long.txt .bytes from 0. is \d+ tokens for target and exceeds the context of target, 256: lower passages",
+        r"long.txt .bytes from 0. is \d+ tokens for target and exceeds the context of target, 256, as 3.% of the",
     ),
     # Merges: refused before anything is loaded or trained.
     (

@@ -183,7 +183,7 @@ def test_a_sample_depends_on_itself_alone(parts: tuple[Any, Any], monkeypatch: p
 def test_sampling_is_transformers_distribution() -> None:
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    from harness.evaluation.shared_prefix_lm import _Sampling
+    from fusion.inference.decoding import Sampling
 
     logits = torch.randn(300, generator=torch.Generator().manual_seed(0)) * 2
     for temperature, top_k, top_p in [(1.0, 0, 0.9), (0.5, 5, 0.8), (2.0, 0, 1.0), (3.0, 100, 0.99)]:
@@ -193,7 +193,7 @@ def test_sampling_is_transformers_distribution() -> None:
         if top_p < 1:
             warpers.append(TopPLogitsWarper(top_p))
         expected = warpers(None, logits[None])[0].softmax(-1)  # type: ignore[arg-type]
-        drawing = _Sampling(temperature, top_k, top_p, random.Random(0))
+        drawing = Sampling(temperature, top_k, top_p, random.Random(0))
         n = 2000
         counts = torch.bincount(torch.tensor([drawing.draw(logits) for _ in range(n)]), minlength=300)
         assert not counts[expected == 0].any()
@@ -232,6 +232,49 @@ def test_nothing_is_cut(parts: tuple[Any, Any]) -> None:
         ours(parts).generate_until(asked([long], until=["\n"], max_gen_toks=4))
     with pytest.raises(UserError, match="does not fit the context"):
         ours(parts).loglikelihood([Instance("loglikelihood", {}, (long, " fox"), 0)], disable_tqdm=True)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_prompts_that_do_not_fit_are_cut_as_hflm_cuts_them(
+    parts: tuple[Any, Any], shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Generated and scored; by our own reading and by HFLM's."""
+    if not shared:
+        monkeypatch.setattr("harness.evaluation.shared_prefix_lm.PrefixCachedModel", _unsupported)
+    texts = ["".join(sentences(n, n)) for n in (1, 40, 60)]
+    lm = ours(parts, overflow="truncate_left")
+    generated = asked(texts, until=["\n"], max_gen_toks=6, do_sample=False)
+    scored = [Instance("loglikelihood", {}, (text, ending), 0) for text in texts for ending in ENDINGS]
+    overflows = [lm.overflow(request) for request in generated]
+    assert overflows[0] is None and [o and (o.read, o.new, o.context) for o in overflows[1:]] == [(506, 6, 512)] * 2
+    assert sum(lm.overflow(request) is not None for request in scored) == 2 * len(ENDINGS)
+    assert lm.generate_until(generated) == theirs(parts, 1).generate_until(generated, disable_tqdm=True)
+    expected = theirs(parts, 1).loglikelihood(scored, disable_tqdm=True)
+    found = lm.loglikelihood(scored, disable_tqdm=True)
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
+
+
+def test_an_answer_is_shrunk_before_a_prompt_is_cut(parts: tuple[Any, Any]) -> None:
+    tokens = parts[1]("".join(sentences(60, 1)))["input_ids"]
+    prompts = [parts[1].decode(tokens[:n]) for n in (500, 700)]
+    requests = asked(prompts, until=["\0"], max_gen_toks=20, do_sample=False)
+    lm = ours(parts, overflow="shrink_answer")
+    lengths = [len(parts[1](prompt)["input_ids"]) for prompt in prompts]
+    found = [over for request in requests if (over := lm.overflow(request))]
+    assert [(o.read, o.new) for o in found] == [(lengths[0], 512 - lengths[0]), (511, 1)]
+    limited = [
+        asked([p], until=["\0"], max_gen_toks=o.new, do_sample=False) for p, o in zip(prompts, found, strict=True)
+    ]
+    assert lm.generate_until(requests) == [
+        theirs(parts, 1).generate_until(one, disable_tqdm=True)[0] for one in limited
+    ]
+    assert [o and o.read for o in map(ours(parts, overflow="skip").overflow, requests)] == [0, 0]
+
+
+def _unsupported(model: Any) -> None:
+    from fusion.inference.prefix_cache import UnsupportedModel
+
+    raise UnsupportedModel("it is a test")
 
 
 def test_a_tokenizer_without_an_end_is_refused(parts: tuple[Any, Any]) -> None:

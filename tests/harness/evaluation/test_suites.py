@@ -17,7 +17,7 @@ from harness.evaluation import evaluated_model, standalone
 from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.evaluation.lm_eval import task_suite, tasks
 from harness.evaluation.lm_eval.examples import EXAMPLES
-from harness.evaluation.lm_eval.requests import answer_requests, too_long
+from harness.evaluation.lm_eval.requests import answer_requests, no_room
 from harness.evaluation.lm_eval.tasks import task_folder
 from harness.evaluation.multipl_e import code_suite
 from harness.evaluation.multipl_e.code_suite import COMPLETIONS
@@ -227,22 +227,50 @@ def test_a_kill_costs_only_what_was_under_way(
 def test_tasks_that_do_not_fit_are_found_before_the_run(
     rows: Path, models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    measured = measure("bbh", BBH, models["short"], tmp_path, rows)
+    measured = measure("bbh", {**BBH, "max_new_tokens": 300}, models["short"], tmp_path, rows)
     assert not list(measured.examples()) and set(measured.missing) == {"boolean_expressions", "navigate"}
-    assert "do not fit the context of 256" in measured.missing["navigate"]
+    assert "up to 300 tokens are to be generated, which do not fit the context of 256" in measured.missing["navigate"]
     assert "navigate is left out" in " ".join(capsys.readouterr().err.split())
     # One token more or less decides.
     (prepared,) = tasks.prepare(
         [tasks.find_source("triviaqa", task_folder() / "triviaqa/default.yaml", rows, tasks.Overrides(0, 10))],
         LimitedConfig(limit=1),
     )[0].values()
-    candidate = evaluated(models["short"], tmp_path)
-    (text,) = [requests[0].args[0] for requests in prepared.examples.values()]
-    length = len(candidate.tokenizer(text)["input_ids"])
-    candidate.__dict__["context"] = length + 10
-    assert too_long(prepared, candidate) is None
-    candidate.__dict__["context"] = length + 9
-    assert f"{length} tokens and up to 10" in str(too_long(prepared, candidate))
+    assert no_room(prepared, 11, "truncate_left") is None
+    assert "up to 10 tokens are to be generated" in str(no_room(prepared, 10, "truncate_left"))
+    assert no_room(prepared, 10, "shrink_answer") is None
+
+
+@pytest.mark.parametrize("rule", ["truncate_left", "shrink_answer", "skip"])
+def test_prompts_that_do_not_fit_are_read_by_the_rule_and_counted(
+    rows: Path, models: dict[str, Path], tmp_path: Path, rule: str
+) -> None:
+    """Every task has a number; by default the answers are HFLM's, which truncates on the left."""
+    section = {**BBH, "max_new_tokens": 10, "overflow": rule}
+    measured = measure("bbh", section, models["short"], tmp_path, rows)
+    whole = {task: [line["example"] for line in some] for task, some in lines(measured).items()}
+    over = {task: [line for line in some if line["overflow"]] for task, some in lines(measured).items()}
+    if rule == "skip":
+        assert set(measured.missing) == {"boolean_expressions", "navigate"} and not list(measured.examples())
+        assert "was not asked, and examples count for no row, where prompts do not fit" in measured.notes[0]
+        return
+    assert not measured.missing and all(whole.values()) and over == lines(measured)
+    (note,) = measured.notes
+    assert f"navigate {len(over['navigate'])} of {len(whole['navigate'])}" in note and "context of 256 tokens" in note
+    for line in over["navigate"]:
+        assert line["overflow"]["read"] + line["overflow"]["new"] == line["overflow"]["context"] == 256
+    if rule == "truncate_left":
+        from lm_eval.models.huggingface import HFLM
+        from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+        model = AutoModelForCausalLM.from_pretrained(models["short"], dtype="float32").eval()
+        hflm = HFLM(model, tokenizer=PreTrainedTokenizerFast.from_pretrained(models["short"]), batch_size=1)
+        yaml = task_folder() / "bbh/cot_fewshot/navigate.yaml"
+        source = tasks.find_source("bbh_cot_fewshot_navigate", yaml, rows, tasks.Overrides(None, 10))
+        (prepared,) = tasks.prepare([source], len(whole["navigate"]))[0].values()
+        requests = [prepared.examples[example][0] for example in whole["navigate"]]
+        expected = hflm.generate_until(requests, disable_tqdm=True)
+        assert [line["answer"][0] for line in over["navigate"]] == expected
 
 
 def test_what_cannot_be_fetched_is_named_and_not_averaged(rows: Path, models: dict[str, Path], tmp_path: Path) -> None:
@@ -449,7 +477,7 @@ def test_suites_are_a_stage_of_an_experiment(experiment_file: Path, rows: Path, 
     assert len(records.query("metric == 'acc_norm'")) == 9 and records["numerator"].isin([0, 1]).all()
     text = (folder / "table-commonsense.md").read_text()
     assert "arc_easy (acc_norm)" in text and "| neox |" in text
-    # BBH's prompts do not fit these models: said in its table, and nothing else suffers.
+    # BBH's answers do not fit these models: said in its table, and nothing else suffers.
     assert "do not fit the context of 256" in (folder / "table-bbh.md").read_text()
     for form in ("md", "csv", "json"):
         assert (folder / f"table.{form}").read_bytes() == (plain / f"table.{form}").read_bytes()
