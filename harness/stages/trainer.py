@@ -1,8 +1,7 @@
 """One trainer for every trained method, on the Hugging Face Trainer.
 
 What is ours: the objective inside the model's forward (so that data-parallel wrappers see it), one denominator over
-the whole global batch, the same rows in every step whatever the number of ranks, checkpoints that are complete or not
-there, and the held-out curve.
+the whole global batch, the same rows in every step for any number of ranks, whole checkpoints, the held-out curve.
 """
 
 import json
