@@ -110,12 +110,14 @@ def evaluate(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     trust_remote_code: bool = False,
+    prefix: str | None = None,
 ) -> Run:
     """Measures one model on suites and returns the finished run, with its records.
 
     model: a name of the catalogue, a hub id that was fetched, a local folder or a .gguf file. suites: names, or the
     settings of each by name, as in the `suites` section of an experiment. data_root: folder of
-    <hub id>/<configuration>/<split>.parquet (or .jsonl), or `tiny:` for a few example rows. Default: the hub.
+    <hub id>/<configuration>/<split>.parquet (or .jsonl), or `tiny:` for a few example rows. Default: the hub. prefix:
+    token that precedes every document of perplexity: bos, eos or a token. Default: bos, else eos.
     """
     from harness.config.loading import suite_settings
     from harness.evaluation import standalone
@@ -127,7 +129,7 @@ def evaluate(
     settings = suites if isinstance(suites, Mapping) else {name: {} for name in _listed(suites)}
     _, folder = suite_settings(list(settings), (), None if data_root is None else str(data_root))
     measured = {name: SUITES.get(name)(suite_config(name, given), folder) for name, given in settings.items()}
-    spec = model_spec(name=str(model), dtype=dtype, trust_remote_code=trust_remote_code)
+    spec = model_spec(name=str(model), dtype=dtype, trust_remote_code=trust_remote_code, prefix=prefix)
     make_folder(_root(root), "--root")
     finished = open_run(standalone.evaluate(spec, measured, _root(root), device=usable_device(device, dry=False)))
     write_run(finished)

@@ -68,6 +68,8 @@ class Cell:
     published: float | None = None
     published_change: float | None = None
     evaluations: tuple[str, ...] = ()
+    lossy: bool = False
+    """True where the tokens do not spell the text: the value is no measure of it and is never the best."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Layout:
         for i, row in enumerate(self.cells):
             for j, cell in enumerate(row):
                 value = cell.published if published else cell.value
-                if value is not None:
+                if value is not None and (published or not cell.lossy):
                     lines.setdefault(j if self.best_along == "column" else i, []).append((value, (i, j)))
         top = max if self.higher_is_better else min
         marked: set[tuple[int, int]] = set()

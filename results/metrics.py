@@ -6,9 +6,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from results.errors import UnknownName, UserError
+from results.layout import Cell, Column
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas as pd
+
+
+LOST_BYTES = "lost_bytes"
+"""Metric of records that say how many bytes of an example its tokens do not spell, and how many there are."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,9 @@ METRICS = {
         Metric(
             "bits_per_byte_strided", "bits per byte (strided)", False, 1 / math.log(2), 4, "document", "nats / bytes"
         ),
+        Metric(
+            LOST_BYTES, "bytes of text that tokens do not spell, percent", False, 100.0, 2, "document", "bytes / bytes"
+        ),
         _score("acc", "accuracy, percent"),
         _score("acc_norm", "accuracy by length-normalised likelihood, percent"),
         _score("exact_match", "exact match, percent"),
@@ -131,3 +140,39 @@ def values_of(metrics: Sequence[Metric]) -> str:
     """What the values of a table are, with their unit."""
     labels = (metric.label.removesuffix(", higher is better").removesuffix(", lower is better") for metric in metrics)
     return " or ".join(dict.fromkeys(labels))
+
+
+def mark_lost_text(
+    cells: "dict[tuple[str, int], Cell]", columns: Sequence[Column], records: "pd.DataFrame", reference: str | None
+) -> None:
+    """Marks the cells (by method and column) of methods whose tokens do not spell the text that they were measured on.
+
+    Text that is lost costs nothing, so that such a value has no interval, and it is compared only where the reference
+    has lost the same bytes of the same examples.
+    """
+    lost: dict[tuple[str, str, str], dict[str, tuple[float, float]]] = {}
+    names = ["method", "suite", "task", "example", "numerator", "denominator"]
+    rows = records.loc[records["metric"] == LOST_BYTES, names]
+    for method, suite, task, example, n_lost, n_bytes in rows.itertuples(index=False):
+        lost.setdefault((method, suite, task), {})[example] = n_lost, n_bytes
+
+    def of(method: str | None, column: Column) -> dict[tuple[str, str], tuple[float, float]]:
+        examples = {part.task: lost.get((str(method), part.suite, part.task), {}) for part in column.parts}
+        return {(task, name): counts for task, some in examples.items() for name, counts in some.items()}
+
+    for (method, j), cell in cells.items() if lost else ():
+        own = of(method, columns[j])
+        if own and cell.value is not None:
+            n_lost, n_bytes = (sum(counts) for counts in zip(*own.values(), strict=True))
+            note = (
+                f"the tokens of {method} do not spell the text of {len(own):,} of {cell.n:,} "
+                f"{measure(columns[j].parts[0].metric).unit}s ({n_lost:,.0f} of their {n_bytes:,.0f} bytes), so that "
+                "this is no measure of it"
+            )
+            cell = replace(cell, interval=None, note=note, lossy=True)
+        if cell.difference is not None and own != of(reference, columns[j]):
+            why = "not compared: one of the two does not spell all of the text"
+            cell = replace(
+                cell, difference=None, difference_interval=None, difference_seeds=(), difference_note=why, p=None
+            )
+        cells[method, j] = cell

@@ -256,7 +256,7 @@ def _notes(
     metrics = [measure(part.metric) for column in compared.columns for part in column.parts]
     notes = sentences(metrics, reference, compared, "task") if metrics else []
     notes.append(f"In brackets: relative to {roles.get('target', 'the target')}.")
-    if command and any(cell.note for row in compared.cells for cell in row):
+    if command and any(cell.value is None for row in compared.cells for cell in row):
         notes.append(f"What is missing is made by `{command}`, as far as this harness can.")
     if with_paper:
         pairs = [f"{row.published} ({row.shown})" for row in rows if row.published and row.published != row.shown]

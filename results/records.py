@@ -56,9 +56,10 @@ class Record:
     method is the row label in tables; seed is -1 for a method without one; task is the domain in the suite
     `perplexity`; example is a document's id or SHA-256. The metric says what numerator / denominator is
     (`bits_per_byte`: nats and bytes; a score: points and the most there are; `passed`: samples of a problem that pass,
-    and all of them). tokens counts the training tokens seen when it was measured along a training
-    run, and is None for the final evaluation. cluster names what the example shares with others, of any task, that
-    therefore do not vary independently: the passage that it asks about, the problem that it translates; '' for nothing.
+    and all of them; `lost_bytes`, beside the others where there are any: bytes of the example that its tokens do not
+    spell, and all of them). tokens counts the training tokens seen when it was measured along a training run, and is
+    None for the final evaluation. cluster names what the example shares with others, of any task, that therefore do not
+    vary independently: the passage that it asks about, the problem that it translates; '' for nothing.
     """
 
     experiment: str

@@ -13,7 +13,7 @@ from results import statistics
 from results.bootstrap import RESAMPLES, SharedRatios, strata
 from results.errors import UnknownName, UserError
 from results.layout import Cell, Column, Part, Verdict
-from results.metrics import Metric, measure, metric_of, values_of
+from results.metrics import LOST_BYTES, Metric, mark_lost_text, measure, metric_of, values_of
 from results.paper_numbers import AVERAGE
 from results.records import NO_SEED
 from results.statistics import CONFIDENCE, MIN_SEEDS, MIN_UNITS, MIN_UNLIKE, Units
@@ -44,7 +44,7 @@ def main_table(
     banner: by default what the profile calls for. Otherwise as `suite_table`.
     """
     final = records[records["tokens"].isna() & records["method"].isin(list(order))]
-    shown = final[(final["suite"] == suite) & (final["metric"] == metric)]
+    shown = final[(final["suite"] == suite) & final["metric"].isin([metric, LOST_BYTES])]
     if shown.empty and reference in order:
         raise UserError(
             f"there are no final {metric} records of the suite {suite} for any of {', '.join(order)}; run the "
@@ -151,6 +151,7 @@ def compare(
     measures = _Measures.of(records, methods, parts, reference, reasons or {})
     columns = [column for needed in wanted for column in measures.columns(needed, unit)]
     cells = {(method, j): measures.cell(method, column) for method in methods for j, column in enumerate(columns)}
+    mark_lost_text(cells, columns, records, reference)
     tested = [method for method in methods if reference not in (None, method) and method not in untested]
     cells |= {at: replace(cell, p=None, general=False) for at, cell in cells.items() if at[0] not in tested}
     families: dict[Family, list[tuple[str, int]]] = {"average": [], "task": []}

@@ -209,8 +209,14 @@ def _project(
         true_token = np.concatenate([np.append(predictions.tokens[1:], -1) for predictions in read])
         nats = np.concatenate([predictions.nats for predictions in read])
         ids, p = true_token_last(ids, p, true_token, nats if switches.true_token == "always" else None)
+    own = [passage[target] for passage in passages]
+    source_ends = np.concatenate([text_ends(predictions, source.vocabulary) for predictions in read])
+    target_ends = np.concatenate([text_ends(replace(one, skipped=False), target_vocabulary) for one in own])
     if not switches.along_text or source.name == target or (source.pieces is None and _is_identity(source.map)):
         partner = _partners(source, target, passages, target_vocabulary, switches.alignment)
+        # The published pairing is one of strings, and leaves a text's first token as it is.
+        if source.name != target and ALIGNMENTS.choose(switches.alignment).part.name != "dtw":
+            ids = _respaced(ids, partner, source_ends, target_ends, source.vocabulary)
         ids, p = project_entries(
             ids,
             p,
@@ -226,15 +232,14 @@ def _project(
             "vocabulary: use a map that tells it (first_piece, byte_prefix), or set projection to token and inside to "
             "none."
         )
-    own = [passage[target] for passage in passages]
     return project_path(
         ids,
         p,
         np.concatenate([predictions.tokens for predictions in read]),
-        np.concatenate([text_ends(predictions, source.vocabulary) for predictions in read]),
+        source_ends,
         passage_starts(read),
         np.concatenate([predictions.tokens for predictions in own]),
-        np.concatenate([text_ends(replace(predictions, skipped=False), target_vocabulary) for predictions in own]),
+        target_ends,
         passage_starts(own),
         pieces=source.pieces,
         vocabulary_size=len(target_vocabulary.tokens),
@@ -308,6 +313,26 @@ def _entries(name: str, passages: Sequence[Mapping[str, Predictions]]) -> tuple[
             )
         columns.append(p / np.where(sound, total, 1.0)[:, None])
     return np.concatenate([passage[name].ids for passage in passages]), np.concatenate(columns)
+
+
+def _respaced(
+    ids: np.ndarray, partner: np.ndarray, source_ends: np.ndarray, target_ends: np.ndarray, vocabulary: Vocabulary
+) -> np.ndarray:
+    """The source's entries ids[M, k] with, before a passage's first token, the space that the target would write there.
+
+    A tokenizer with a dummy prefix begins a text with a space of its own: where the source says "The", its target says
+    "▁The", and the other way round. `source_ends` and `target_ends` are those of `text_ends`. An entry without such a
+    form becomes -1, which maps to nothing.
+    """
+    at = np.flatnonzero(partner >= 0)
+    ends = np.stack([source_ends[partner[at]], target_ends[at]])
+    added = np.where((ends.min(axis=0) == 0) & (ends.max(axis=0) == 1), ends[0] - ends[1], 0)
+    ids = ids.copy()
+    for sign, form in ((1, "with_space"), (-1, "without_space")):
+        if (added == sign).any():
+            rows = partner[at[added == sign]]
+            ids[rows] = np.where(ids[rows] >= 0, getattr(vocabulary, form)[ids[rows]], -1)
+    return ids
 
 
 def _trim(fused: Sparse, max_entries: int | None) -> tuple[Sparse, np.ndarray]:

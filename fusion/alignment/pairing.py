@@ -226,11 +226,16 @@ def _mapped(vocabulary_map: np.ndarray, source_id: int, vocabulary: Vocabulary) 
     return image
 
 
-def consulted_ids(vocabulary: Vocabulary, ids: np.ndarray) -> np.ndarray:
-    """Sorted distinct `ids` and what else `dtw` may ask the map for: in byte-level vocabularies the tokens with a space
-    before. A lazy map for `dtw` must cover these of all tokens read.
+def consulted_ids(vocabulary: Vocabulary, ids: np.ndarray, target: Vocabulary | None = None) -> np.ndarray:
+    """Sorted distinct `ids` and what else a lazy map of the tokens read must cover.
+
+    `dtw` asks for the tokens of byte-level vocabularies with a space before. Where the vocabulary or the `target`'s has
+    a dummy prefix, a passage's first token is asked for with a space before and without.
     """
     wanted = set(np.unique(ids).tolist())
+    if vocabulary.dummy_prefix or (target is not None and target.dummy_prefix):
+        forms = np.concatenate([vocabulary.with_space[ids], vocabulary.without_space[ids]])
+        wanted.update(forms[forms >= 0].tolist())
     if vocabulary.space == BYTE_LEVEL_SPACE:
         spaced = (vocabulary.ids.get(vocabulary.space + vocabulary.tokens[i]) for i in list(wanted))
         wanted.update(i for i in spaced if i is not None)

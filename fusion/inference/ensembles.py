@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,11 +88,13 @@ class CrossTokenizerMember:
         self.reader = reader
         self._tokenizer = tokenizer
         self._pivot = pivot
+        self._dummy_prefix = vocabulary.dummy_prefix
         self._prefix = prefix
         self._label = label
         self.adds_prefix = tokenizer("")["input_ids"][:1] == [prefix]  # some tokenizers put a bos before any text
-        self._mapped = torch.nonzero(vocabulary_map >= 0)[:, 0].to(reader.device)
-        self._onto = vocabulary_map.to(reader.device)[self._mapped]
+        forms = {0: np.arange(len(vocabulary)), 1: vocabulary.with_space, -1: vocabulary.without_space}
+        self._maps = {added: _pairs(vocabulary_map, form, reader.device) for added, form in forms.items()}
+        """By the spaces that the pivot's first token has more than the model's: the model's ids and the pivot's."""
         self._of_byte = {
             spelling[0]: i for i, spelling in enumerate(vocabulary.token_bytes) if spelling and len(spelling) == 1
         }
@@ -110,7 +113,7 @@ class CrossTokenizerMember:
         """
         found = self.encode([text for texts in asked for text in texts])
         ends = [
-            _End(own, self._healing.covering_tokens(own, text))
+            _End(own, self._healing.covering_tokens(own, text), self._added_spaces(text))
             for own, text in zip(found, (text for texts in asked for text in texts), strict=True)
         ]
         left = iter(ends)
@@ -181,6 +184,18 @@ class CrossTokenizerMember:
                 found.append(whole[before + 1 : mark])
         return found
 
+    def _added_spaces(self, text: Sequence[int]) -> int:
+        """1 where the pivot's next token has a dummy prefix and the model's does not, -1 the other way round."""
+        if not (self._pivot.dummy_prefix or self._dummy_prefix):
+            return 0
+        spelled = b""
+        for i in reversed(text):
+            spelled = (self._pivot.token_bytes[i] or b"") + spelled
+            if len(spelled) > 1:
+                return 0
+        nothing_read = spelled.removeprefix(b" ") == b"" if self._pivot.dummy_prefix else not spelled
+        return int(self._pivot.dummy_prefix and not spelled) - int(self._dummy_prefix and nothing_read)
+
     def _carried(self, logits: Tensor, ends: Sequence["_End"]) -> Tensor:
         """Log-probabilities float32[n, V of the pivot] through the map: duplicates are summed, unmapped ids are left
         out.
@@ -190,7 +205,13 @@ class CrossTokenizerMember:
         for start in range(0, len(ends), _ROWS):
             rows, some = carried[start : start + _ROWS], ends[start : start + _ROWS]
             last = torch.tensor([end.at[0] for end in some], device=logits.device)
-            rows.index_add_(1, self._onto, logits[last].float().softmax(-1)[:, self._mapped])
+            p = logits[last].float().softmax(-1)
+            for added, (ids, onto) in self._maps.items():
+                at = [n for n, end in enumerate(some) if end.added_spaces == added]
+                if len(at) == len(some):
+                    rows.index_add_(1, onto, p[:, ids])
+                elif at:
+                    rows[at] = torch.zeros_like(rows[at]).index_add_(1, onto, p[at][:, ids])
             for row, end in zip(rows, some, strict=True):
                 if end.covering_tokens:
                     _add_covers(row, logits, totals, end)
@@ -204,12 +225,21 @@ class _End:
 
     own: list[int]
     covering_tokens: list[CoveringTokens]
+    added_spaces: int = 0
     at: list[int] = field(default_factory=list)
     """Rows of the logits after all tokens, and after all but the last 1, 2, ... tokens."""
 
     @property
     def rows(self) -> int:
         return 1 + len(self.covering_tokens)
+
+
+def _pairs(vocabulary_map: Tensor, form: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """int64[n] ids of the model and int64[n] of the pivot: each id becomes the image of its `form`, if there is one."""
+    forms = torch.from_numpy(form).long()
+    onto = torch.where(forms >= 0, vocabulary_map[forms.clamp(min=0)], -1)
+    ids = torch.nonzero(onto >= 0)[:, 0]
+    return ids.to(device), onto[ids].to(device)
 
 
 def _rows(tree: PrefixTree, ends: Sequence[_End], first: int) -> list[int]:

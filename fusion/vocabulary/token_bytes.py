@@ -67,6 +67,20 @@ class Vocabulary:
         """The id of each token string; the lower one for a string that two ids have."""
         return {token: i for i, token in reversed(list(enumerate(self.tokens))) if token}
 
+    @cached_property
+    def with_space(self) -> np.ndarray:
+        """int32[V], the id of each id's bytes after a space, -1 where there is none; an id without bytes is its own."""
+        return self._ids_of([None if spelling is None else b" " + spelling for spelling in self.token_bytes])
+
+    @cached_property
+    def without_space(self) -> np.ndarray:
+        """int32[V], the id of each id's bytes without their first space, -1 where there is none; as `with_space`."""
+        return self._ids_of([s[1:] if s is not None and s.startswith(b" ") else s and b"" for s in self.token_bytes])
+
+    def _ids_of(self, spellings: Sequence[bytes | None]) -> np.ndarray:
+        by_bytes = {spelling: i for i, spelling in reversed(list(enumerate(self.token_bytes))) if spelling}
+        return np.array([i if s is None else by_bytes.get(s, -1) for i, s in enumerate(spellings)], dtype=np.int32)
+
     def fingerprint(self) -> str:
         """SHA-256 (hexadecimal) over strings, bytes and control ids: equal exactly when the ids mean the same."""
         digest = hashlib.sha256()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, AnyStr
 
 import numpy as np
@@ -32,16 +33,39 @@ _LONGEST_COMPARED = 2**20  # bytes; of longer texts everything between the first
 _SENTINELS = ("\n", "|", "=", "a", "0", "\u4e00")
 
 
-def prefix_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The token that precedes every passage: bos, else eos. Raises UserError if the tokenizer has neither."""
-    for role in ("bos", "eos"):
-        token_id = getattr(tokenizer, f"{role}_token_id")
+def prefix_id(tokenizer: PreTrainedTokenizerFast, prefix: str | None = None) -> int:
+    """The token that precedes every passage: `bos`, `eos`, or a token by its string or its text (such as a line end).
+
+    Default: bos, else eos. Raises UserError if the tokenizer has no such token, and for `none`.
+    """
+    for role in ("bos", "eos") if prefix is None else (prefix,):
+        token_id = getattr(tokenizer, f"{role}_token_id") if role in ("bos", "eos") else _named_token(tokenizer, role)
         if token_id is not None:
             return int(token_id)
+    if prefix is None:
+        raise UserError(
+            f"The tokenizer of {tokenizer.name_or_path!r} has neither a bos nor an eos token: set one, every passage "
+            "is preceded by it, or set the role's prefix."
+        )
+    if prefix == "none":
+        raise UserError(
+            "A passage needs a prefix, from which its first token is predicted: set the role's prefix to a token that "
+            'says little, such as "\\n".'
+        )
     raise UserError(
-        f"The tokenizer of {tokenizer.name_or_path!r} has neither a bos nor an eos token: set one, every passage is "
-        "preceded by it."
+        f"The tokenizer of {tokenizer.name_or_path!r} has no token {prefix!r}: set the role's prefix to bos, eos, or a "
+        "token of its vocabulary."
     )
+
+
+def _named_token(tokenizer: PreTrainedTokenizerFast, name: str) -> int | None:
+    if name == "none":
+        return None
+    token_id: int | None = tokenizer.backend_tokenizer.token_to_id(name)
+    if token_id is not None:
+        return token_id
+    ids = encode_after_text(partial(encode_all, tokenizer), Vocabulary.from_tokenizer(tokenizer), [name])[0]
+    return ids[0] if len(ids) == 1 else None
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,8 +13,8 @@ import typer
 
 from fusion.errors import UserError
 from harness.cli.console import prepare, print_rows
-from harness.cli.options import DEFAULT_ROOT, FormatOption, Json, Root
-from harness.store.paths import SOURCE, TOOLCHAINS
+from harness.cli.options import DEFAULT_ROOT, FormatOption, Json, Root, completed
+from harness.store.paths import ARTIFACTS, MODELS, SOURCE, TOOLCHAINS
 
 _NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numba")
 _LATER = ("lm-eval", "mergekit", "deepspeed")
@@ -24,6 +25,15 @@ Row = tuple[str, str, bool | None]
 
 def doctor(
     gpu: Annotated[bool, typer.Option("--gpu", help="Also run the tests that need a CUDA device.")] = False,
+    models: Annotated[
+        list[str],
+        typer.Option(
+            "--model",
+            metavar="NAME",
+            help="Also try whether this model reads text better after another prefix. Repeatable.",
+            autocompletion=completed("models"),
+        ),
+    ] = [],  # noqa: B006
     form: FormatOption = None,
     json: Json = False,
     root: Root = DEFAULT_ROOT,
@@ -33,7 +43,7 @@ def doctor(
     Ends with exit status 2 if something that every run needs is missing, or if the sandbox does not hold.
     """
     prepare(root)
-    rows, healthy = check(root, gpu=gpu)
+    rows, healthy = check(root, gpu=gpu, models=models)
     print_rows(["what", "found", "fine"], rows, form)
     if not healthy:
         raise UserError(
@@ -41,7 +51,7 @@ def doctor(
         )
 
 
-def check(root: Path, *, gpu: bool) -> tuple[list[Row], bool]:
+def check(root: Path, *, gpu: bool, models: Sequence[str] = ()) -> tuple[list[Row], bool]:
     """Rows (what, found, fine; None: not needed) and whether everything that every run needs is there."""
     import psutil
     import torch
@@ -62,6 +72,7 @@ def check(root: Path, *, gpu: bool) -> tuple[list[Row], bool]:
     cuda = torch.cuda.is_available()
     rows.append(("CUDA devices", str(torch.cuda.device_count()) if cuda else "none", cuda or None))
     rows += _toolchains(root / TOOLCHAINS)
+    rows += [_prefix(name, root) for name in models]
     if gpu:
         rows.append(_gpu_tests(cuda))
     return rows, not any(fine is False for *_, fine in rows)
@@ -75,15 +86,15 @@ def _toolchains(cache: Path) -> list[Row]:
     from harness.evaluation.sandbox.guarantees import guarantees
 
     refused = refusal()
-    rows = [("sandbox for generated programs", refused or "bubblewrap works", None if refused else True)]
+    rows: list[Row] = [("sandbox for generated programs", refused or "bubblewrap works", None if refused else True)]
     found, not_run = available(list(LANGUAGES), cache)
     if "python" in found:
         python = found["python"]
         try:
             tried = guarantees(python.run[0], python.roots)
-            rows += [(f"sandbox: {what}", came, "yes" if holds else "no") for what, came, holds in tried]
+            rows += [(f"sandbox: {what}", came, holds) for what, came, holds in tried]
         except UserError as error:
-            rows.append(("sandbox: what holds", str(error), "-"))
+            rows.append(("sandbox: what holds", str(error), None))
     for name, language in LANGUAGES.items():
         rows.append(
             (
@@ -93,6 +104,22 @@ def _toolchains(cache: Path) -> list[Row]:
             )
         )
     return rows
+
+
+def _prefix(name: str, root: Path) -> Row:
+    """Whether a model's prefix suits it, tried on documents of the standard library."""
+    from harness.data.standard_library import standard_library
+    from harness.models.resolution import ModelSpec, resolve
+    from harness.runtime.device import compute_dtype, usable_device
+    from harness.stages.prefix_check import TEXTS, prefix_warning
+    from harness.store.artifacts import Store
+
+    model, device = resolve(ModelSpec(name=name), root / MODELS), usable_device("auto", dry=False)
+    documents = standard_library("tiny").documents()
+    texts = [documents[i * len(documents) // TEXTS].text for i in range(TEXTS)]
+    store, dtype = Store(root / ARTIFACTS), compute_dtype("auto", device)
+    warning = prefix_warning(store, model, texts, dtype=dtype, device=device)
+    return f"prefix of {name}", warning or "no other suits it better", None if warning else True
 
 
 def _gpu_tests(cuda: bool) -> Row:

@@ -148,6 +148,14 @@ def evaluate(
     batch_size: Annotated[
         str | None, typer.Option(help="Answers generated at a time. Default: auto.", rich_help_panel=COMPUTING)
     ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKEN",
+            help="Token that precedes every document of perplexity: bos, eos or a token. Default: bos, else eos.",
+            rich_help_panel=COMPUTING,
+        ),
+    ] = None,
     trust_remote_code: Annotated[
         bool,
         typer.Option("--trust-remote-code", help="Run Python code of the model's folder.", rich_help_panel=COMPUTING),
@@ -188,7 +196,7 @@ def evaluate(
     common = {"limit": limit, "samples": samples, "seed": seed, "batch_size": batch_size}
     common |= {"execute": False if generate_only else None, "sandbox": False if unsafe else None}
     chosen = standalone.sections(names, tasks=tasks, common=common, settings=own, data_root=data)
-    spec = ModelSpec(name=model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+    spec = ModelSpec(name=model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code, prefix=prefix)
     folder = standalone.evaluate(spec, chosen, root, device=usable_device(device, dry=False))
     run = open_run(folder)
     completions = standalone.generated(folder) if generate_only else []

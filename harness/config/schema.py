@@ -71,6 +71,12 @@ class RoleConfig(StrictModel):
     attn_implementation: str | None = Field(
         None, description="attention implementation that transformers loads the model with. Default: its own choice"
     )
+    prefix: str | None = Field(
+        None,
+        min_length=1,
+        description='token that precedes every passage: bos, eos, or a token of the vocabulary, such as "\\n". '
+        "Default: bos, else eos",
+    )
     corpus: CorpusConfig | None = Field(
         None,
         description="text on which the model is trained further before it takes the role; keys that are not given are "

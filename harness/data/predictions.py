@@ -46,9 +46,9 @@ class PredictionsReader:
         self._folder = folder
         self._passages = passages
         self._tokenizer = tokenizer
-        self._prefix = prefix_id(tokenizer)
         self.vocabulary = vocabulary
         params = read_manifest(folder)["params"]
+        self._prefix = prefix_id(tokenizer, params.get("prefix"))
         self._shard_size = int(params["passages_per_shard"])
         self._temperature = temperature
         self._k = k

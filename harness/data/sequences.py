@@ -50,12 +50,12 @@ def pack(lengths: Sequence[int], sequence_length: int, *, window: int = 512) -> 
 class PackedSequences(Dataset[dict[str, np.ndarray]]):
     """Sequences of `sequence_length` positions, ready for `fusion.modeling.heads.fused_forward`.
 
-    Every passage is `[prefix] + tokens`. The gold token of its last position is the end of text where the passage is
-    its document's last, and none otherwise. Without `features` this is plain continued training; with them, `readers`
-    give the predictions that they are computed from, by role, and `target` is the role that is trained. Beyond the last
-    sequence there are empty ones without any label or feature, which make up the number where ranks share sequences
-    unevenly. Passages that do not fit a sequence or the model's `context` (tokens; None: any length) are left out:
-    their indices are `left_out`.
+    Every passage is `[prefix] + tokens` (see `prefix_id`). The gold token of its last position is the end of text where
+    the passage is its document's last, and none otherwise. Without `features` this is plain continued training; with
+    them, `readers` give the predictions that they are computed from, by role, and `target` is the role that is trained.
+    Beyond the last sequence there are empty ones without any label or feature, which make up the number where ranks
+    share sequences unevenly. Passages that do not fit a sequence or the model's `context` (tokens; None: any length)
+    are left out: their indices are `left_out`.
 
     Raises:
         UserError: no passage fits, or the tokenizer does not fit the model.
@@ -71,10 +71,11 @@ class PackedSequences(Dataset[dict[str, np.ndarray]]):
         readers: Mapping[str, PredictionsReader] = {},
         target: str = "target",
         context: int | None = None,
+        prefix: str | None = None,
     ) -> None:
         self._passages = passages
         self._tokenizer = tokenizer
-        self._prefix = prefix_id(tokenizer)
+        self._prefix = prefix_id(tokenizer, prefix)
         self._eos = tokenizer.eos_token_id
         self._vocabulary = vocabulary
         self._features = features

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from baselines.method import Ensemble
 from fusion.errors import UserError
 from harness.evaluation.evaluated_model import EvaluatedModel
+from harness.store.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,7 +88,7 @@ class JointModel(EvaluatedModel):
                 pivot,
                 self._map(member, vocabularies[i], pivot),
                 encode_pivot=partial(encode_all, self.tokenizer),
-                prefix=prefix_id(member.tokenizer),
+                prefix=prefix_id(member.tokenizer, member.spec.prefix),
                 label=member.label,
             )
             for i in others
@@ -143,13 +144,19 @@ def _steps(advance: Callable[[float], None], size: int) -> Callable[[int, int], 
     return progress
 
 
+def _fingerprint(ensemble: Ensemble, parts: Sequence[tuple[EvaluatedModel, float]]) -> str:
+    """The ensemble's, and the prefixes of members that have another than the default."""
+    prefixes = [member.spec.prefix for member, _ in parts]
+    return fingerprint([ensemble.fingerprint, prefixes]) if any(prefixes) else ensemble.fingerprint
+
+
 def make_joint_model(label: str, ensemble: Ensemble, parts: Sequence[tuple[EvaluatedModel, float]]) -> JointModel:
     """The ensemble of subjects; the first is the pivot."""
     pivot = parts[0][0]
     dtypes = [member.dtype for member, _ in parts]
     return JointModel(
         label=label,
-        fingerprint=ensemble.fingerprint,
+        fingerprint=_fingerprint(ensemble, parts),
         spec=pivot.spec,
         dtype=dtypes[0] if len(set(dtypes)) == 1 else "+".join(dtypes),
         device=pivot.device,

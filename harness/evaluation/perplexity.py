@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -25,13 +25,15 @@ from harness.store.artifacts import Spec, Store
 from harness.store.costs import Costs
 from harness.store.files import read_json, write_json
 from harness.store.fingerprint import fingerprint
+from results.metrics import LOST_BYTES
 
 if TYPE_CHECKING:
     from torch import nn
 
     from fusion.inference.ensembles import PrefixCachedEnsemble
+    from fusion.vocabulary.token_bytes import Vocabulary
 
-VERSION = 3
+VERSION = 4
 ROLLING_NOTE = (
     "Bits per byte are lm-eval's rolling ones: of a document beyond {window:,} tokens only the first window begins "
     "with the model's prefix token, which costs models that need it (suites.perplexity.mode=strided has it in every "
@@ -179,8 +181,10 @@ class Perplexity(Suite):
     def _examples(self, rows: Sequence[Mapping[str, Any]], tokens: int | None = None) -> Iterator[Example]:
         metric, clusters = METRICS[self.config.mode], self._clusters
         for row in rows:
-            cluster = clusters.get(row["example"], "")
-            yield Example(row["domain"], row["example"], metric, row["nats"], row["bytes"], tokens, cluster)
+            example, cluster = row["example"], clusters.get(row["example"], "")
+            yield Example(row["domain"], example, metric, row["nats"], row["bytes"], tokens, cluster)
+            if row["lost"]:
+                yield Example(row["domain"], example, LOST_BYTES, row["lost"], row["bytes"], tokens, cluster)
 
     @cached_property
     def _clusters(self) -> dict[str, str]:
@@ -210,7 +214,7 @@ def evaluation_spec(evaluated: EvaluatedModel, text: HeldOutText, config: Perple
         evaluated.label,
         VERSION,
         {"model": evaluated.fingerprint, "documents": text.fingerprint},
-        {**config.key(), **evaluated.computing},
+        {**config.key(), **evaluated.computing, **evaluated.spec.prefix_identity()},
         {"batch_tokens": evaluated.batch_tokens},
     )
 
@@ -222,20 +226,22 @@ def measure_documents(
     config: PerplexityConfig,
     *,
     batch_tokens: int,
+    prefix: str | None = None,
 ) -> list[dict[str, Any]]:
-    """One row a document: example (SHA-256), domain, nats, bytes, and the windows that it was read in.
+    """One row a document: example (SHA-256), domain, nats, bytes, the windows that it was read in, and the bytes that
+    its tokens do not spell.
 
-    Raises UserError for a stride that does not fit.
+    `prefix` is read before each document (see `prefix_id`). Raises UserError for a stride that does not fit.
     """
     from fusion.inference.likelihood import document_nats
-    from fusion.vocabulary.tokenization import encode, prefix_id
+    from fusion.vocabulary.tokenization import encode_all, lost_bytes, prefix_id
 
-    tokens = [encode(tokenizer, document.text) for document in documents]
+    tokens = encode_all(tokenizer, [document.text for document in documents])
     try:
         nats = document_nats(
             model,
             tokens,
-            prefix=prefix_id(tokenizer),
+            prefix=prefix_id(tokenizer, prefix),
             window=config.window,
             mode=config.mode,
             stride=config.stride,
@@ -244,17 +250,25 @@ def measure_documents(
     except UserError as error:
         names = ", ".join(document.name for document in documents[:3])
         raise UserError(f"perplexity of {names} ...: {error}") from None
-    stride = window_stride(config.mode, config.window, config.stride)
+    vocabulary, stride = _vocabulary(tokenizer), window_stride(config.mode, config.window, config.stride)
     return [
         {
             "example": d.sha256,
             "domain": d.domain,
             "nats": float(n),
-            "bytes": len(d.text.encode("utf-8")),
+            "bytes": len(raw := d.text.encode("utf-8")),
             "windows": len(windows(len(ids), window=config.window, stride=stride)),
+            "lost": lost_bytes(ids, vocabulary, raw),
         }
         for d, ids, n in zip(documents, tokens, nats, strict=True)
     ]
+
+
+@lru_cache(maxsize=4)
+def _vocabulary(tokenizer: Any) -> "Vocabulary":
+    from fusion.vocabulary.token_bytes import Vocabulary
+
+    return Vocabulary.from_tokenizer(tokenizer)
 
 
 def evaluate(folder: Path, evaluated: EvaluatedModel, documents: Sequence[Document], config: PerplexityConfig) -> None:
@@ -282,7 +296,14 @@ def evaluate(folder: Path, evaluated: EvaluatedModel, documents: Sequence[Docume
     with track(f"perplexity {evaluated.label}", sum(sizes), "bytes", done=done) as advance:
         for i in missing:
             with torch.inference_mode():
-                rows = measure_documents(model, tokenizer, parts[i], config, batch_tokens=evaluated.batch_tokens)
+                rows = measure_documents(
+                    model,
+                    tokenizer,
+                    parts[i],
+                    config,
+                    batch_tokens=evaluated.batch_tokens,
+                    prefix=evaluated.spec.prefix,
+                )
             write_json(paths[i], {"rows": rows})
             advance(sizes[i])
 

@@ -101,7 +101,7 @@ def evaluate(
         models_dir=root / MODELS,
     )
     parts = {name: {"config": one.config.model_dump(mode="json"), **one.identity()} for name, one in suites.items()}
-    identity = {"model": resolved.fingerprint, "dtype": dtype, "suites": parts}
+    identity = {"model": resolved.fingerprint, "dtype": dtype, "suites": parts, **spec.prefix_identity()}
     folder = evaluation_path(root, resolved.name, fingerprint(identity))
     (folder / RECORDS).mkdir(parents=True, exist_ok=True)
     costs = Costs(device)

@@ -79,7 +79,7 @@ def check_lengths(experiment: Experiment) -> None:
         if models.is_tiny(name):  # not made yet, and its recipe fits its text
             continue
         tokenizer = load_tokenizer(models.base(name))
-        prefix_id(tokenizer)
+        prefix_id(tokenizer, models.role(name).prefix)
         lengths = np.array([1 + len(encode(tokenizer, passages.text(passage))) for passage in sample])
         limits = {f"the context of {name}": models.limits(name)[1]}
         if name == TARGET:

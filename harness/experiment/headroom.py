@@ -10,7 +10,7 @@ tail's mass evenly over the rest of the vocabulary. Without this a less certain 
 token is in its tail more often, and a large tail is an outcome that is easily right.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from harness.experiment.pipeline import TARGET, Experiment, loss_resources, open
 from harness.experiment.run import run_folder
 from harness.reporting.figures import audited
 from harness.runtime.progress import track
+from harness.stages.prefix_check import TEXTS, prefix_warning
 from harness.store.files import write_atomically
 from harness.store.paths import command_path
 
@@ -65,10 +66,23 @@ def audit(config: Config, root: Path) -> Audit:
     sentence = _sentence(measures)
     if skipped:
         sentence += f" {skipped} passages are not counted: a model has no predictions of them (see its extraction)."
+    for warning in _prefix_warnings(experiment, [TARGET, *fusion.sources]):
+        sentence += f" {warning}"
     folder = run_folder(experiment, root) / "audit"
     folder.mkdir(parents=True, exist_ok=True)
     _write(measures, sentence, folder, config)
     return Audit(measures, sentence, folder)
+
+
+def _prefix_warnings(experiment: Experiment, names: Sequence[str]) -> Iterator[str]:
+    """A sentence for each role whose model reads passages clearly better after another token than its prefix."""
+    passages, models = Passages(experiment.corpora.passages[1]), experiment.models
+    some = np.linspace(0, len(passages) - 1, min(TEXTS, len(passages))).astype(int)
+    texts = [passages.text(passage) for passage in some.tolist()]
+    store, device = experiment.workspace.store, experiment.workspace.device
+    for name in names:
+        if warning := prefix_warning(store, models.model(name), texts, dtype=models.dtype(name), device=device):
+            yield warning
 
 
 def _fusellm(config: Config) -> FuseLLMParameters:

@@ -13,9 +13,13 @@ from harness.config.named_rows import unknown_reference
 from harness.experiment.pipeline import TARGET, Experiment, evaluated_model, predict, train
 from harness.models.catalogue import find_entry, is_hub_id
 from harness.models.resolution import ModelSpec
-from harness.runtime.progress import track
+from harness.runtime.progress import notify, track
 from harness.store.artifacts import Estimate, Spec
 from harness.store.fingerprint import fingerprint, plain_json
+from results.metrics import LOST_BYTES
+
+_RAW = math.log(256)
+"""Nats of a byte that a tokenizer does not spell, so that nobody gains by losing text."""
 
 
 class MethodContext:
@@ -67,6 +71,7 @@ class MethodContext:
         return fingerprint(
             {
                 "computing": {name: models.spec(name).computing(models.dtype(name)) for name in models.names},
+                "prefixes": {name: prefix for name in models.names if (prefix := models.role(name).prefix)},
                 **validation.key(validation.text(dry=experiment.workspace.store.dry)),
             }
         )
@@ -80,7 +85,14 @@ class MethodContext:
         if not result.artifacts[validation.name].exists():  # in a plan
             return math.nan
         examples = list(result.examples())
-        nll = sum(e.numerator for e in examples) / sum(e.denominator for e in examples)
+        scored = [e for e in examples if e.metric != LOST_BYTES]
+        lost = sum(e.numerator for e in examples if e.metric == LOST_BYTES)
+        if lost:
+            notify(
+                f"{label}: its tokens do not spell {lost:,.0f} bytes of the validation text; each counts as {_RAW:.2f} "
+                "nats, as without any model."
+            )
+        nll = (sum(e.numerator for e in scored) + _RAW * lost) / sum(e.denominator for e in scored)
         if not math.isfinite(nll):
             raise UserError(f"{label} has no finite likelihood of the validation text: leave it out.")
         return float(nll)

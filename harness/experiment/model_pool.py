@@ -85,6 +85,7 @@ class ModelPool:
             dtype=role.dtype,
             trust_remote_code=role.trust_remote_code,
             attn_implementation=role.attn_implementation,
+            prefix=role.prefix,
         )
 
     def resolve(self, spec: ModelSpec) -> ResolvedModel:
@@ -150,7 +151,7 @@ class ModelPool:
 
     def _tiny_model(self, tiny: str, role: RoleConfig) -> ResolvedModel:
         spec, path = make_tiny(self._workspace, tiny, self._config.profile)
-        model = ModelSpec(name=str(path / MODEL_FOLDER), dtype=role.dtype)
+        model = ModelSpec(name=str(path / MODEL_FOLDER), dtype=role.dtype, prefix=role.prefix)
         return ResolvedModel(path / MODEL_FOLDER, tiny, spec.fingerprint, model)
 
     def _continued_model_spec(self, name: str) -> Spec:
@@ -170,5 +171,5 @@ class ModelPool:
             parameters=self.size(name).parameters,
             corpus_bytes=self._corpora.expected_bytes(role.corpus),
         )
-        model = ModelSpec(name=str(path / MODEL_FOLDER), dtype=role.dtype, attn_implementation=role.attn_implementation)
+        model = self.spec(name, str(path / MODEL_FOLDER))
         return ResolvedModel(path / MODEL_FOLDER, name, spec.fingerprint, model)

@@ -214,7 +214,7 @@ def _curve(experiment: Experiment) -> HeldOutCurve:
     """The held-out text that is measured during every training of the experiment."""
     points, perplexity = experiment.config.curve.points, experiment.corpora.perplexity
     text = experiment.corpora.curve
-    batch_tokens = experiment.models.role(TARGET).batch_tokens
+    target = experiment.models.role(TARGET)
     if perplexity is None or not text.documents:
         return HeldOutCurve(points, {}, text.n_bytes, None)
     config, device = perplexity.config, experiment.workspace.device
@@ -224,7 +224,9 @@ def _curve(experiment: Experiment) -> HeldOutCurve:
 
         # As the finished checkpoint is measured, whatever the precision of training; ZeRO's weights stay in bfloat16.
         with torch.autocast(torch.device(device).type, enabled=False) if config.dtype == "float32" else nullcontext():
-            return measure_documents(model, tokenizer, text.documents, config, batch_tokens=batch_tokens)
+            return measure_documents(
+                model, tokenizer, text.documents, config, batch_tokens=target.batch_tokens, prefix=target.prefix
+            )
 
     return HeldOutCurve(points, perplexity.key(text), text.n_bytes, measure)
 

@@ -36,6 +36,13 @@ class ModelSpec(BaseModel):
     dtype: DType = Field(default="auto", description="computing precision; auto: bfloat16 where it is native")
     trust_remote_code: bool = Field(default=False, description="run Python code from the model's folder")
     attn_implementation: str | None = None
+    prefix: str | None = Field(
+        default=None, description="token that precedes every passage. Default: bos, else eos (see `prefix_id`)"
+    )
+
+    def prefix_identity(self) -> dict[str, str]:
+        """The prefix, for the key of what is read with it; empty for the default."""
+        return {} if self.prefix is None else {"prefix": self.prefix}
 
     def computing(self, dtype: str) -> dict[str, str]:
         """How the model computes, as the key of a stored result holds it: its precision, made definite, and attention.

@@ -122,10 +122,11 @@ def run_table(run: Run, *, reference: str | None = None, with_paper: bool = Fals
 
 def held_out_table(run: Run, reference: str | None = None) -> "Table":
     """Held-out text by domain: a row a method. reference: as for `run_table`."""
+    from results.metrics import LOST_BYTES
     from results.tables import main_table, untested_rows
 
     records, reference = run.records, reference or _reference(run)
-    text = records[(records["suite"] == HELD_OUT) & records["tokens"].isna()]
+    text = records[(records["suite"] == HELD_OUT) & records["tokens"].isna() & (records["metric"] != LOST_BYTES)]
     table = main_table(
         records,
         list(run.methods),

@@ -23,7 +23,7 @@ def continued_model_spec(
     name: str, base: ResolvedModel, passages: Spec, settings: TrainingConfig, *, device: str
 ) -> Spec:
     """The key of `base` continued on the passages, called `name`."""
-    identity = settings_identity(settings, device)
+    identity = {**settings_identity(settings, device), **base.spec.prefix_identity()}
     params = {"seed": SEED, **identity, **base.spec.computing(identity["dtype"]), "trainer": training.VERSION}
     return Spec("continued_model", name, VERSION, {"model": base.fingerprint, "passages": passages.fingerprint}, params)
 
@@ -54,6 +54,7 @@ def make_continued_model(
             settings,
             load=lambda: load_model(base, "float32", initial_device(settings, device)),
             seed=SEED,
+            prefix=base.spec.prefix,
             device=device,
             label=spec.label,
             card=f"# {spec.label}\n\n`{base.name}` continued by `fusellm-harness`; artifact `{spec.fingerprint}`.\n",

@@ -17,7 +17,7 @@ from fusion.vocabulary.token_bytes import Vocabulary, byte_ends
 from fusion.vocabulary.tokenization import encode, prefix_id
 from harness.config.schema import ExtractionConfig
 from harness.data.passages import Passages
-from harness.data.shards import checked, shard_path, write_shard
+from harness.data.shards import LOST, checked, shard_path, write_shard
 from harness.models.checkpoints import load_config, load_model, load_tokenizer
 from harness.runtime.progress import Advance, notify, track
 from harness.store.artifacts import Estimate, Spec, Store
@@ -42,7 +42,7 @@ def extraction_spec(
 ) -> Spec:
     """What the stored predictions of a model are made of: the model, the passages, k, precision, shards."""
     # Optional settings are part of the identity only where they differ from their defaults.
-    optional: dict[str, Any] = {}
+    optional: dict[str, Any] = model.spec.prefix_identity()
     if settings.store_dtype != "float16":
         optional["store_dtype"] = settings.store_dtype
     if settings.temperatures:
@@ -144,24 +144,34 @@ def _extract(
             now = existing()
             advance(sum(n_bytes[i] for i in now - finished - own))
             finished = now
-    if reader.lost:
-        notify(f"{model.name}: the tokens of {reader.lost} passages do not spell their text and are unaligned there.")
 
 
 def _summary(
     folder: Path, spec: Spec, model: "ResolvedModel", passages: Passages, settings: ExtractionConfig
 ) -> dict[str, Any]:
-    """Checks the bytes of all shards; returns, for the manifest, their number of tokens and the skipped passages: those
-    with logits that are not finite (`skipped`), and those longer than the model's context (`too_long`).
+    """Checks the bytes of all shards; returns, for the manifest, their number of tokens, the skipped passages: those
+    with logits that are not finite (`skipped`), and those longer than the model's context (`too_long`), and the number
+    of passages whose text the tokens do not spell to its end (`unspelled`).
     """
     empty = []
-    tokens = 0
+    tokens = unspelled = 0
     for index, members in enumerate(_members(passages, spec)):
-        positions = np.diff(checked(shard_path(folder, index)).offsets)
+        shard = checked(shard_path(folder, index))
+        positions = np.diff(shard.offsets)
         tokens += int(positions.sum())
         empty += [p for p, n in zip(members, positions, strict=True) if not n]
+        for at in np.flatnonzero(positions).tolist():
+            steps = shard.columns(at)["steps"]
+            unspelled += bool((steps == LOST).any() or steps.sum(dtype=np.int64) < passages.n_bytes[members[at]])
+    info: dict[str, Any] = {"tokens": tokens}
+    if unspelled:
+        notify(
+            f"{model.name}: its tokens do not spell the text of {unspelled} of {len(passages)} passages (its tokenizer "
+            "drops or changes some of it): positions from there on have no partner, and it is not selected there."
+        )
+        info["unspelled"] = unspelled
     if not empty:
-        return {"tokens": tokens}
+        return info
     tokenizer, context = load_tokenizer(model), context_length(load_config(model))
     long = [p for p in empty if context and 1 + len(encode(tokenizer, passages.text(p))) > context]
     names = {
@@ -177,7 +187,7 @@ def _summary(
         f"{model.name}: {len(empty)} of {len(passages)} passages are skipped, {len(long)} of them because they are "
         "longer than its context; the manifest names them."
     )
-    return {"tokens": tokens, **{reason: listed for reason, listed in names.items() if listed}}
+    return {**info, **{reason: listed for reason, listed in names.items() if listed}}
 
 
 def _check_skipped(
@@ -208,7 +218,6 @@ class _Reader:
         self._backbone, self._project = reader(loaded)
         self._context = context_length(loaded.config)
         self._skipped: list[str] = []
-        self.lost = 0
         self.wide = len(self._vocabulary.tokens) > 65536
 
     def _predict(self, sequences: list[list[int]]) -> "list[TopKPredictions]":
@@ -226,7 +235,10 @@ class _Reader:
         )
 
     def _tokens(self, passage: int) -> list[int]:
-        tokens = [prefix_id(self._tokenizer), *encode(self._tokenizer, self._passages.text(passage))]
+        tokens = [
+            prefix_id(self._tokenizer, self._model.spec.prefix),
+            *encode(self._tokenizer, self._passages.text(passage)),
+        ]
         if max(tokens) >= len(self._vocabulary):
             raise UserError(
                 f"The tokenizer of {self._model.name} gives token {max(tokens)}, but its config.json has a vocabulary "
@@ -255,7 +267,6 @@ class _Reader:
         ends = []
         for passage, tokens in zip(members, sequences, strict=True):
             ends.append(byte_ends(tokens[1:], self._vocabulary, self._passages.text(passage).encode("utf-8")))
-            self.lost += bool(len(ends[-1]) and ends[-1][-1] < 0)
         return results, ends, sequences
 
     def _skip(self, passage: int) -> None:

@@ -71,6 +71,7 @@ def train_on_passages(
     loss: Loss | None = None,
     features: "Features | None" = None,
     predictions: Mapping[str, PredictionsReader] = {},
+    prefix: str | None = None,
     load_teachers: Callable[[], "Mapping[str, PreTrainedModel]"] = dict,
     curve: "Curve | None" = None,
 ) -> dict[str, Any]:
@@ -95,6 +96,7 @@ def train_on_passages(
         features,
         predictions,
         context=context_length(model.config),
+        prefix=prefix,
     )
     note = sequences.left_out_sentence()
     if note is not None:
@@ -165,6 +167,7 @@ class Training:
             "seed": self.seed,
             **settings_identity(self.settings, device),
             **self.base.spec.computing(compute_dtype(self.settings.dtype, device)),
+            **self.base.spec.prefix_identity(),
         }
         inputs: dict[str, Any] = {"model": self.base.fingerprint, "passages": self.passages[0].fingerprint}
         if self.loss is not None:
@@ -224,6 +227,7 @@ def make_training(
             loss=loss,
             features=features,
             predictions=open_predictions(requirements, training.inputs, passages, tokenizer_of),
+            prefix=training.base.spec.prefix,
             load_teachers=lambda: {
                 name: load_model(model, dtype, device)  # type: ignore[arg-type]
                 for name, (model, dtype) in training.inputs.teachers.items()

@@ -49,8 +49,8 @@ def make_map(
 
         reader = source()
         tokenizer, vocabulary = target()
-        only, kind = consulted_ids(reader.vocabulary, reader.occurring_ids()), spec.params["map"]["name"]
-        encode_target = partial(encode_all, tokenizer)
+        only = consulted_ids(reader.vocabulary, reader.occurring_ids(), vocabulary)
+        kind, encode_target = spec.params["map"]["name"], partial(encode_all, tokenizer)
         with _progress(f"map {spec.label}", len(only), "tokens") as progress:
             vocabulary_map = build_map(
                 kind,

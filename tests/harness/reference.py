@@ -74,6 +74,15 @@ class Reader:
         """Whether this is a byte-fallback token, <0x41>."""
         return self.mark != "Ġ" and string is not None and len(string) == 6 and string.startswith("<0x")
 
+    def writes(self, i: int, spelled: "bytes | None") -> bool:
+        """Whether the tokenizer writes the id for its bytes in a text; it cannot be asked for parts of a character."""
+        sentinel = "\n" if self.dummy else ""
+        try:
+            before, whole = (self.tokens(text)[1:] for text in (sentinel, sentinel + (spelled or b"").decode()))
+        except UnicodeDecodeError:
+            return True
+        return spelled is not None and whole == [*before, i]
+
     def tokens(self, text: str) -> list[int]:
         return [self.prefix, *self.tokenizer(text, add_special_tokens=False)["input_ids"]]
 
@@ -149,7 +158,9 @@ def map_of_bytes(source: Reader, target: Reader, kind: str) -> dict[int, int]:
     """The same on bytes: ordinary tokens before byte-fallback ones, control tokens by role and never from text."""
     strings = target.strings()
     others = [
-        (target.is_byte(strings[i]), i, spelled) for i, spelled in enumerate(target.bytes()) if spelled is not None
+        (target.is_byte(strings[i]), i, spelled)
+        for i, spelled in enumerate(target.bytes())
+        if target.writes(i, spelled)
     ]
     by_bytes = {spelled: i for _, i, spelled in sorted(others, reverse=True)}
     roles = {role: getattr(target.tokenizer, f"{role}_token_id", None) for role in ROLES}
@@ -209,12 +220,34 @@ def published_partners(
 
 
 def corrected_partners(source: Reader, target: Reader, theirs: Read, ours: Read, text: str) -> list[int]:
-    """The last source position whose text before ends at the same byte."""
-    ends = source.ends(theirs.tokens, text)
+    """Of the positions whose text before ends at one byte, the last of each side."""
+    ends, own = source.ends(theirs.tokens, text), target.ends(ours.tokens, text)
     return [
-        max((j for j, other in enumerate(ends) if other == end and end >= 0), default=-1)
-        for end in target.ends(ours.tokens, text)
+        max((j for j, other in enumerate(ends) if other == end and end >= 0 and end not in own[i + 1 :]), default=-1)
+        for i, end in enumerate(own)
     ]
+
+
+def adds_space(reader: Reader, read: Read, text: str, position: int) -> bool:
+    """Whether the token after a position begins with a space that the tokenizer puts before the text."""
+    if not reader.dummy or position + 1 >= len(read.tokens):
+        return False
+    ends, spelled = reader.ends(read.tokens, text), reader.bytes()[read.tokens[position + 1]]
+    return spelled is not None and ends[position + 1] >= 0 and len(spelled) > ends[position + 1] - ends[position]
+
+
+def respaced(source: Reader, vocabulary_map: Mapping[int, int], added: int) -> dict[int, int]:
+    """The map of the source's tokens with a space put before them (1), or taken away (-1)."""
+    by_bytes = {spelled: i for i, spelled in reversed(list(enumerate(source.bytes()))) if spelled}
+    found = {}
+    for i, spelled in enumerate(source.bytes()):
+        form = spelled
+        if spelled is not None and added:
+            form = b" " + spelled if added > 0 else spelled[1:] if spelled.startswith(b" ") else b""
+        other = i if form == spelled else by_bytes.get(form or b"")
+        if other in vocabulary_map:
+            found[i] = vocabulary_map[other]
+    return found
 
 
 def published_distribution(
@@ -305,17 +338,25 @@ def corrected_row(
     for text, own, read in zip(texts, ours, theirs, strict=True):
         golds: list[int | None] = [*own.tokens[1:], None]
         partners = corrected_partners(source, target, read, own, text)
+        spaces = [
+            adds_space(target, own, text, i) - adds_space(source, read, text, j) if j >= 0 else 0
+            for i, j in enumerate(partners)
+        ]
+        maps = [respaced(source, vocabulary_map, added) if added else vocabulary_map for added in spaces]
         members = [
             [corrected_distribution(own, i, itself, golds[i], target.size) for i in range(len(golds))],
-            [
-                corrected_distribution(read, partners[i], vocabulary_map, golds[i], target.size)
-                for i in range(len(golds))
-            ],
+            [corrected_distribution(read, partners[i], maps[i], golds[i], target.size) for i in range(len(golds))],
         ]
         per_byte = np.array([own.nats, read.nats]) / len(text.encode())
+        spells = np.array(
+            [m.ends(r.tokens, text)[-1] == len(text.encode()) for m, r in ((target, own), (source, read))]
+        )
+        if spells.any():  # who does not spell the text does not compete
+            per_byte[~spells] = np.inf
         names = [target.name, source.name]
         choice = min((0, 1), key=lambda s: (np.float32(per_byte[s]), names[s]))
-        weights = np.exp(-per_byte) / np.exp(-per_byte).sum()
+        weights = np.exp((per_byte.min() - per_byte) / 0.05)
+        weights /= weights.sum()
         if fusion == "mince":
             weights = np.eye(2)[choice]
         p = sum(w * np.stack([p for p, _ in member]) for w, member in zip(weights, members, strict=True))

@@ -33,6 +33,7 @@ def run(documents: dict[str, int] = SMALL, profile: str = "small") -> dict[str, 
 
 
 def table(folder: Path, records: dict[str, list[Record]], **options: object) -> Table:
+    folder.mkdir(exist_ok=True)
     for i, part in enumerate(records.values()):
         write(folder / f"{i}.parquet", part)
     return main_table(read(folder), ORDER, **options)  # type: ignore[arg-type]
@@ -271,3 +272,22 @@ def test_means_of_the_same_in_another_order_are_all_best() -> None:
     assert values[0] != values[1]
     table = Table("t", ("a", "b", "c"), (Column("x"),), tuple((Cell(one),) for one in values), True, 2)
     assert table.best() == {(0, 0), (1, 0)}
+
+
+def test_a_row_whose_tokens_do_not_spell_the_text_is_no_measure_of_it(tmp_path: Path) -> None:
+    """Text that is lost costs nothing: the number is said to be none, is never the best, and is not compared."""
+    records = run()
+    records["Gemma"] += [replace(r, metric="lost_bytes", numerator=8.0) for r in records["Gemma"] if r.task == "code"]
+    for row in ("CLM", "FuseLLM corrected"):  # of one tokenizer, which loses the same bytes
+        lost = [replace(r, metric="lost_bytes", numerator=1.0) for r in records[row] if r.task == "news"]
+        records[row] += [r for r in lost if r.example < "doc002"]
+    made = table(tmp_path, records)
+    gemma, _, fused = made.cells[1:]
+    assert "the tokens of Gemma do not spell the text of 24 of 24 documents (192 of their" in gemma[0].note
+    assert "24 of 61 documents" in gemma[3].note and gemma[0].value is not None
+    assert gemma[0].lossy and gemma[3].lossy and not gemma[1].lossy and gemma[3].interval is None
+    assert gemma[4].p is None and gemma[4].verdict is None and "not compared" in gemma[4].difference_note
+    assert fused[4].lossy and fused[4].verdict == "better" and not fused[0].lossy
+    assert not made.best() & {(1, 0), (1, 3), (2, 3), (3, 3)} and (1, 1) in made.best()
+    assert "so that this is no measure of it" in render(made, "md")
+    assert table(tmp_path / "clean", run()).cells[1][0].note == ""

@@ -40,6 +40,8 @@ from fusion.vocabulary.maps import build_map
 from fusion.vocabulary.token_bytes import Vocabulary
 from fusion.vocabulary.tokenization import encode, encode_all, prefix_id
 from tests.fusion.tokenizers_for_tests import FAMILIES, TEXTS, byte_level, sentencepiece_bpe
+from tests.tokenizer_zoo import ZOO
+from tests.tokenizer_zoo import vocabulary as zoo_vocabulary
 
 _SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 _SMALL |= {"max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 0}
@@ -325,7 +327,7 @@ def by_definition(
             until = max(len(ids) - 3, 1)  # what is read for certain
             sure = [float(said[n - 1, ids[n]]) for n in range(until, len(ids))]
             carried = torch.zeros_like(p)
-            for i, onto in zip(one._mapped.tolist(), one._onto.tolist(), strict=True):
+            for i, onto in zip(*(x.tolist() for x in one._maps[one._added_spaces(text)]), strict=True):
                 carried[onto] += said[-1, i]
             carried *= math.prod(sure)
             own = Vocabulary.from_tokenizer(one._tokenizer, len(said[0])).token_bytes
@@ -345,6 +347,33 @@ def by_definition(
                             carried[token] += math.prod(sure[: start - until]) * said[start - 1, i]
             p += share * carried / carried.sum()
     return p.log()
+
+
+@pytest.mark.parametrize(
+    ("pivot_name", "name"), [("llama", "gpt2"), ("gpt2", "llama"), ("llama", "prefix_space"), ("prefix_space", "gpt2")]
+)
+def test_a_texts_first_token_gets_the_pivots_space(pivot_name: str, name: str) -> None:
+    """A member that says "The" means the "▁The" of a pivot that puts a space before every text, and the other way."""
+    tokens, other = ZOO[pivot_name](), ZOO[name]()
+    pivot, own, encode_pivot = zoo_vocabulary(pivot_name), zoo_vocabulary(name), partial(encode_all, tokens)
+    member = model(LlamaConfig, len(own), 3)
+    onto = build_map("mined", own, pivot, encode_target=encode_pivot)
+    one = CrossTokenizerMember(
+        PrefixCachedModel(member),
+        other,
+        own,
+        pivot,
+        torch.from_numpy(onto).long(),
+        encode_pivot=encode_pivot,
+        prefix=prefix_id(other),
+        label=name,
+    )
+    before = one.read([[[prefix_id(tokens)]]], [None])[0]
+    with torch.no_grad():  # the first token becomes likelier
+        hidden = member.model(torch.tensor([[prefix_id(other)]])).last_hidden_state[0, 0]
+        member.lm_head.weight[encode(other, "The fox")[0]] += 9 * hidden / hidden.norm()
+    after = one.read([[[prefix_id(tokens)]]], [None])[0]
+    assert int((after - before)[0].nan_to_num(-99).argmax()) == encode(tokens, "The fox")[0]
 
 
 def test_members_read_their_own_tokens_of_the_prefix_alone(pivot: Any, members: dict[str, Any]) -> None:

@@ -7,9 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fusion.alignment.fuse import Source, fuse_sequence
+from fusion.alignment.pairing import consulted_ids
+from fusion.errors import UserError
+from fusion.switches import Switches
+from fusion.types import Predictions
 from fusion.vocabulary.maps import build_map
 from fusion.vocabulary.token_bytes import byte_ends
-from fusion.vocabulary.tokenization import decode_continuation, encode, encode_all, lost_bytes, written_ids
+from fusion.vocabulary.tokenization import (
+    decode_continuation,
+    encode,
+    encode_all,
+    lost_bytes,
+    prefix_id,
+    written_ids,
+)
 from tests.tokenizer_zoo import LOSSY, ZOO, vocabulary
 
 CODE = 'def half(x):\n    """Half of x."""\n    if x > 1984:\n        return x / 2\n\n\n        pass'
@@ -119,3 +131,69 @@ def test_a_map_never_names_an_id_that_the_tokenizer_does_not_write(kind: str, ta
             if spelling is not None and image[i] >= 0 and not _written(target)[image[i]]:
                 # CLIP writes a piece by itself with the mark of a word's end, before others without.
                 assert kind == "first_piece" and image[i] == encode(ZOO[target](), spelling.decode())[0]
+
+
+@pytest.mark.parametrize("target", ["llama", "t5", "prefix_space", "gpt2", "gemma"])
+@pytest.mark.parametrize("source", ["llama", "t5", "prefix_space", "gpt2", "gemma", "gpt_neox"])
+@pytest.mark.parametrize("text", ["The fox jumps", " The fox", "The", "\nThe fox", "  two"])
+def test_a_source_that_knows_the_first_token_teaches_it(source: str, target: str, text: str) -> None:
+    """Whatever space a tokenizer puts before a text: a source without one says "The", where its target says "▁The"."""
+    encode_target = partial(encode_all, ZOO[target]())
+    vocabulary_map = build_map("mined", vocabulary(source), vocabulary(target), encode_target=encode_target)
+    read = {"s": _sure_of_the_text(source, text), "t": _sure_of_the_text(target, text)}
+    fused = fuse_sequence(
+        [read],
+        [len(text)],
+        target="t",
+        sources=[Source("s", vocabulary(source), vocabulary_map)],
+        target_vocabulary=vocabulary(target),
+        switches=Switches(include_target=False, projection="token", inside="none"),
+    )
+    for i in np.flatnonzero(fused.paired[0][:-1]).tolist():
+        j = int(fused.partner[0][i])
+        if read["s"].ends[j + 1] == read["t"].ends[i + 1]:  # both next tokens are the same text
+            taught = dict(zip(fused.targets.ids[i].tolist(), fused.targets.p[i].tolist(), strict=True))
+            in_target = vocabulary(target).token_bytes[int(read["t"].tokens[i + 1])]
+            known = vocabulary(source).token_bytes
+            assert taught.get(int(read["t"].tokens[i + 1]), 0) > 0.8 or (i == 0 and in_target not in known)
+
+
+def _sure_of_the_text(name: str, text: str) -> Predictions:
+    """Each next token with probability 0.9."""
+    ids = encode(ZOO[name](), text)
+    m = len(ids) + 1
+    return Predictions(
+        tokens=np.array([0, *ids], np.int32),
+        ends=np.array([0, *byte_ends(ids, vocabulary(name), text.encode())], np.int32),
+        ids=np.array([*ids, 0], np.int32)[:, None],
+        log_p=np.full((m, 1), np.log(0.9), np.float32),
+        tail=np.full(m, 0.1, np.float32),
+        nats=np.array([*[-np.log(0.9)] * len(ids), 0], np.float32),
+    )
+
+
+def test_the_lazy_map_covers_what_the_first_token_is_asked_for() -> None:
+    ids = np.array(encode(ZOO["gpt2"](), "The fox"))
+    v = vocabulary("gpt2")
+    assert v.ids["ĠThe"] in consulted_ids(v, ids) and consulted_ids(vocabulary("gemma"), ids).tolist() == sorted(
+        set(ids)
+    )
+    llama = vocabulary("llama")
+    marked, plain = llama.ids["▁dog"], llama.ids.get("dog", -1)
+    assert llama.without_space[marked] == plain and llama.with_space[llama.roles["eos"]] == llama.roles["eos"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma", "t5", "digits", "qwen"])
+def test_the_prefix_is_a_role_or_any_token(name: str) -> None:
+    tokenizer = ZOO[name]()
+    default = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    assert prefix_id(tokenizer) == default and prefix_id(tokenizer, "eos") == tokenizer.eos_token_id
+    assert prefix_id(tokenizer, tokenizer.eos_token) == tokenizer.eos_token_id
+    if name != "t5":  # whose text has no line ends
+        assert vocabulary(name).token_bytes[prefix_id(tokenizer, "\n")] == b"\n"
+    for wrong, sentence in (("<nothing>", "has no token '<nothing>'"), ("none", "needs a prefix")):
+        with pytest.raises(UserError, match=sentence):
+            prefix_id(tokenizer, wrong)
+    if tokenizer.bos_token_id is None:
+        with pytest.raises(UserError, match="has no token 'bos'"):
+            prefix_id(tokenizer, "bos")

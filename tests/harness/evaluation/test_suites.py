@@ -435,6 +435,32 @@ def test_perplexity_is_the_experiments(made: Path, models: dict[str, Path], tmp_
     assert all(e.denominator <= 300 < 8 * e.numerator for e in examples)
 
 
+def test_text_that_a_tokenizer_drops_is_counted(tmp_path: Path) -> None:
+    """Control characters that have no token: eight in ten bytes cost nothing, and the table says so."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from tests.tokenizer_zoo import ZOO
+
+    tokenizer = ZOO["missing_bytes"]()
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                         num_attention_heads=1, max_position_embeddings=256)  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    for i in range(21):
+        (documents / f"{i:02}.txt").write_text(f"Page {i} of the budget. " + "\x13\x14" * (200 if i else 0))
+    section = {"documents": {"path": str(documents), "split": "test"}, "window": 64}
+    suites = standalone.sections(["perplexity"], tasks=[], common={}, settings={"perplexity": section}, data_root=None)
+    suites["perplexity"] = SUITES.get("perplexity")(suite_config("perplexity", section), None)
+    spec = ModelSpec(name=str(tmp_path / "model"), dtype="float32")
+    folder = standalone.evaluate(spec, suites, tmp_path, device="cpu")
+    table = write_run(open_run(folder))["table-perplexity"]
+    ((cell, *_),) = table.cells
+    assert "do not spell the text of 20 of 21 documents (8,000 of their" in cell.note
+    assert cell.lossy and cell.interval is None and not table.best()
+
+
 def test_default_documents_of_perplexity_are_those_of_the_profile_small() -> None:
     from harness.config.loading import load
 

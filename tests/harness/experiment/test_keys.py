@@ -64,6 +64,8 @@ SETTINGS: dict[str, str] = {
     "roles.sources.neox.dtype=bfloat16": OF_SOURCE,
     "roles.sources.neox.batch_tokens=100": "",
     "roles.sources.neox.attn_implementation=eager": OF_SOURCE,
+    "roles.target.prefix=eos": f"predictions:llama perplexity:llama measured:Both {TRAINED}",
+    "roles.sources.neox.prefix=eos": f"predictions:neox map perplexity:neox measured:Both {FUSED}",
     # Texts.
     "corpus.first_bytes=300": ALL_TEXT,
     "corpus.expected_bytes=5000": "run",

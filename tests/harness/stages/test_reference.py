@@ -151,7 +151,10 @@ def what_happened(
     return met
 
 
-PUBLISHED, CORRECTED = {"preset": "published"}, {"preset": "corrected"}
+PUBLISHED = {"preset": "published"}
+# Entry by entry: the projection along the text has a plain implementation of its own in the tests of `fusion`.
+BY_ENTRY = {"map": "mined", "projection": "token", "inside": "none", "true_token": "top_k"}
+CORRECTED = {"preset": "corrected", **BY_ENTRY}
 CHOSEN = {"the target's own", "the source's", "entries", "unaligned"}
 CASES = {
     "published": (PUBLISHED, CHOSEN | {"duplicates", "mapped onto each other"}),

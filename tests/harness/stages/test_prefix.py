@@ -1,0 +1,75 @@
+"""The token that precedes every passage: where it is put, what it is a key of, and whether another suits a model."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fusion.errors import UserError
+from harness.cli.doctor import check
+from harness.data.passages import Passages
+from harness.data.sequences import PackedSequences
+from harness.experiment.candidates import candidates
+from harness.experiment.headroom import audit
+from harness.experiment.method_context import MethodContext
+from harness.experiment.pipeline import TARGET, Experiment, evaluated_model, measure, predict, read_predictions
+from harness.models.resolution import ModelSpec, resolve
+from harness.stages.prefix_check import prefix_warning
+from harness.store.artifacts import Store
+from tests.harness.bigrams import Bigrams, experiment
+
+# After <s> it knows nothing, after </s> it knows what comes.
+MODEL = Bigrams({"</s>": {"ab": 0.9}, "ab": {"cd": 0.9}, "cd": {"ab": 0.9}})
+
+
+def made(folder: Path, *settings: str) -> Experiment:
+    folder.mkdir()
+    return experiment(folder, ["abcd", "abcdab"], {"s": MODEL}, *settings, target=MODEL)
+
+
+def test_the_prefix_is_put_before_every_passage_and_is_part_of_every_key(tmp_path: Path) -> None:
+    plain = made(tmp_path / "plain")
+    other = made(tmp_path / "other", "roles.target.prefix=eos", "roles.sources.s.prefix=</s>")
+    for role in (TARGET, "s"):
+        assert predict(plain, role)[0].fingerprint != predict(other, role)[0].fingerprint
+        before, after = (read_predictions(one, role).predictions(0) for one in (plain, other))
+        assert (before.tokens[0], after.tokens[0]) == (0, 1)
+        assert after.nats[0] == pytest.approx(-np.log(0.9), abs=1e-5) and before.nats[0] == pytest.approx(np.log(8))
+    passages = Passages(other.corpora.passages[1])
+    sequences = PackedSequences(passages, *other.models.tokenizer(TARGET), 64, prefix="eos")
+    assert sequences[0]["input_ids"][0] == 1
+    rows = [next(iter(candidates(one))) for one in (plain, other)]
+    assert rows[0].candidate.fingerprint != rows[1].candidate.fingerprint
+    nats = []
+    for one in (plain, other):
+        candidate = MethodContext(one, "target", 0).model(TARGET)
+        result = measure(one, evaluated_model(one, "target", candidate))["perplexity"]
+        nats.append((result.fingerprints, next(iter(result.examples())).numerator))
+    assert nats[0][0] != nats[1][0] and nats[0][1] > nats[1][1] + 1
+
+
+def test_a_prefix_that_there_is_not_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    from harness.experiment.checks import check_lengths
+
+    with pytest.raises(UserError, match="no token '<nothing>'"):
+        check_lengths(made(tmp_path / "a", "roles.sources.s.prefix=<nothing>"))
+
+
+def test_a_model_that_reads_better_after_another_token_is_named(tmp_path: Path) -> None:
+    folder = MODEL.save(tmp_path / "model")
+    store, texts = Store(tmp_path / "artifacts"), ["abcd", "abcdab", "abab", "abcdcd"]
+    found = {
+        prefix: prefix_warning(
+            store, resolve(ModelSpec(name=folder, prefix=prefix), tmp_path), texts, dtype="float32", device="cpu"
+        )
+        for prefix in (None, "bos", "eos")
+    }
+    assert found[None] and "after the prefix '<s>'" in found[None] and "after '</s>'" in found[None]
+    assert found["bos"] and found["eos"] is None
+
+
+def test_audit_and_doctor_say_so(tmp_path: Path) -> None:
+    config = made(tmp_path / "a").config
+    assert "set its role's `prefix`" in audit(config, tmp_path / "root").sentence
+    rows, _ = check(tmp_path / "root", gpu=False, models=[str(tmp_path / "a" / "target")])
+    assert rows[-1][0].startswith("prefix of") and rows[-1][1] == "no other suits it better"
