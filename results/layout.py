@@ -44,7 +44,7 @@ class Cell:
 
     difference is this row minus the table's reference. seeds are those behind the value, -1 alone for a method without.
     spread is the standard deviation over seeds. An interval is None below 20 examples in any task behind the cell.
-    p is a paired test's that the difference is zero, p_corrected that for all comparisons of the table (Holm), and
+    p is a paired test's that the difference is zero, p_corrected that for all comparisons of its family (Holm), and
     verdict is None where the latter is above 5 %; `general` says that the test counted seeds too, so that the verdict
     is about the method and not only about these checkpoints.
     change is relative to the target (0.05: five percent more). evaluations are the fingerprints of what was evaluated.

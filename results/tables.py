@@ -335,7 +335,7 @@ def sentences(
         f"Values: {values_of(metrics)}; {better} is better.",
         f"The average is the unweighted mean over {task}s; n counts {metric.unit}s.",
         f"[low, high]: {CONFIDENCE:.0%} interval over {metric.unit}s within {task}s ({_how(metric)}), about these "
-        f"checkpoints only; none where a {task} has fewer than {MIN_UNITS} {metric.unit}s{alike}.",
+        f"checkpoints only; none where a {task} has fewer than {MIN_UNITS} independent {metric.unit}s{alike}.",
         *_about_clusters(metric, compared),
         *more,
     ]
@@ -344,7 +344,7 @@ def sentences(
         if any(cell.general for cell in cells):
             about += f"; doubled where {MIN_SEEDS} seeds or more let it be said of the method"
         counts = [
-            f"{n} comparisons of {'averages' if kind == 'average' else f'single {task}s'}"
+            f"{n} comparison{'s' if n > 1 else ''} of {'averages' if kind == 'average' else f'single {task}s'}"
             for kind, n in compared.families.items()
         ]
         apart = ", each number by itself" if len(counts) > 1 else ""

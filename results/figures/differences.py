@@ -49,7 +49,7 @@ def differences_figure(
             axes.set_axisbelow(True)
         side = "right is better" if table.higher_is_better else "left is better"
         corrected = any(cell.verdict for panel in panels.values() for _, cell in panel)
-        filled = "; dark: better, hatched: worse, corrected for all comparisons of the table" if corrected else ""
+        filled = "; dark: better, hatched: worse, corrected for their number" if corrected else ""
         figure.supxlabel(f"{side}; lines: 95% intervals{filled}", fontsize=8)
         style.entitle(figure, title or table.title, table.banner)
         return style.save(figure, Path(path))

@@ -82,7 +82,7 @@ def test_better_is_said_only_where_it_holds_after_correction(frames: dict[str, p
         assert (cell.verdict is not None) == (cell.p_corrected is not None and cell.p_corrected <= 0.05)
         if cell.p is not None and cell.p_corrected is not None:
             assert cell.p_corrected >= cell.p
-    families = "1 comparisons of averages and 5 comparisons of single tasks"
+    families = "1 comparison of averages and 5 comparisons of single tasks"
     assert any(families in note and "these checkpoints only" in note for note in table.notes)
 
 

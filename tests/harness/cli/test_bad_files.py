@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from results.records import SCHEMA_VERSION
 from tests.harness.cli.mistakes import (
     SHOW,
     Prepare,
@@ -276,7 +277,7 @@ FILES: list[tuple[Prepare, list[str], str]] = [
         (prepare, [*command, "--root", "root"], expected)
         for command in (["tables", "table2"], ["report", "table2"], ["experiment", "diff", "table2", "table2"])
         for prepare, expected in (
-            (other_schema, r"all\.parquet has record schema '0' but this version reads only '1'"),
+            (other_schema, rf"all\.parquet has record schema '0' but this version reads only '{SCHEMA_VERSION}'"),
             (older(records=["all.parquet"]), "root/runs/table2/small/1 was made by another version of fusellm-harness"),
             (older(configuration=None), "root/runs/table2/small/1 was made by another version of fusellm-harness"),
         )
