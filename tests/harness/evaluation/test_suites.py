@@ -314,23 +314,6 @@ def test_rows_that_are_not_as_expected_are_named(rows: Path, models: dict[str, P
         measure("multipl_e", {"tasks": ["js"], "execute": False}, models["one"], tmp_path, data)
 
 
-def test_a_draw_asks_what_the_whole_task_asks(models: dict[str, Path], tmp_path: Path) -> None:
-    """Prompts with drawn few-shot examples too; rows about one passage are one cluster."""
-    rows = [{"passage": f"The fox is {i // 2}.", "question": f"is the fox {i}", "label": i % 2} for i in range(12)]
-    for split in ("train", "validation"):
-        write_rows(tmp_path / "data", f"aps/super_glue/boolq/{split}.jsonl", rows)
-    section = {"tasks": ["boolq"], "num_fewshot": 1}
-    whole = measure("commonsense", section, models["one"], tmp_path, tmp_path / "data")
-    drawn = measure(
-        "commonsense", {**section, "limit": 5, "limit_by": "seed"}, models["one"], tmp_path, tmp_path / "data"
-    )
-    asked = {line["example"]: line["prompt_hash"] for line in lines(whole)["boolq"]}
-    few = {line["example"]: line["prompt_hash"] for line in lines(drawn)["boolq"]}
-    assert len(few) == 5 and few.items() < asked.items() and sorted(few) != sorted(asked)[:5]
-    clusters = [example.cluster for example in whole.examples()]
-    assert clusters[::2] == clusters[1::2] and len(set(clusters)) == 6 and all(clusters)
-
-
 @pytest.mark.parametrize(
     ("name", "section", "sentence"),
     [
