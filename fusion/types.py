@@ -31,6 +31,9 @@ class Predictions:
     """float32[M], probability outside the k entries."""
     nats: np.ndarray
     """float32[M], -log p(next token of the passage); 0 at M-1."""
+    prefix_nats: np.ndarray | None = None
+    """float32[P], for every next token of the passage, of n bytes, n - 1 values: -log of the probability that the next
+    token begins with its first byte, its first two, and so on. None where that is not known."""
     skipped: bool = False
     """True if only `tokens` and `ends` are known: the logits were not finite, or nothing was extracted."""
 

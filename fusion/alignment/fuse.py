@@ -232,6 +232,7 @@ def _project(
             "vocabulary: use a map that tells it (first_piece, byte_prefix), or set projection to token and inside to "
             "none."
         )
+    prefixes = [np.zeros(0) if r.prefix_nats is None or r.skipped else r.prefix_nats for r in read]
     return project_path(
         ids,
         p,
@@ -242,6 +243,8 @@ def _project(
         target_ends,
         passage_starts(own),
         pieces=source.pieces,
+        prefix_mass=np.exp(-np.concatenate(prefixes, dtype=np.float64)),
+        prefix_starts=np.cumsum([0, *map(len, prefixes)]),
         vocabulary_size=len(target_vocabulary.tokens),
         inside=switches.inside == "prefix",
         correct=switches.projection == "path",

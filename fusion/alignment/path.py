@@ -11,14 +11,16 @@ and u the source token that really follows it.
 
 - Paired (a_j = v): every entry goes to the first target token of its bytes.
 - Inside a source token (a_j < v): with s the bytes between a_j and v, the entries that begin with s and are longer go
-  to the first target token of the bytes that they have left, divided by the mass of all entries that begin with s.
+  to the first target token of the bytes that they have left, divided by P(s), the mass of all source tokens that begin
+  with s. That is stored (`prefix_nats`): the entries alone would make what really follows too probable.
 - One correction, on the true path alone. The source gave g the probability c, by the chain rule over its own tokens:
-  the product over tokens that lie wholly in g, and for a last one that goes on beyond g the mass of the entries that
+  the product over tokens that lie wholly in g, and for a last one that goes on beyond g the mass of all tokens that
   begin with what is left of g. Where what u has left is a proper prefix of g, c is moved from the image of u to the
-  true target token; where it begins with g, all that u has is moved there.
+  true target token. Where u goes on beyond g, all that u has is moved there, and from the tail what other tokens that
+  begin with g have.
 
-The mass is kept, and the probability of the true target token is that of the chain rule: exact where a source token
-ends with g, else a lower bound, since only stored entries are counted.
+The mass is kept, and the true target token has the probability that the source gave its bytes, less that of entries
+which begin with it and are tokens of the target by themselves.
 """
 
 from __future__ import annotations
@@ -36,6 +38,13 @@ from fusion.vocabulary.token_bytes import Vocabulary
 
 UNKNOWN = -1
 _OUTSIDE_MAP = 1
+_OTHER_PREFIXES = 2
+_FAULTS = {
+    _OUTSIDE_MAP: "a token id lies outside its vocabulary map: map and predictions come from different models, make "
+    "the map again",
+    _OTHER_PREFIXES: "the probabilities of the first bytes of a passage's tokens are not those of its tokens: extract "
+    "again",
+}
 
 
 def text_ends(predictions: Predictions, vocabulary: Vocabulary) -> np.ndarray:
@@ -67,6 +76,8 @@ def project_path(
     target_starts: np.ndarray,
     *,
     pieces: PieceMap,
+    prefix_mass: np.ndarray,
+    prefix_starts: np.ndarray,
     vocabulary_size: int,
     inside: bool,
     correct: bool,
@@ -84,6 +95,9 @@ def project_path(
         target_ends: int32[N], as the source's.
         target_starts: int64[P + 1], as the source's.
         pieces: target tokens of the source's tokens and of what is left of them.
+        prefix_mass: float64[Q] exp of minus the `prefix_nats` of all passages. In a passage without them the entries
+            that begin alike stand for all tokens that do, so that the true token is overestimated.
+        prefix_starts: int64[P + 1] where each passage's begin, and Q.
         vocabulary_size: number of ids of the target vocabulary.
         inside: whether positions inside a source token take part.
         correct: whether the true path is corrected.
@@ -115,6 +129,8 @@ def project_path(
         pieces.spelling,
         pieces.starts,
         pieces.images,
+        np.ascontiguousarray(prefix_mass, np.float64),
+        np.ascontiguousarray(prefix_starts, np.int64),
         inside,
         correct,
         out.ids,
@@ -123,10 +139,7 @@ def project_path(
         out.inside,
     )
     if fault:
-        raise UserError(
-            "cannot project a distribution: a token id lies outside its vocabulary map: map and predictions come from "
-            "different models, make the map again."
-        )
+        raise UserError(f"cannot project a distribution: {_FAULTS[fault]}.")
     return out
 
 
@@ -151,6 +164,8 @@ def _project_path(
     spelling: np.ndarray,
     starts: np.ndarray,
     images: np.ndarray,
+    prefix_mass: np.ndarray,
+    prefix_starts: np.ndarray,
     inside: bool,
     correct: bool,
     out_ids: np.ndarray,
@@ -159,8 +174,18 @@ def _project_path(
     out_inside: np.ndarray,
 ) -> int:
     size, width = len(starts) - 1, ids.shape[1]
+    first_prefix = np.zeros(len(source_tokens), np.int64)  # of the token after a position, its values' place
     for passage in range(len(target_starts) - 1):
         j, stop = source_starts[passage], source_starts[passage + 1]
+        value = prefix_starts[passage]
+        stored = prefix_starts[passage + 1] > value
+        for at in range(j, stop - 1):
+            first_prefix[at] = value
+            if source_tokens[at + 1] >= size:
+                return _OUTSIDE_MAP
+            value += max(starts[source_tokens[at + 1] + 1] - starts[source_tokens[at + 1]] - 3, 0)
+        if stored and value != prefix_starts[passage + 1]:
+            return _OTHER_PREFIXES
         last = target_starts[passage + 1] - 1
         for i in range(target_starts[passage], last + 1):
             v = target_ends[i]
@@ -177,7 +202,7 @@ def _project_path(
             if offset > 0 and not (known and inside):
                 continue
             true = source_tokens[j + 1] if j + 1 < stop else -1
-            kept, total, begun = 0, 0.0, 0.0
+            kept, total, begun, scale = 0, 0.0, 0.0, 1.0
             true_image, true_share = -1, 0.0
             for column in range(width):
                 u = ids[j, column]
@@ -214,8 +239,10 @@ def _project_path(
                     out_ids[i, :kept] = -1
                     out_p[i, :kept] = 0.0
                     continue
-                # Given s, the mass outside the entries is taken to be the same share as without.
-                scale = total / begun
+                if stored:
+                    scale = 1 / max(prefix_mass[first_prefix[j] + offset - 1], begun)
+                else:  # given s, the mass outside the entries is taken to be the same share as without
+                    scale = total / begun
                 true_share *= scale
                 for place in range(kept):
                     out_p[i, place] *= scale
@@ -223,32 +250,37 @@ def _project_path(
             if not (correct and known and true_share > 0 and i < last and target_ends[i + 1] >= 0):
                 continue
             gold, end = target_tokens[i + 1], target_ends[i + 1]
-            if true_image == gold:
-                continue
-            moved = true_share
-            at = j + 1
-            while moved > 0 and source_ends[at] < end:
-                if at + 1 < stop and source_ends[at + 1] >= 0:
-                    if source_ends[at + 1] <= end:
+            moved, of_tail = 0.0, 0.0
+            if true_image != gold:
+                moved, at = true_share, j + 1
+                while moved > 0 and source_ends[at] < end:
+                    n = end - source_ends[at]
+                    if at + 1 == stop or source_ends[at + 1] < 0:
+                        moved = 0.0
+                    elif source_ends[at + 1] <= end:
                         moved *= p[at, width - 1]
+                    elif stored:
+                        moved *= prefix_mass[first_prefix[at] + n - 1]
                     else:
-                        moved *= _mass_beginning(
-                            ids, p, at, end - source_ends[at], source_tokens[at + 1], spelling, starts
-                        )
+                        moved *= _mass_beginning(ids, p, at, n, source_tokens[at + 1], spelling, starts)
                     at += 1
-                else:
-                    moved = 0.0
-            if moved <= 0:
+            n = end - source_ends[j]
+            if stored and source_ends[j + 1] > end and n > 0:  # other tokens that begin with the true target token
+                begin = prefix_mass[first_prefix[j] + n - 1]
+                of_tail = scale * (begin - _mass_beginning(ids, p, j, n, true, spelling, starts))
+                of_tail = max(min(of_tail, 1 - out_p[i, :kept].sum()), 0.0)
+            if moved + of_tail <= 0:
                 continue
             place = 0
             while place < kept and out_ids[i, place] != gold:
                 place += 1
             if place == kept:
                 out_ids[i, place] = gold
+                out_p[i, place] = 0.0
                 kept += 1
-            out_p[i, place] += moved
+            out_p[i, place] += moved + of_tail
             for other in range(kept):
-                if true_image >= 0 and out_ids[i, other] == true_image:
+                if true_image >= 0 and true_image != gold and out_ids[i, other] == true_image:
                     out_p[i, other] = max(out_p[i, other] - moved, 0.0)
     return 0
 

@@ -2,8 +2,9 @@
 position.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from fusion.errors import UserError
 from fusion.modeling.heads import find_head, float32_logits
 from fusion.modeling.packing import own_forward
+from fusion.vocabulary.token_bytes import Vocabulary
 
 Backbone = Callable[[Tensor], Tensor]
 Projection = Callable[[Tensor], Tensor]
@@ -35,6 +37,32 @@ def reader(model: nn.Module) -> tuple[Backbone, Projection]:
     )
 
 
+class BytePrefixes:
+    """The V tokens of a vocabulary in the order of their bytes, in which those that begin alike are neighbours."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._token_bytes = vocabulary.token_bytes
+        spelled = sorted((spelling, i) for i, spelling in enumerate(vocabulary.token_bytes) if spelling)
+        self._sorted = [spelling for spelling, _ in spelled]
+        self.order = torch.tensor([i for _, i in spelled], dtype=torch.long)
+        """int64[W], the W ids that stand for bytes."""
+        self._ranges: dict[int, list[tuple[int, int]]] = {}
+
+    def ranges(self, token: int) -> list[tuple[int, int]]:
+        """For 1, 2, ... but not all of the bytes of a token: where in `order` the tokens that begin with them stand."""
+        if token not in self._ranges:
+            spelling = (self._token_bytes[token] if 0 <= token < len(self._token_bytes) else None) or b""
+            self._ranges[token] = [self._range(spelling[:length]) for length in range(1, len(spelling))]
+        return self._ranges[token]
+
+    def _range(self, prefix: bytes) -> tuple[int, int]:
+        start = bisect_left(self._sorted, prefix)
+        # The least string that is greater than all that begin with the prefix: its last byte below 255 raised by one.
+        kept = prefix.rstrip(b"\xff")
+        end = bisect_left(self._sorted, kept[:-1] + bytes([kept[-1] + 1])) if kept else len(self._sorted)
+        return start, end
+
+
 @dataclass(frozen=True)
 class TopKPredictions:
     """Predictions of one sequence of M tokens (arXiv 2401.10491, section 3.1), in nats or probability mass.
@@ -47,6 +75,7 @@ class TopKPredictions:
     tail: np.ndarray  # float32[M], 1 - sum of the top k
     nats: np.ndarray  # float32[M], -log p(next token); 0 at M - 1
     log_z: np.ndarray | None = None  # float32[M, n], log sum over all V ids of p^(1/T) at the n temperatures asked for
+    prefix_nats: np.ndarray | None = None  # float32[P], see `fusion.types.Predictions.prefix_nats`
 
     @classmethod
     def none(cls, k: int, temperatures: int = 0) -> "TopKPredictions":
@@ -79,12 +108,14 @@ def predict_top_k(
     k: int,
     device: torch.device,
     temperatures: Sequence[float] = (),
+    prefixes: BytePrefixes | None = None,
     chunk: int = 256,
 ) -> list[TopKPredictions]:
     """Top-k predictions of one batch of sequences (prefix token first, no padding).
 
     `backbone(input_ids[B, L])` gives hidden states [B, L, D] and `project(hidden[N, D])` logits [N, V]; logits exist
-    for `chunk` positions at a time. Sequences are padded on the right, which a causal model cannot attend to.
+    for `chunk` positions at a time. With `prefixes`, those of the vocabulary, there is `prefix_nats`. Sequences are
+    padded on the right, which a causal model cannot attend to.
 
     Raises:
         UserError: k exceeds the vocabulary.
@@ -101,7 +132,7 @@ def predict_top_k(
     hidden = backbone(input_ids.to(device))[real.to(device)]
     gold = following[real].to(device)
 
-    parts = []
+    parts, prefix_nats = [], []
     for hidden_part, gold_part in zip(hidden.split(chunk), gold.split(chunk), strict=True):
         logits = project(hidden_part)
         if k > logits.shape[-1]:
@@ -109,18 +140,39 @@ def predict_top_k(
         rows = chunk
         if device.type == "cpu":
             rows = max(1, _CACHED // logits.shape[-1]) * torch.get_num_threads()
-        parts += [
-            _summary(*part, k, temperatures) for part in zip(logits.split(rows), gold_part.split(rows), strict=True)
-        ]
+        for part in zip(logits.split(rows), gold_part.split(rows), strict=True):
+            parts.append(_summary(*part, k, temperatures))
+            if prefixes is not None:
+                prefix_nats.append(_prefix_nats(*part, prefixes))
     columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
+    ragged = None if prefixes is None else torch.cat(prefix_nats).cpu().numpy()
 
-    results = []
-    for end, length in zip(np.cumsum(lengths), lengths, strict=True):
+    results, first = [], 0
+    for end, length, sequence in zip(np.cumsum(lengths), lengths, sequences, strict=True):
         result = TopKPredictions(*(column[end - length : end] for column in columns))
+        if prefixes is not None and ragged is not None:
+            last = first + sum(len(prefixes.ranges(int(token))) for token in sequence[1:])
+            result, first = replace(result, prefix_nats=ragged[first:last]), last
         if not (np.isfinite(result.log_p).all() and np.isfinite(result.nats).all()):
-            result = TopKPredictions(*(column[:0] for column in columns))
+            result = TopKPredictions(
+                *(column[:0] for column in columns), prefix_nats=None if ragged is None else ragged[:0]
+            )
         results.append(result)
     return results
+
+
+def _prefix_nats(logits: Tensor, gold: Tensor, prefixes: BytePrefixes) -> Tensor:
+    """The column `prefix_nats` for logits[N, V] and the next tokens gold[N], -1 for none; in float32."""
+    ranges = [prefixes.ranges(token) for token in gold.tolist()]
+    rows = torch.tensor([row for row, some in enumerate(ranges) for _ in some], dtype=torch.long, device=logits.device)
+    bounds = torch.tensor([bound for some in ranges for bound in some], dtype=torch.long, device=logits.device)
+    if not len(rows):
+        return logits.new_zeros(0, dtype=torch.float32)
+    # Sums of neighbours as differences of running sums, in float64, so that small ones keep their digits.
+    p = logits.float().softmax(-1)[:, prefixes.order.to(logits.device)]
+    running = torch.nn.functional.pad(p.cumsum(-1, dtype=torch.float64), (1, 0))
+    mass = running[rows, bounds[:, 1]] - running[rows, bounds[:, 0]]
+    return -mass.clamp(min=torch.finfo(torch.float32).tiny, max=1.0).log().float()
 
 
 def _summary(logits: Tensor, gold: Tensor, k: int, temperatures: Sequence[float]) -> tuple[Tensor, ...]:

@@ -93,7 +93,7 @@ class PredictionsReader:
         ends = np.cumsum(steps).astype(np.int32)
         ends[np.maximum.accumulate(steps == int(LOST))] = -1
         log_p, tail = columns["log_p"].astype(np.float32), columns["tail"].astype(np.float32)
-        nats = columns["nats"]
+        nats, prefix_nats = columns["nats"], columns["prefix_nats"].astype(np.float32)
         if self._temperature_column is not None:
             log_z = columns["log_z"][:, self._temperature_column]
             log_p = log_p / np.float32(self._temperature) - log_z[:, None]
@@ -107,6 +107,7 @@ class PredictionsReader:
             log_p=log_p,
             tail=tail,
             nats=nats,
+            prefix_nats=prefix_nats if self._temperature_column is None else None,  # known at temperature 1
         )
         return predictions if self._k is None else predictions.top(self._k)
 

@@ -2,7 +2,8 @@
 
 A shard is a safetensors file of the columns `ids`, `log_p`, `tail`, `nats` and `steps` (and `log_z` where temperatures
 were asked for), with the positions of all passages concatenated, of the passages' `offsets` in them, and of `tokens`, a
-hash of each passage's token ids, which are not stored themselves. In a compressed shard the columns are empty and only
+hash of each passage's token ids, which are not stored themselves. `prefix_nats` has several values a token, and
+`prefix_offsets` the passages' first values. In a compressed shard the columns are empty and only
 give types and shapes; `zstd` holds one frame a passage, so that each is read without its neighbours, and `frames` the
 offsets of the frames.
 """
@@ -25,7 +26,7 @@ Compression = Literal["zstd", "none"]
 StoreDType = Literal["float16", "float32"]
 Columns = dict[str, np.ndarray]
 LOST = np.uint16(65535)  # a step to where the tokens no longer spell the text
-_FLOATS = ("log_p", "tail", "nats", "log_z")
+_FLOATS = ("log_p", "tail", "nats", "log_z", "prefix_nats")
 _COLUMNS = ("ids", "log_p", "tail", "nats", "steps", "log_z")
 
 
@@ -90,6 +91,9 @@ def write_shard(
     log_z = [r.log_z for r in results if r.log_z is not None]
     if log_z:
         tensors["log_z"] = np.concatenate(log_z).astype(np.float32)
+    prefix_nats = [np.zeros(0, np.float32) if r.prefix_nats is None else r.prefix_nats for r in results]
+    tensors["prefix_nats"] = np.concatenate(prefix_nats).astype(dtype)
+    tensors["prefix_offsets"] = np.cumsum([0, *map(len, prefix_nats)]).astype(np.int64)
     if compression == "zstd":
         tensors = _compressed(tensors)
     try:
@@ -113,13 +117,20 @@ def _compressed(tensors: Columns) -> Columns:
 
     codec = pa.Codec("zstd", compression_level=1)
     columns = {name: tensors[name] for name in _COLUMNS if name in tensors}
+    places = zip(pairwise(tensors["offsets"].tolist()), pairwise(tensors["prefix_offsets"].tolist()), strict=True)
     frames: list[bytes] = [
-        codec.compress(_joined({name: column[start:end] for name, column in columns.items()}), asbytes=True)
-        for start, end in pairwise(tensors["offsets"].tolist())
+        codec.compress(
+            _joined({name: column[start:end] for name, column in columns.items()})
+            + _joined({"prefix_nats": tensors["prefix_nats"][first:last]}),
+            asbytes=True,
+        )
+        for (start, end), (first, last) in places
     ]
     return {
         "offsets": tensors["offsets"],
         "tokens": tensors["tokens"],
+        "prefix_offsets": tensors["prefix_offsets"],
+        "prefix_nats": tensors["prefix_nats"][:0],
         "frames": np.cumsum([0, *map(len, frames)]).astype(np.int64),
         "zstd": np.frombuffer(b"".join(frames), np.uint8),
         **{name: column[:0] for name, column in columns.items()},
@@ -184,26 +195,38 @@ class Shard:
         self._file = safe_open(path, framework="numpy")
         self.offsets: np.ndarray = self._file.get_tensor("offsets")
         self.tokens: np.ndarray = self._file.get_tensor("tokens")
+        self._prefix_offsets: np.ndarray = self._file.get_tensor("prefix_offsets")
         self._frames = self._empty = None
         there = self._file.keys()
         self._names = [name for name in _COLUMNS if name in there]
         if "frames" in there:
             self._frames = self._file.get_tensor("frames")
             self._empty = {name: self._file.get_tensor(name) for name in self._names}
+            self._no_prefixes = {"prefix_nats": self._file.get_tensor("prefix_nats")}
 
     def columns(self, passage: int) -> Columns:
-        """The stored columns of a passage: ids[M, k], log_p[M, k], tail[M], nats[M], steps[M], log_z[M, n]."""
+        """The stored columns of a passage: ids[M, k], log_p[M, k], tail[M], nats[M], steps[M], log_z[M, n],
+        prefix_nats[P].
+        """
+        first_prefix, last_prefix = self._prefix_offsets[passage : passage + 2].tolist()
         start, end = self.offsets[passage : passage + 2].tolist()
         if start == end:
-            return {name: self._file.get_tensor(name)[:0] for name in self._names}
+            return {name: self._file.get_tensor(name)[:0] for name in (*self._names, "prefix_nats")}
         if self._frames is None or self._empty is None:
-            return {name: self._file.get_slice(name)[start:end] for name in self._names}
+            columns = {name: self._file.get_slice(name)[start:end] for name in self._names}
+            prefix_nats = self._file.get_slice("prefix_nats")
+            # A slice of nothing at the end is refused.
+            return columns | {
+                "prefix_nats": prefix_nats[first_prefix:last_prefix] if last_prefix > first_prefix else prefix_nats[:0]
+            }
         import pyarrow as pa
 
         first, last = self._frames[passage : passage + 2].tolist()
         size = (end - start) * sum(int(np.prod(e.shape[1:])) * e.itemsize for e in self._empty.values())
-        raw = pa.decompress(self._file.get_slice("zstd")[first:last], size, codec="zstd")
-        return _parted(memoryview(raw), end - start, self._empty)
+        prefixes = last_prefix - first_prefix
+        whole = size + prefixes * self._no_prefixes["prefix_nats"].itemsize
+        raw = memoryview(pa.decompress(self._file.get_slice("zstd")[first:last], whole, codec="zstd"))
+        return _parted(raw[:size], end - start, self._empty) | _parted(raw[size:], prefixes, self._no_prefixes)
 
 
 def checked(path: Path) -> Shard:

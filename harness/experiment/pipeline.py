@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from baselines.method import Artifact, Candidate, Ensemble
 from fusion.errors import UserError
 from fusion.losses.loss import Loss, LossRequirements, LossResources
@@ -34,6 +36,7 @@ from harness.stages.loss_resources import TARGET, LossInputs, check_stored, load
 from harness.stages.training import HeldOutCurve, Training, make_training, model_card
 from harness.stages.vocabulary_maps import make_map, map_spec
 from harness.store.artifacts import Spec
+from harness.store.costs import BYTES_PER_TOKEN
 from harness.store.paths import MODEL_FOLDER
 from harness.store.workspace import Workspace, open_workspace
 
@@ -86,6 +89,7 @@ def predict(experiment: Experiment, role: str) -> tuple[Spec, Path]:
         model, passages, settings, dtype=models.dtype(role), batch_tokens=models.role(role).batch_tokens
     )
     per_token = position_bytes(settings.k, size.vocabulary, settings.store_dtype, len(settings.temperatures))
+    per_token += np.dtype(settings.store_dtype).itemsize * (BYTES_PER_TOKEN - 1)  # of the first bytes of tokens
     estimate = workspace.costs.forward(size.parameters, corpora.n_bytes, disk_per_token=per_token)
     path = make_extraction(workspace.store, spec, model, folder, settings, device=workspace.device, estimate=estimate)
     return spec, path

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fusion.inference.top_k import TopKPredictions
     from harness.models.resolution import ResolvedModel
 
-VERSION = 2
+VERSION = 3
 TOLERANCE: Mapping[str, float] = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
 """By how many nats a position, on average over a passage, a model may differ from its stored predictions.
 
@@ -209,13 +209,14 @@ class _Reader:
     def __init__(
         self, spec: Spec, model: "ResolvedModel", passages: Passages, settings: ExtractionConfig, device: str
     ) -> None:
-        from fusion.inference.top_k import reader
+        from fusion.inference.top_k import BytePrefixes, reader
 
         self._spec, self._model, self._passages, self._settings, self._device = spec, model, passages, settings, device
         self._tokenizer = load_tokenizer(model)
         loaded = load_model(model, dtype=spec.params["dtype"], device=device)
         self._vocabulary = Vocabulary.from_tokenizer(self._tokenizer, loaded.config.get_text_config().vocab_size)
         self._backbone, self._project = reader(loaded)
+        self._prefixes = BytePrefixes(self._vocabulary)
         self._context = context_length(loaded.config)
         self._skipped: list[str] = []
         self.wide = len(self._vocabulary.tokens) > 65536
@@ -232,6 +233,7 @@ class _Reader:
             k=int(self._spec.params["k"]),
             device=torch.device(self._device),
             temperatures=self._spec.params.get("temperatures", ()),
+            prefixes=self._prefixes,
         )
 
     def _tokens(self, passage: int) -> list[int]:

@@ -55,6 +55,16 @@ def distributions(m: int, size: int, seed: int) -> np.ndarray:
     return rng.dirichlet(np.full(size, 0.1), m) * 0.99 + 0.01 / size
 
 
+def prefix_mass(p: np.ndarray, source: Predictions, mine: Vocabulary) -> np.ndarray:
+    """P(the next token begins with its first byte, its first two, ...) for every next token."""
+    found = []
+    for row, token in zip(p, source.tokens[1:].tolist(), strict=False):
+        spelling = mine.token_bytes[token] or b""
+        for n in range(1, len(spelling)):
+            found.append(row[[(s or b"").startswith(spelling[:n]) for s in mine.token_bytes]].sum())
+    return np.array(found)
+
+
 def project(
     p: np.ndarray,
     source: Predictions,
@@ -63,8 +73,10 @@ def project(
     theirs: Vocabulary,
     made: PieceMap,
     k: int,
+    prefixes: bool = True,
 ) -> Projected:
     """The projection of the k most probable entries of p[M, V]."""
+    stored = prefix_mass(p, source, mine) if prefixes else np.zeros(0)
     ids = np.argsort(-p, axis=1, kind="stable")[:, :k].astype(np.int32)
     kept = np.take_along_axis(p, ids, 1)
     following = np.append(source.tokens[1:], -1).astype(np.int32)
@@ -80,6 +92,8 @@ def project(
         text_ends(target, theirs),
         passage_starts([target]),
         pieces=made,
+        prefix_mass=stored,
+        prefix_starts=np.array([0, len(stored)]),
         vocabulary_size=len(theirs),
         inside=True,
         correct=True,
@@ -95,8 +109,9 @@ def by_definition(
     theirs: Vocabulary,
     made: PieceMap,
     k: int,
+    prefixes: bool,
 ) -> list[dict[int, float] | None]:
-    """What METHOD defines, position by position: comparisons of byte strings with the text, sums over dictionaries."""
+    """The definition, position by position: comparisons of byte strings with the text, sums over dictionaries."""
     spelled = b" " + text.encode()
     tokens, target_tokens = source.tokens, target.tokens
     at, v = text_ends(source, mine), text_ends(target, theirs)
@@ -114,6 +129,11 @@ def by_definition(
     def mass(j: int, begin: bytes) -> float:
         return sum(q for u, q in stored[j].items() if (mine.token_bytes[u] or b"").startswith(begin))
 
+    def mass_of_all(j: int, begin: bytes) -> float:
+        if not prefixes:
+            return mass(j, begin)
+        return sum(q for q, spelling in zip(p[j], mine.token_bytes, strict=True) if (spelling or b"").startswith(begin))
+
     result: list[dict[int, float] | None] = []
     for i, position in enumerate(v.tolist()):
         before = [j for j, end in enumerate(at.tolist()) if 0 <= end <= position] or [0]
@@ -125,8 +145,8 @@ def by_definition(
             result.append(None)
             continue
         read_already = spelled[at[j] : position] if offset > 0 else b""
-        given = mass(j, read_already) if offset > 0 else 1.0
-        scale = sum(stored[j].values()) / given if offset > 0 else 1.0
+        given = mass_of_all(j, read_already) if offset > 0 else 1.0
+        scale = (1 if prefixes else sum(stored[j].values())) / given if offset > 0 else 1.0
         row: Counter[int] = Counter()
         for u, q in stored[j].items():
             if offset > 0 and not (
@@ -145,10 +165,13 @@ def by_definition(
                     if at[position + 1] <= end:
                         moved *= stored[position][int(tokens[position + 1])]
                     else:
-                        moved *= mass(position, spelled[at[position] : end])
+                        moved *= mass_of_all(position, spelled[at[position] : end])
                     position += 1
                 row[gold] += moved
                 row[image(true, offset)] -= moved
+            if at[j + 1] > end > at[j]:
+                begin = spelled[at[j] : end]
+                row[gold] += scale * (mass_of_all(j, begin) - mass(j, begin))
         result.append({t: q for t, q in row.items() if t >= 0 and q > 1e-12})
     return result
 
@@ -162,9 +185,10 @@ def check(
     theirs: Vocabulary,
     made: PieceMap,
     k: int,
+    prefixes: bool = True,
 ) -> Projected:
-    result = project(p, source, target, mine, theirs, made, k)
-    expected = by_definition(p, text, source, target, mine, theirs, made, k)
+    result = project(p, source, target, mine, theirs, made, k, prefixes)
+    expected = by_definition(p, text, source, target, mine, theirs, made, k, prefixes)
     for i, row in enumerate(expected):
         assert (result.partner[i] >= 0) == (row is not None)
         entries = dict(zip(result.ids[i].tolist(), result.p[i].tolist(), strict=True))
@@ -217,9 +241,10 @@ def cut(text: str, words: list[str], rng: np.random.Generator) -> Predictions:
     seed=st.integers(0, 2**32 - 1),
     k=st.integers(1, 30),
     longest=st.booleans(),
+    prefixes=st.booleans(),
 )
 def test_any_two_segmentations_of_a_text(
-    text: str, mine: list[str], theirs: list[str], seed: int, k: int, longest: bool
+    text: str, mine: list[str], theirs: list[str], seed: int, k: int, longest: bool, prefixes: bool
 ) -> None:
     rng = np.random.default_rng(seed)
     mine, theirs = [*"ab c", *mine], [*"ab c", *theirs]
@@ -235,7 +260,7 @@ def test_any_two_segmentations_of_a_text(
     made = build_piece_map(kind, np.zeros(len(source), np.int32), source, target, encode_greedily)
     own = cut(text, mine, rng)
     p = distributions(len(own.tokens), len(source), seed)
-    result = check(p, text, own, cut(text, theirs, rng), source, target, made, min(k, len(source)))
+    result = check(p, text, own, cut(text, theirs, rng), source, target, made, min(k, len(source)), prefixes)
     assert (result.partner >= 0).all()  # every byte is read by both
 
 

@@ -1,6 +1,7 @@
 """What is extracted equals what the model's own logits say."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 
 from fusion.errors import UserError
 from fusion.inference import top_k
-from fusion.inference.top_k import batches_by_length, predict_top_k, reader
+from fusion.inference.top_k import BytePrefixes, batches_by_length, predict_top_k, reader
+from fusion.vocabulary.token_bytes import Vocabulary
 
 CPU = torch.device("cpu")
 
@@ -38,6 +40,28 @@ def _gemma() -> PreTrainedModel:
         final_logit_softcapping=5.0,
     )
     return Gemma3ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("chunk", [3, 256])
+def test_the_mass_of_all_tokens_that_begin_with_the_first_bytes_of_the_next_one(chunk: int) -> None:
+    spellings = [b"", b"a", b"ab", b"abc", b"b", b"\xff", b"\xff\xff", b"\xffa", b"ba", b"bab"]
+    tokens = [*(s.decode("latin-1") or "<s>" for s in spellings), *(f"x{i}" for i in range(40))]
+    vocabulary = Vocabulary.from_tokens(tokens, space=" ", control=[0])
+    vocabulary = replace(vocabulary, token_bytes=(None, *spellings[1:], *(t.encode() for t in tokens[10:])))
+    sequences = [[0, 3, 6, 1, 9, 7], [0], [0, 2, 0, 12]]
+    model = _llama()
+    read = predict_top_k(*reader(model), sequences, k=7, device=CPU, prefixes=BytePrefixes(vocabulary), chunk=chunk)
+    for sequence, got in zip(sequences, read, strict=True):
+        with torch.no_grad():
+            p = model(torch.tensor([sequence])).logits[0].double().softmax(-1).numpy()
+        expected = [
+            sum(p[j, u] for u, spelling in enumerate(vocabulary.token_bytes) if (spelling or b"").startswith(begin))
+            for j, token in enumerate(sequence[1:])
+            for begin in [(vocabulary.token_bytes[token] or b"")[:n] for n in range(1, len(tokens[token].encode()))]
+            if begin and len(begin) < len(vocabulary.token_bytes[token] or b"")
+        ]
+        assert got.prefix_nats is not None
+        np.testing.assert_allclose(np.exp(-got.prefix_nats), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("make", [_llama, _gemma])

@@ -22,6 +22,7 @@ def _said(rng: np.random.Generator, m: int, k: int, vocabulary: int) -> TopKPred
         log_p=np.log(p[:, :k] + np.float32(1e-9)),
         tail=p[:, k],
         nats=rng.exponential(3, m).astype(np.float32),
+        prefix_nats=rng.exponential(3, rng.integers(0, 4 * m + 1)).astype(np.float32) if m else None,
     )
 
 
@@ -49,13 +50,14 @@ def test_what_is_written_is_read(tmp_path: Path, compression: Compression, wide:
             "tail": said.tail.astype(np.float16),
             "nats": said.nats,
             "steps": steps[:m],
+            "prefix_nats": np.zeros(0, np.float16) if not m else said.prefix_nats.astype(np.float16),
         }
         assert found.keys() == expected.keys()
         for name, column in expected.items():
             assert found[name].dtype == column.dtype
             np.testing.assert_array_equal(found[name], column)
         stored = sum(column.nbytes for column in found.values())
-        assert stored == m * position_bytes(5, 2**17 if wide else 2**16)
+        assert stored == m * position_bytes(5, 2**17 if wide else 2**16) + found["prefix_nats"].nbytes
 
 
 def _real(name: str, rng: np.random.Generator) -> TopKPredictions:
