@@ -77,7 +77,7 @@ def check_plan(configuration: Mapping[str, Any], shapes: Mapping[str, Path | Map
     """Raises UserError for a configuration that mergekit would refuse while it merges, or that gives no numbers.
 
     mergekit plans the merge, which reads no weights. shapes: as in `check_mergeable`, for every model that the
-    configuration names; where one has no folder yet, small Llamas stand for all of them.
+    configuration names; where one has no folder of its own yet, small Llamas stand for all of them.
     """
     from mergekit.common import dtype_from_name
     from mergekit.config import MergeConfiguration
@@ -96,7 +96,7 @@ def check_plan(configuration: Mapping[str, Any], shapes: Mapping[str, Path | Map
             for model, shape in shapes.items()
         }
         _check_layer_ranges(configuration, layers, label)
-        if len(folders) < len(shapes):
+        if len(set(folders.values())) < len(shapes):  # of candidates that are not there yet one shape is known
             folders = {model: _stand_in(Path(name, str(number)), layers[model]) for number, model in enumerate(shapes)}
         define_gpt_neox()
         LoaderCache().loaders.clear()  # it caches by path

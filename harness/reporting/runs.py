@@ -150,6 +150,8 @@ def open_run(folder: Path) -> Run:
         if path == records:
             paths.append(path)
     suites = read_run_file(folder / SUITES_FILE)
+    if description.get("measured") and not suites:  # it says which examples count for all rows
+        raise UserError(f"{folder / SUITES_FILE} is missing or empty: run the experiment again, with all its seeds.")
     return Run(folder, description, suites, _measured_for_all(read(paths), suites))
 
 

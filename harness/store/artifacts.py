@@ -20,6 +20,7 @@ from harness.runtime.progress import stage
 from harness.store.files import (
     disk_errors,
     exclusive_lock,
+    make_folder,
     parse_json,
     read_json,
     rename_durably,
@@ -106,8 +107,14 @@ class Store:
         caller lists them.
         """
         folder = self.root.parent / IN_USE
-        folder.mkdir(parents=True, exist_ok=True)
-        with InUse(folder) as self._in_use:
+        make_folder(folder, "--root")
+        with contextlib.ExitStack() as stack:
+            try:
+                self._in_use = stack.enter_context(InUse(folder))
+            except OSError as error:
+                raise UserError(
+                    f"{self.root.parent} cannot be written ({error.strerror}): choose another --root."
+                ) from None
             self._plan = plan
             try:
                 yield

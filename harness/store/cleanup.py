@@ -19,10 +19,8 @@ def unused(root: Path, *, remove: bool = False) -> list[tuple[Path, int]]:
     Raises UserError for a damaged description of a run: what that run uses is not known.
     """
     store = Store(root / ARTIFACTS)
-    if not store.root.is_dir():
-        return []
     removed: list[Path] = []
-    with store.clean_up_lock() if remove else contextlib.nullcontext():
+    with store.clean_up_lock() if remove and store.root.is_dir() else contextlib.nullcontext():
         # Read while no process can begin to use anything: what one that has ended meanwhile has made is listed.
         in_use, listed = store.names_in_use(), _listed(root)
         complete = {key_of(path): path for path in store.artifacts()}

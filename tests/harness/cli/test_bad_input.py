@@ -206,7 +206,7 @@ YAML: list[tuple[str | bytes, str]] = [
     ("a: &x\n  b: *x\n", "my.yaml, line 1 is not valid YAML .YAML recursive aliases are not supported"),
     ("title: a\ntitle: b\n", "my.yaml, line 2 is not valid YAML .found duplicate key title"),
     ("title: ${title}\n", "Recursive interpolation"),
-    ("title: ${env:HOME}\n", "Unsupported interpolation type env"),
+    ("title: ${env:HOME}\n", "which is not resolved, because a secret of the environment would be stored"),
     ("a: !!python/object:os.system {}\n", "my.yaml, line 1 is not valid YAML"),
     ("title: mine\n", "my.yaml lacks roles, corpus, suites, methods and reference: add them"),
     ("extends: mian\n", "There is no experiment 'mian' .did you mean 'main'."),

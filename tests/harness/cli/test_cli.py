@@ -153,6 +153,7 @@ TELLING = {"manifest.json", "run.json", "log.json", ".hashes.json"}
 def _bytes(root: Path) -> dict[str, bytes]:
     """Everything below a root but logs, by path."""
     files = (p for p in root.rglob("*") if p.is_file() and p.name not in TELLING and "tensorboard" not in p.parts)
+    files = (p for p in files if p.suffix != ".verified")  # what says when a file was changed
     return {str(p.relative_to(root)): p.read_bytes() for p in files}
 
 

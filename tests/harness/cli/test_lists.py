@@ -96,7 +96,7 @@ def test_lists_for_programs_hold_lists_and_objects() -> None:
     methods = {row["method"]: row for row in json.loads(answer("baseline", "list", "--json")[1])}
     assert methods["distillation"]["needs"] == ["training", "teacher"]
     parameters = {one["name"]: one for one in methods["distillation"]["parameters"]}
-    assert parameters["map"]["default"] == "mined" and parameters["tail"]["default"] == "bucket"
+    assert parameters["map"]["default"] == "first_piece" and parameters["tail"]["default"] == "bucket"
     assert "small, paper" in answer("experiment", "list", "--format", "csv")[1]
 
 

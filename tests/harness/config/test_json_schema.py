@@ -39,7 +39,7 @@ class Checker:
     def _ignored(self, value: Any, argument: Any, schema: dict[str, Any]) -> Iterator[str]:
         yield from ()
 
-    _schema = _title = _description = _default = _defs = _comment = _format = _ignored
+    _schema = _title = _description = _default = _defs = _comment = _format = _effective = _ignored
     _minProperties = _ignored  # a file may leave the rest to the file that it extends
 
     def _ref(self, value: Any, argument: str, schema: dict[str, Any]) -> Iterator[str]:

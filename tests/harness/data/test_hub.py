@@ -75,5 +75,5 @@ def test_an_unknown_commit_is_said(read: list[dict[str, Any]], monkeypatch: pyte
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     assert hub.dataset_fingerprint("owner/texts") == "hub:owner/texts@main (commit not known)"
-    with pytest.raises(UserError, match="cannot be read from the hub"):
+    with pytest.raises(UserError, match="nor can it be read from the hub"):
         list(corpus.documents(CORPUS, None))

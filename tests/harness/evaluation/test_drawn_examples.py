@@ -64,7 +64,7 @@ def test_documents_of_one_name_are_parts_of_one_text(tmp_path: Path) -> None:
     path = write_rows(tmp_path, "text.jsonl", rows)
     documents = {"path": str(path), "name_column": "speech", "domain_column": "source"}
     suite = Perplexity(suite_config("perplexity", {"documents": documents}), None)  # type: ignore[arg-type]
-    measured = [{"domain": d.domain, "example": d.sha256, "nats": 1.0, "bytes": 2} for d in suite.documents]
+    measured = [{"domain": d.domain, "example": d.sha256, "nats": 1.0, "bytes": 2, "lost": 0} for d in suite.documents]
     assert [example.cluster for example in suite._examples(measured)] == ["x/a", "x/a", "", "", "", ""]
 
 

@@ -267,7 +267,7 @@ def test_prompts_that_do_not_fit_are_read_by_the_rule_and_counted(
         hflm = HFLM(model, tokenizer=PreTrainedTokenizerFast.from_pretrained(models["short"]), batch_size=1)
         yaml = task_folder() / "bbh/cot_fewshot/navigate.yaml"
         source = tasks.find_source("bbh_cot_fewshot_navigate", yaml, rows, tasks.Overrides(None, 10))
-        (prepared,) = tasks.prepare([source], len(whole["navigate"]))[0].values()
+        (prepared,) = tasks.prepare([source], LimitedConfig(limit=len(whole["navigate"])))[0].values()
         requests = [prepared.examples[example][0] for example in whole["navigate"]]
         expected = hflm.generate_until(requests, disable_tqdm=True)
         assert [line["answer"][0] for line in over["navigate"]] == expected

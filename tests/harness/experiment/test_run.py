@@ -315,7 +315,9 @@ def test_a_head_that_cannot_be_fused_is_trained_all_the_same(
 def test_every_manifest_tells_how_it_was_made(finished: tuple[Config, Path, Path]) -> None:
     config, root, _ = finished
     manifests = [json.loads(p.read_text()) for p in (root / "artifacts").glob("*/*/manifest.json")]
-    assert {m["kind"] for m in manifests} == {"passages", "predictions", "map", "train", "curve", "perplexity"}
+    assert {m["kind"] for m in manifests} == {
+        "passages", "predictions", "prefix_check", "map", "train", "curve", "perplexity",
+    }  # fmt: skip
     for manifest in manifests:
         assert manifest["info"]["configuration"]["training"] == config.model_dump(mode="json")["training"]
         assert manifest["command"] and manifest["libraries"]["torch"] and manifest["files"]

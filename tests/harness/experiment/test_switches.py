@@ -278,10 +278,15 @@ def test_prefix(line: Line, bos: str | None, prefix: str) -> None:
     )  # ab, and c after it
 
 
+TOKEN_BY_TOKEN_ONLY = {"map=em", "map_on=strings", "alignment=dtw", "duplicates=first"}
 SETTINGS = {
     "map=em",
+    "map=byte_prefix",
     "map_on=strings",
     "alignment=dtw",
+    "projection=token",
+    "inside=none",
+    "true_token=top_k",
     "unaligned=current",
     "unmapped=target",
     "duplicates=first",
@@ -308,7 +313,13 @@ def test_no_two_settings_share_a_training(tmp_path: Path) -> None:
         made = experiment(tmp_path, ["ab"], {"s": other(), "t": other({"<s>": {"ab": 0.5}})}, *settings)
         return {p.spec.fingerprint for p in plan(made.config, tmp_path / "root") if p.spec.kind == "train"}
 
-    found = [fingerprints(), fingerprints("extraction.k=3"), *(fingerprints(f"methods.X.{s}") for s in SETTINGS)]
+    # Not every value goes with a projection along the text.
+    by_token = [f"methods.X.{setting}" for setting in ("projection=token", "inside=none", "map=mined")]
+    found = [fingerprints(), fingerprints("extraction.k=3"), fingerprints(*by_token)]
+    found += [
+        fingerprints(*(by_token if setting in TOKEN_BY_TOKEN_ONLY else ()), f"methods.X.{setting}")
+        for setting in SETTINGS
+    ]
     assert [len(f) for f in found] == [1] * len(found)
     assert len(set().union(*found)) == len(found)
     every = {field.alias or name for name, field in FuseLLMParameters.model_fields.items()}

@@ -75,7 +75,9 @@ def test_two_processes_share_an_extraction_and_one_is_killed(
                 said = other.stdout.readline().strip()
         finally:
             stuck.kill()
-    whole, *others = (p for p in (tmp_path / "artifacts" / "predictions").iterdir() if p.suffix != ".lock")
+    whole, *others = (
+        p for p in (tmp_path / "artifacts" / "predictions").iterdir() if p.suffix not in (".lock", ".verified")
+    )
     assert not others and said == f"neox: {whole}"
     assert _bytes(whole) == _bytes(alone)
     assert sorted(p.name for p in whole.iterdir()) == sorted(p.name for p in alone.iterdir())
@@ -95,7 +97,7 @@ def test_who_comes_late_uses_what_another_has_completed(tmp_path: Path) -> None:
 
     path = store.ensure(spec, build, make_parts=share)
     assert (path / "part").read_text() == "made"
-    assert [p.suffix for p in path.parent.iterdir() if p != path] == [".lock"]
+    assert sorted(p.suffix for p in path.parent.iterdir() if p != path) == [".lock", ".verified"]
 
 
 @pytest.mark.slow
@@ -118,7 +120,7 @@ def test_a_model_that_reads_otherwise_on_resume_is_refused(
                     norm.weight.mul_(1 + 10 * change)
         return model
 
-    monkeypatch.setattr(harness.models.checkpoints, "load_model", otherwise)
+    monkeypatch.setattr(extraction, "load_model", otherwise)
     if fits:
         assert predict(open_experiment(config, tmp_path), "neox")[1].exists()
         return
