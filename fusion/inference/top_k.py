@@ -154,9 +154,7 @@ def predict_top_k(
             last = first + sum(len(prefixes.ranges(int(token))) for token in sequence[1:])
             result, first = replace(result, prefix_nats=ragged[first:last]), last
         if not (np.isfinite(result.log_p).all() and np.isfinite(result.nats).all()):
-            result = TopKPredictions(
-                *(column[:0] for column in columns), prefix_nats=None if ragged is None else ragged[:0]
-            )
+            result = TopKPredictions(*(column[:0] for column in columns))
         results.append(result)
     return results
 

@@ -88,8 +88,8 @@ def predict(experiment: Experiment, role: str) -> tuple[Spec, Path]:
     spec = extraction_spec(
         model, passages, settings, dtype=models.dtype(role), batch_tokens=models.role(role).batch_tokens
     )
-    per_token = position_bytes(settings.k, size.vocabulary, settings.store_dtype, len(settings.temperatures))
-    per_token += np.dtype(settings.store_dtype).itemsize * (BYTES_PER_TOKEN - 1)  # of the first bytes of tokens
+    entries = position_bytes(settings.k, size.vocabulary, settings.store_dtype, len(settings.temperatures))
+    per_token = entries + np.dtype(settings.store_dtype).itemsize * (BYTES_PER_TOKEN - 1)  # the first bytes of tokens
     estimate = workspace.costs.forward(size.parameters, corpora.n_bytes, disk_per_token=per_token)
     path = make_extraction(workspace.store, spec, model, folder, settings, device=workspace.device, estimate=estimate)
     return spec, path
