@@ -214,11 +214,10 @@ class Shard:
             return {name: self._file.get_tensor(name)[:0] for name in (*self._names, "prefix_nats")}
         if self._frames is None or self._empty is None:
             columns = {name: self._file.get_slice(name)[start:end] for name in self._names}
-            prefix_nats = self._file.get_slice("prefix_nats")
-            # A slice of nothing at the end is refused.
-            return columns | {
-                "prefix_nats": prefix_nats[first_prefix:last_prefix] if last_prefix > first_prefix else prefix_nats[:0]
-            }
+            columns["prefix_nats"] = np.zeros(0, columns["log_p"].dtype)
+            if first_prefix < last_prefix:  # a slice of nothing is refused
+                columns["prefix_nats"] = self._file.get_slice("prefix_nats")[first_prefix:last_prefix]
+            return columns
         import pyarrow as pa
 
         first, last = self._frames[passage : passage + 2].tolist()
