@@ -31,7 +31,7 @@ class Switches:
     map of the kinds `first_piece` and `byte_prefix`."""
     inside: Literal["prefix", "none"] = "prefix"
     """At a position inside a source token: the entries that begin with what is read already, as far as they go on, or
-    nothing, so that the position is unaligned. `prefix` needs what `path` needs."""
+    nothing, so that the position is unaligned. `prefix` needs what `path` needs, and predictions at temperature 1."""
     true_token: Literal["always", "top_k"] = "always"
     """The token that really follows in the source's tokenization is an entry always, with the probability that is
     stored for it, or only where it is one of the k most probable."""

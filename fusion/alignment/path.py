@@ -95,8 +95,8 @@ def project_path(
         target_ends: int32[N], as the source's.
         target_starts: int64[P + 1], as the source's.
         pieces: target tokens of the source's tokens and of what is left of them.
-        prefix_mass: float64[Q] exp of minus the `prefix_nats` of all passages. In a passage without them the entries
-            that begin alike stand for all tokens that do, so that the true token is overestimated.
+        prefix_mass: float64[Q] exp of minus the `prefix_nats` of all passages. In a passage without them no position
+            inside a source token has entries: the k that are known would make the true token far too probable.
         prefix_starts: int64[P + 1] where each passage's begin, and Q.
         vocabulary_size: number of ids of the target vocabulary.
         inside: whether positions inside a source token take part.
@@ -199,10 +199,10 @@ def _project_path(
                 break
             offset = v - source_ends[j]  # -1: the target's own space before the text comes first
             known = j + 1 < stop and source_ends[j + 1] >= 0  # the next source token is in the text
-            if offset > 0 and not (known and inside):
+            if offset > 0 and not (known and inside and stored):
                 continue
             true = source_tokens[j + 1] if j + 1 < stop else -1
-            kept, total, begun, scale = 0, 0.0, 0.0, 1.0
+            kept, begun, scale = 0, 0.0, 1.0
             true_image, true_share = -1, 0.0
             for column in range(width):
                 u = ids[j, column]
@@ -211,7 +211,6 @@ def _project_path(
                 if u >= size:
                     return _OUTSIDE_MAP
                 q = p[j, column]
-                total += q
                 # `images` holds for each token: with a space before it, as it is, without its first byte, ...
                 first = starts[u]
                 if offset > 0:
@@ -239,10 +238,7 @@ def _project_path(
                     out_ids[i, :kept] = -1
                     out_p[i, :kept] = 0.0
                     continue
-                if stored:
-                    scale = 1 / max(prefix_mass[first_prefix[j] + offset - 1], begun)
-                else:  # given s, the mass outside the entries is taken to be the same share as without
-                    scale = total / begun
+                scale = 1 / max(prefix_mass[first_prefix[j] + offset - 1], begun)
                 true_share *= scale
                 for place in range(kept):
                     out_p[i, place] *= scale

@@ -37,7 +37,7 @@ LEAST_TAIL = 1e-8
 """Least probability of a tail that is an outcome: an exact 0 comes from rounding, and its logarithm is infinite."""
 
 
-@LOSSES.register("top_k_distillation", version=3, reference="arXiv 1503.02531")
+@LOSSES.register("top_k_distillation", version=4, reference="arXiv 1503.02531")
 @dataclass(frozen=True)
 class TopKDistillationLoss(Loss):
     """T^2 D(p^(1/T) || q^(1/T)) over k + 1 outcomes: a teacher's k most probable tokens, and everything else.
