@@ -287,15 +287,17 @@ def _loader(prepared: Prepared, step_seconds: float) -> Result:
     each = [machine.seconds(partial(_load, rows, i), repeat=5) for i in range(min(len(rows), 8))]
     taken = statistics.median(each)
     members = rows.members[0]
-    readings = [{name: e.predictions(p) for name, e in extractions.items()} for p in members]
+    predictions = [{name: e.predictions(p) for name, e in extractions.items()} for p in members]
     pairs = {
-        s.name: [reference_implementation.same_end(r[s.name].ends.tolist(), r[target].ends.tolist()) for r in readings]
+        s.name: [
+            reference_implementation.same_end(r[s.name].ends.tolist(), r[target].ends.tolist()) for r in predictions
+        ]
         for s in sources
     }
     images = {source.name: source.map for source in sources}
     size = len(extractions[target].vocabulary)
     reference = machine.seconds(
-        lambda: reference_implementation.fuse(readings, pairs, images, target, size), repeat=1, warm=False
+        lambda: reference_implementation.fuse(predictions, pairs, images, target, size), repeat=1, warm=False
     )
     texts = [prepared.passages.text(p) for p in members]
     tokenizers = [prepared.experiment.models.tokenizer(name)[0] for name in extractions]

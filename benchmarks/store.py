@@ -31,27 +31,29 @@ def store(material: Material, *, quick: bool) -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
         for vocabulary, name, compression, goal in _CASES:
             what = f"a shard, {vocabulary}, {'plain' if compression == 'none' else 'compressed'}"
-            readings = [passage.readings[name] for passage in passages]
-            results += _measure(what, Path(folder), readings, compression, goal, wide=name == SOURCE)
+            predictions = [passage.predictions[name] for passage in passages]
+            results += _measure(what, Path(folder), predictions, compression, goal, wide=name == SOURCE)
     return results
 
 
 def _measure(
-    what: str, folder: Path, readings: Sequence[Predictions], compression: Compression, goal: float, *, wide: bool
+    what: str, folder: Path, predictions: Sequence[Predictions], compression: Compression, goal: float, *, wide: bool
 ) -> list[Result]:
     path, published = folder / "shard.safetensors", folder / "published.arrow"
-    written = [TopKPredictions(r.ids, r.log_p, r.tail, r.nats) for r in readings]
-    ends = [r.ends[1:] for r in readings]
-    tokens = [r.tokens for r in readings]
+    written = [TopKPredictions(r.ids, r.log_p, r.tail, r.nats) for r in predictions]
+    ends = [r.ends[1:] for r in predictions]
+    tokens = [r.tokens for r in predictions]
     write_shard(path, folder / "beside", written, ends, tokens, wide=wide, compression=compression)
-    for columns, predictions in zip(_read(path, len(readings)), readings, strict=True):
-        if not (columns["ids"] == predictions.ids).all() or not (columns["nats"] == predictions.nats).all():
+    for columns, passage in zip(_read(path, len(predictions)), predictions, strict=True):
+        if not (columns["ids"] == passage.ids).all() or not (columns["nats"] == passage.nats).all():
             raise AssertionError("what is read from a shard is not what was written to it")
-    _write_published(published, readings)
-    positions = sum(len(r.tokens) for r in readings)
-    taken = machine.seconds(partial(_read, path, len(readings)))
+    _write_published(published, predictions)
+    positions = sum(len(r.tokens) for r in predictions)
+    taken = machine.seconds(partial(_read, path, len(predictions)))
     reference = machine.seconds(partial(_read_published, published), repeat=1)
-    in_memory = sum(array.nbytes for columns in _read(path, 1) for array in columns.values()) / len(readings[0].tokens)
+    in_memory = sum(array.nbytes for columns in _read(path, 1) for array in columns.values()) / len(
+        predictions[0].tokens
+    )
     size = path.stat().st_size / positions
     return [
         Result(
@@ -60,7 +62,7 @@ def _measure(
             round(size, 1),
             goal,
             reference=published.stat().st_size / positions,
-            note=f"{positions:,} positions of {len(readings)} passages, k = 10, header and offsets included, to a "
+            note=f"{positions:,} positions of {len(predictions)} passages, k = 10, header and offsets included, to a "
             "tenth of a byte: real top tens of four passages again and again (each is compressed by itself), with "
             "random tails, which were not recorded. Reference: an Arrow file of lists, 64-bit ids and 32-bit logits.",
         ),
@@ -83,13 +85,13 @@ def _read(path: Path, passages: int) -> list[dict[str, np.ndarray]]:
     return [shard.columns(passage) for passage in range(passages)]
 
 
-def _write_published(path: Path, readings: Sequence[Predictions]) -> None:
+def _write_published(path: Path, predictions: Sequence[Predictions]) -> None:
     schema = pa.schema(
         [("per_step_indices", pa.list_(pa.list_(pa.int64()))), ("per_step_logits", pa.list_(pa.list_(pa.float32())))]
     )
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as file:
-        for predictions in readings:
-            row = {"per_step_indices": predictions.ids.tolist(), "per_step_logits": predictions.log_p.tolist()}
+        for passage in predictions:
+            row = {"per_step_indices": passage.ids.tolist(), "per_step_logits": passage.log_p.tolist()}
             file.write_batch(pa.RecordBatch.from_pylist([row], schema=schema))
 
 

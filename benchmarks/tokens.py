@@ -163,16 +163,16 @@ def fusing(material: Material, *, quick: bool) -> list[Result]:
     passages = material.row(520 if quick else 2060)
     occurring = np.unique(np.concatenate([np.append(t[SOURCE].ids, t[SOURCE].tokens) for t in material.texts]))
     image = build_map("mined", source, target, on="strings", only=np.append(occurring, 0))
-    readings = [{TARGET: p.readings[TARGET], **dict.fromkeys(_TWO, p.readings[SOURCE])} for p in passages]
+    predictions = [{TARGET: p.predictions[TARGET], **dict.fromkeys(_TWO, p.predictions[SOURCE])} for p in passages]
     pieces = _pieces(source, target)
     sources = [Source(name, source, image, pieces) for name in _TWO]
     n_bytes = [passage.n_bytes for passage in passages]
-    positions = sum(len(passage[TARGET].tokens) for passage in readings)
+    positions = sum(len(passage[TARGET].tokens) for passage in predictions)
     members = 1 + len(sources)
 
     def fuse(switches: Switches) -> np.ndarray:
         row = fuse_sequence(
-            readings, n_bytes, target=TARGET, sources=sources, target_vocabulary=target, switches=switches
+            predictions, n_bytes, target=TARGET, sources=sources, target_vocabulary=target, switches=switches
         )
         dense = np.zeros((positions, len(target) + 1), np.float32)
         np.put_along_axis(dense, row.targets.ids.astype(np.int64), row.targets.p, axis=1)  # pads go to the last column
@@ -180,25 +180,25 @@ def fusing(material: Material, *, quick: bool) -> list[Result]:
 
     taken = machine.seconds(
         lambda: fuse_sequence(
-            readings, n_bytes, target=TARGET, sources=sources, target_vocabulary=target, switches=Switches()
+            predictions, n_bytes, target=TARGET, sources=sources, target_vocabulary=target, switches=Switches()
         ),
         repeat=31,
     )
     pairs = [
-        reference_implementation.partners(p.readings[SOURCE], p.readings[TARGET], source, target, image)
+        reference_implementation.partners(p.predictions[SOURCE], p.predictions[TARGET], source, target, image)
         for p in passages
     ]
     aligned, images = dict.fromkeys(_TWO, pairs), dict.fromkeys(_TWO, image)
     fused = []
     reference = machine.seconds(
-        lambda: fused.append(reference_implementation.fuse(readings, aligned, images, TARGET, len(target))),
+        lambda: fused.append(reference_implementation.fuse(predictions, aligned, images, TARGET, len(target))),
         repeat=1,
         warm=False,
     )
     ours = fuse(Switches(**PRESETS["published"]))
     if not np.allclose(ours, fused[0].numpy(), atol=1e-6):
         raise AssertionError("the fused distributions differ from those of the plain re-implementation")
-    k = readings[0][TARGET].ids.shape[1]
+    k = predictions[0][TARGET].ids.shape[1]
     return [
         Result(
             f"fusing a sequence of {positions:,} positions in {len(passages)} passages, {members} models",
@@ -208,7 +208,7 @@ def fusing(material: Material, *, quick: bool) -> list[Result]:
             "more",
             reference=positions * members / reference / 1e6,
             roofline=machine.bandwidth() / (k * (4 + 4) * 2) / 1e6,
-            note="the target and one other model's reading given twice, as two sources; preset `corrected`, along "
+            note="the target and one other model's predictions given twice, as two sources; preset `corrected`, along "
             f"the text, {1e3 * taken:.1f} ms a sequence. Reference: loops over "
             f"positions, dense distributions over {len(target):,} ids and a selection among them ({reference:.1f} s a "
             "sequence), without the alignment; the preset `published` gives the same distributions to 1e-6. Roofline: "

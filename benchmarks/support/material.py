@@ -1,4 +1,4 @@
-"""What is measured: real vocabularies, and real readings of two texts, from the folder of reference inputs."""
+"""What is measured: real vocabularies, and real predictions of two texts, from the folder of reference inputs."""
 
 import gzip
 import json
@@ -24,7 +24,7 @@ _TEXTS = (0, 10)
 class RealPassage:
     """A passage of about 512 positions, read by two models, and its bytes of text."""
 
-    readings: dict[str, Predictions]
+    predictions: dict[str, Predictions]
     n_bytes: int
 
 
@@ -55,11 +55,11 @@ class Material:
         """Two texts of 1,024 target tokens, prose and Python, as both models read them; no prefix token."""
         found = []
         for number in _TEXTS:
-            readings = {}
+            predictions = {}
             for name, other in ((TARGET, SOURCE), (SOURCE, TARGET)):
                 oracle = self._read(f"alignment/{name}_to_{other}_{number}.json.gz")
-                readings[name] = _reading(oracle, self.vocabularies[name])
-            found.append(readings)
+                predictions[name] = _predictions(oracle, self.vocabularies[name])
+            found.append(predictions)
         return found
 
     @cached_property
@@ -71,7 +71,7 @@ class Material:
         """Passages of at most so many positions of the target together, the same ones again and again."""
         row: list[RealPassage] = []
         for passage in cycle(self.passages):
-            positions -= len(passage.readings[TARGET].tokens)
+            positions -= len(passage.predictions[TARGET].tokens)
             if positions < 0:
                 break
             row.append(passage)
@@ -82,7 +82,7 @@ class Material:
         return np.resize(np.concatenate([text[name].tokens for text in self.texts]), count)
 
 
-def _reading(oracle: dict[str, Any], vocabulary: Vocabulary) -> Predictions:
+def _predictions(oracle: dict[str, Any], vocabulary: Vocabulary) -> Predictions:
     tokens = np.array(oracle["source_ids"], np.int32)
     ids, logits = np.array(oracle["top_k_ids"], np.int32), np.array(oracle["top_k_logits"])
     # Their normaliser is not recorded. Random numbers in its place are at least not easier to compress.
@@ -104,7 +104,7 @@ def _cut(text: dict[str, Predictions]) -> list[RealPassage]:
     cuts = [0, int(common[np.abs(common - middle).argmin()]), int(common[-1])]
     passages = []
     for start, stop in pairwise(cuts):
-        readings = {}
+        predictions = {}
         for name, whole in text.items():
             first = int((whole.ends <= start).sum())
             last = int((whole.ends <= stop).sum())
@@ -114,7 +114,7 @@ def _cut(text: dict[str, Predictions]) -> list[RealPassage]:
             tokens = np.append(0, whole.tokens[first:last])
             nats = whole.nats[at].copy()
             nats[-1] = 0
-            readings[name] = Predictions(
+            predictions[name] = Predictions(
                 tokens.astype(np.int32),
                 ends.astype(np.int32),
                 whole.ids[at],
@@ -122,5 +122,5 @@ def _cut(text: dict[str, Predictions]) -> list[RealPassage]:
                 whole.tail[at],
                 nats,
             )
-        passages.append(RealPassage(readings, stop - start))
+        passages.append(RealPassage(predictions, stop - start))
     return passages

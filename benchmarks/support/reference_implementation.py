@@ -116,7 +116,7 @@ def dense(entries: Entries, own: Entries, vocabulary: int) -> Tensor:
 
 
 def fuse(
-    readings: Sequence[Mapping[str, Predictions]],
+    predictions: Sequence[Mapping[str, Predictions]],
     aligned: Mapping[str, Sequence[Sequence[int]]],
     images: Mapping[str, np.ndarray],
     target: str,
@@ -128,23 +128,23 @@ def fuse(
     """
     own: Entries = [
         (ids.tolist(), scores.tolist())
-        for passage in readings
+        for passage in predictions
         for ids, scores in zip(passage[target].ids, passage[target].log_p, strict=True)
     ]
-    members, rewards = [dense(own, own, vocabulary)], [_reward([passage[target] for passage in readings])]
+    members, rewards = [dense(own, own, vocabulary)], [_reward([passage[target] for passage in predictions])]
     for name, pairs in aligned.items():
         entries: Entries = []
-        for passage, partner in zip(readings, pairs, strict=True):
+        for passage, partner in zip(predictions, pairs, strict=True):
             entries += project(passage[name], passage[target], partner, images[name])
         members.append(dense(entries, own, vocabulary))
-        rewards.append(_reward([passage[name] for passage in readings]))
+        rewards.append(_reward([passage[name] for passage in predictions]))
     stacked = torch.stack(members)
     return stacked[int(torch.stack(rewards).argmax())]
 
 
-def _reward(readings: Sequence[Predictions]) -> Tensor:
-    nats = sum(float(r.nats.sum()) for r in readings)
-    return torch.exp(-torch.tensor(nats / sum(len(r.nats) - 1 for r in readings), dtype=torch.bfloat16))
+def _reward(predictions: Sequence[Predictions]) -> Tensor:
+    nats = sum(float(r.nats.sum()) for r in predictions)
+    return torch.exp(-torch.tensor(nats / sum(len(r.nats) - 1 for r in predictions), dtype=torch.bfloat16))
 
 
 def objective(logits: Tensor, gold: Tensor, p: Tensor, lam: float) -> Tensor:
