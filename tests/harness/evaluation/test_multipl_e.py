@@ -487,4 +487,5 @@ def test_doctor_names_the_sandbox_and_every_language(cache: Path) -> None:
         *(f"MultiPL-E in {language.title}" for language in LANGUAGES.values()),
     ]
     for what, found, fine in shown:
-        needed(None if fine == "yes" else f"{what}: {found}")
+        assert fine is not False, f"{what}: {found}"
+        needed(None if fine else f"{what}: {found}")
