@@ -18,4 +18,4 @@ class ALMParameters(TeacherParameters):
 def alm(context: Context, parameters: ALMParameters) -> Candidate:
     """The target trained on lambda * CLM + (1 - lambda) * divergence of chunk likelihoods."""
     loss = ALMLoss(parameters.teacher_roles(context), parameters.temperature)
-    return context.train(lam=parameters.lam, loss=loss)
+    return parameters.train_mixed(context, loss)

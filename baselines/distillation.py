@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from baselines.method import Candidate, Context, Parameters, Role
+from baselines.method import Candidate, Context, Role
 from baselines.registry import method
+from baselines.training import MixedParameters
 from fusion.alignment.pairing import ALIGNMENTS
 from fusion.errors import UserError
 from fusion.losses.divergences import DIVERGENCES
@@ -23,10 +24,9 @@ from fusion.vocabulary.maps import MAPS
 _OFFLINE = ("map", "map_on", "alignment", "tail", "projection", "inside", "true_token")
 
 
-class TeacherParameters(Parameters):
+class TeacherParameters(MixedParameters):
     """The teachers and the weight of the language-modelling term: what all distillation methods share."""
 
-    lam: float = Field(0.9, ge=0, le=1, alias="lambda", description="weight of the CLM term")
     teachers: list[Role] | None = Field(None, min_length=1, description="roles of the teachers; null: all sources")
 
     def teacher_roles(self, context: Context) -> list[str]:
@@ -98,4 +98,4 @@ class DistillationParameters(TeacherParameters):
 )
 def distillation(context: Context, parameters: DistillationParameters) -> Candidate:
     """The target trained on lambda * CLM + (1 - lambda) * divergence from the teachers."""
-    return context.train(lam=parameters.lam, loss=parameters.loss(parameters.teacher_roles(context)))
+    return parameters.train_mixed(context, parameters.loss(parameters.teacher_roles(context)))

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hi
 
 from pydantic import BeforeValidator, ConfigDict, Field, create_model, model_validator
 
-from baselines.method import Candidate, Context, Parameters, Role
+from baselines.method import Candidate, Context, Role
 from baselines.registry import method
+from baselines.training import MixedParameters
 from fusion.alignment.pairing import ALIGNMENTS
 from fusion.alignment.selection import FUSIONS
 from fusion.docstrings import field_docstrings
@@ -35,7 +36,7 @@ def _check_preset(preset: Any) -> Any:
     return preset
 
 
-class _PresetParameters(Parameters):
+class _PresetParameters(MixedParameters):
     """The parameters of FuseLLM beside the switches of fusion."""
 
     model_config = ConfigDict(json_schema_extra={"presets": {name: dict(values) for name, values in _PRESETS.items()}})
@@ -132,4 +133,4 @@ def fusellm(context: Context, parameters: FuseLLMParameters) -> Candidate:
         raise UserError(
             f"{context.label} names the source {unknown[0]!r}; the experiment's are {', '.join(context.sources)}."
         )
-    return context.train(lam=parameters.lam, loss=parameters.loss(sources))
+    return parameters.train_mixed(context, parameters.loss(sources))

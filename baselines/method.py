@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Protocol, get_args
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler
 
 from fusion.losses.loss import Loss
+from fusion.losses.objective import Balance
 
 Need = Literal["training", "same tokenizer", "same architecture", "teacher"]
 """What a method requires of the experiment and its models."""
@@ -162,12 +163,22 @@ class Context(Protocol):
     def extract(self, role: str) -> Path:
         """The stored predictions of a role's model on the training corpus."""
 
-    def train(self, *, lam: float, loss: Loss | None = None, start: Candidate | None = None) -> Candidate:
+    def train(
+        self,
+        *,
+        lam: float,
+        loss: Loss | None = None,
+        start: Candidate | None = None,
+        training: Mapping[str, Any] = {},
+        balance: Balance = "none",
+    ) -> Candidate:
         """The target trained on lam * CLM + (1 - lam) * loss, CLM alone without a loss.
 
         start: the candidate whose weights the training starts from, with the target's architecture and tokenizer.
-        Default: the target as it is. Every method trains on the same sequences in the same order. Raises UserError when
-        the loss needs what the experiment cannot provide, and when `start` has another tokenizer.
+        Default: the target as it is. training: settings that go before the experiment's (`baselines.training.
+        RowTraining` has their names). balance: see `fusion.losses.objective.Objective`. Every method trains on the same
+        sequences in the same order. Raises UserError when the loss needs what the experiment cannot provide, when
+        `start` has another tokenizer, and for settings that are unknown or shared by all rows.
         """
 
     @property

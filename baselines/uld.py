@@ -19,4 +19,4 @@ class ULDParameters(TeacherParameters):
 @method("uld", needs=("training", "teacher"), reference="arXiv 2402.12030")
 def uld(context: Context, parameters: ULDParameters) -> Candidate:
     """The target trained on lambda * CLM + (1 - lambda) * Wasserstein-1 distance of the sorted probabilities."""
-    return context.train(lam=parameters.lam, loss=ULDLoss(parameters.teacher_roles(context)))
+    return parameters.train_mixed(context, ULDLoss(parameters.teacher_roles(context)))

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ CAST = 2**24
 """Numbers of a projection in a shorter dtype that exist in float32 at one time: 64 MB."""
 AUTOGRAD_COPIES = 4
 """Chunks are smaller by this factor where autograd takes the gradient."""
+
+Balance = Literal["none", "rescale"]
+"""Whether a term is brought to the size of CLM before lambda weighs them (see `Objective`)."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,10 @@ class Objective:
     """The other part. Default: none, with `lam` 1."""
     chunk: int = CHUNK
     """Maximum number of positions whose logits are held at once."""
+    balance: Balance = "none"
+    """rescale: the objective is lam * CLM + (1 - lam) * r * term with r = CLM / term, their sums over these N positions
+    and a constant for the gradient, so that the values weigh as lam says. r is 1 where a sum is not positive.
+    """
 
     def check(self, n: int) -> None:
         """Raises ValueError unless everything is of `n` positions, lam in [0, 1] and chunk positive."""
@@ -89,7 +96,10 @@ class Objective:
 
 
 class MixedLoss(NamedTuple):
-    """Sums over positions, in nats; total = lam * clm + (1 - lam) * fusion. Only `total` carries a gradient."""
+    """Sums over positions, in nats; total = lam * clm + (1 - lam) * fusion, with fusion as it is before it is rescaled.
+
+    Only `total` carries a gradient.
+    """
 
     total: Tensor
     clm: Tensor
@@ -155,7 +165,21 @@ def _mixed_loss(rows: Tensor, head: Head | None, objective: Objective, dtype: to
         rows, gold, clm_weight, term = rows[index], gold[index], clm_weight[index], term[index]
     weight, bias = (None, None) if head is None else (head.weight, head.bias)
     active = Objective(gold, clm_weight, objective.lam, term, objective.chunk)
-    return MixedLoss(*_MixedLoss.apply(rows, weight, bias, head, active, dtype, torch.is_grad_enabled()))
+
+    def computed(objective: Objective) -> MixedLoss:
+        return MixedLoss(*_MixedLoss.apply(rows, weight, bias, head, objective, dtype, torch.is_grad_enabled()))
+
+    if objective.balance == "none" or objective.term is None:
+        return computed(active)
+    # A chunk's gradient is made when its logits are, so that the ratio must be known before: the values come first, in
+    # a projection of their own. Then lam C + (1 - lam) r F = scale * (lam' C + (1 - lam') F), lam' = lam / scale.
+    with torch.no_grad():
+        sums = computed(active)
+    clm, fusion = float(sums.clm), float(sums.fusion)
+    ratio = clm / fusion if clm > 0 and fusion > 0 else 1.0
+    scale = active.lam + (1 - active.lam) * ratio
+    result = computed(replace(active, lam=active.lam / scale))
+    return result._replace(total=result.total * scale)
 
 
 class _MixedLoss(torch.autograd.Function):

@@ -4,6 +4,7 @@ This module knows nothing of methods and suites: their parameters are checked by
 the registries. It is therefore safe to import from every room.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -144,12 +145,15 @@ class DataConfig(StrictModel):
 
 
 class TrainingConfig(StrictModel):
-    """How the target is trained; the same for every trained row of an experiment."""
+    """How the target is trained; a row may have values of its own (`baselines.training.RowTraining`)."""
 
     sequence_length: int = Field(2048, gt=1, description="length of a packed sequence (tokens)")
     global_batch_size: int = Field(128, gt=0, description="sequences in an optimiser step, over all processes")
     micro_batch_size: int = Field(
-        1, gt=0, description="sequences in one forward pass of a process; does not change the result"
+        1,
+        gt=0,
+        description="sequences in one forward pass of a process; changes rounding only, but in rows with "
+        "`balance: rescale`, whose ratio is taken over them",
     )
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
@@ -175,6 +179,10 @@ class TrainingConfig(StrictModel):
     deepspeed: str | None = Field(
         None, description="zero1, zero2, zero3 or a DeepSpeed JSON file. Default: data parallelism without DeepSpeed"
     )
+
+    def with_own(self, own: Mapping[str, Any]) -> "TrainingConfig":
+        """These settings with a row's own in their place."""
+        return TrainingConfig.model_validate({**self.model_dump(), **own})
 
 
 class CurveConfig(StrictModel):
@@ -214,6 +222,16 @@ class Config(StrictModel):
         min_length=1, description="the rows of the table by label: `method: NAME` and the method's parameters"
     )
     reference: str = Field(description="label of the row that the others are compared with")
+
+    def own_training(self, label: str) -> dict[str, Any]:
+        """The training settings that the row `label` has of its own."""
+        given = self.methods[label].get("training")
+        return {key: value for key, value in given.items() if value is not None} if isinstance(given, Mapping) else {}
+
+    def global_batch_sizes(self) -> dict[str | None, int]:
+        """The sequences in a step: of the experiment under None, and of each row that has a number of its own."""
+        own = {label: self.own_training(label).get("global_batch_size") for label in self.methods}
+        return {None: self.training.global_batch_size, **{label: size for label, size in own.items() if size}}
 
     def rows_of(self, name: str) -> list[str]:
         """Labels of the rows that are called `name` or are made by the method `name`."""

@@ -108,9 +108,11 @@ def _number_problems(config: Config) -> Iterator[Problem]:
     training = config.training
     if len(set(config.seeds)) != len(config.seeds):
         yield Problem(f"seeds {config.seeds} names one twice: give each seed once.", ("seeds",))
-    if training.global_batch_size % training.micro_batch_size:
-        yield Problem(
-            f"training.global_batch_size = {training.global_batch_size} is no multiple of "
-            f"training.micro_batch_size = {training.micro_batch_size}: change one of them.",
-            ("training", "micro_batch_size"),
-        )
+    for row, size in config.global_batch_sizes().items():
+        if size % training.micro_batch_size:
+            section = ("training",) if row is None else ("methods", row, "training")
+            yield Problem(
+                f"{'.'.join(section)}.global_batch_size = {size} is no multiple of "
+                f"training.micro_batch_size = {training.micro_batch_size}: change one of them.",
+                ("training", "micro_batch_size") if row is None else (*section, "global_batch_size"),
+            )

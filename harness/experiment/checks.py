@@ -28,7 +28,9 @@ def check_inputs(experiment: Experiment) -> None:
     training = experiment.config.training
     if training.deepspeed:
         check_usable(training.deepspeed)
-    distributed.micro_batches(training.global_batch_size, training.micro_batch_size)
+    for row, size in experiment.config.global_batch_sizes().items():
+        section = "training" if row is None else f"methods.{row}.training"
+        distributed.micro_batches(size, training.micro_batch_size, section)
     for name in experiment.models.names:
         if not experiment.models.is_tiny(name):
             experiment.models.base(name)

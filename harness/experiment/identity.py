@@ -58,6 +58,8 @@ def named(experiment: Experiment) -> dict[str, Any]:
         "models": {name: models.fingerprint(name) for name in models.names},
         "dtypes": {name: models.dtype(name) for name in models.names},
     }
+    if any(entry.get("balance") == "rescale" for entry in config.methods.values()):
+        identity["micro_batch_size"] = config.training.micro_batch_size  # over which the ratio is taken
     if config.validation is not None:
         identity["validation"] = corpus.content_fingerprint(config.validation, corpora.data_root)
     return identity

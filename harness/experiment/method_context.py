@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from baselines.method import Artifact, Candidate
+from baselines.training import RowTraining
 from fusion.errors import UserError
 from fusion.losses.loss import Loss
+from fusion.losses.objective import Balance
 from harness.config.named_rows import unknown_reference
+from harness.config.validation import method_parameters
 from harness.experiment.pipeline import TARGET, Experiment, evaluated_model, predict, train
 from harness.models.catalogue import find_entry, is_hub_id
 from harness.models.resolution import ModelSpec
@@ -61,8 +64,17 @@ class MethodContext:
     def extract(self, role: str) -> Path:
         return predict(self._experiment, role)[1]
 
-    def train(self, *, lam: float, loss: Loss | None = None, start: Candidate | None = None) -> Candidate:
-        return train(self._experiment, self.label, self.seed, lam=lam, loss=loss, start=start)
+    def train(
+        self,
+        *,
+        lam: float,
+        loss: Loss | None = None,
+        start: Candidate | None = None,
+        training: Mapping[str, Any] = {},
+        balance: Balance = "none",
+    ) -> Candidate:
+        own = method_parameters(f"{self.label}.training", training, RowTraining).given()
+        return train(self._experiment, self.label, self.seed, lam=lam, loss=loss, start=start, own=own, balance=balance)
 
     @property
     def validation_fingerprint(self) -> str:

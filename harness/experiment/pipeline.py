@@ -15,6 +15,7 @@ import numpy as np
 from baselines.method import Artifact, Candidate, Ensemble
 from fusion.errors import UserError
 from fusion.losses.loss import Loss, LossRequirements, LossResources
+from fusion.losses.objective import Balance
 from fusion.vocabulary.token_bytes import Vocabulary, same_ids
 from fusion.vocabulary.tokenization import encode_alike
 from harness.config.schema import Config
@@ -157,11 +158,14 @@ def train(
     lam: float,
     loss: Loss | None = None,
     start: Candidate | None = None,
+    own: Mapping[str, Any] = {},
+    balance: Balance = "none",
 ) -> Candidate:
     """The target trained with lam * CLM + (1 - lam) * loss on the training corpus, as the row `label`.
 
-    The training starts from the candidate `start` (default: from the target). Raises UserError where `start` has
-    another tokenizer than the target, and where the loss cannot be computed.
+    The training starts from the candidate `start` (default: from the target), with the settings `own` in place of the
+    experiment's and the terms in `balance`. Raises UserError where `start` has another tokenizer than the target, and
+    where the loss cannot be computed.
     """
     config, models, corpora = experiment.config, experiment.models, experiment.corpora
     if lam == 1:
@@ -172,11 +176,12 @@ def train(
         seed,
         models.model(TARGET) if start is None else _checkpoint(experiment, label, start),
         corpora.passages,
-        config.training,
+        config.training.with_own(own),
         _curve(experiment),
         lam,
         loss,
         LossInputs() if loss is None else loss_inputs(experiment, label, requirements),
+        "none" if loss is None else balance,
     )
     (spec, path), curve = make_training(
         experiment.workspace,

@@ -175,6 +175,11 @@ def _notes(experiment: Experiment, row: Row) -> Iterator[str]:
         tokens = tokens_seen(row.candidate.folder.parent) or 0
         base = models.base(role).name
         yield f"{row.label} is {base} continued on {tokens:,} tokens of its own text, which no other row counts."
+    if own := experiment.config.own_training(row.label):
+        settings = ", ".join(f"{key} {value}" for key, value in own.items())
+        yield f"{row.label} is trained with settings of its own: {settings}."
+    if start := experiment.config.methods[row.label].get("warm_start"):
+        yield f"{row.label} starts from the checkpoint of {start}, whose tokens are not among its own."
     curve, training = row.candidate.curve, row.candidate.training
     if curve is not None and training is not None and not curve.folder.exists():
         seed = "" if row.seed is None else f" (seed {row.seed})"

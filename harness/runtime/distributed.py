@@ -68,11 +68,14 @@ def check_world(size: int, seen_by: str) -> None:
         raise UserError(f"The launcher started {world_size()} ranks, but {seen_by} works with {size}: use {COMMAND}.")
 
 
-def micro_batches(global_batch_size: int, micro_batch_size: int) -> int:
-    """The number of micro-batches of a rank in one optimiser step. Raises UserError for a remainder."""
+def micro_batches(global_batch_size: int, micro_batch_size: int, section: str = "training") -> int:
+    """The number of micro-batches of a rank in one optimiser step. Raises UserError for a remainder.
+
+    section: where the configuration sets the global batch size.
+    """
     if global_batch_size % (world_size() * micro_batch_size):
         raise UserError(
-            f"training.global_batch_size = {global_batch_size} is no multiple of {world_size()} ranks with "
+            f"{section}.global_batch_size = {global_batch_size} is no multiple of {world_size()} ranks with "
             f"training.micro_batch_size = {micro_batch_size} rows each: change one of the three."
         )
     return global_batch_size // (world_size() * micro_batch_size)

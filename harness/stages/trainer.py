@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from fusion.errors import UserError
 from fusion.losses.loss import Loss
-from fusion.losses.objective import Objective
+from fusion.losses.objective import Balance, Objective
 from fusion.modeling.heads import fused_forward, split
 from fusion.modeling.packing import Packing, attending_by_passage, check_packing
 from fusion.modeling.teacher import Teacher
@@ -214,9 +214,9 @@ class _Follow(TrainerCallback):
 
 
 def _replace_forward(
-    model: PreTrainedModel, packing: Packing, lam: float, loss: Loss | None, teachers: Mapping[str, Teacher]
+    model: PreTrainedModel, packing: Packing, loss: Loss | None, teachers: Mapping[str, Teacher], **weighing: Any
 ) -> None:
-    """Puts the objective inside the model's forward, where wrappers for data parallel training call it."""
+    """Puts the objective, weighed as given, inside the model's forward, where data parallel wrappers call it."""
 
     def forward(self: PreTrainedModel, measure: Callable[..., Any] | None = None, **batch: Tensor) -> Any:
         if measure is not None:
@@ -225,11 +225,10 @@ def _replace_forward(
         objective = Objective(
             gold=labels.clamp(min=-1),
             clm_weight=(labels >= 0).float(),
-            lam=lam,
             term=None if loss is None else loss.term(batch, teachers),
+            **weighing,
         )
-        result = fused_forward(self, batch["input_ids"], batch["position_ids"], objective, packing=packing)
-        return result.total, result.clm, result.fusion
+        return tuple(fused_forward(self, batch["input_ids"], batch["position_ids"], objective, packing=packing))
 
     model.forward = types.MethodType(forward, model)
 
@@ -297,6 +296,7 @@ def train(
     *,
     lam: float,
     loss: Loss | None = None,
+    balance: Balance = "none",
     teachers: Mapping[str, PreTrainedModel] = {},
     seed: int,
     device: str,
@@ -308,10 +308,10 @@ def train(
     """Trains `model` on `rows` and leaves `folder/model`, which plain `AutoModelForCausalLM.from_pretrained` loads.
 
     Goes on from the last complete checkpoint in `folder`: bit for bit on a CPU, up to rounding on CUDA, where backward
-    passes add in no fixed order. `lam` is the weight of the CLM term (paper section 3.3, equation 5), `loss` the other
-    term, whose features `rows` hold; both are divided by the labels of the global batch. `teachers` are the models that
-    the loss requires, on `device`. Called by all ranks. Raises UserError when packed passages would see each other, the
-    loss diverges, or the ranks do not fit the configuration or the checkpoint.
+    passes add in no fixed order. `lam` and `balance` are those of `Objective`, the latter over a micro batch; `loss` is
+    the other term, whose features `rows` hold, and `teachers` are the models that it requires, on `device`. Both terms
+    are divided by the labels of the global batch. Called by all ranks. Raises UserError when packed passages would see
+    each other, the loss diverges, or the ranks do not fit the configuration or the checkpoint.
     """
     final = folder / MODEL_FOLDER
     if distributed.broadcast((final / _COMPLETE).exists()):  # killed before the artifact's rename
@@ -359,7 +359,7 @@ def train(
         deepspeed=zero_config(config.deepspeed) if config.deepspeed else None,
     )
     distributed.check_world(arguments.world_size, "accelerate")
-    _replace_forward(model, packing, lam, loss, {name: Teacher(teacher) for name, teacher in teachers.items()})
+    _replace_forward(model, packing, loss, {n: Teacher(t) for n, t in teachers.items()}, lam=lam, balance=balance)
     layout = layout_of(config)
     checkpoint = last_checkpoint(folder / "checkpoints", layout)
     done = 0.0

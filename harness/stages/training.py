@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.losses.loss import Loss, LossRequirements
+from fusion.losses.objective import Balance
 from fusion.modeling.context import context_length
 from fusion.vocabulary.token_bytes import Vocabulary
 from harness.config.schema import Config, TrainingConfig
@@ -69,6 +70,7 @@ def train_on_passages(
     card: str,
     lam: float = 1.0,
     loss: Loss | None = None,
+    balance: Balance = "none",
     features: "Features | None" = None,
     predictions: Mapping[str, PredictionsReader] = {},
     prefix: str | None = None,
@@ -109,6 +111,7 @@ def train_on_passages(
             settings,
             lam=lam,
             loss=loss,
+            balance=balance,
             teachers=load_teachers(),
             seed=seed,
             device=device,
@@ -155,6 +158,8 @@ class Training:
     loss: Loss | None = None
     inputs: LossInputs = field(default_factory=LossInputs)
     """What the loss is computed from."""
+    balance: Balance = "none"
+    """Whether the loss is brought to the size of the CLM term in every micro batch."""
 
     @property
     def requirements(self) -> LossRequirements:
@@ -172,6 +177,9 @@ class Training:
         inputs: dict[str, Any] = {"model": self.base.fingerprint, "passages": self.passages[0].fingerprint}
         if self.loss is not None:
             params["loss"] = self.loss.identity()
+            if self.balance != "none":
+                # The ratio is that of a micro batch, whose sequences are the same on any number of ranks.
+                params["balance"] = {"kind": self.balance, "micro_batch_size": self.settings.micro_batch_size}
             inputs |= self.inputs.fingerprints()
         # Neither is the number of ranks part of the key: like the size of a micro batch it only changes rounding.
         info = {"ranks": distributed.world_size(), "settings": self.settings.model_dump(mode="json")}
@@ -225,6 +233,7 @@ def make_training(
             card=card(spec),
             lam=training.lam,
             loss=loss,
+            balance=training.balance,
             features=features,
             predictions=open_predictions(requirements, training.inputs, passages, tokenizer_of),
             prefix=training.base.spec.prefix,

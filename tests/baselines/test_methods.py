@@ -18,11 +18,13 @@ from baselines.listing import Setting, describe
 from baselines.merge import MergeParameters
 from baselines.method import Candidate, Context, Parameters, Reference, Role, RoleOrRow, Row
 from baselines.registry import METHODS, get_method, method, schema_of
+from baselines.training import SHARED, RowTraining, TrainedParameters
 from fusion.docstrings import field_docstrings
 from fusion.errors import UserError
 from fusion.losses.fusion_loss import FusionLoss
 from fusion.losses.loss import Loss
 from fusion.switches import PRESETS, Switches
+from harness.config.schema import TrainingConfig
 
 
 class _Context:
@@ -41,8 +43,12 @@ class _Context:
     def extract(self, role: str) -> Path:
         return Path(role)
 
-    def train(self, *, lam: float, loss: Loss | None = None) -> Candidate:
+    def candidate(self, name: str) -> Candidate:
+        return Candidate(Path(name), name, True)
+
+    def train(self, *, lam: float, loss: Loss | None = None, **given: Any) -> Candidate:
         self.asked.append((lam, loss))
+        self.given = given
         return Candidate(Path("trained"), "trained", True)
 
 
@@ -105,8 +111,32 @@ def test_a_switch_set_alone_goes_before_the_preset(preset: str, tail: str) -> No
 
 def test_clm_is_lambda_one_without_fusion() -> None:
     context: Any = _Context()
-    clm(context, Parameters())
+    clm(context, TrainedParameters())
     assert context.asked == [(1.0, None)]
+    assert context.given == {"start": None, "training": {}, "balance": "none"}
+
+
+def test_every_trained_method_has_its_own_settings_start_and_balance() -> None:
+    own = {"training": {"learning_rate": 1e-4, "epochs": 4}, "warm_start": "CLM"}
+    for name in ("clm", "fusellm", "distillation", "uld", "alm"):
+        context: Any = _Context()
+        part = get_method(name)
+        more = {} if name == "clm" else {"balance": "rescale"}
+        part.value(context, schema_of(part).model_validate({**own, **more}))
+        start = context.candidate("CLM")
+        assert context.given == {"start": start, "balance": "none", **more, "training": own["training"]}
+    with pytest.raises(ValueError, match=r"sequence_length is the same for all rows: set training.sequence_length"):
+        TrainedParameters.model_validate({"training": {"sequence_length": 100}})
+
+
+def test_a_row_sets_what_the_experiment_sets_unless_it_is_shared() -> None:
+    own, whole = RowTraining.model_fields, TrainingConfig.model_fields
+    assert {*own, *SHARED} == whole.keys() and not own.keys() & set(SHARED)
+    for name, field in own.items():
+        annotation: Any = whole[name].annotation
+        assert str(field.annotation) == str(annotation | None)
+        assert str(field.metadata) == str(whole[name].metadata)
+        assert field.description == f"{whole[name].description}; null: the experiment's"
 
 
 def test_an_unknown_source_is_named() -> None:

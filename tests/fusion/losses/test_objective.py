@@ -1,6 +1,7 @@
 """The fused loss against a dense one in float64, built from the model's own logits by autograd."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fusion.losses.loss import TAIL_FLOOR
 from fusion.losses.objective import CHUNK, Head, MixedLoss, Objective, logits_of, mixed_loss, mixed_loss_from_logits
 from fusion.losses.sparse_cross_entropy import SparseCrossEntropy
+from fusion.losses.term import LossTerm
 
 
 def dense(
@@ -132,6 +134,42 @@ def test_equals_the_dense_definition(
         assert relative(mine, other) < 1e-9 or float(other.norm()) < 1e-9
     (mine,) = torch.autograd.grad(upstream * from_logits.total, given_logits)
     assert torch.allclose(mine, theirs[-1], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("chunk", [1, 4, 256])
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_rescaled_terms_weigh_as_lambda_says(lam: float, chunk: int, by_hand: bool) -> None:
+    parameters, arrays = case(3)
+    leaves = list(parameters.values())
+    logits = F.linear(*leaves)
+    plain = objective(**arrays, lam=lam, chunk=chunk)
+    _, clm, other = dense(logits, **arrays, lam=lam)
+    if not by_hand:
+        weight = {"weight": arrays["fusion_weight"]}
+        plain = replace(plain, term=LossTerm(lambda z, f: f["weight"] * (z**2).mean(-1), weight))
+        other = (weight["weight"] * (logits**2).mean(-1)).sum()
+    rescaled = replace(plain, balance="rescale")
+    total = lam * clm + (1 - lam) * (clm / other).detach() * other
+    ours = mixed_loss(parameters["hidden"], head_of(parameters), rescaled)
+    assert values(ours) == pytest.approx(values((total, clm, other)), rel=1e-9)
+    theirs = torch.autograd.grad(-2.5 * total, [*leaves, logits])
+    for mine, reference in zip(torch.autograd.grad(-2.5 * ours.total, leaves), theirs, strict=False):
+        assert relative(mine, reference) < 1e-9
+    alone = logits.detach().requires_grad_()
+    from_logits = mixed_loss_from_logits(alone, rescaled)
+    assert relative(torch.autograd.grad(-2.5 * from_logits.total, alone)[0], theirs[-1]) < 1e-9
+
+
+def test_a_term_that_is_nothing_is_not_rescaled() -> None:
+    parameters, arrays = case(3)
+    for nothing in ("fusion_weight", "clm_weight"):
+        plain = objective(**{**arrays, nothing: torch.zeros_like(arrays[nothing])}, lam=0.5)
+        losses = [
+            mixed_loss(parameters["hidden"], head_of(parameters), given)
+            for given in (plain, replace(plain, balance="rescale"))
+        ]
+        assert values(losses[0]) == values(losses[1])
 
 
 @pytest.mark.parametrize(("dtype", "value", "gradient"), [(torch.float32, 1e-6, 1e-5), (torch.bfloat16, 1e-2, 2e-2)])

@@ -182,6 +182,18 @@ VALUES: list[tuple[list[str], str]] = [
         setting("training.micro_batch_size=4"),
         "training.global_batch_size = 6 is no multiple of training.micro_batch_size = 4",
     ),
+    (
+        setting("methods.CLM.training.global_batch_size=5", "training.micro_batch_size=2"),
+        "methods.CLM.training.global_batch_size = 5 is no multiple of training.micro_batch_size = 2",
+    ),
+    (
+        setting("methods.CLM.training.workers=2"),
+        "methods.CLM: workers is the same for all rows: set training.workers of the experiment",
+    ),
+    (setting("methods.CLM.training.epoch=2"), r"methods.CLM has an unknown key training.epoch \(did you mean 'epochs'"),
+    (setting("methods.CLM.training.epochs=0"), "methods.CLM has training.epochs = 0, which is wrong"),
+    (setting("methods.CLM.warm_start=CLM"), "methods.CLM names itself: name another row"),
+    (setting("methods.X.method=uld", "methods.X.balance=ratio"), "methods.X has balance = 'ratio', which is wrong"),
     (setting("suites.perplexity.mode=strided", "suites.perplexity.stride=0"), "suites.perplexity.stride = 0"),
     (run("suites.perplexity.mode=strided", "suites.perplexity.stride=60"), "between 1 and half the window of 64"),
     (run("device=cuda"), "this machine has no CUDA device that torch can use: set device=cpu"),

@@ -102,6 +102,10 @@ SETTINGS: dict[str, str] = {
     "methods.FuseLLM.lambda=0.7": FUSED,
     "methods.FuseLLM.preset=published": f"map {FUSED}",
     "methods.FuseLLM.fusion=avgce": FUSED,
+    "methods.FuseLLM.training.epochs=2": FUSED,
+    "methods.FuseLLM.training.global_batch_size=2": "run",  # the experiment's
+    "methods.FuseLLM.warm_start=CLM": FUSED,
+    "methods.FuseLLM.balance=rescale": FUSED,
     "methods.Both.map=em": "measured:Both",
     "methods.Both.pivot=neox": "measured:Both",
     "methods.Both.weights=[0.5, 0.25]": "measured:Both",
@@ -335,6 +339,11 @@ def test_versions_of_registered_parts(inputs: Path, before: dict[str, str], monk
         with monkeypatch.context() as patch:
             patch.setitem(MAPS._parts, name, replace(MAPS.part(name), version=99))
             check({**before, "run": ""}, {**keys(inputs), "run": ""}, expected, run=False)
+
+
+def test_the_micro_batch_counts_where_a_ratio_is_taken_over_it(inputs: Path) -> None:
+    rescaled = keys(inputs, "methods.FuseLLM.balance=rescale")
+    check(rescaled, keys(inputs, "methods.FuseLLM.balance=rescale", "training.micro_batch_size=2"), FUSED)
 
 
 def test_toolchains(inputs: Path, before: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

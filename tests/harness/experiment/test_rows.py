@@ -20,6 +20,7 @@ from harness.experiment.candidates import candidates
 from harness.experiment.pipeline import open_experiment
 from harness.experiment.plan import plan
 from harness.reporting.runs import open_run
+from harness.stages.training_log import tokens_seen
 from harness.store.artifacts import read_manifest
 from tests.harness.command import answer, assert_whole, sentence
 
@@ -244,6 +245,30 @@ def _twice(context: Context, parameters: Parameters) -> Candidate:
 
 def _elsewhere(context: Context, parameters: Parameters) -> Candidate:
     return context.train(lam=1.0, start=context.model("neox"))
+
+
+def test_a_row_has_its_own_training_start_and_balance(file: Path, tmp_path: Path) -> None:
+    raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    raw["methods"] = {
+        "Plain": {"method": "fusellm", "lambda": 0.5, "warm_start": "CLM"},
+        "Rescaled": {"method": "fusellm", "lambda": 0.5, "warm_start": "CLM", "balance": "rescale"},
+        "CLM": {"method": "clm", "training": {"epochs": 2, "learning_rate": 0.02}},
+        "Once": {"method": "clm"},
+    }
+    file.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+    config: Config = load(str(file))
+    folder = run.run(config, tmp_path)
+    assert {stage.state for stage in plan(config, tmp_path)} == {"ready"}
+    rows: dict[str, Any] = {row.label: row.candidate for row in candidates(open_experiment(config, tmp_path))}
+    manifests = {label: read_manifest(row.training) for label, row in rows.items()}
+    assert manifests["CLM"]["params"]["learning_rate"] == 0.02
+    assert tokens_seen(rows["CLM"].training) == 2 * (tokens_seen(rows["Once"].training) or 0) > 0
+    assert {manifests[label]["inputs"]["model"] for label in ("Plain", "Rescaled")} == {rows["CLM"].fingerprint}
+    plain, rescaled = _weights(rows["Plain"]), _weights(rows["Rescaled"])
+    assert any(not torch.equal(plain[name], rescaled[name]) for name in plain)
+    notes = open_run(folder).notes
+    assert "CLM is trained with settings of its own: learning_rate 0.02, epochs 2.0." in notes
+    assert "Plain starts from the checkpoint of CLM, whose tokens are not among its own." in notes
 
 
 def test_a_training_starts_from_the_candidate_of_another_row(
