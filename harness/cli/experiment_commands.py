@@ -246,18 +246,21 @@ def audit(
     name: Name,
     profile: Profile = None,
     settings: Settings = [],  # noqa: B006
+    passages: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Passages to measure, drawn by seed 0. Default: 2000.")
+    ] = 2000,
     form: FormatOption = None,
     json: Json = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Estimate, before any training, whether the sources know what the target does not."""
+    """Show what the sources know more than the target, and what every step of the fusion leaves of it."""
     from harness.config.loading import load
 
     config = load(name, profile=profile, overrides=settings)
     prepare(root, config.device)
     from harness.experiment import headroom as auditing
 
-    result = auditing.audit(config, root)
+    result = auditing.audit(config, root, passages)
     print_rows(list(result.measures.columns), result.measures.values.tolist(), form)
     if form is None:
         typer.echo(result.sentence)

@@ -1,17 +1,15 @@
-"""The audit: how much the sources could improve the target, measured before any training.
+"""The audit: what the sources know more than the target, and how much of it is left after every step of the fusion.
 
-At every target position that a source is paired with, three probabilities of the true next token are compared: that of
-the source's own next token under the source (native), that of the target's next token under the source's distribution
-projected onto the target's vocabulary (mapped), and that of the target's next token under the target itself. Where the
-second does not exceed the third, fusion cannot improve the target, however good the source is.
-
-The bucket log-likelihood treats every distribution as it is stored, k entries and the mass of the tail, and spreads the
-tail's mass evenly over the rest of the vocabulary. Without this a less certain distribution would look better: the true
-token is in its tail more often, and a large tail is an outcome that is easily right.
+The steps are those of `fusion.alignment.waterfall`, in bits per byte of all the text of a domain, so that they add up.
+What the experiment's rows have learnt of it is read from the records of its run, where there is one, and is said of the
+suite's documents, which are other text.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,56 +17,76 @@ import numpy as np
 import pandas as pd
 
 from baselines.fusellm import FuseLLMParameters
-from fusion.alignment.fuse import UNPAIRED, fuse_sequence
+from fusion.alignment.waterfall import FUSED, STAGES, waterfall
 from fusion.errors import UserError
 from fusion.losses.fusion_loss import FusionLoss
-from fusion.types import Predictions, Sparse
 from harness.config.schema import Config
 from harness.config.validation import method_parameters
 from harness.data.passages import Passages
 from harness.experiment.pipeline import TARGET, Experiment, loss_resources, open_experiment, start
 from harness.experiment.run import run_folder
 from harness.reporting.figures import audited
+from harness.reporting.runs import Run, open_run
 from harness.runtime.progress import track
 from harness.stages.prefix_check import TEXTS, prefix_warning
 from harness.store.files import write_atomically
-from harness.store.paths import command_path
+from harness.store.paths import RUN_FILE, command_path
 
-LEAST_TAIL = 1e-6  # a tail is stored in float16; below this it is rounding and its logarithm means nothing
 OVERALL = "all domains"
-CHOSEN = "fused"
-_MEANS = ("p_next_native", "p_next_mapped", "p_next_target", "bucket_ll_native", "bucket_ll_mapped", "bucket_ll_target")
+_STEPS = {
+    "aligned": "positions without a partner",
+    "projected": "map and projection",
+    "kept": "top k and tail",
+    "selected": "the selection among sources",
+    "taught": "positions between partners",
+}
+Sums = defaultdict[tuple[str, str], defaultdict[str, float]]
+"""By model and domain: sums over passages."""
 
 
 @dataclass(frozen=True)
 class Audit:
-    """The measures of an audit, and a sentence that sums them up."""
+    """The measures of an audit, and sentences that sum them up."""
 
     measures: pd.DataFrame
-    """One row a source and domain (see `results.figures.audit.audit_figure`)."""
+    """One row a model and domain (see `results.figures.audit.audit_figure`)."""
     sentence: str
     folder: Path
 
 
-def audit(config: Config, root: Path) -> Audit:
+def audit(config: Config, root: Path, passages: int = 2000) -> Audit:
     """Measures the sources on the training corpus; makes extractions and maps where they are missing.
 
     The sources, the map and the switches are those of the experiment's first FuseLLM row. Each passage is fused by
-    itself, so that under `select_over: sequence` a selection can differ from the training's. Raises UserError where the
-    experiment has no FuseLLM row.
+    itself, so that under `select_over: sequence` a selection can differ from the training's.
+
+    Args:
+        config: the experiment.
+        root: where its artifacts and runs lie.
+        passages: how many are measured, drawn from all by seed 0.
+
+    Raises:
+        UserError: the experiment has no FuseLLM row.
     """
     experiment = open_experiment(config, root)
     start(experiment)
     parameters = _fusellm(config)
     fusion = parameters.loss(parameters.sources or list(config.roles.sources))
     with experiment.workspace.store.in_use(command_path(root, config.experiment, config.profile, "audit")):
-        measures, skipped = _measures(experiment, fusion)
+        sums, skipped = _sums(experiment, fusion, passages)
+    run = run_folder(experiment, root)
+    rows = _by_domain(sums, [TARGET, *fusion.sources, FUSED], experiment.models.model(TARGET).name)
+    learnt = _learnt(open_run(run)) if (run / RUN_FILE).exists() else []
+    names = {row["source"] for row in rows}
+    for row in learnt:
+        row["source"] += " (row)" if row["source"] in names else ""
+    measures = pd.DataFrame([*rows, *learnt], columns=[*rows[0], "ahead_of_target", "ahead_of_reference"])
     sentence = _sentence(measures)
     if skipped:
         sentence += f" {skipped} passages are not counted: a model has no predictions of them (see its extraction)."
     for warning in _prefix_warnings(experiment, [TARGET, *fusion.sources]):
         sentence += f" {warning}"
-    folder = run_folder(experiment, root) / "audit"
+    folder = run / "audit"
     folder.mkdir(parents=True, exist_ok=True)
     _write(measures, sentence, folder, config)
     return Audit(measures, sentence, folder)
@@ -94,169 +112,152 @@ def _fusellm(config: Config) -> FuseLLMParameters:
     raise UserError(f"The experiment {config.experiment} has no FuseLLM row to audit: add one to methods.")
 
 
-def _measures(experiment: Experiment, fusion: FusionLoss) -> tuple[pd.DataFrame, int]:
-    """The measures over the passages that no model skipped, and the number of the other passages."""
-    resources, readers = loss_resources(experiment, "audit", fusion.requirements(TARGET))
+def _sums(experiment: Experiment, fusion: FusionLoss, at_most: int) -> tuple[Sums, int]:
+    """The sums over the passages that no model skipped, and the number of the other passages."""
+    requirements = fusion.requirements(TARGET)
+    # All stored entries, whatever k the row uses.
+    resources, readers = loss_resources(experiment, "audit", replace(requirements, k=None))
     sources = [resources.source(name) for name in fusion.sources]
     passages = Passages(experiment.corpora.passages[1])
-    target_vocabulary = experiment.models.tokenizer(TARGET)[1]
-    sizes = {name: len(reader.vocabulary) for name, reader in readers.items()}
-    single_source = replace(fusion.switches, include_target=False, tail="bucket", fusion="mince", unmapped="tail")
-    rows: list[dict[str, Any]] = []
+    drawn = np.arange(len(passages))
+    if at_most < len(passages):
+        drawn = np.sort(np.random.default_rng(0).choice(len(passages), at_most, replace=False))
+    sums: Sums = defaultdict(lambda: defaultdict(float))
     skipped = 0
-    with track("audit", len(passages), "passages") as advance:
-        for passage in range(len(passages)):
-            predictions_of = {name: reader.predictions(passage) for name, reader in readers.items()}
+    with track("audit", len(drawn), "passages") as advance:
+        for passage in drawn.tolist():
+            predictions = {name: reader.predictions(passage) for name, reader in readers.items()}
             advance(1)
-            if any(predictions.skipped for predictions in predictions_of.values()):
+            if any(one.skipped for one in predictions.values()):
                 skipped += 1
                 continue
-            size, domain = int(passages.n_bytes[passage]), passages.domain(passage)
-
-            def fuse(sources: list[Any], switches: Any, predictions_of: Any = predictions_of, size: int = size) -> Any:
-                return fuse_sequence(
-                    [predictions_of],
-                    [size],
-                    target=TARGET,
-                    sources=sources,
-                    target_vocabulary=target_vocabulary,
-                    switches=switches,
-                )
-
-            fused = fuse(sources, fusion.switches)
-            own = predictions_of[TARGET]
-            for source in [None, *sources]:
-                name = TARGET if source is None else source.name
-                predictions = predictions_of[name]
-                row: dict[str, Any] = {"source": name, "domain": domain, "bytes": size, "passages": 1}
-                row["nats"] = float(predictions.nats.sum(dtype=np.float64))
-                row["positions"] = len(own.nats) - 1
-                row["chosen"] = _selected_fraction(fused, name)
-                if source is None:
-                    at = np.arange(len(own.nats) - 1)
-                    projected = Sparse(own.ids, np.exp(own.log_p), own.tail)
-                    partner = at
-                else:
-                    single = fuse([source], single_source)
-                    projected = single.targets
-                    at = np.flatnonzero(single.paired[0][:-1])
-                    partner = single.partner[0][at]
-                row["paired"] = len(at)
-                row |= _sums(predictions, own, projected, at, partner, (sizes[name], sizes[TARGET]))
-                rows.append(row)
-            rows.append(_fused_row(fused, own, {"domain": domain, "bytes": size, "passages": 1}, sizes[TARGET]))
-    names = [TARGET, *(s.name for s in sources), CHOSEN]
-    return _by_domain(pd.DataFrame(rows), names, experiment.models.model(TARGET).name), skipped
+            size = int(passages.n_bytes[passage])
+            gains = waterfall(
+                predictions,
+                size,
+                target=TARGET,
+                sources=sources,
+                target_vocabulary=resources.vocabularies[TARGET],
+                switches=fusion.switches,
+                k=requirements.k,
+            )
+            of_all = {
+                "passages": 1,
+                "bytes": size,
+                "shared_bytes": gains.shared_bytes,
+                "n_positions": gains.n_positions,
+            }
+            taken = sum(positions.get("chosen", 0) for positions in gains.positions.values())
+            for name, stages in gains.nats.items():
+                positions = gains.positions[name]
+                values: dict[str, float] = {**of_all, **stages, **positions}
+                if name != FUSED:
+                    values["nats"] = float(predictions[name].nats.sum(dtype=np.float64))
+                    values["share"] = positions["chosen"] / taken if taken else 0.0
+                for domain in (passages.domain(passage), OVERALL):
+                    for measure, value in values.items():
+                        sums[name, domain][measure] += value
+    if not sums:
+        raise UserError("There is no passage that all models have predicted, so there is nothing to audit.")
+    return sums, skipped
 
 
-def _fused_row(fused: Any, own: Predictions, row: dict[str, Any], vocabulary: int) -> dict[str, Any]:
-    """The row of the distribution that the loss trains on, at the positions where it comes from a source."""
-    at = np.flatnonzero(fused.chosen[:-1] != UNPAIRED)
-    # It is no model's own prediction, so it has no native positions.
-    sums = _sums(own, own, fused.targets, at, np.full(len(at), len(own.nats) - 1), (vocabulary, vocabulary))
-    whole = {"source": CHOSEN, "nats": np.nan, "positions": len(own.nats) - 1, "paired": len(at), "chosen": 1.0}
-    return row | whole | sums
+def _by_domain(sums: Sums, order: Sequence[str], target: str) -> list[dict[str, Any]]:
+    """The measures: one row a model and domain, those of all domains last."""
+    domains = sorted({domain for _, domain in sums} - {OVERALL})
+    rows = []
+    for name in order:
+        for domain in [*domains, OVERALL]:
+            total = sums[name, domain]
+            bits = total["bytes"] * math.log(2)
+            row: dict[str, Any] = {
+                "source": f"{target} (target)" if name == TARGET else name,
+                "kind": name if name in (TARGET, FUSED) else "source",
+                "domain": domain,
+                "passages": int(total["passages"]),
+                "bytes": int(total["bytes"]),
+                "shared": _ratio(total, "shared_bytes", "bytes"),
+                "bits_per_byte": total["nats"] / bits if "nats" in total else math.nan,
+            }
+            row |= {stage: total[stage] / bits if stage in total else math.nan for stage in STAGES}
+            row |= {
+                "paired": _ratio(total, "paired", "n_positions"),
+                "inside": _ratio(total, "inside", "n_positions"),
+                "no_entry": _ratio(total, "no_entry", "paired"),
+                "chosen": _ratio(total, "share", "passages"),
+            }
+            rows.append(row)
+    return rows
 
 
-def _selected_fraction(fused: Any, name: str) -> float:
-    """The fraction of the passages (here one) for which the predictions of `name` were selected."""
-    chosen = fused.chosen[fused.chosen >= 0]
-    if name not in fused.names or not len(chosen):
-        return 0.0
-    return float((chosen == fused.names.index(name)).mean())
+def _ratio(total: Mapping[str, float], part: str, whole: str) -> float:
+    return total[part] / total[whole] if part in total and total[whole] else math.nan
 
 
-def _bucket(p: np.ndarray, tail: np.ndarray, rest: np.ndarray | int) -> np.ndarray:
-    """Log-likelihood (nats) of the next token: of its entry, or of its part of the tail, which `rest` tokens share."""
-    return np.log(np.where(p > 0, p, np.maximum(tail, LEAST_TAIL) / rest).astype(np.float64))
+def _learnt(run: Run) -> list[dict[str, Any]]:
+    """Bits per byte by which each row that is no model as it is is ahead of the target and of the reference, by domain.
 
-
-def _native(predictions: Predictions, at: np.ndarray, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
-    """p(next token) and bucket log-likelihood of predictions at positions that have a next token."""
-    p = np.exp(-predictions.nats[at].astype(np.float64))
-    listed = (predictions.ids[at] == predictions.tokens[at + 1][:, None]).any(1)
-    return p, _bucket(np.where(listed, p, 0), predictions.tail[at], vocabulary - predictions.ids.shape[1])
-
-
-def _sums(
-    predictions: Predictions,
-    own: Predictions,
-    projected: Sparse,
-    at: np.ndarray,
-    partner: np.ndarray,
-    vocabularies: tuple[int, int],
-) -> dict[str, float]:
-    # A source position at its own end of text has no next token to compare with.
-    has_next = partner < len(predictions.nats) - 1
-    p_native, ll_native = _native(predictions, partner[has_next], vocabularies[0])
-    p_target, ll_target = _native(own, at, vocabularies[1])
-    gold = own.tokens[at + 1]
-    hit = projected.ids[at] == gold[:, None]
-    p_mapped = np.where(hit, projected.p[at], 0).sum(1, dtype=np.float64)
-    columns = {
-        "p_next_native": p_native,
-        "p_next_mapped": p_mapped,
-        "p_next_target": p_target,
-        "bucket_ll_native": ll_native,
-        "bucket_ll_mapped": _bucket(p_mapped, projected.tail[at], vocabularies[1] - (projected.ids[at] >= 0).sum(1)),
-        "bucket_ll_target": ll_target,
-    }
-    return {name: float(values.sum()) for name, values in columns.items()} | {"native_positions": int(has_next.sum())}
-
-
-def _by_domain(rows: pd.DataFrame, order: list[str], target: str) -> pd.DataFrame:
-    def combined() -> Iterator[dict[str, Any]]:
-        everything = rows.assign(domain=OVERALL)
-        for name in order:
-            for domain in [*sorted(rows["domain"].unique()), OVERALL]:
-                part = everything if domain == OVERALL else rows
-                part = part[(part["source"] == name) & (part["domain"] == domain)]
-                total = part.sum(numeric_only=True)
-                row: dict[str, Any] = {
-                    "source": f"{target} (target)" if name == TARGET else name,
-                    "domain": domain,
-                    "passages": int(total["passages"]),
-                    "nats_per_byte": total["nats"] / total["bytes"] if name != CHOSEN else np.nan,
-                    "paired": total["paired"] / total["positions"] if total["positions"] else np.nan,
-                    "chosen": total["chosen"] / total["passages"],
-                }
-                for measure in _MEANS:
-                    n = total["native_positions"] if measure.endswith("native") else total["paired"]
-                    row[measure] = total[measure] / n if n else np.nan
-                yield row
-
-    return pd.DataFrame(list(combined()))
+    They are of the documents of the suite perplexity that both have, as the mean over seeds.
+    """
+    records = run.records
+    final = records[(records["suite"] == "perplexity") & records["tokens"].isna()]
+    final = final[final["metric"].str.startswith("bits_per_byte")]
+    by_document = final.groupby(["method", "task", "example"])[["numerator", "denominator"]].mean()
+    measured = set(final["method"])
+    others = {"ahead_of_target": run.roles.get("target"), "ahead_of_reference": run.reference}
+    rows = list[dict[str, Any]]()
+    for label, entry in run.methods.items():
+        if entry["method"] == "as_is" or label not in measured:
+            continue
+        own = by_document.loc[label]
+        for domain in [*sorted(own.index.unique("task")), OVERALL]:
+            row: dict[str, Any] = {"source": label, "kind": "row", "domain": domain}
+            part = own if domain == OVERALL else own.xs(domain, level="task", drop_level=False)
+            row["bits_per_byte"] = float(part["numerator"].sum() / part["denominator"].sum() / math.log(2))
+            for column, other in others.items():
+                if other in measured:
+                    both = part.join(by_document.loc[other], rsuffix="_other", how="inner")
+                    nats = (both["numerator_other"] - both["numerator"]).sum()
+                    row[column] = float(nats / both["denominator"].sum() / math.log(2)) if len(both) else math.nan
+            rows.append(row)
+    return rows
 
 
 def _sentence(measures: pd.DataFrame) -> str:
-    """A sentence about which sources exceed the target after their mass is projected onto its vocabulary."""
-    rows = [{str(k): v for k, v in row.items()} for row in measures.to_dict("records")]
-    *sources, fused = [row for row in rows if row["domain"] == OVERALL][1:]
-    parts = []
-    for row in sources:
-        ahead = [
-            other["domain"]
-            for other in rows
-            if other["source"] == row["source"] and other["domain"] != OVERALL and _gain(other) > 0
-        ]
-        parts.append(
-            f"{row['source']} gives the true next token {row['p_next_native']:.3f} natively and "
-            f"{row['p_next_mapped']:.3f} after the map (the target itself {row['p_next_target']:.3f}), by bucket "
-            f"log-likelihood it is ahead of the target in {', '.join(ahead) or 'no domain'}, and it is chosen for "
-            f"{row['chosen']:.0%} of the passages"
-        )
-    gain = _gain(fused)
-    verdict = (
-        f"the fused distribution is ahead of the target by {gain:.3f} nats a position, which is what there is to learn"
+    """Sentences that say of every source what it knows more, how much of it is taught, and which step loses most."""
+    rows = [{str(key): value for key, value in row.items()} for row in measures.to_dict("records")]
+    sentences = []
+    for name in dict.fromkeys(row["source"] for row in rows if row["kind"] == "source"):
+        better = [row for row in rows if row["source"] == name and row["domain"] != OVERALL and row["native"] > 0]
+        if not better:
+            sentences.append(f"{name} reads no domain better than the target.")
+            continue
+        size = sum(row["bytes"] for row in better)
+        left = {stage: sum(row[stage] * row["bytes"] for row in better) / size for stage in STAGES}
+        domains = ", ".join(row["domain"] for row in better)
+        sentence = f"{name} reads {domains} better than the target by {left['native']:.4f} bits per byte"
+        steps = [(left[before] - left[stage], _STEPS[stage]) for before, stage in pairwise(STAGES)]
+        lost, step = max(one for one in steps if not math.isnan(one[0]))  # in a mixture the last two are nobody's
+        if not math.isnan(left["taught"]):
+            sentence += f", of which {left['taught']:.4f} is taught"
+        sentence += f"; what loses most is {step} ({lost:.4f})" if lost > 0 else "; no step loses any of it"
+        sentences.append(sentence + ".")
+    (fused,) = (row for row in rows if row["kind"] == FUSED and row["domain"] == OVERALL)
+    gain = fused["taught"]
+    sentences.append(
+        f"Over all text the fused distribution is ahead of the target by {gain:.4f} bits per byte, which is what there "
+        "is to learn."
         if gain > 0
-        else f"the fused distribution is behind the target ({gain:.3f} nats a position): there is nothing to learn"
+        else f"Over all text the fused distribution is behind the target ({gain:.4f} bits per byte): there is nothing "
+        "to learn."
     )
-    return f"{'; '.join(parts)}: {verdict} ({fused['p_next_mapped']:.3f} against {fused['p_next_target']:.3f})."
-
-
-def _gain(row: dict[str, Any]) -> float:
-    """Nats a position by which the projected source exceeds the target, in bucket log-likelihood."""
-    return float(row["bucket_ll_mapped"] - row["bucket_ll_target"])
+    learnt = [row for row in rows if row["kind"] == "row" and row["domain"] == OVERALL]
+    ahead = [
+        f"{row['source']} {row['ahead_of_reference']:+.4f}" for row in learnt if abs(row["ahead_of_reference"]) > 0
+    ]
+    if ahead:
+        sentences.append(f"On other text, that of the suite, rows are ahead of the reference by {', '.join(ahead)}.")
+    return " ".join(sentences)
 
 
 def _write(measures: pd.DataFrame, sentence: str, folder: Path, config: Config) -> None:

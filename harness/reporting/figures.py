@@ -56,7 +56,7 @@ def audited(measures: "pd.DataFrame", title: str, banner: str) -> Iterator[Drawi
     from results.figures.audit import audit_figure, coverage_figure, selection_figure
 
     for name, caption, draw in (
-        ("audit", "What there is to learn from each source", audit_figure),
+        ("audit", "What each source knows more than the target, and what every step leaves of it", audit_figure),
         ("selection", "Which source is selected where", selection_figure),
         ("coverage", "How much of the text each source's alignment covers", coverage_figure),
     ):

@@ -1,4 +1,6 @@
-"""Figures of an audit: what there is to learn from each source, which source is chosen where, and coverage."""
+"""Figures of an audit: what sources know more than the target and every step leaves of it, which source is selected
+where, and coverage.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,50 +16,71 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The audit's measures of one source in one domain; probabilities and shares lie in [0, 1], log-likelihoods are in nats.
-_BY_SOURCE = {
-    "nats_per_byte": "nats per byte, as it is",
-    "paired": "share of positions paired",
-    "chosen": "share of passages it is chosen for",
+_MODELS = ("target", "source")  # kinds of rows that stand for a model
+_STAGES = {
+    "native": "ahead of the target, natively",
+    "aligned": "without a partner",
+    "projected": "map and projection",
+    "kept": "top k and tail",
+    "selected": "selection",
+    "taught": "between partners",
 }
-_BY_STAGE = {
-    "probability of the true next token": ("p_next_native", "p_next_mapped", "p_next_target"),
-    "bucket log-likelihood, nats": ("bucket_ll_native", "bucket_ll_mapped", "bucket_ll_target"),
-}
-_STAGES = ("source, native", "source, after the map", "target itself")
+_LEFT = "left: what is taught"
+_SHARES = {"chosen": "share of passages it is chosen for", "paired": "share of positions paired"}
 
 
 def audit_figure(measures: pd.DataFrame, path: Path | str, *, title: str = "", banner: str = "") -> tuple[Path, ...]:
-    """Draw `path`.png and `path`.svg: what there is to learn from each source, as grouped bars by domain.
+    """Draw `path`.png and `path`.svg: for each source a waterfall by domain, in bits per byte of the domain's text.
 
-    measures has one row a (source, domain) and the columns source, domain, nats_per_byte, paired, p_next_native,
-    p_next_mapped, p_next_target, bucket_ll_native, bucket_ll_mapped, bucket_ll_target, chosen. Missing values (NaN) are
-    marked n/a. Raises UserError for a missing column, an empty frame, and a source that has a domain twice.
+    The first bar is what the source knows more than the target, each further one goes from what was left before a step
+    to what is left after it, and the last is what is taught. The last panel has what the fused distribution teaches,
+    and by how much each row of the experiment is ahead of the target on the suite's text.
+
+    measures has one row a model and domain and the columns source, kind (target, source, fused; row for a row of the
+    experiment), domain; native, aligned, projected, kept, selected and taught, the bits per byte that are left; chosen
+    and paired, shares; ahead_of_target. Missing values (NaN) are marked n/a. Raises UserError for a missing column, an
+    empty frame, and a model that has a domain twice.
     """
-    domains, by_source = _by_source(measures, [*_BY_SOURCE, *(one for names in _BY_STAGE.values() for one in names)])
-    sources = list(by_source["chosen"])
+    domains, by_source = _by_source(measures, [*_STAGES, *_SHARES, "ahead_of_target"])
+    kinds = dict(zip(measures["source"], measures["kind"], strict=True))
+    sources = [source for source, kind in kinds.items() if kind == "source"]
     with style.style():
-        figure = style.new((4.0 + 1.3 * max(len(domains), 5), 3.0 * (1 + len(sources))))
-        grid = figure.add_gridspec(1 + len(sources), 6)
-        for i, (name, label) in enumerate(_BY_SOURCE.items()):
-            axes = figure.add_subplot(grid[0, 2 * i : 2 * i + 2])
-            style.bars(axes, domains, by_source[name], label, first=0)
-        # Not within the axes: a legend wider than one of them would leave it no room.
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=len(sources), fontsize=8)
-        shared: dict[str, Axes] = {}
-        for row, source in enumerate(sources, 1):
-            for i, (label, names) in enumerate(_BY_STAGE.items()):
-                axes = figure.add_subplot(grid[row, 3 * i : 3 * i + 3], sharey=shared.get(label))
-                shared.setdefault(label, axes)
-                series = {stage: by_source[name][source] for stage, name in zip(_STAGES, names, strict=True)}
-                style.bars(axes, domains, series, label, first=3)
-                axes.set_title(f"{source}, at its paired positions", fontsize=9)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower right", ncols=len(_STAGES), fontsize=8)
+        figure = style.new((4.0 + 1.6 * max(len(domains), 4), 3.2 * (1 + len(sources))))
+        grid = figure.add_gridspec(1 + len(sources), 1)
+        for row, source in enumerate(sources):
+            axes = figure.add_subplot(grid[row])
+            _steps(axes, domains, {stage: by_source[stage][source] for stage in _STAGES})
+            axes.set_title(source, fontsize=9)
+        if sources:
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", fontsize=8)
+        axes = figure.add_subplot(grid[len(sources)])
+        ahead = {f"{source} (taught)": by_source["taught"][source] for source, kind in kinds.items() if kind == "fused"}
+        for source, kind in kinds.items():
+            if kind == "row":
+                ahead[f"{source} (learnt, other text)"] = by_source["ahead_of_target"][source]
+        style.bars(axes, domains, ahead, "bits per byte ahead of the target", first=0)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.legend(fontsize=8)
         style.entitle(figure, title, banner)
         return style.save(figure, Path(path))
 
 
-FUSED = "fused"  # the audit's row of the fused distribution that the target is trained on
+def _steps(axes: "Axes", domains: Sequence[str], left: dict[str, list[float]]) -> None:
+    """Bars that add up: each begins where the one before it ends, the first and the last at zero."""
+    values = np.array([left[stage] for stage in _STAGES])
+    known = ~np.isnan(values[0])  # rows of the experiment have domains of other text
+    values, domains = values[:, known], [domain for domain, shown in zip(domains, known, strict=True) if shown]
+    bottoms = np.vstack([np.zeros(len(domains)), values[:-1], np.zeros(len(domains))])
+    tops = np.vstack([values, values[-1]])
+    width = 0.85 / len(tops)
+    for k, label in enumerate([*_STAGES.values(), _LEFT]):
+        x = np.arange(len(domains)) + (k - (len(tops) - 1) / 2) * width
+        axes.bar(x, tops[k] - bottoms[k], width, bottom=bottoms[k], label=label, **style.bar_style(k))
+        for place, height in zip(x, tops[k] - bottoms[k], strict=True):
+            if np.isnan(height):
+                axes.text(place, 0.01, "n/a", transform=axes.get_xaxis_transform(), ha="center", fontsize=6)
+    axes.axhline(0, color="black", linewidth=0.8)
+    style.name_groups(axes, domains, "bits per byte ahead of the target")
 
 
 def selection_figure(
@@ -65,12 +88,12 @@ def selection_figure(
 ) -> tuple[Path, ...]:
     """Draw which source was selected where: by domain, the share of passages each is chosen for, adding up to one.
 
-    measures: the columns source, domain and chosen of the audit's (see `audit_figure`, also for what is raised).
+    measures: the columns source, kind, domain and chosen of the audit's (see `audit_figure`, also for what is raised).
     """
-    domains, by_source = _by_source(measures[measures["source"] != FUSED], ["chosen"])
+    domains, by_source = _by_source(_models(measures), ["chosen"])
     with style.style():
         figure, axes = _domain_axes(len(domains))
-        style.stacked(axes, domains, by_source["chosen"], _BY_SOURCE["chosen"])
+        style.stacked(axes, domains, by_source["chosen"], _SHARES["chosen"])
         figure.legend(loc="outside lower center", ncols=3, fontsize=8)
         style.entitle(figure, title, banner)
         return style.save(figure, Path(path))
@@ -79,16 +102,21 @@ def selection_figure(
 def coverage_figure(measures: pd.DataFrame, path: Path | str, *, title: str = "", banner: str = "") -> tuple[Path, ...]:
     """Draw how much of the target's text each source's alignment covers: the share of positions paired, by domain.
 
-    measures: the columns source, domain and paired of the audit's (see `audit_figure`, also for what is raised).
+    measures: the columns source, kind, domain and paired of the audit's (see `audit_figure`, also for what is raised).
     """
-    domains, by_source = _by_source(measures[measures["source"] != FUSED], ["paired"])
+    domains, by_source = _by_source(_models(measures), ["paired"])
     with style.style():
         figure, axes = _domain_axes(len(domains))
-        style.bars(axes, domains, by_source["paired"], _BY_SOURCE["paired"], first=0)
+        style.bars(axes, domains, by_source["paired"], _SHARES["paired"], first=0)
         axes.set_ylim(0, 1)
         figure.legend(loc="outside lower center", ncols=3, fontsize=8)
         style.entitle(figure, title, banner)
         return style.save(figure, Path(path))
+
+
+def _models(measures: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the target and the sources."""
+    return measures[measures["kind"].isin(_MODELS)] if "kind" in measures.columns else measures
 
 
 def _domain_axes(domains: int) -> "tuple[Figure, Axes]":
@@ -98,7 +126,7 @@ def _domain_axes(domains: int) -> "tuple[Figure, Axes]":
 
 def _by_source(measures: pd.DataFrame, names: Sequence[str]) -> tuple[list[str], dict[str, dict[str, list[float]]]]:
     """The domains, and of each measure in `names` by source one value a domain, in the order of the rows."""
-    absent = [name for name in ["source", "domain", *names] if name not in measures.columns]
+    absent = [name for name in ["source", "kind", "domain", *names] if name not in measures.columns]
     if absent:
         raise UserError(f"the audit's measures lack the columns {', '.join(absent)}; make the audit again")
     if measures.empty:
@@ -106,7 +134,7 @@ def _by_source(measures: pd.DataFrame, names: Sequence[str]) -> tuple[list[str],
     if measures.duplicated(["source", "domain"]).any():
         raise UserError("the audit measures one source twice in one domain; make the audit again")
     sources, domains = list(dict.fromkeys(measures["source"])), list(dict.fromkeys(measures["domain"]))
-    indexed = measures.set_index(["source", "domain"])
+    indexed = measures.set_index(["source", "domain"])[list(names)].astype(float)
     by_measure = {
         name: {source: [float(indexed[name].get((source, domain), np.nan)) for domain in domains] for source in sources}
         for name in names

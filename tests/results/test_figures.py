@@ -148,16 +148,15 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
 
 def measures() -> pd.DataFrame:
     rng = np.random.default_rng(0)
-    names = ["nats_per_byte", "paired", "p_next_native", "p_next_mapped", "p_next_target", "chosen"]
-    logs = ["bucket_ll_native", "bucket_ll_mapped", "bucket_ll_target"]
+    names = ["native", "aligned", "projected", "kept", "selected", "taught", "paired", "chosen", "ahead_of_target"]
     rows = [
-        {"source": source, "domain": domain}
-        | {one: rng.random() for one in names}
-        | {one: -rng.random() for one in logs}
+        {"source": source, "kind": "source", "domain": domain} | {one: rng.random() for one in names}
         for source in ("Gemma", "Qwen")
         for domain in ("code", "news", "wiki")
     ]
-    rows[0]["p_next_mapped"] = float("nan")
+    rows.append({"source": "fused", "kind": "fused", "domain": "code", "taught": -0.1})
+    rows.append({"source": "CLM", "kind": "row", "domain": "code", "ahead_of_target": 0.1})
+    rows[0]["projected"] = float("nan")
     return pd.DataFrame(rows)
 
 
@@ -187,6 +186,21 @@ def test_bad_measures_are_refused(tmp_path: Path) -> None:
         audit_figure(measures().iloc[:0], tmp_path / "a")
     with pytest.raises(UserError, match="twice"):
         audit_figure(pd.concat([measures(), measures()]), tmp_path / "a")
+
+
+def test_the_bars_of_a_waterfall_add_up(tmp_path: Path, drawn: list[Any]) -> None:
+    """Each begins where the one before it ends; the last is what is left."""
+    found = measures().drop(index=0)
+    audit_figure(found, tmp_path / "audit")
+    bars = drawn[0].axes[1].containers  # of the second source
+    code = found[(found["source"] == "Qwen") & (found["domain"] == "code")].iloc[0]
+    ends = [bar[0].get_y() + bar[0].get_height() for bar in bars]
+    assert ends == pytest.approx(
+        [*code[["native", "aligned", "projected", "kept", "selected", "taught"]], code["taught"]]
+    )
+    assert [bar[0].get_y() for bar in bars] == pytest.approx([0, *ends[:5], 0])
+    legend = drawn[0].axes[-1].get_legend_handles_labels()[1]
+    assert legend == ["fused (taught)", "CLM (learnt, other text)"]
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The command line as a user meets it; mistakes and faults have files of their own."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Set
@@ -144,6 +145,20 @@ def test_quickstart_prints_its_table(quickstart: Path) -> None:
         assert f"| {row} |" in printed
     assert "match their manifests" in fusellm("artifact", "verify", "--root", quickstart).stdout
     assert "FuseLLM" in fusellm("artifact", "list", "--root", quickstart).stdout
+
+
+@pytest.mark.slow
+def test_the_audit_of_quickstart(quickstart: Path, tmp_path: Path) -> None:
+    shutil.copytree(quickstart, tmp_path / "root")  # others compare what is in it
+    root = tmp_path / "root"
+    command = ["audit", "quickstart", "--profile", "micro", "--passages", "20", "--root", root]
+    found = json.loads(fusellm(*command, "--json").stdout)
+    assert {row["source"] for row in found} >= {"coder", "reader", "fused", "CLM", "FuseLLM", "FuseLLM published"}
+    assert {row["passages"] for row in found if row["kind"] == "source" and row["domain"] == "all domains"} == {20}
+    (folder,) = root.glob("runs/quickstart/micro/*/audit")
+    ends = ("audit.csv", "audit.json", "audit.md", "audit.png", "audit.txt", "coverage.svg", "selection.png")
+    assert all((folder / name).exists() for name in ends)
+    assert "bits per byte" in (folder / "audit.txt").read_text(encoding="utf-8")
 
 
 # What tells the time or the place; the rest of a run depends on its configuration and seeds alone.

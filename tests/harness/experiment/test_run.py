@@ -251,16 +251,35 @@ def test_text_in_both_corpora_is_refused(experiment_file: Path, made: Path, tmp_
 
 
 def test_audit(finished: tuple[Config, Path, Path]) -> None:
-    config, root, _ = finished
+    config, root, folder = finished
     found = audit(config, root)
     m = found.measures.set_index(["source", "domain"])
-    target, neox = m.loc[("llama (target)", "all domains")], m.loc[("neox", "all domains")]
+    target, neox, fused = (m.loc[(name, "all domains")] for name in ("llama (target)", "neox", "fused"))
     assert target["paired"] == 1 and 0.2 < neox["paired"] <= 1
-    # The target carried over onto itself loses only what lies outside its top k.
-    assert target["bucket_ll_native"] == pytest.approx(target["bucket_ll_mapped"], abs=1e-3)
-    assert target["p_next_mapped"] <= target["p_next_native"] + 1e-6
+    stages = ["native", "aligned", "projected", "kept", "selected", "taught"]
+    assert target[stages].tolist() == pytest.approx([0] * 6, abs=1e-3)
+    assert neox["native"] == pytest.approx(target["bits_per_byte"] - neox["bits_per_byte"], abs=1e-3)
+    assert fused["taught"] == pytest.approx(target["taught"] + neox["taught"])
     assert target["chosen"] + neox["chosen"] == pytest.approx(1)
+    # All domains are the sum of the domains, by their bytes.
+    parts = found.measures.query("source == 'neox' and domain != 'all domains'")
+    assert neox["projected"] * neox["bytes"] == pytest.approx((parts["projected"] * parts["bytes"]).sum())
+    # The rows of the run, on the suite's documents.
+    table = json.loads((folder / "table.json").read_text())
+    learnt = m.loc[("FuseLLM", "all domains")]
+    assert m.loc[("CLM", "all domains"), "ahead_of_reference"] == 0
+    assert learnt["ahead_of_reference"] == pytest.approx(
+        m.loc[("CLM", "all domains"), "bits_per_byte"] - learnt["bits_per_byte"]
+    )
+    assert set(found.measures.query("kind == 'row'")["source"]) == set(table["rows"]) - {"llama", "neox"}
     assert (found.folder / "audit.png").exists() and "neox" in found.sentence
+
+
+def test_an_audit_of_some_passages_draws_the_same_ones(finished: tuple[Config, Path, Path]) -> None:
+    config, root, _ = finished
+    some, again = audit(config, root, 3).measures, audit(config, root, 3).measures
+    pd.testing.assert_frame_equal(some, again)
+    assert set(some.query("domain == 'all domains' and kind != 'row'")["passages"]) == {3}
 
 
 def test_unused_lists_what_no_run_names(finished: tuple[Config, Path, Path]) -> None:

@@ -11,7 +11,6 @@ from harness.reporting.tables import tables
 from harness.store.files import write_json
 from harness.store.paths import RUN_FILE
 from harness.store.run_files import read_run_file
-from results.figures import audit
 from results.formats import plain_table
 from results.records import Record
 from tests.harness.command import answer
@@ -47,12 +46,12 @@ def _ablation(root: Path) -> Path:
 
 
 def _audit(folder: Path) -> None:
-    names = [name for of_stage in audit._BY_STAGE.values() for name in of_stage]
+    stages = ["native", "aligned", "projected", "kept", "selected", "taught"]
     rows = [
-        {"source": source, "domain": domain, "nats_per_byte": 0.5, "paired": 0.5, "chosen": 0.5}
-        | dict.fromkeys(names, 0.25)
-        | ({"nats_per_byte": math.nan, "p_next_native": math.nan} if source == "fused" else {})
-        for source in ("target (target)", "a", "fused")
+        {"source": source, "kind": kind, "domain": domain, "paired": 0.5, "chosen": 0.5, "ahead_of_target": math.nan}
+        | dict.fromkeys(stages, 0.25)
+        | ({"native": math.nan} if kind == "fused" else {})
+        for source, kind in (("target (target)", "target"), ("a", "source"), ("fused", "fused"))
         for domain in ("code", "news")
     ]
     frame = pd.DataFrame(rows)
