@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from baselines.registry import METHODS, get_method, schema_of
+from baselines.training import TrainedParameters
 from fusion.errors import UserError
 
 
@@ -62,9 +63,9 @@ def settings_of(model: type[BaseModel]) -> tuple[Setting, ...]:
     """What can be set of a method or a suite, from the model that validates it."""
     schema = model.model_json_schema(by_alias=True)
     required = schema.get("required", [])
-    return tuple(
-        _setting(name, field, schema, name in required) for name, field in schema.get("properties", {}).items()
-    )
+    settings = [_setting(name, field, schema, name in required) for name, field in schema.get("properties", {}).items()]
+    # What a method shares with every other that trains comes after what is its own.
+    return tuple(sorted(settings, key=lambda setting: setting.name in TrainedParameters.model_fields))
 
 
 def _setting(name: str, field: Mapping[str, Any], schema: Mapping[str, Any], required: bool) -> Setting:

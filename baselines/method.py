@@ -14,8 +14,7 @@ from typing import Annotated, Any, Literal, Protocol, get_args
 
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler
 
-from fusion.losses.loss import Loss
-from fusion.losses.objective import Balance
+from fusion.losses.loss import Balance, Loss
 
 Need = Literal["training", "same tokenizer", "same architecture", "teacher"]
 """What a method requires of the experiment and its models."""

@@ -7,8 +7,7 @@ from pydantic import Field, model_validator
 
 from baselines.method import Candidate, Context, Parameters, Row
 from fusion.errors import UserError
-from fusion.losses.loss import Loss
-from fusion.losses.objective import Balance
+from fusion.losses.loss import Balance, Loss
 
 SHARED = (
     "sequence_length",

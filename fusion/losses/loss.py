@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
     from fusion.losses.term import Term
 
+Balance = Literal["none", "rescale"]
+"""Whether a term is brought to the size of CLM before lambda weighs them (see `fusion.losses.objective.Objective`)."""
 TAIL_FLOOR = 1e-30
 """Least probability outside the kept entries whose logarithm is taken; met only where nothing is left outside them."""
 

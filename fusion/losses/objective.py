@@ -16,12 +16,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fusion.losses.loss import Balance
 from fusion.losses.sparse_cross_entropy import SparseCrossEntropy
 from fusion.losses.term import Term, mixed
 
@@ -33,9 +34,6 @@ CAST = 2**24
 """Numbers of a projection in a shorter dtype that exist in float32 at one time: 64 MB."""
 AUTOGRAD_COPIES = 4
 """Chunks are smaller by this factor where autograd takes the gradient."""
-
-Balance = Literal["none", "rescale"]
-"""Whether a term is brought to the size of CLM before lambda weighs them (see `Objective`)."""
 
 
 @dataclass(frozen=True)

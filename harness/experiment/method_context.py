@@ -9,8 +9,7 @@ from typing import Any
 from baselines.method import Artifact, Candidate
 from baselines.training import RowTraining
 from fusion.errors import UserError
-from fusion.losses.loss import Loss
-from fusion.losses.objective import Balance
+from fusion.losses.loss import Balance, Loss
 from harness.config.named_rows import unknown_reference
 from harness.config.validation import method_parameters
 from harness.experiment.pipeline import TARGET, Experiment, evaluated_model, predict, train

@@ -14,8 +14,7 @@ import numpy as np
 
 from baselines.method import Artifact, Candidate, Ensemble
 from fusion.errors import UserError
-from fusion.losses.loss import Loss, LossRequirements, LossResources
-from fusion.losses.objective import Balance
+from fusion.losses.loss import Balance, Loss, LossRequirements, LossResources
 from fusion.vocabulary.token_bytes import Vocabulary, same_ids
 from fusion.vocabulary.tokenization import encode_alike
 from harness.config.schema import Config

@@ -21,8 +21,8 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fusion.errors import UserError
-from fusion.losses.loss import Loss
-from fusion.losses.objective import Balance, Objective
+from fusion.losses.loss import Balance, Loss
+from fusion.losses.objective import Objective
 from fusion.modeling.heads import fused_forward, split
 from fusion.modeling.packing import Packing, attending_by_passage, check_packing
 from fusion.modeling.teacher import Teacher

@@ -12,8 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion.losses.loss import Loss, LossRequirements
-from fusion.losses.objective import Balance
+from fusion.losses.loss import Balance, Loss, LossRequirements
 from fusion.modeling.context import context_length
 from fusion.vocabulary.token_bytes import Vocabulary
 from harness.config.schema import Config, TrainingConfig

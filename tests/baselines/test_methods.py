@@ -218,7 +218,8 @@ def test_listing_the_names_imports_no_method() -> None:
 def test_listing_gives_every_switch_its_choices_defaults_and_meaning() -> None:
     settings = {setting.name: setting for setting in describe("fusellm").settings}
     descriptions = field_docstrings(Switches)
-    assert list(settings)[:2] == ["preset", "lambda"] and settings["preset"].type == "corrected or published"
+    assert list(settings)[:3] == ["lambda", "balance", "preset"] and list(settings)[-2:] == ["training", "warm_start"]
+    assert settings["preset"].type == "corrected or published"
     for switch in fields(Switches):
         setting, published = settings[switch.name], PRESETS["published"].get(switch.name)
         assert setting.description == descriptions[switch.name]

@@ -175,7 +175,7 @@ def test_the_resolved_configuration_has_every_switch_of_a_method() -> None:
     assert config.methods["FuseLLM"]["map_on"] == "bytes" and config.methods["FuseLLM"]["tail"] == "bucket"
     published, mine = config.methods["FuseLLM published"], config.methods["Mine"]
     assert {key for key in mine if mine[key] != published[key]} == {"tail"}
-    assert config.methods["CLM"] == {"method": "clm"}
+    assert config.methods["CLM"] == {"method": "clm", "training": None, "warm_start": None}
 
 
 @pytest.mark.parametrize("name", names("experiments"))
