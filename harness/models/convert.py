@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fusion.errors import UserError
 from fusion.modeling.loading import check_loading, code_was_refused
 from harness.models.checkpoints import load_tokenizer
-from harness.models.manifest import read_model_manifest, write_model_manifest
+from harness.models.manifest import CONVERTER, read_model_manifest, refuse_old_conversion, write_model_manifest
 from harness.models.reproduction import SAMPLES, NotReproduced, as_resolved, save_checked, token_ids
 from harness.models.resolution import PICKLE_FILES, SLOW_TOKENIZER_FILES, check_config_file
 from harness.store.files import disk_errors, rename_durably
@@ -43,7 +43,7 @@ def convert(
     its dtype. The logits are those of the original. `source` replaces the description of the origin in the manifest.
 
     Raises:
-        UserError: `out` holds another model, or the original cannot be reproduced exactly.
+        UserError: `out` holds another model or one of another version, or the original cannot be reproduced exactly.
     """
     from filelock import FileLock
 
@@ -58,6 +58,7 @@ def convert(
             source = _describe(path, is_gguf)
         if out.exists():
             if read_model_manifest(out).get("source") == dict(source):
+                refuse_old_conversion(out)
                 tell(f"{out} is there already.")
                 return out
             raise UserError(f"{out} exists already and holds something else: choose another name, or delete it.")
@@ -72,7 +73,7 @@ def convert(
                     _convert(path, beside)
                 except NotReproduced as again:
                     raise again.refusal(path, out) from None
-            write_model_manifest(beside, source=source, licence=licence)
+            write_model_manifest(beside, source=source, licence=licence, converter=CONVERTER)
             rename_durably(beside, out)
         finally:
             shutil.rmtree(beside, ignore_errors=True)

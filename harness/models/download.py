@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fusion.errors import UserError
 from harness.models.catalogue import FETCH, CatalogueEntry, Wheels, find_entry, is_hub_id, unknown_model
 from harness.models.convert import convert
-from harness.models.manifest import write_model_manifest
+from harness.models.manifest import refuse_old_conversion, write_model_manifest
 from harness.models.resolution import check_config_file, model_folder, weight_files
 from harness.runtime.progress import notify
 from harness.store.files import rename_durably
@@ -68,6 +68,7 @@ def fetch(
     models_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(models_dir / f".{folder.name}.fetch.lock"):
         if folder.is_dir():
+            refuse_old_conversion(folder)
             progress(f"{name} is there already: {folder}")
             return folder
         hub = entry.hub if entry else name

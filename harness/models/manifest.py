@@ -11,12 +11,24 @@ from harness.store.files import read_json_object, write_atomically
 from harness.store.fingerprint import file_sha256
 
 MANIFEST = "fusellm-model.json"
+CONVERTER = 2
+"""Version of `harness.models.convert`, raised where it would convert a file otherwise than before.
+
+Version 1 gave models a bos that they were never trained with.
+"""
+_CONVERTED = {"gguf", "pickle", "folder", "wheels"}  # kinds of sources that are always converted
 
 
-def write_model_manifest(folder: Path, *, source: Mapping[str, Any], licence: str) -> None:
-    """Writes the manifest: source, licence, versions of what made the folder, and SHA-256 of each file in it."""
+def write_model_manifest(
+    folder: Path, *, source: Mapping[str, Any], licence: str, converter: int | None = None
+) -> None:
+    """Writes the manifest: source, licence, versions of what made the folder, and SHA-256 of each file in it.
+
+    converter: the version of the converter; None for files that are as they were fetched.
+    """
     manifest = {
         "source": dict(source),
+        **({} if converter is None else {"converter": converter}),
         "licence": licence,
         "made_by": {name: importlib.metadata.version(name) for name in ("fusellm-harness", "transformers", "torch")},
         "files": {
@@ -32,6 +44,17 @@ def read_model_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a model folder; empty for a folder of the user's own, which has none."""
     path = folder / MANIFEST
     return read_json_object(path, f"delete {folder} and fetch or convert the model again") if path.is_file() else {}
+
+
+def refuse_old_conversion(folder: Path) -> None:
+    """Raises UserError for a model folder that another version of the converter made."""
+    manifest = read_model_manifest(folder)
+    converted = "converter" in manifest or manifest.get("source", {}).get("kind") in _CONVERTED
+    if converted and manifest.get("converter") != CONVERTER:
+        raise UserError(
+            f"{folder} was converted by another version of this program, which may have made another tokenizer of the "
+            "same file: delete that folder and fetch or convert the model again."
+        )
 
 
 def check_model_manifest(folder: Path, hashes: Mapping[str, str], optional: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fusion.errors import UserError
 from harness.config.errors import ConfigurationError, problems_of
 from harness.models.catalogue import CONVERT, FETCH, find_entry, is_hub_id, unknown_model
-from harness.models.manifest import check_model_manifest, read_model_manifest
+from harness.models.manifest import check_model_manifest, read_model_manifest, refuse_old_conversion
 from harness.runtime.device import DType
 from harness.store.files import read_json_object, write_atomically
 from harness.store.fingerprint import canonical, file_sha256, fingerprint
@@ -89,9 +89,10 @@ def resolve(spec: ModelSpec, models_dir: Path) -> ResolvedModel:
     """The folder of a model and the fingerprint of its files.
 
     Raises UserError, naming the command that helps, when the model is not on this machine, is not in safetensors, has
-    no fast tokenizer, or differs from its manifest.
+    no fast tokenizer, differs from its manifest, or was converted by another version.
     """
     folder = _locate(spec, models_dir)
+    refuse_old_conversion(folder)
     check_config_file(folder)
     weights = weight_files(folder)
     check_tokenizer_files(folder)

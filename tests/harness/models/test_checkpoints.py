@@ -159,7 +159,7 @@ def test_a_damaged_side_car_is_made_again(tiny: Path, tmp_path: Path) -> None:
 def test_a_file_that_differs_from_the_manifest_is_refused_by_name(tiny: Path, tmp_path: Path) -> None:
     from harness.models.manifest import write_model_manifest
 
-    write_model_manifest(tiny, source={"kind": "gguf"}, licence="")
+    write_model_manifest(tiny, source={"kind": "hub"}, licence="")
     resolve(ModelSpec(name=str(tiny)), tmp_path)
     weights = load_file(tiny / "model.safetensors")
     weights["model.norm.weight"] += 1

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fusion.errors import UserError
-from harness.models import reproduction
+from harness.models import manifest, reproduction
 from harness.models.checkpoints import load_model, load_tokenizer
 from harness.models.convert import SAMPLES, convert
 from harness.models.manifest import read_model_manifest
@@ -122,6 +122,32 @@ def test_gguf_gives_the_logits_and_tokens_of_the_original(llama: Path, tmp_path:
 
     plain = AutoTokenizer.from_pretrained(out, local_files_only=True)
     assert all(plain(text)["input_ids"] == tokenizer(text)["input_ids"] for text in SAMPLES)
+
+
+def test_a_conversion_of_another_version_is_refused_with_the_remedy(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = make_gguf(tmp_path / "tiny.gguf", llama)
+    out = convert(file, tmp_path / "models" / "tiny")
+    sentence = f"{re.escape(str(out))} was converted by another version .*: delete that folder and .* convert the model"
+
+    def refused() -> None:
+        with pytest.raises(UserError, match=sentence):
+            resolve(ModelSpec(name=str(file)), tmp_path / "models")
+        with pytest.raises(UserError, match=sentence):
+            resolve(ModelSpec(name=str(out)), tmp_path / "models")
+        with pytest.raises(UserError, match=sentence):
+            convert(file, out)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "CONVERTER", manifest.CONVERTER + 1)
+        refused()
+    assert resolve(ModelSpec(name=str(file)), tmp_path / "models").folder == out
+    # One that says nothing of its converter is older than all that do.
+    written = read_model_manifest(out)
+    del written["converter"]
+    (out / manifest.MANIFEST).write_text(json.dumps(written))
+    refused()
 
 
 def test_weights_that_fit_in_16_bits_are_stored_so(llama: Path, tmp_path: Path) -> None:
