@@ -19,6 +19,7 @@ from fusion.modeling.heads import find_head
 
 Mode = Literal["rolling", "strided"]
 LOGITS_PER_CHUNK = 2**25  # float32 logits that exist at one time: 128 MB
+_MORE = 8  # tokens that the beginning of a text may have more than the text: it may end inside a word or a character
 DENSE_LOGITS = 2**28  # the same for a model that gives its logits only whole: 1 GB, or one window
 
 
@@ -102,6 +103,30 @@ def document_nats(
     # In the windows' order, so that the sum does not depend on how they were batched.
     np.add.at(result, [document for document, _ in jobs], job_nats)
     return result
+
+
+def unreadable(
+    model: nn.Module | PrefixCachedEnsemble,
+    texts_ids: Sequence[Sequence[int]],
+    *,
+    prefix: int,
+    window: int,
+    mode: Mode = "rolling",
+    stride: int | None = None,
+) -> set[int]:
+    """Which of the documents of `document_nats` cannot be scored: a member of the ensemble needs more tokens for one of
+    their windows than its context has. None of a single model.
+    """
+    if not isinstance(model, PrefixCachedEnsemble):
+        return set()
+    stride = window_stride(mode, window, stride)
+    with model.prefixes_as_given():
+        return {
+            document
+            for document, tokens in enumerate(texts_ids)
+            for part in windows(len(tokens), window=window, stride=stride)
+            if model.excess(read_tokens([prefix, *tokens], part, mode), _MORE) > 0
+        }
 
 
 class ScoredText(NamedTuple):

@@ -1,10 +1,12 @@
-"""Prompts that do not fit a model's context: what is read of them, and how long the answer may be."""
+"""Prompts that do not fit a model's context: what is read of them, and what is said below the table."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 OverflowRule = Literal["truncate_left", "shrink_answer", "skip"]
+SKIPPED = "skipped.jsonl"
+"""File of the examples that were not asked because their prompts do not fit."""
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,19 @@ class Overflow:
     """How much of the prompt's end is read."""
     new: int
     """The longest answer, or the length of the continuation that is scored."""
+
+
+@dataclass(frozen=True)
+class Overflows:
+    """What became of the examples of a task whose prompts do not fit the model's context."""
+
+    asked: int
+    """Examples that have an answer."""
+    changed: int
+    """Those of them whose prompt was cut or whose answer had less room."""
+    skipped: list[str]
+    context: int
+    """Tokens; 0 where all prompts fit."""
 
 
 def fit(
@@ -40,6 +55,23 @@ def fit(
     return (prompt, new) if prompt else None
 
 
+def overflow_result(label: str, rule: OverflowRule, overflows: Mapping[str, Overflows]) -> dict[str, Any]:
+    """What a suite's result says of prompts that do not fit, by task: `notes` for below the table, `skipped`."""
+    notes = []
+    skipped = [(task, len(one.skipped), one.asked + len(one.skipped)) for task, one in overflows.items()]
+    cut = [(task, one.changed, one.asked + len(one.skipped)) for task, one in overflows.items()]
+    context = max((one.context for one in overflows.values()), default=0)
+    for counts, skips in ((cut, False), (skipped, True)):
+        if some := [count for count in counts if count[1]]:
+            what = _WHAT[rule] if skips == (rule == "skip") else _UNANSWERABLE
+            listed = ", ".join(f"{task} {n:,} of {total:,}" for task, n, total in some)
+            notes.append(f"{what.format(label=label, context=context)}: {listed}.")
+    return {
+        "notes": notes,
+        "skipped": {task: one.skipped for task, one in overflows.items() if one.skipped and one.asked},
+    }
+
+
 _WHAT = {
     "truncate_left": "{label} read only the end of prompts that do not fit its context of {context:,} tokens, as "
     "lm-eval has it (overflow: truncate_left)",
@@ -48,18 +80,7 @@ _WHAT = {
     "skip": "{label} was not asked, and examples count for no row, where prompts do not fit its context of {context:,} "
     "tokens (overflow: skip)",
 }
-
-
-def overflow_note(label: str, rule: OverflowRule, context: int, counts: Sequence[tuple[str, int, int]]) -> str:
-    """One sentence for below the table: what a rule did, by task, and to how many of its examples."""
-    return f"{_WHAT[rule].format(label=label, context=context)}: {_listed(counts)}."
-
-
-def unanswerable_note(label: str, context: int, counts: Sequence[tuple[str, int, int]]) -> str:
-    """As `overflow_note`, of examples of which nothing could be asked whatever the rule."""
-    what = f"{label} could not be asked, and examples count for no row, where what is scored exceeds its context of"
-    return f"{what} {context:,} tokens: {_listed(counts)}."
-
-
-def _listed(counts: Sequence[tuple[str, int, int]]) -> str:
-    return ", ".join(f"{task} {n:,} of {total:,}" for task, n, total in counts)
+_UNANSWERABLE = (  # whatever the rule
+    "{label} could not be asked, and examples count for no row, where what is scored exceeds its context of "
+    "{context:,} tokens"
+)

@@ -40,6 +40,10 @@ ROLLING_NOTE = (
     "window)."
 )
 METRICS = {"rolling": "bits_per_byte", "strided": "bits_per_byte_strided"}
+UNREAD_NOTE = (
+    "{label} did not read documents, and these count for no row, of which a window of {window:,} tokens does not fit "
+    "the context of a member with another tokenizer (suites.perplexity.window may be lowered): {counts}."
+)
 _PART = 32  # documents measured between two savings
 
 
@@ -153,14 +157,25 @@ class Perplexity(Suite):
 
         path = store.ensure(spec, build, costs.forward(evaluated.parameters, text.n_bytes))
         notes = []
-        if self.config.mode == "rolling" and not store.dry and any(row["windows"] > 1 for row in read_evaluation(path)):
+        rows = [] if store.dry else read_evaluation(path)
+        if self.config.mode == "rolling" and any(row["windows"] > 1 for row in rows):
             notes.append(ROLLING_NOTE.format(window=self.config.window))
+        sizes, unread = Counter(row["domain"] for row in rows), dict[str, list[str]]()
+        for row in rows:
+            if row["nats"] is None:
+                unread.setdefault(row["domain"], []).append(row["example"])
+        if unread:
+            counts = ", ".join(f"{domain} {len(some):,} of {sizes[domain]:,}" for domain, some in unread.items())
+            notes.append(UNREAD_NOTE.format(label=evaluated.label, window=self.config.window, counts=counts))
+        none = {domain for domain, some in unread.items() if len(some) == sizes[domain]}
         return SuiteResult(
             lambda: self._examples(read_evaluation(path)),
             {self.name: path},
             {self.name: spec.fingerprint},
+            missing=dict.fromkeys(sorted(none), "none of its documents can be read"),
             dtype=measured.dtype,
             notes=notes,
+            skipped={domain: some for domain, some in unread.items() if domain not in none},
         )
 
     def with_curve(self, result: SuiteResult, curve: Artifact) -> SuiteResult:
@@ -181,6 +196,8 @@ class Perplexity(Suite):
     def _examples(self, rows: Sequence[Mapping[str, Any]], tokens: int | None = None) -> Iterator[Example]:
         metric, clusters = METRICS[self.config.mode], self._clusters
         for row in rows:
+            if row["nats"] is None:
+                continue
             example, cluster = row["example"], clusters.get(row["example"], "")
             yield Example(row["domain"], example, metric, row["nats"], row["bytes"], tokens, cluster)
             if row["lost"]:
@@ -231,17 +248,22 @@ def measure_documents(
     """One row a document: example (SHA-256), domain, nats, bytes, the windows that it was read in, and the bytes that
     its tokens do not spell.
 
-    `prefix` is read before each document (see `prefix_id`). Raises UserError for a stride that does not fit.
+    `prefix` is read before each document (see `prefix_id`). The nats are None where an ensemble cannot read a window of
+    the document (see `unreadable`). Raises UserError for a stride that does not fit.
     """
-    from fusion.inference.likelihood import document_nats
+    from fusion.inference.likelihood import document_nats, unreadable
     from fusion.vocabulary.tokenization import encode_all, lost_bytes, prefix_id
 
     tokens = encode_all(tokenizer, [document.text for document in documents])
+    before = prefix_id(tokenizer, prefix)
     try:
+        left_out = unreadable(
+            model, tokens, prefix=before, window=config.window, mode=config.mode, stride=config.stride
+        )
         nats = document_nats(
             model,
-            tokens,
-            prefix=prefix_id(tokenizer, prefix),
+            [[] if n in left_out else ids for n, ids in enumerate(tokens)],
+            prefix=before,
             window=config.window,
             mode=config.mode,
             stride=config.stride,
@@ -255,12 +277,12 @@ def measure_documents(
         {
             "example": d.sha256,
             "domain": d.domain,
-            "nats": float(n),
+            "nats": None if i in left_out else float(n),
             "bytes": len(raw := d.text.encode("utf-8")),
             "windows": len(windows(len(ids), window=config.window, stride=stride)),
             "lost": lost_bytes(ids, vocabulary, raw),
         }
-        for d, ids, n in zip(documents, tokens, nats, strict=True)
+        for i, (d, ids, n) in enumerate(zip(documents, tokens, nats, strict=True))
     ]
 
 

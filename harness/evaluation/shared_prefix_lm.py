@@ -131,7 +131,8 @@ class SharedPrefixLM(HFLM):
                 pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=own, max_length=context
             )
         self.label = label
-        self._rows = batch_size
+        self.rows: BatchSize = batch_size
+        """Sequences decoded at one time; `auto` becomes what memory allows when it is first needed."""
         self._batch_tokens = batch_tokens
         self._seed = seed
         self._joint = joint
@@ -326,18 +327,18 @@ class SharedPrefixLM(HFLM):
                     self.cache_hook.add_partial("generate_until", row.request.args, answers[indices[n]])
             return chosen
 
+        if self.rows == "auto":
+            self.rows = self._room(max(len(row.prompt) + row.limit for row in rows.values()))
         decode(
             self.reader,
             [rows[i].prompt for i in indices],
             choose,
-            rows=self._room(max(len(row.prompt) + row.limit for row in rows.values())),
+            rows=self.rows,
             batch_tokens=self._batch_tokens,
         )
 
     def _room(self, length: int) -> int:
         """The number of sequences of `length` tokens decoded at one time, which use half of the free memory at most."""
-        if self._rows != "auto":
-            return self._rows
         assert self.reader is not None
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]

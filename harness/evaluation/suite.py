@@ -23,6 +23,7 @@ from harness.store.files import intact_lines, parse_json, write_atomically
 from harness.store.fingerprint import fingerprint
 
 NO_VOTE = "there is no answer to vote on"
+NONE_FITS = "none of its prompts fits the context"
 
 
 class SuiteConfig(BaseModel):

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.evaluation.lm_eval.tasks import Prepared
+from harness.evaluation.overflow import SKIPPED, Overflows
 from harness.evaluation.suite import Example, StoredAnswer, read_lines
 from harness.evaluation.vote import chosen_indices
 from harness.store.fingerprint import fingerprint
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 EXAMPLES = "examples.jsonl"
-SKIPPED = "skipped.jsonl"
-"""Examples that were not asked because their prompts do not fit."""
 # Columns of lm-eval's rows with what several questions are about.
 _CONTEXT_COLUMNS = ("passage", "flores_passage", "paragraph", "context", "story", "article", "document", "premise")
 _CONTEXT_COLUMN_OF = {"Rowan/hellaswag": "source_id"}  # by data set: here the video or article, cut into contexts
@@ -127,23 +125,13 @@ def read_examples(task: str, folder: Path) -> Iterator[Example]:
             yield Example(task, line["example"], metric, score, cluster=line["cluster"])
 
 
-@dataclass(frozen=True)
-class Overflows:
-    """What became of the examples of a task whose prompts do not fit the model's context."""
+def read_overflows(folder: Path, answered: str) -> Overflows:
+    """How many prompts of a task did not fit, by the artifact that holds its lines.
 
-    asked: int
-    """Examples that have an answer."""
-    changed: int
-    """Those of them whose prompt was cut or whose answer had less room."""
-    skipped: list[str]
-    context: int
-    """Tokens; 0 where all prompts fit."""
-
-
-def read_overflows(folder: Path) -> Overflows:
-    """How many prompts of a task did not fit, by the artifact that holds its lines."""
-    lines, skipped = (read_lines(folder / name) if (folder / name).exists() else [] for name in (EXAMPLES, SKIPPED))
-    overflows = [line["overflow"] for line in [*lines, *skipped] if line["overflow"]]
+    answered: the name of the file of the examples that have an answer.
+    """
+    lines, skipped = (read_lines(folder / name) if (folder / name).exists() else [] for name in (answered, SKIPPED))
+    overflows = [found for line in [*lines, *skipped] if (found := line.get("overflow"))]
     names = sorted(str(line["example"]) for line in skipped)
     context = overflows[0]["context"] if overflows else 0
     return Overflows(len(lines), len(overflows) - len(skipped), names, context)

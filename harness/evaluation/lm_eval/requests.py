@@ -1,17 +1,22 @@
 """Requests of lm-eval's tasks: whether they leave room for answers, and answering them so that a kill costs little."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fusion.errors import UserError
 from harness.evaluation.lm_eval.tasks import Prepared
 from harness.evaluation.overflow import Overflow, OverflowRule
+from harness.store.files import read_json, write_json
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-    from harness.evaluation.shared_prefix_lm import SharedPrefixLM
+    from harness.evaluation.shared_prefix_lm import BatchSize, SharedPrefixLM
 
+BATCH_SIZE = "batch_size.json"
+"""File in which the artifact of a task says how many of its answers were generated at one time."""
 _DEFAULT_NEW_TOKENS = 256  # of HFLM, where a task sets no limit
 _MOST_FAILURES = 8  # examples that cannot be answered; with more the model is to blame, or the machine
 
@@ -37,6 +42,32 @@ def no_room(prepared: Prepared, context: int, rule: OverflowRule) -> str | None:
     )
 
 
+def by_batch_size(
+    folders: Mapping[str, Path], batch_size: "BatchSize"
+) -> "Iterator[tuple[BatchSize, dict[str, Path]]]":
+    """Batch sizes, and the folders of tasks whose answers are generated with each.
+
+    With `auto` a task that was interrupted goes on with the size that was measured when it began, since in bfloat16
+    another one may change an answer's last digits. Tasks that have not begun join the first of the others.
+    """
+    groups: dict[BatchSize, dict[str, Path]] = {}
+    fresh = dict(folders)
+    for name, folder in folders.items():
+        if batch_size == "auto" and (path := folder / BATCH_SIZE).exists():
+            size = read_json(path, f"remove {folder} to have it made again")["batch_size"]
+            groups.setdefault(size, {})[name] = fresh.pop(name)
+    if fresh:
+        first = next(iter(groups), batch_size)
+        groups[first] = {**groups.get(first, {}), **fresh}
+    yield from groups.items()
+
+
+def note_batch_size(folder: Path, lm: "SharedPrefixLM") -> None:
+    """Writes down with which batch size answers are generated, unless it is there or none have been."""
+    if lm.rows != "auto" and not (folder / BATCH_SIZE).exists():
+        write_json(folder / BATCH_SIZE, {"batch_size": lm.rows})
+
+
 def worst_overflow(lm: "SharedPrefixLM", requests: Sequence["Instance"]) -> Overflow | None:
     """Of the requests of an example, the one of which least can be read; None where all fit the context."""
     try:
@@ -44,6 +75,25 @@ def worst_overflow(lm: "SharedPrefixLM", requests: Sequence["Instance"]) -> Over
     except Exception:  # a text that the tokenizer does not take is named when it is asked
         return None
     return min(found, key=lambda one: (one.read > 0, one.read - one.prompt), default=None)
+
+
+def drop_unanswerable(
+    lm: "SharedPrefixLM",
+    examples: dict[Key, list["Instance"]],
+    dropped: Callable[[Key, dict[str, int]], None],
+) -> dict[Key, dict[str, int]]:
+    """What does not fit of the examples that are asked all the same (the fields of `Overflow`).
+
+    Those of which nothing can be read are removed from `examples`; `dropped(example, overflow)` is called for each.
+    """
+    overflows: dict[Key, dict[str, int]] = {}
+    for example, requests in list(examples.items()):
+        if worst := worst_overflow(lm, requests):
+            overflows[example] = asdict(worst)
+            if worst.read == 0:
+                del examples[example]
+                dropped(example, overflows.pop(example))
+    return overflows
 
 
 def answer_requests(

@@ -5,7 +5,6 @@ Every example is written as soon as all its requests are answered, so that a kil
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -15,20 +14,25 @@ from pydantic import BaseModel, Field
 from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.evaluation.lm_eval.examples import (
     EXAMPLES,
-    SKIPPED,
-    Overflows,
     mean_metrics,
     read_examples,
     read_overflows,
     scored_line,
     stored_answers,
 )
-from harness.evaluation.lm_eval.requests import answer_requests, no_room, worst_overflow
+from harness.evaluation.lm_eval.requests import (
+    answer_requests,
+    by_batch_size,
+    drop_unanswerable,
+    no_room,
+    note_batch_size,
+)
 from harness.evaluation.lm_eval.rows import first_line
 from harness.evaluation.lm_eval.tasks import Overrides, Prepared, Source, find_source, prepare
-from harness.evaluation.overflow import OverflowRule, overflow_note, unanswerable_note
+from harness.evaluation.overflow import SKIPPED, OverflowRule, overflow_result
 from harness.evaluation.suite import (
     NO_VOTE,
+    NONE_FITS,
     Example,
     LimitedConfig,
     StoredAnswer,
@@ -47,9 +51,10 @@ from harness.store.fingerprint import fingerprint
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
+    from harness.evaluation.shared_prefix_lm import BatchSize
+
 VERSION = 4
 _DEFAULT_METRICS = {"multiple_choice": "acc", "loglikelihood": "acc", "generate_until": "exact_match"}
-_NONE_FITS = "none of its prompts fits the context"
 _UNKNOWN_ROWS = 1000  # of a task whose rows are not on this machine, for estimates
 
 
@@ -135,30 +140,15 @@ class LmEvalSuite:
             if task not in missing
         ]
         paths, unfinished = ensure_jointly(store, wanted, partial(self._run, evaluated))
-        overflows = {} if store.dry else {task: read_overflows(path) for task, path in paths.items()}
+        overflows = {} if store.dry else {task: read_overflows(path, EXAMPLES) for task, path in paths.items()}
         return SuiteResult(
             examples=lambda: (e for task, path in paths.items() for e in read_examples(task, path)),
             artifacts=paths,
             fingerprints={task: specs[task].fingerprint for task in paths},
-            missing={**missing, **unfinished} | {task: _NONE_FITS for task, one in overflows.items() if one.asked == 0},
-            notes=self._notes(evaluated.label, overflows),
-            skipped={task: one.skipped for task, one in overflows.items() if one.skipped and one.asked},
+            missing={**missing, **unfinished} | {task: NONE_FITS for task, one in overflows.items() if one.asked == 0},
             dtype=evaluated.dtype,
+            **overflow_result(evaluated.label, self.config.overflow, overflows),
         )
-
-    def _notes(self, label: str, overflows: Mapping[str, Overflows]) -> list[str]:
-        """What is said below the table of prompts that do not fit."""
-        rule, notes = self.config.overflow, []
-        skipped = [(task, len(one.skipped), one.asked + len(one.skipped)) for task, one in overflows.items()]
-        cut = [(task, one.changed, one.asked + len(one.skipped)) for task, one in overflows.items()]
-        context = max((one.context for one in overflows.values()), default=0)
-        for counts, skips in ((cut, False), (skipped, True)):
-            if some := [count for count in counts if count[1]]:
-                of_rule = skips == (rule == "skip")
-                notes.append(
-                    overflow_note(label, rule, context, some) if of_rule else unanswerable_note(label, context, some)
-                )
-        return notes
 
     def _counted(self, evaluated: EvaluatedModel, store: Store, costs: Costs) -> SuiteResult:
         """The result of a majority vote: each member is measured by itself, and their answers are counted."""
@@ -255,6 +245,13 @@ class LmEvalSuite:
 
         Gives the reason for every task of which examples could not be answered or scored.
         """
+        groups = by_batch_size(folders, self.config.batch_size)
+        return {task: why for size, some in groups for task, why in self._run_alike(evaluated, some, size).items()}
+
+    def _run_alike(
+        self, evaluated: EvaluatedModel, folders: Mapping[str, Path], batch_size: "BatchSize"
+    ) -> dict[str, str]:
+        """As `_run`, with one batch size for all tasks."""
         prepared = {task: self._prepared[0][self._sources[task].name] for task in folders}
         pending: dict[tuple[str, str], list[Instance]] = {}
         for task, folder in folders.items():
@@ -266,6 +263,7 @@ class LmEvalSuite:
                 return {}
             config = self.config
             lm = evaluated.lm(batch_size=config.batch_size, seed=config.seed, overflow=config.overflow)
+            lm.rows = batch_size
             failures: dict[str, dict[str, str]] = {}
 
             def failed(key: tuple[str, str], error: Exception) -> None:
@@ -273,15 +271,12 @@ class LmEvalSuite:
                 failures.setdefault(task, {})[example] = first_line(error)
                 advance(1)
 
-            overflows: dict[tuple[str, str], dict[str, int]] = {}
-            for (task, example), requests in list(pending.items()):
-                worst = worst_overflow(lm, requests)
-                if worst is not None:
-                    overflows[task, example] = asdict(worst)
-                if worst is not None and worst.read == 0:
-                    append_line(folders[task] / SKIPPED, {"example": example, "overflow": asdict(worst)})
-                    del pending[task, example]
-                    advance(1)
+            def dropped(key: tuple[str, str], overflow: dict[str, int]) -> None:
+                task, example = key
+                append_line(folders[task] / SKIPPED, {"example": example, "overflow": overflow})
+                advance(1)
+
+            overflows = drop_unanswerable(lm, pending, dropped)
 
             def finished(key: tuple[str, str]) -> None:
                 task, example = key
@@ -291,6 +286,7 @@ class LmEvalSuite:
                 except Exception as error:  # whatever a task's own code raises about this answer
                     failed(key, error)
                     return
+                note_batch_size(folders[task], lm)
                 append_line(folders[task] / EXAMPLES, {**line, "overflow": overflows.get(key)})
                 advance(1)
 

@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from fusion.errors import UserError
-from harness.data.hub import dataset_fingerprint
 from harness.evaluation.evaluated_model import EvaluatedModel
-from harness.evaluation.lm_eval.requests import answer_requests
+from harness.evaluation.lm_eval.examples import read_overflows
+from harness.evaluation.lm_eval.requests import answer_requests, by_batch_size, drop_unanswerable, note_batch_size
 from harness.evaluation.lm_eval.rows import first_line
-from harness.evaluation.lm_eval.tasks import load_rows, local_split
 from harness.evaluation.multipl_e.languages import LANGUAGES, cut, original_name
+from harness.evaluation.multipl_e.problems import asked, data_identity, file_of, read_problems
+from harness.evaluation.overflow import SKIPPED, OverflowRule, overflow_result
 from harness.evaluation.suite import (
     NO_VOTE,
+    NONE_FITS,
     SUITES,
     Example,
     LimitedConfig,
@@ -36,11 +38,12 @@ from harness.runtime.progress import notify, track
 from harness.store.artifacts import Estimate, Spec, Store
 from harness.store.costs import BYTES_PER_TOKEN, Costs
 from harness.store.files import write_atomically
-from harness.store.fingerprint import file_sha256
 from harness.store.paths import TOOLCHAINS
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
+
+    from harness.evaluation.shared_prefix_lm import BatchSize
 
 VERSION = 3
 SAMPLES = "samples.jsonl"
@@ -49,8 +52,6 @@ RESULTS = "results.jsonl"
 _PROBLEMS = 160  # of a language, for estimates
 _RUN_SECONDS = 0.5  # of one program, for estimates
 TEMPERATURE, TOP_P = 0.2, 0.95  # section 4.1 of arXiv 2401.10491
-_PYTHON_STOPS = ["\ndef", "\n#", "\nif", "\nclass"]  # MultiPL-E's own for Python, whose rows are HumanEval's
-_FIELDS = ("name", "prompt", "tests", "stop_tokens")
 
 
 Sample = tuple[str, str, int]
@@ -66,6 +67,11 @@ class MultiplEConfig(LimitedConfig):
     k: int = Field(1, gt=0, description="the k of pass@k that is shown")
     max_new_tokens: int = Field(1024, gt=0, description="longest completion (tokens)")
     batch_size: int | Literal["auto"] = Field("auto", description="completions generated at one time")
+    overflow: OverflowRule = Field(
+        "skip",
+        description="for prompt and completion that do not fit the context: skip leaves the problem out of all rows; "
+        "shrink_answer leaves less room for the completion; truncate_left reads the prompt's end only",
+    )
     seed: int = Field(0, ge=0, description="seed of the samples, and of `limit_by: seed`")
     max_execution_seconds: float | None = Field(
         None, gt=0, description="longest execution of a language; the next start goes on. Default: no limit"
@@ -105,7 +111,7 @@ class MultiplE:
     def identity(self) -> dict[str, Any]:
         return {
             "version": VERSION,
-            "data": {language: self._data(language) for language in self._languages},
+            "data": {language: data_identity(language, self._data_root) for language in self._languages},
             "toolchains": self._verdict_keys,
         }
 
@@ -143,8 +149,13 @@ class MultiplE:
 
         samples, missing = self._generate(evaluated, store, costs)
         artifacts = {f"{language} samples": path for language, path in samples.items()}
+        overflows = {} if store.dry else {name: read_overflows(path, COMPLETIONS) for name, path in samples.items()}
+        for language in [name for name, one in overflows.items() if not one.asked]:
+            missing[language] = NONE_FITS
+            del samples[language]
+        said = overflow_result(evaluated.label, self.config.overflow, overflows)
         if not self.config.execute:
-            return SuiteResult(lambda: iter(()), artifacts, missing=missing)
+            return SuiteResult(lambda: iter(()), artifacts, missing=missing, **said)
         not_run = self._without_toolchain([name for name in todo if name in samples], store)
         for language, reason in not_run.items():
             notify(f"{self.name} {evaluated.label}: {language} is not run, {reason}")
@@ -167,7 +178,8 @@ class MultiplE:
             fingerprints={name: self._results(evaluated, name).fingerprint for name in paths},
             missing={**missing, **not_run},
             dtype=evaluated.dtype,
-            notes=[] if store.dry else _unsolvable(paths),
+            notes=[*said["notes"], *([] if store.dry else _unsolvable(paths))],
+            skipped=said["skipped"],
         )
 
     def _results(self, evaluated: EvaluatedModel, language: str) -> Spec:
@@ -224,9 +236,10 @@ class MultiplE:
             "multipl_e_samples",
             f"{evaluated.label}-{language}",
             VERSION,
-            {"model": evaluated.fingerprint, "data": self._data(language)},
+            {"model": evaluated.fingerprint, "data": data_identity(language, self._data_root)},
             {
                 "language": language,
+                "overflow": config.overflow,
                 **config.limit_identity(),
                 "samples": config.n,
                 "max_new_tokens": config.max_new_tokens,
@@ -236,70 +249,69 @@ class MultiplE:
             {"candidate": evaluated.label, "batch_size": config.batch_size, "batch_tokens": evaluated.batch_tokens},
         )
 
-    def _place(self, language: str) -> tuple[str, str, str]:
-        """The hub's data set, configuration and split that hold the problems of a language."""
-        if language == "python":
-            return "openai/openai_humaneval", "openai_humaneval", "test"
-        return "nuprl/MultiPL-E", f"humaneval-{language}", "test"
-
-    def _file(self, language: str) -> Path | None:
-        return local_split(*self._place(language), self._data_root, f"MultiPL-E's {language}")
-
-    def _data(self, language: str) -> str:
-        path = self._file(language)
-        name, *part = self._place(language)
-        return file_sha256(path) if path else f"{dataset_fingerprint(name)}:{':'.join(part)}"
-
     def problems(self, language: str) -> list[dict[str, Any]]:
         """The problems of a language: name, prompt, tests, stop_tokens. Raises UserError where they are unavailable."""
         if language not in self._problems:
-            rows = load_rows(*self._place(language), self._file(language))
-            problems = [_problem(language, row) for row in rows]
-            # By the name that all languages share, so that a draw takes the same problems of each.
-            taken = self.config.taken([original_name(problem["name"]) for problem in problems])
-            self._problems[language] = [problems[i] for i in taken]
+            self._problems[language] = read_problems(language, self._data_root, self.config)
         return self._problems[language]
 
     def _obstacle(self, language: str, evaluated: EvaluatedModel) -> str | None:
+        """The reason why a language cannot be asked; None where it can."""
         try:
             self.problems(language)
         except UserError as error:
-            if self._file(language):
+            if file_of(language, self._data_root):
                 raise
             return f"its problems cannot be had ({error})"
-        prompts = [_asked(problem) for problem in self.problems(language)]
-        new = self.config.max_new_tokens
-        for member, _ in evaluated.members:
-            longest = max(len(ids) for ids in member.tokenizer(prompts)["input_ids"])
-            if longest + new > member.context:
-                return (
-                    f"its longest prompt has {longest} tokens and up to {new} are to be generated, which do not fit "
-                    f"the context of {member.context}; lower max_new_tokens"
-                )
-        return None
+        new, context = self.config.max_new_tokens, evaluated.context
+        if new < context or self.config.overflow == "shrink_answer":
+            return None
+        return (
+            f"up to {new} tokens are to be generated, which do not fit the context of {context}; lower max_new_tokens"
+        )
 
     def _write(self, evaluated: EvaluatedModel, folders: Mapping[str, Path]) -> dict[str, str]:
         """Generates the missing samples of several languages, then writes each file in MultiPL-E's format.
 
         Gives the reason for every language of which samples could not be generated.
         """
-        done: dict[Sample, str] = {}
+        groups = by_batch_size(folders, self.config.batch_size)
+        return {name: why for size, some in groups for name, why in self._write_alike(evaluated, some, size).items()}
+
+    def _write_alike(
+        self, evaluated: EvaluatedModel, folders: Mapping[str, Path], batch_size: "BatchSize"
+    ) -> dict[str, str]:
+        """As `_write`, with one batch size for all languages."""
+        done: dict[Sample, dict[str, Any]] = {}
         pending: dict[Sample, list[Instance]] = {}
+        skipped: dict[str, set[str]] = {}
         for language, folder in folders.items():
-            done |= {(language, x["name"], x["sample"]): x["completion"] for x in kept_lines(folder / SAMPLES)}
+            done |= {(language, line["name"], line["sample"]): line for line in kept_lines(folder / SAMPLES)}
+            skipped[language] = {line["example"] for line in kept_lines(folder / SKIPPED)}
             for problem in self.problems(language):
-                pending |= self._requests(language, problem, done)
+                if problem["name"] not in skipped[language]:
+                    pending |= self._requests(language, problem, done)
         total = len(done) + len(pending)
         with track(f"{self.name} {evaluated.label}", total, "samples", done=len(done)) as advance:
 
             def finished(key: Sample) -> None:
                 language, name, sample = key
                 request = pending[key][0]
-                done[key] = cut(request.resps[0], request.doc["stop_tokens"])
-                append_line(folders[language] / SAMPLES, {"name": name, "sample": sample, "completion": done[key]})
+                completion = cut(request.resps[0], request.doc["stop_tokens"])
+                done[key] = {"name": name, "sample": sample, "completion": completion, "overflow": overflows.get(key)}
+                note_batch_size(folders[language], lm)
+                append_line(folders[language] / SAMPLES, done[key])
                 advance(1)
 
             reasons: dict[str, str] = {}
+            overflows: dict[Sample, dict[str, int]] = {}
+
+            def dropped(key: Sample, overflow: dict[str, int]) -> None:
+                language, name, _ = key
+                if name not in skipped[language]:
+                    append_line(folders[language] / SKIPPED, {"example": name, "overflow": overflow})
+                    skipped[language].add(name)
+                advance(1)
 
             def failed(key: Sample, error: Exception) -> None:
                 language, name, sample = key
@@ -311,29 +323,39 @@ class MultiplE:
 
             if pending:
                 config = self.config
-                lm = evaluated.lm(batch_size=config.batch_size, seed=config.seed, after_prompt=True)
+                lm = evaluated.lm(
+                    batch_size=config.batch_size, seed=config.seed, after_prompt=True, overflow=config.overflow
+                )
+                lm.rows = batch_size
+                overflows |= drop_unanswerable(lm, pending, dropped)
                 answer_requests(lm, pending, finished, failed)
         for language, reason in reasons.items():
             notify(f"{self.name} {evaluated.label}: {language} is left out, {reason}.")
         for language, folder in folders.items():
             if language in reasons:
                 continue
-            lines = [
-                {
-                    **problem,
-                    "language": language,
-                    "completions": [done[language, problem["name"], sample] for sample in range(self.config.n)],
-                    "temperature": 0.0 if self.config.greedy else TEMPERATURE,
-                    "top_p": 1.0 if self.config.greedy else TOP_P,
-                    "max_tokens": self.config.max_new_tokens,
-                }
-                for problem in self.problems(language)
-            ]
+            answered = [problem for problem in self.problems(language) if problem["name"] not in skipped[language]]
+            lines = [self._completions(language, problem, done) for problem in answered]
             write_atomically(folder / COMPLETIONS, "".join(json.dumps(line) + "\n" for line in lines))
         return reasons
 
+    def _completions(
+        self, language: str, problem: Mapping[str, Any], done: Mapping[Sample, Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """The line of a problem in the format of MultiPL-E's tools; with `overflow` where its prompt does not fit."""
+        samples = [done[language, problem["name"], sample] for sample in range(self.config.n)]
+        return {
+            **problem,
+            "language": language,
+            "completions": [sample["completion"] for sample in samples],
+            "temperature": 0.0 if self.config.greedy else TEMPERATURE,
+            "top_p": 1.0 if self.config.greedy else TOP_P,
+            "max_tokens": self.config.max_new_tokens,
+            **({"overflow": overflow} if (overflow := samples[0]["overflow"]) else {}),
+        }
+
     def _requests(
-        self, language: str, problem: Mapping[str, Any], done: Mapping[Sample, str]
+        self, language: str, problem: Mapping[str, Any], done: Mapping[Sample, Any]
     ) -> "dict[Sample, list[Instance]]":
         """The requests to lm-eval's LM for those samples of the problems that do not exist yet."""
         from lm_eval.api.instance import Instance
@@ -347,32 +369,10 @@ class MultiplE:
             kwargs |= {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0}
         keys = [(language, str(problem["name"]), sample) for sample in range(self.config.n)]
         return {
-            # Asked as MultiPL-E's and BigCode's tools ask. Many tokenizers join the line break at a prompt's end to the
-            # indentation that follows it; a prompt that ends there continues as such text hardly ever does.
-            key: [Instance("generate_until", dict(problem), (_asked(problem), kwargs), key[2])]
+            key: [Instance("generate_until", dict(problem), (asked(problem), kwargs), key[2])]
             for key in keys
             if key not in done
         }
-
-
-def _asked(problem: Mapping[str, Any]) -> str:
-    """The text that a model continues. The program is put together with the prompt as it is."""
-    return str(problem["prompt"]).strip()
-
-
-def _problem(language: str, row: dict[str, Any]) -> dict[str, Any]:
-    """A row in MultiPL-E's fields. Raises UserError naming a column that it lacks."""
-    needed = ("task_id", "prompt", "test", "entry_point") if language == "python" else _FIELDS
-    if lacking := [name for name in needed if row.get(name) is None]:
-        raise UserError(
-            f"A row of MultiPL-E's {language} has no {lacking[0]!r} (it has {', '.join(row)}): put the rows of the hub "
-            "there."
-        )
-    if language != "python":
-        return {name: row[name] for name in _FIELDS}
-    name = f"{row['task_id'].replace('/', '_')}_{row['entry_point']}"
-    tests = f"{row['test']}\ncheck({row['entry_point']})\n"
-    return {"name": name, "prompt": row["prompt"], "tests": tests, "stop_tokens": _PYTHON_STOPS}
 
 
 def _toolchains(store: Store) -> Path:
