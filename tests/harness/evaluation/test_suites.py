@@ -310,7 +310,7 @@ def test_rows_that_are_not_as_expected_are_named(rows: Path, models: dict[str, P
     with pytest.raises(UserError, match=r"ARC-Easy/test\.parquet \(or \.jsonl\) is missing, which the task arc_easy"):
         measure("commonsense", {"tasks": ["arc_easy"]}, models["one"], tmp_path, data)
     write_rows(data, "nuprl/MultiPL-E/humaneval-js/test.parquet", [{"name": "a", "prompt": "b"}])
-    with pytest.raises(UserError, match="js has no 'tests'"):
+    with pytest.raises(UserError, match=r"humaneval-js/test\.parquet, row 1 has no 'tests'"):
         measure("multipl_e", {"tasks": ["js"], "execute": False}, models["one"], tmp_path, data)
 
 
