@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 
 from fusion.alignment.pairing import ALIGNMENTS
-from fusion.alignment.path import passage_starts, project_path, text_ends
+from fusion.alignment.path import SourceEntries, TokenSequence, project_path
 from fusion.alignment.projection import Projected, fill_unaligned, project_entries, true_token_last
 from fusion.alignment.selection import FUSIONS, score_sources
 from fusion.errors import UserError
@@ -27,7 +27,7 @@ from fusion.vocabulary.token_bytes import Vocabulary
 
 MASS_SLACK = 0.01
 """By how much a stored distribution may differ from a sum of 1 before it is an error and not storage rounding."""
-UNPAIRED = -1
+UNALIGNED = -1
 """In `FusedSequence.chosen`: no source position is aligned, so the distribution is a one-hot."""
 
 
@@ -140,7 +140,7 @@ def fuse_sequence(
         targets=fused,
         fusion_weight=(wanted & exists).astype(np.float32),
         gold=gold,
-        chosen=np.where(has_partner, selected, UNPAIRED).astype(np.int16),
+        chosen=np.where(has_partner, selected, UNALIGNED).astype(np.int16),
         paired=paired_by_source,
         inside=np.stack([projected.inside for projected in projections]),
         partner=np.stack([projected.partner for projected in projections]),
@@ -210,13 +210,13 @@ def _project(
         nats = np.concatenate([predictions.nats for predictions in read])
         ids, p = true_token_last(ids, p, true_token, nats if switches.true_token == "always" else None)
     own = [passage[target] for passage in passages]
-    source_ends = np.concatenate([text_ends(predictions, source.vocabulary) for predictions in read])
-    target_ends = np.concatenate([text_ends(replace(one, skipped=False), target_vocabulary) for one in own])
+    source_tokens = TokenSequence.of(read, source.vocabulary)
+    target_tokens = TokenSequence.of([replace(one, skipped=False) for one in own], target_vocabulary)
     if not switches.along_text or source.name == target or (source.pieces is None and _is_identity(source.map)):
         partner = _partners(source, target, passages, target_vocabulary, switches.alignment)
         # The published pairing is one of strings, and leaves a text's first token as it is.
         if source.name != target and ALIGNMENTS.choose(switches.alignment).part.name != "dtw":
-            ids = _respaced(ids, partner, source_ends, target_ends, source.vocabulary)
+            ids = _respaced(ids, partner, source_tokens.ends, target_tokens.ends, source.vocabulary)
         ids, p = project_entries(
             ids,
             p,
@@ -232,19 +232,11 @@ def _project(
             "vocabulary: use a map that tells it (first_piece, byte_prefix), or set projection to token and inside to "
             "none."
         )
-    prefixes = [np.zeros(0) if r.prefix_nats is None or r.skipped else r.prefix_nats for r in read]
     return project_path(
-        ids,
-        p,
-        np.concatenate([predictions.tokens for predictions in read]),
-        source_ends,
-        passage_starts(read),
-        np.concatenate([predictions.tokens for predictions in own]),
-        target_ends,
-        passage_starts(own),
-        pieces=source.pieces,
-        prefix_mass=np.exp(-np.concatenate(prefixes, dtype=np.float64)),
-        prefix_starts=np.cumsum([0, *map(len, prefixes)]),
+        SourceEntries.of(ids, p, read),
+        source_tokens,
+        target_tokens,
+        source.pieces,
         vocabulary_size=len(target_vocabulary.tokens),
         inside=switches.inside == "prefix",
         correct=switches.projection == "path",

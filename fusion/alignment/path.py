@@ -26,6 +26,7 @@ which begin with it and are tokens of the target by themselves.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -47,6 +48,60 @@ _FAULTS = {
 }
 
 
+class TokenSequence(NamedTuple):
+    """The M tokens of the P passages of a sequence by one tokenizer, the prefix token first in each passage."""
+
+    ids: np.ndarray
+    """int32[M]."""
+    ends: np.ndarray
+    """int32[M] of `text_ends`."""
+    starts: np.ndarray
+    """int64[P + 1]: where each passage begins, and M."""
+
+    @classmethod
+    def of(cls, passages: Sequence[Predictions], vocabulary: Vocabulary) -> TokenSequence:
+        """The tokens that these predictions are about, of a model with this vocabulary."""
+        return cls(
+            np.concatenate([passage.tokens for passage in passages], dtype=np.int32),
+            np.concatenate([text_ends(passage, vocabulary) for passage in passages]),
+            np.cumsum([0, *(len(passage.tokens) for passage in passages)], dtype=np.int64),
+        )
+
+
+class SourceEntries(NamedTuple):
+    """What is known of a source's distributions at the M positions of a sequence of P passages."""
+
+    ids: np.ndarray
+    """int32[M, K] source token ids, -1 for no entry. The token that really follows is the last column's, where it has
+    one (see `true_token_last`)."""
+    p: np.ndarray
+    """float64[M, K] probabilities, 0 where there is no entry."""
+    prefix_mass: np.ndarray
+    """float64[Q] exp of minus the `prefix_nats` of all passages. In a passage without them no position inside a source
+    token has entries: the k that are known would make the true token far too probable."""
+    prefix_starts: np.ndarray
+    """int64[P + 1]: where each passage's values in `prefix_mass` begin, and Q."""
+
+    @classmethod
+    def of(cls, ids: np.ndarray, p: np.ndarray, passages: Sequence[Predictions]) -> SourceEntries:
+        """These entries with the prefix masses that are stored for the passages."""
+        nats = [np.zeros(0) if r.prefix_nats is None or r.skipped else r.prefix_nats for r in passages]
+        return cls(
+            np.ascontiguousarray(ids, np.int32),
+            np.ascontiguousarray(p, np.float64),
+            np.exp(-np.concatenate(nats, dtype=np.float64)),
+            np.cumsum([0, *map(len, nats)], dtype=np.int64),
+        )
+
+
+class _Pieces(NamedTuple):
+    """The arrays of a `PieceMap`."""
+
+    starts: np.ndarray
+    spelling: np.ndarray
+    images: np.ndarray
+
+
 def text_ends(predictions: Predictions, vocabulary: Vocabulary) -> np.ndarray:
     """int32[M]: the byte at which each position of a passage ends in the text with one space before it.
 
@@ -60,24 +115,12 @@ def text_ends(predictions: Predictions, vocabulary: Vocabulary) -> np.ndarray:
     return result
 
 
-def passage_starts(passages: Sequence[Predictions]) -> np.ndarray:
-    """int64[P + 1]: where each of P passages begins among the positions of all, and their number."""
-    return np.concatenate([[0], np.cumsum([len(passage.tokens) for passage in passages], dtype=np.int64)])
-
-
 def project_path(
-    ids: np.ndarray,
-    p: np.ndarray,
-    source_tokens: np.ndarray,
-    source_ends: np.ndarray,
-    source_starts: np.ndarray,
-    target_tokens: np.ndarray,
-    target_ends: np.ndarray,
-    target_starts: np.ndarray,
-    *,
+    entries: SourceEntries,
+    source: TokenSequence,
+    target: TokenSequence,
     pieces: PieceMap,
-    prefix_mass: np.ndarray,
-    prefix_starts: np.ndarray,
+    *,
     vocabulary_size: int,
     inside: bool,
     correct: bool,
@@ -85,19 +128,10 @@ def project_path(
     """The source's entries on the target's positions, for the passages of a sequence.
 
     Args:
-        ids: int32[M, K] source token ids, -1 for no entry. The token that really follows is the last column's, where it
-            has one (see `true_token_last`).
-        p: float64[M, K] probabilities, 0 where there is no entry.
-        source_tokens: int32[M] token ids, the prefix first in each passage.
-        source_ends: int32[M] of `text_ends`.
-        source_starts: int64[P + 1] where the P passages begin, and M.
-        target_tokens: int32[N], as the source's.
-        target_ends: int32[N], as the source's.
-        target_starts: int64[P + 1], as the source's.
+        entries: the source's distributions at its M positions.
+        source: its M tokens.
+        target: the target's N tokens of the same passages.
         pieces: target tokens of the source's tokens and of what is left of them.
-        prefix_mass: float64[Q] exp of minus the `prefix_nats` of all passages. In a passage without them no position
-            inside a source token has entries: the k that are known would make the true token far too probable.
-        prefix_starts: int64[P + 1] where each passage's begin, and Q.
         vocabulary_size: number of ids of the target vocabulary.
         inside: whether positions inside a source token take part.
         correct: whether the true path is corrected.
@@ -110,84 +144,47 @@ def project_path(
             "cannot project a distribution: the vocabulary map names an id that the target vocabulary lacks: it was "
             "made for another target, make it again."
         )
-    n, width = len(target_tokens), ids.shape[1]
+    n, width = len(target.ids), entries.ids.shape[1]
     out = Projected(
         np.full((n, width + 1), -1, np.int32),
         np.zeros((n, width + 1)),
         np.full(n, -1, np.int32),
         np.zeros(n, np.bool_),
     )
-    fault = _project_path(
-        np.ascontiguousarray(ids, np.int32),
-        np.ascontiguousarray(p, np.float64),
-        np.ascontiguousarray(source_tokens, np.int32),
-        np.ascontiguousarray(source_ends, np.int32),
-        np.ascontiguousarray(source_starts, np.int64),
-        np.ascontiguousarray(target_tokens, np.int32),
-        np.ascontiguousarray(target_ends, np.int32),
-        np.ascontiguousarray(target_starts, np.int64),
-        pieces.spelling,
-        pieces.starts,
-        pieces.images,
-        np.ascontiguousarray(prefix_mass, np.float64),
-        np.ascontiguousarray(prefix_starts, np.int64),
-        inside,
-        correct,
-        out.ids,
-        out.p,
-        out.partner,
-        out.inside,
-    )
+    arrays = _Pieces(pieces.starts, pieces.spelling, pieces.images)
+    fault = _project_path(entries, source, target, arrays, inside, correct, out)
     if fault:
         raise UserError(f"cannot project a distribution: {_FAULTS[fault]}.")
     return out
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
-def _begins_alike(spelling: np.ndarray, a: int, b: int, n: int) -> bool:
-    for i in range(n):  # noqa: SIM110 - compiled, where a generator is no loop
-        if spelling[a + i] != spelling[b + i]:
-            return False
-    return True
-
-
 @numba.njit(cache=True, nogil=True)
 def _project_path(
-    ids: np.ndarray,
-    p: np.ndarray,
-    source_tokens: np.ndarray,
-    source_ends: np.ndarray,
-    source_starts: np.ndarray,
-    target_tokens: np.ndarray,
-    target_ends: np.ndarray,
-    target_starts: np.ndarray,
-    spelling: np.ndarray,
-    starts: np.ndarray,
-    images: np.ndarray,
-    prefix_mass: np.ndarray,
-    prefix_starts: np.ndarray,
+    entries: SourceEntries,
+    source: TokenSequence,
+    target: TokenSequence,
+    pieces: _Pieces,
     inside: bool,
     correct: bool,
-    out_ids: np.ndarray,
-    out_p: np.ndarray,
-    out_partner: np.ndarray,
-    out_inside: np.ndarray,
+    out: Projected,
 ) -> int:
+    """Fills `out`; returns a key of `_FAULTS`, or 0."""
+    # Out of their tuples once, and small functions inlined: either costs as much as the work of a loop.
+    ids, p, prefix_mass = entries.ids, entries.p, entries.prefix_mass
+    starts, spelling, images = pieces.starts, pieces.spelling, pieces.images
+    source_tokens, source_ends = source.ids, source.ends
+    target_tokens, target_ends = target.ids, target.ends
+    out_ids, out_p, out_partner, out_inside = out.ids, out.p, out.partner, out.inside
     size, width = len(starts) - 1, ids.shape[1]
-    first_prefix = np.zeros(len(source_tokens), np.int64)  # of the token after a position, its values' place
-    for passage in range(len(target_starts) - 1):
-        j, stop = source_starts[passage], source_starts[passage + 1]
-        value = prefix_starts[passage]
-        stored = prefix_starts[passage + 1] > value
-        for at in range(j, stop - 1):
-            first_prefix[at] = value
-            if source_tokens[at + 1] >= size:
-                return _OUTSIDE_MAP
-            value += max(starts[source_tokens[at + 1] + 1] - starts[source_tokens[at + 1]] - 3, 0)
-        if stored and value != prefix_starts[passage + 1]:
-            return _OTHER_PREFIXES
-        last = target_starts[passage + 1] - 1
-        for i in range(target_starts[passage], last + 1):
+    first_prefix = np.zeros(len(source_tokens), np.int64)
+    for passage in range(len(target.starts) - 1):
+        fault = _place_prefixes(entries, source, pieces, passage, first_prefix)
+        if fault:
+            return fault
+        stored = entries.prefix_starts[passage + 1] > entries.prefix_starts[passage]
+        j, stop = source.starts[passage], source.starts[passage + 1]
+        last = target.starts[passage + 1] - 1
+        for i in range(target.starts[passage], last + 1):
             v = target_ends[i]
             if v < 0:
                 break
@@ -225,9 +222,7 @@ def _project_path(
                     true_image, true_share = image, q
                 if image < 0:
                     continue
-                place = 0
-                while place < kept and out_ids[i, place] != image:
-                    place += 1
+                place = _place_of(image, out_ids, i, kept)
                 if place == kept:
                     out_ids[i, place] = image
                     out_p[i, place] = 0.0
@@ -248,47 +243,96 @@ def _project_path(
             gold, end = target_tokens[i + 1], target_ends[i + 1]
             moved, of_tail = 0.0, 0.0
             if true_image != gold:
-                moved, at = true_share, j + 1
-                while moved > 0 and source_ends[at] < end:
-                    n = end - source_ends[at]
-                    if at + 1 == stop or source_ends[at + 1] < 0:
-                        moved = 0.0
-                    elif source_ends[at + 1] <= end:
-                        moved *= p[at, width - 1]
-                    elif stored:
-                        moved *= prefix_mass[first_prefix[at] + n - 1]
-                    else:
-                        moved *= _mass_beginning(ids, p, at, n, source_tokens[at + 1], spelling, starts)
-                    at += 1
+                moved = _along_text(entries, source, pieces, j, stop, end, true_share, stored, first_prefix)
             n = end - source_ends[j]
             if stored and source_ends[j + 1] > end and n > 0:  # other tokens that begin with the true target token
                 begin = prefix_mass[first_prefix[j] + n - 1]
-                of_tail = scale * (begin - _mass_beginning(ids, p, j, n, true, spelling, starts))
+                of_tail = scale * (begin - _mass_beginning(entries, pieces, j, n, true))
                 of_tail = max(min(of_tail, 1 - out_p[i, :kept].sum()), 0.0)
             if moved + of_tail <= 0:
                 continue
-            place = 0
-            while place < kept and out_ids[i, place] != gold:
-                place += 1
+            place = _place_of(gold, out_ids, i, kept)
             if place == kept:
                 out_ids[i, place] = gold
                 out_p[i, place] = 0.0
                 kept += 1
             out_p[i, place] += moved + of_tail
-            for other in range(kept):
-                if true_image >= 0 and true_image != gold and out_ids[i, other] == true_image:
-                    out_p[i, other] = max(out_p[i, other] - moved, 0.0)
+            if true_image >= 0 and true_image != gold:
+                for place in range(kept):
+                    if out_ids[i, place] == true_image:
+                        out_p[i, place] = max(out_p[i, place] - moved, 0.0)
     return 0
 
 
 @numba.njit(cache=True, nogil=True)
-def _mass_beginning(
-    ids: np.ndarray, p: np.ndarray, j: int, n: int, true: int, spelling: np.ndarray, starts: np.ndarray
+def _place_prefixes(
+    entries: SourceEntries, source: TokenSequence, pieces: _Pieces, passage: int, first_prefix: np.ndarray
+) -> int:
+    """Where the masses of the first bytes of the token after each position of a passage are, into first_prefix[M]."""
+    tokens, starts = source.ids, pieces.starts
+    first, end = entries.prefix_starts[passage], entries.prefix_starts[passage + 1]
+    value = first
+    for at in range(source.starts[passage], source.starts[passage + 1] - 1):
+        first_prefix[at] = value
+        token = tokens[at + 1]
+        if token >= len(starts) - 1:
+            return _OUTSIDE_MAP
+        value += max(starts[token + 1] - starts[token] - 3, 0)
+    return _OTHER_PREFIXES if end > first and value != end else 0
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _along_text(
+    entries: SourceEntries,
+    source: TokenSequence,
+    pieces: _Pieces,
+    j: int,
+    stop: int,
+    end: int,
+    share: float,
+    stored: bool,
+    first_prefix: np.ndarray,
 ) -> float:
-    """The mass of the entries at source position j that begin with the first n bytes of the token that follows it."""
+    """The part of `share`, that of the token after source position j, which goes on with the text up to byte `end`."""
+    ends, true_column, at = source.ends, entries.ids.shape[1] - 1, j + 1
+    while share > 0 and ends[at] < end:
+        n = end - ends[at]
+        if at + 1 == stop or ends[at + 1] < 0:
+            share = 0.0
+        elif ends[at + 1] <= end:
+            share *= entries.p[at, true_column]
+        elif stored:
+            share *= entries.prefix_mass[first_prefix[at] + n - 1]
+        else:
+            share *= _mass_beginning(entries, pieces, at, n, source.ids[at + 1])
+        at += 1
+    return share
+
+
+@numba.njit(cache=True, nogil=True)
+def _mass_beginning(entries: SourceEntries, pieces: _Pieces, j: int, n: int, true: int) -> float:
+    """The mass of the entries at source position j that begin with the first n bytes of the token `true`."""
+    ids, p, starts, spelling = entries.ids, entries.p, pieces.starts, pieces.spelling
     mass = 0.0
     for column in range(ids.shape[1]):
         u = ids[j, column]
         if u >= 0 and starts[u + 1] - starts[u] - 2 >= n and _begins_alike(spelling, starts[u], starts[true], n):
             mass += p[j, column]
     return mass
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _begins_alike(spelling: np.ndarray, a: int, b: int, n: int) -> bool:
+    for i in range(n):  # noqa: SIM110 - compiled, where a generator is no loop
+        if spelling[a + i] != spelling[b + i]:
+            return False
+    return True
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _place_of(token: int, ids: np.ndarray, i: int, kept: int) -> int:
+    """The column of a token among the first `kept` of row i, or `kept` where it is not there."""
+    place = 0
+    while place < kept and ids[i, place] != token:
+        place += 1
+    return place

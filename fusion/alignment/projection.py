@@ -6,7 +6,7 @@ dense [T, V] array and no Python loop over positions.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -22,8 +22,7 @@ _FAULTS = {
 }
 
 
-@dataclass(frozen=True)
-class Projected:
+class Projected(NamedTuple):
     """A source's entries at the N target positions of a sequence."""
 
     ids: np.ndarray

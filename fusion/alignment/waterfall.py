@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fusion.alignment.fuse import UNPAIRED, FusedSequence, Source, fuse_sequence
+from fusion.alignment.fuse import UNALIGNED, FusedSequence, Source, fuse_sequence
 from fusion.alignment.selection import MIXTURE, segment_of, segment_starts
 from fusion.switches import Switches
 from fusion.types import Predictions, Sparse
@@ -133,7 +133,7 @@ def waterfall(
         positions[name]["chosen"] = int(of_it.sum())
         nats[name]["selected"] = np.nan if mixed else float(gain[of_it & whole[name][here]].sum())
         nats[name]["taught"] = np.nan if mixed else float(gain[of_it].sum())
-    taught = chosen != UNPAIRED
+    taught = chosen != UNALIGNED
     within = np.where(chosen >= 0, complete[np.maximum(chosen, 0), np.arange(len(chosen))], complete.any(axis=0))
     nats[FUSED] = {"selected": float(gain[taught & within].sum()), "taught": float(gain[taught].sum())}
     listed = (fused.targets.ids[:-1] == own.tokens[1:, None]).any(axis=1)

@@ -141,7 +141,7 @@ class CrossTokenizerMember:
         cached_prefixes = [
             _extended_prefix(before, tree, new) for before, tree, new in zip(kept, trees, read, strict=True)
         ]
-        return self._carried(logits, ends), cached_prefixes
+        return self._mapped(logits, ends), cached_prefixes
 
     def encode(self, texts: Sequence[Sequence[int]]) -> list[list[int]]:
         """The model's own tokens of texts given in the pivot's tokens; at least one token each.
@@ -196,14 +196,14 @@ class CrossTokenizerMember:
         nothing_read = spelled.removeprefix(b" ") == b"" if self._pivot.dummy_prefix else not spelled
         return int(self._pivot.dummy_prefix and not spelled) - int(self._dummy_prefix and nothing_read)
 
-    def _carried(self, logits: Tensor, ends: Sequence["_End"]) -> Tensor:
+    def _mapped(self, logits: Tensor, ends: Sequence["_End"]) -> Tensor:
         """Log-probabilities float32[n, V of the pivot] through the map: duplicates are summed, unmapped ids are left
         out.
         """
-        carried = torch.zeros(len(ends), len(self._pivot), device=logits.device)
+        mapped = torch.zeros(len(ends), len(self._pivot), device=logits.device)
         totals = torch.cat([rows.float().logsumexp(-1) for rows in logits.split(_ROWS)])
         for start in range(0, len(ends), _ROWS):
-            rows, some = carried[start : start + _ROWS], ends[start : start + _ROWS]
+            rows, some = mapped[start : start + _ROWS], ends[start : start + _ROWS]
             last = torch.tensor([end.at[0] for end in some], device=logits.device)
             p = logits[last].float().softmax(-1)
             for added, (ids, onto) in self._maps.items():
@@ -216,7 +216,7 @@ class CrossTokenizerMember:
                 if end.covering_tokens:
                     _add_covers(row, logits, totals, end)
             rows.log_()
-        return carried
+        return mapped
 
 
 @dataclass
@@ -392,9 +392,9 @@ class PrefixCachedEnsemble(PrefixCachedModel):
         def parts() -> Iterator[Tensor]:
             yield logits
             for number, member in enumerate(self._members):
-                carried, read = member.read(texts, [some[number] if some else None for some in started])
+                mapped, read = member.read(texts, [some[number] if some else None for some in started])
                 for known, new in zip(cached_prefixes, read, strict=True):
                     known.append(new)
-                yield carried
+                yield mapped
 
         return mean(parts(), [self._share, *self._others]), cached_prefixes

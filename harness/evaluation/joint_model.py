@@ -151,7 +151,7 @@ def _fingerprint(ensemble: Ensemble, parts: Sequence[tuple[EvaluatedModel, float
 
 
 def make_joint_model(label: str, ensemble: Ensemble, parts: Sequence[tuple[EvaluatedModel, float]]) -> JointModel:
-    """The ensemble of subjects; the first is the pivot."""
+    """The ensemble of evaluated models; the first is the pivot."""
     pivot = parts[0][0]
     dtypes = [member.dtype for member, _ in parts]
     return JointModel(

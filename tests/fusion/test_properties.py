@@ -78,17 +78,17 @@ def fuse(
 ) -> tuple[FusedSequence, list[dict[str, Predictions]]]:
     rng = np.random.default_rng(seed)
     k = int(rng.integers(1, 5))  # of few entries the map often leaves none
-    readings = [{name: predictions(name, text, rng, k) for name in FAMILIES} for text in texts]
+    stored = [{name: predictions(name, text, rng, k) for name in FAMILIES} for text in texts]
     sources = [source(name, target, kind) for name in FAMILIES if name != target]
     row = fuse_sequence(
-        readings,
+        stored,
         [len(text.encode()) for text in texts],
         target=target,
         sources=sources if order is None else [sources[s] for s in order],
         target_vocabulary=vocabulary(target),
         switches=switches,
     )
-    return row, readings
+    return row, stored
 
 
 @pytest.mark.parametrize("target", FAMILIES)
@@ -98,10 +98,10 @@ def test_mapped_mass_and_tail_are_one(target: str, texts: list[str], seed: int, 
     if kind not in PIECES:
         switches = replace(switches, projection="token", inside="none")
     row, _ = fuse(target, texts, seed, switches, kind)
-    taught = row.fusion_weight > 0
+    weighted = row.fusion_weight > 0
     mass = row.targets.p.sum(axis=1, dtype=np.float64) + row.targets.tail
-    np.testing.assert_allclose(mass[taught], 1, atol=1e-6)
-    assert taught.tolist() == (row.gold >= 0).tolist()
+    np.testing.assert_allclose(mass[weighted], 1, atol=1e-6)
+    assert weighted.tolist() == (row.gold >= 0).tolist()
     for ids in row.targets.ids:
         kept = ids[ids >= 0].tolist()
         assert len(set(kept)) == len(kept)
@@ -123,12 +123,12 @@ def test_targets_do_not_depend_on_the_order_of_sources(
 @settings(deadline=None, max_examples=25)
 @given(TEXTS, SEEDS)
 def test_no_pair_in_a_row_has_different_text_before(target: str, texts: list[str], seed: int) -> None:
-    row, readings = fuse(target, texts, seed, Switches(include_target=False))
+    row, stored = fuse(target, texts, seed, Switches(include_target=False))
 
     def before(family: str) -> list[tuple[int, bytes]]:
         """Of every position of the row its passage and what its tokens spell up to it."""
         found = []
-        for number, passage in enumerate(readings):
+        for number, passage in enumerate(stored):
             spelled = b""
             for token in passage[family].tokens[1:].tolist():
                 found.append((number, spelled))

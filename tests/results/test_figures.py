@@ -166,7 +166,7 @@ def test_figures_have_the_same_bytes_every_time(tmp_path: Path) -> None:
     parts = records(tmp_path / "r", *curves, *at_lambdas())
     for folder in ("one", "two"):
         learning_curves(parts, ["CLM", "FuseLLM"], tmp_path / folder / "curves", title="main", banner="plumbing")
-        audit_figure(measures().iloc[:3], tmp_path / folder / "audit", title="audit")
+        audit_figure(measures(), tmp_path / folder / "audit", title="audit")
         selection_figure(measures(), tmp_path / folder / "choice")
         differences_figure(lambdas(parts), tmp_path / folder / "differences")
         quality_figure(lambdas(parts), {"all": {"at 0.9": 0.9}}, tmp_path / folder / "quality", along="lambda")
@@ -190,13 +190,13 @@ def test_bad_measures_are_refused(tmp_path: Path) -> None:
 
 def test_the_bars_of_a_waterfall_add_up(tmp_path: Path, drawn: list[Any]) -> None:
     """Each begins where the one before it ends; the last is what is left."""
-    found = measures().drop(index=0)
+    found = measures().drop(index=0)  # so that the first domain is news
     audit_figure(found, tmp_path / "audit")
     bars = drawn[0].axes[1].containers  # of the second source
-    code = found[(found["source"] == "Qwen") & (found["domain"] == "code")].iloc[0]
+    news = found[(found["source"] == "Qwen") & (found["domain"] == "news")].iloc[0]
     ends = [bar[0].get_y() + bar[0].get_height() for bar in bars]
     assert ends == pytest.approx(
-        [*code[["native", "aligned", "projected", "kept", "selected", "taught"]], code["taught"]]
+        [*news[["native", "aligned", "projected", "kept", "selected", "taught"]], news["taught"]]
     )
     assert [bar[0].get_y() for bar in bars] == pytest.approx([0, *ends[:5], 0])
     legend = drawn[0].axes[-1].get_legend_handles_labels()[1]
@@ -226,8 +226,9 @@ def test_a_curve_has_intervals_where_each_domain_has_twenty_documents(tmp_path: 
 
 def test_shares_of_choice_are_stacked_to_one(tmp_path: Path, drawn: list[Any]) -> None:
     shares = {"own (target)": (0.5, 0.25), "Gemma": (0.25, 0.25), "Qwen": (0.25, 0.5), "fused": (1.0, 1.0)}
+    kinds = {"own (target)": "target", "fused": "fused"}
     rows = [
-        {"source": name, "domain": d, "chosen": s}
+        {"source": name, "kind": kinds.get(name, "source"), "domain": d, "chosen": s}
         for name, both in shares.items()
         for d, s in zip("ab", both, strict=True)
     ]
@@ -243,7 +244,7 @@ def test_coverage_is_the_share_of_positions_paired(tmp_path: Path, drawn: list[A
     coverage_figure(measures(), tmp_path / "f")
     (axes,) = drawn[0].axes
     heights = [bar.get_height() for group in axes.containers for bar in group]
-    assert heights == pytest.approx(measures()["paired"].tolist())
+    assert heights == pytest.approx(measures().query("kind == 'source'")["paired"].tolist())
     with pytest.raises(UserError, match="lack the columns paired"):
         coverage_figure(measures().drop(columns="paired"), tmp_path / "f")
 

@@ -101,7 +101,7 @@ def test_same_end_of_a_reading_with_itself_is_the_identity() -> None:
 
 
 def _published_path(source: list[str], target: list[str]) -> list[list[int]]:
-    """The published dynamic program, as plainly as it can be written."""
+    """The published dynamic program, as simply as it can be written."""
     total = np.full((len(source) + 1, len(target) + 1), np.inf)
     total[0, 0] = 0
     for i, a in enumerate(source):
@@ -216,5 +216,5 @@ def test_dtw_pairs_the_positions_that_the_published_code_pairs(case: str, mode: 
         if j < 0:
             assert (expected["ids"][i], expected["logits"][i]) == ([oracle["target_ids"][i]], [1.0])
         else:
-            carried = dict.fromkeys(image[k] for k in oracle["top_k_ids"][j] if image[k] >= 0)
-            assert expected["ids"][i] == list(carried)
+            mapped = dict.fromkeys(image[k] for k in oracle["top_k_ids"][j] if image[k] >= 0)
+            assert expected["ids"][i] == list(mapped)

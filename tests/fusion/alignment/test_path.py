@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusion.alignment.path import passage_starts, project_path, text_ends
+from fusion.alignment.path import SourceEntries, TokenSequence, project_path, text_ends
 from fusion.alignment.projection import Projected, true_token_last
 from fusion.types import Predictions
 from fusion.vocabulary.maps import build_map
@@ -83,17 +83,10 @@ def project(
     nats = np.where(following >= 0, -np.log(p[np.arange(len(p)), following]), 0)
     ids, kept = true_token_last(ids, kept, following, nats)
     return project_path(
-        ids,
-        kept,
-        source.tokens,
-        text_ends(source, mine),
-        passage_starts([source]),
-        target.tokens,
-        text_ends(target, theirs),
-        passage_starts([target]),
-        pieces=made,
-        prefix_mass=stored,
-        prefix_starts=np.array([0, len(stored)]),
+        SourceEntries(ids, kept, stored, np.array([0, len(stored)])),
+        TokenSequence.of([source], mine),
+        TokenSequence.of([target], theirs),
+        made,
         vocabulary_size=len(theirs),
         inside=True,
         correct=True,

@@ -1,4 +1,4 @@
-"""The published alignment and carrying over, entry for entry: real readings, and what the published algorithm made."""
+"""The published alignment and projection, entry for entry: real predictions, and what the published algorithm made."""
 
 import gzip
 import json
@@ -77,12 +77,12 @@ def test_published_targets_are_the_softmax_of_the_published_entries(name: str, m
     # Any constant between logits and log-probabilities drops out of the softmax over what is kept.
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)) - 0.25
     target = np.array(oracle["target_ids"], np.int32)
-    readings = {
+    stored = {
         "source": predictions(np.array(oracle["source_ids"], np.int32), np.array(oracle["top_k_ids"], np.int32), log_p),
         "target": predictions(target, np.zeros((len(target), 0), np.int32), np.zeros((len(target), 0))),
     }
     row = fuse_sequence(
-        [readings],
+        [stored],
         [1],
         target="target",
         sources=[Source("source", vocabulary(oracle["source"]), string_map(oracle, mode))],

@@ -37,13 +37,20 @@ def source(name: str, words: Sequence[str], theirs: Sequence[str]) -> Source:
 
 
 def said(words: Sequence[str], read: Sequence[str], p: np.ndarray) -> Predictions:
-    """The predictions p[M, V] of a model that reads the words `read`, with all entries."""
+    """The predictions p[M, V] of a model that reads the words `read`, with all entries and prefix masses."""
     tokens = np.array([0, *(words.index(word) + 1 for word in read)], np.int32)
     ids = np.argsort(-p, axis=1, kind="stable").astype(np.int32)
     nats = np.append(-np.log(p[np.arange(len(read)), tokens[1:]]), 0).astype(np.float32)
     ends = np.cumsum([0, *map(len, read)]).astype(np.int32)
     log_p = np.log(np.take_along_axis(p, ids, 1)).astype(np.float32)
-    return Predictions(tokens, ends, ids, log_p, np.zeros(len(p), np.float32), nats)
+    prefix_nats = [
+        -math.log(p[j, [n for n, other in enumerate(words, start=1) if other.startswith(word[:length])]].sum())
+        for j, word in enumerate(read)
+        for length in range(1, len(word))
+    ]
+    return Predictions(
+        tokens, ends, ids, log_p, np.zeros(len(p), np.float32), nats, prefix_nats=np.array(prefix_nats, np.float32)
+    )
 
 
 LETTERS, PAIRS = ["a", "b", "c"], ["ab", "c", "a", "b"]

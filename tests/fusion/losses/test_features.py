@@ -17,7 +17,7 @@ from fusion.losses.uld import ULDLoss
 from fusion.switches import Switches
 from fusion.types import Predictions
 from fusion.vocabulary.token_bytes import Vocabulary, same_ids
-from tests.fusion.alignment.test_fuse import MAP, OTHER, OWN, READ, TARGET, predictions
+from tests.fusion.alignment.fusing import MAP, OTHER, OWN, READ, TARGET, predictions
 
 BARE = Predictions.empty(OWN.tokens, OWN.ends, 0)  # the target where nothing of it was extracted
 LEFT_OUT = Predictions.empty(READ.tokens, READ.ends, 3)

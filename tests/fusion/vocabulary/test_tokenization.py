@@ -152,10 +152,10 @@ def test_a_source_that_knows_the_first_token_teaches_it(source: str, target: str
     for i in np.flatnonzero(fused.paired[0][:-1]).tolist():
         j = int(fused.partner[0][i])
         if read["s"].ends[j + 1] == read["t"].ends[i + 1]:  # both next tokens are the same text
-            taught = dict(zip(fused.targets.ids[i].tolist(), fused.targets.p[i].tolist(), strict=True))
+            fused_entries = dict(zip(fused.targets.ids[i].tolist(), fused.targets.p[i].tolist(), strict=True))
             in_target = vocabulary(target).token_bytes[int(read["t"].tokens[i + 1])]
             known = vocabulary(source).token_bytes
-            assert taught.get(int(read["t"].tokens[i + 1]), 0) > 0.8 or (i == 0 and in_target not in known)
+            assert fused_entries.get(int(read["t"].tokens[i + 1]), 0) > 0.8 or (i == 0 and in_target not in known)
 
 
 def _sure_of_the_text(name: str, text: str) -> Predictions:

@@ -32,6 +32,7 @@ def initialised(kind: str, name: str, folder: Path) -> list[Path]:
     return [Path(line) for line in printed.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "group"), [("baseline", "baseline"), ("suite", "suite")])
 def test_a_new_package_is_found(kind: str, group: str, tmp_path: Path) -> None:
     files = initialised(kind, "my-part", tmp_path)

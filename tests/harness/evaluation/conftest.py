@@ -1,9 +1,11 @@
-"""Running programs that mean harm, in the sandbox and nowhere else."""
+"""Programs that mean harm run in the sandbox and nowhere else; tiny models and rows for the suites."""
 
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import pytest
 
@@ -43,3 +45,59 @@ def processes_with(mark: str) -> list[int]:
         except OSError:
             continue
     return found
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What makes toolchains fast, made once for all processes of a test run."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "toolchains"
+
+
+# Few of the rows' words are tokens of the tiny vocabulary, so that a BBH prompt has thousands of them.
+CONTEXT = 8192
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few rows of every data set."""
+    from tests.harness.suite_rows import make_data_root
+
+    return make_data_root(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two models with room for few-shot prompts, and one without."""
+    from transformers import LlamaConfig
+
+    from tests.harness.tiny_models import save_model
+
+    folder = tmp_path_factory.mktemp("models")
+    made = {name: save_model(folder / name, LlamaConfig, 400, seed, 6, max_position_embeddings=CONTEXT)
+            for seed, name in enumerate(["one", "two"])}  # fmt: skip
+    return made | {"short": save_model(folder / "short", LlamaConfig, 400, 0, 6)}
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub does not answer."""
+    from harness.data import hub
+
+    monkeypatch.setattr(hub, "_answers", lambda: False)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The prompts that were generated for."""
+    from harness.evaluation.shared_prefix_lm import SharedPrefixLM
+
+    prompts: list[str] = []
+    own = SharedPrefixLM._decode
+
+    def decode(self: Any, rows: dict[int, Any], answers: list[str]) -> None:
+        prompts.extend(row.request.args[0] for row in rows.values())
+        own(self, rows, answers)
+
+    monkeypatch.setattr(SharedPrefixLM, "_decode", decode)
+    yield prompts

@@ -12,7 +12,7 @@ from fusion.errors import UserError
 from harness.evaluation.lm_eval import requests, task_suite
 from harness.evaluation.lm_eval.examples import EXAMPLES
 from harness.evaluation.suite import SuiteResult, kept_lines
-from tests.harness.evaluation.test_suites import measure
+from tests.harness.evaluation.measuring import measure
 from tests.harness.suite_rows import make_data_root
 from tests.harness.tiny_models import save_model
 

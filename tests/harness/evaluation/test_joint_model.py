@@ -10,7 +10,6 @@ from baselines.method import Candidate, Ensemble, Member
 from fusion.errors import UserError
 from harness.config.loading import load
 from harness.config.validation import method_parameters, suite_config
-from harness.data import hub
 from harness.data.corpus import Document
 from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.evaluation.joint_model import JointModel, make_joint_model
@@ -22,9 +21,11 @@ from harness.experiment.plan import plan
 from harness.models.resolution import ModelSpec, count_parameters, resolve
 from harness.store.artifacts import Store
 from harness.store.costs import Costs
-from tests.harness.evaluation.test_suites import completions, lines
+from tests.harness.evaluation.measuring import completions, lines
 from tests.harness.suite_rows import make_data_root
 from tests.harness.tiny_models import save_model
+
+pytestmark = pytest.mark.usefixtures("no_network")
 
 CONTEXT = 8192
 
@@ -57,11 +58,6 @@ def _widened(model: Path, folder: Path) -> Path:
     loaded.save_pretrained(folder)
     PreTrainedTokenizerFast.from_pretrained(model).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "_answers", lambda: False)
 
 
 def evaluated(folder: Path, root: Path, label: str | None = None) -> EvaluatedModel:

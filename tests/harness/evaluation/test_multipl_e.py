@@ -1,9 +1,7 @@
-"""MultiPL-E's execution: verdicts in ten languages, interruptions, neighbours that mean harm, and bad input."""
+"""MultiPL-E's execution: verdicts in ten languages, interruptions, neighbours that mean harm."""
 
 import itertools
 import json
-import os
-import re
 import signal
 import subprocess
 import sys
@@ -14,55 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fusion.errors import UserError
 from harness.evaluation import sandbox as sandboxes
 from harness.evaluation.multipl_e import execute as executing
 from harness.evaluation.multipl_e import toolchains
-from harness.evaluation.multipl_e.execute import Executed, OutOfTime, execute
+from harness.evaluation.multipl_e.execute import OutOfTime, execute
 from harness.evaluation.multipl_e.generations import read_generations
-from harness.evaluation.multipl_e.languages import LANGUAGES, cut, language_of
-from harness.evaluation.multipl_e.scores import ProblemScore, check_samples, read_results, summary
+from harness.evaluation.multipl_e.languages import LANGUAGES
+from harness.evaluation.multipl_e.scores import read_results, summary
 from harness.evaluation.sandbox import Limits
-from results.metrics import pass_at_k
+from tests.harness.evaluation.programs import LIMITS, PROMPT, RIGHT, WRONG, problem, results_of, rows_of, write
 from tests.shared import needed, shared
-
-LIMITS = Limits(cpu=2, wall=20.0)
-PROMPT = {
-    "name": "HumanEval_53_add",
-    "language": "python",
-    "prompt": "def add(x, y):\n",
-    "tests": "assert add(2, 3) == 5\n",
-    "stop_tokens": ["\ndef", "\n#"],
-}
-RIGHT, WRONG = "    return x + y\n", "    return x - y\n"
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What makes toolchains fast, made once for all processes of a test run."""
-    base = tmp_path_factory.getbasetemp()
-    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "toolchains"
-
-
-def rows_of(name: str) -> dict[str, dict[str, Any]]:
-    """A language's problems by name, Python's from HumanEval."""
-    import pyarrow.parquet as pq
-
-    if name != "python":
-        table = pq.read_table(shared(f"data/hub/nuprl/MultiPL-E/humaneval-{name}/test.parquet"))
-        return {row["name"]: row for row in table.to_pylist()}
-    table = pq.read_table(shared("data/hub/openai/openai_humaneval/openai_humaneval/test.parquet"))
-    rows = {}
-    for row in table.to_pylist():
-        key = f"{row['task_id'].replace('/', '_')}_{row['entry_point']}"
-        rows[key] = {**PROMPT, "name": key, "prompt": row["prompt"], "tests": f"{row['test']}\n"}
-    return rows
-
 
 Continuation = Callable[..., list[dict[str, Any]]]
 
@@ -79,20 +41,6 @@ def run(tmp_path: Path, cache: Path) -> Continuation:
         return results_of(done)
 
     return once
-
-
-def problem(*completions: str, **changed: Any) -> dict[str, Any]:
-    return {**PROMPT, "completions": list(completions), **changed}
-
-
-def write(path: Path, rows: Sequence[object]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii")
-    return path
-
-
-def results_of(done: Executed) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in done.results.read_text(encoding="ascii").splitlines()]
-    return [result for line in lines for result in line["results"]]
 
 
 def verdicts(results: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
@@ -128,77 +76,6 @@ def test_every_verdict_of_the_oracle(name: str, tmp_path: Path, cache: Path) -> 
         assert (result["exit_code"] == 0) == (word == "OK"), (case, result)
         assert result["program"].startswith(rows[case["name"]]["prompt"])
         assert result["program"].endswith(rows[case["name"]]["tests"])
-
-
-# Wrong completions that end in success, and most of them print every file that they can read.
-FORGERIES = [
-    ("python", "    import os; print('OK'); os._exit(0)"),
-    ("python", "    import os; print(open(__file__).read(), flush=True); os._exit(0)"),
-    ("js", "  console.log('ok'); process.exit(0);\n}"),
-    ("js", "  console.log(require('fs').readFileSync(__filename, 'utf8')); process.exit(0);\n}"),
-    (
-        "ts",
-        """  const fs = require("fs");
-  console.log(fs.readFileSync("program.ts", "utf8") + fs.readFileSync("program.js", "utf8"));
-  (globalThis as any).process.exit(0);
-  return 0;\n}""",
-    ),
-    ("rb", "  puts '1 tests, 3 assertions, 0 failures, 0 errors, 0 pendings'\n  exit!(0)\nend"),
-    ("rb", "  x - y\nend\nat_exit { exit!(0) }"),  # the report of a failed test shows the lines around it
-    ("php", "  return $x - $y;\n} ?>"),  # what follows is text, and printed
-    ("php", "  return $x - $y;\n}\n?>\nfwrite(STDOUT"),
-    ("php", "  readfile(__FILE__); exit(0);\n}"),
-    ("r", '    cat(readLines("program.r"), sep = "\n"); quit(status = 0)\n}'),
-    (
-        "cpp",
-        """    for (auto name : {"program.cpp", "program"}) std::cout << std::ifstream(name).rdbuf() << std::endl;
-    std::_Exit(0);""",
-    ),
-    (
-        "java",
-        """    try {
-            System.out.write(java.nio.file.Files.readAllBytes(java.nio.file.Paths.get("Problem.java")));
-            System.out.write(java.nio.file.Files.readAllBytes(java.nio.file.Paths.get("Problem.class")));
-            System.out.flush();
-        } catch (IOException error) { }
-        System.exit(0);
-        return 0;""",
-    ),
-    (
-        "rs",
-        """    use std::io::Write;
-    for name in &["program.rs", "program"] { std::io::stdout().write_all(&std::fs::read(name).unwrap()).unwrap(); }
-    std::process::exit(0)""",
-    ),
-    (
-        "go",  # a whole program, since only what its first lines import can be used
-        """package add_test
-import ("fmt"; "os"; "syscall"; "testing")
-func add(x int, y int) int {
-    for _, name := range []string{"program_test.go", os.Args[0]} {
-        text, _ := os.ReadFile(name)
-        fmt.Println(string(text))
-    }
-    syscall.Exit(0)
-    return 0
-}
-""",
-    ),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "completion"), FORGERIES, ids=[name for name, _ in FORGERIES])
-def test_a_forged_success_does_not_pass_strictly(name: str, completion: str, tmp_path: Path, cache: Path) -> None:
-    needed(sandboxes.refusal())
-    row = rows_of(name)["HumanEval_53_add"]
-    if completion.startswith("package"):
-        row["prompt"] = ""
-    path = write(tmp_path / "g.jsonl", [{**row, "completions": [completion]}])
-    done = execute(path, tmp_path / "r.jsonl", cache=cache, limits=LIMITS)
-    needed(done.not_run.get(name))
-    (result,) = results_of(done)
-    assert (result["exit_code"], result["strict"]) == (0, False), result
 
 
 @pytest.mark.slow
@@ -395,84 +272,6 @@ def test_any_text_is_a_program(name: str, tmp_path: Path, cache: Path) -> None:
     results = results_of(done)
     assert [result["strict"] for result in results] == [False] * len(texts)
     assert [result["program"] for result in results] == read_generations(path)[0].programs
-
-
-@pytest.mark.parametrize(
-    ("line", "sentence"),
-    [
-        ("{", "line 2 is no JSON"),
-        ("3", "line 2 is no JSON object"),
-        (json.dumps(PROMPT), "line 2 cannot be executed: it lacks completions"),
-        (json.dumps({"completions": []}), "lacks name, language, prompt, tests, stop_tokens"),
-        (json.dumps(problem()), "has no completions"),
-        (json.dumps(problem(RIGHT, tests=3)), "its tests is no text"),
-        (json.dumps(problem(RIGHT, stop_tokens="\n")), "its stop_tokens are no list of texts"),
-        (json.dumps(problem(RIGHT, language="pyhton")), "did you mean 'python'?"),
-        (json.dumps(problem(RIGHT, language="java")), "tests do not end as MultiPL-E's for Java do"),
-        (json.dumps(problem(RIGHT)), "line 2 repeats Python's HumanEval_53_add"),
-    ],
-)
-def test_a_line_that_cannot_be_used_is_named(tmp_path: Path, line: str, sentence: str) -> None:
-    path = tmp_path / "g.jsonl"
-    path.write_text(f"{json.dumps(problem(RIGHT))}\n{line}\n")
-    with pytest.raises(UserError, match=r"g\.jsonl") as error:
-        read_generations(path)
-    assert sentence in str(error.value)
-
-
-def test_files_without_problems_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="There is no file"):
-        read_generations(tmp_path / "g.jsonl")
-    (tmp_path / "g.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="holds no problems"):
-        read_generations(tmp_path / "g.jsonl")
-    write(tmp_path / "g.jsonl", [problem(RIGHT)])
-    with pytest.raises(UserError, match="is no result"):
-        read_results(tmp_path / "g.jsonl")
-
-
-@given(st.integers(1, 7), st.data())
-def test_pass_at_k_is_the_mean_over_all_choices(samples: int, data: st.DataObject) -> None:
-    passed, k = data.draw(st.integers(0, samples)), data.draw(st.integers(1, samples))
-    choices = list(itertools.combinations([True] * passed + [False] * (samples - passed), k))
-    assert pass_at_k(np.array(samples), np.array(passed), k) == pytest.approx(sum(map(any, choices)) / len(choices))
-
-
-def test_pass_at_k_needs_k_samples_before_anything_is_run(tmp_path: Path) -> None:
-    from harness.cli.suite_commands import multipl_e_execute
-
-    with pytest.raises(UserError, match="at least 5 samples"):
-        check_samples(4, 5)
-    path = write(tmp_path / "g.jsonl", [problem(RIGHT)])
-    with pytest.raises(UserError, match="at least 2 samples"):
-        multipl_e_execute(path, k=2, root=tmp_path)
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@given(st.text("ab\n}"), st.lists(st.text("ab\n}", max_size=3), max_size=3))
-def test_a_completion_ends_before_its_first_stop_token(completion: str, stops: list[str]) -> None:
-    kept = cut(completion, stops)
-    assert completion.startswith(kept)
-    assert not any(stop in kept for stop in stops if stop)
-    assert kept == completion or any(completion.startswith(stop, len(kept)) for stop in stops if stop)
-
-
-def test_unsolvable_rows_count_and_are_named() -> None:
-    examples = [
-        ProblemScore("js", "HumanEval_51_remove_vowels", 2, 0, 0),
-        ProblemScore("js", "HumanEval_53_add", 2, 1, 2),
-    ]
-    ((title, problems, samples, strict, by_exit, note),) = summary(examples, {}, 1)
-    assert (title, problems, samples, strict, by_exit) == ("JavaScript", 2, "2", "0.2500", "0.5000")
-    assert note == "cannot be solved as published: HumanEval_51_remove_vowels"
-
-
-def test_the_nonce_comes_after_the_last_test() -> None:
-    for name in LANGUAGES:
-        for row in rows_of(name).values():
-            text = language_of(row["language"]).with_nonce(f"prompt\n{row['tests']}", row["tests"], "FIRSTOTHER")
-            lines = [line for line in text.splitlines() if line.strip(" \t})")]
-            assert re.search("FIRST.+OTHER", lines[-3 if name == "rb" else -1]), (name, text)
 
 
 @pytest.mark.slow

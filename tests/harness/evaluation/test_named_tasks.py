@@ -8,13 +8,12 @@ import pytest
 import yaml
 
 from fusion.errors import UserError
-from harness.data import hub
 from harness.evaluation import standalone
 from harness.evaluation.suite import SUITES
 from results.metrics import measure
 from tests.harness.command import answer
-from tests.harness.evaluation.test_suites import evaluated, lines, models, rows  # noqa: F401  fixtures
-from tests.harness.evaluation.test_suites import measure as measured_on
+from tests.harness.evaluation.measuring import evaluated, lines
+from tests.harness.evaluation.measuring import measure as measured_on
 
 ROWS = [
     {"question": f"Who jumps {i}?", "options": ["the fox", "the dog", "a wizard"], "gold": i % 3, "solution": "the fox"}
@@ -30,9 +29,7 @@ def scored(doc, results):
 """
 
 
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "_answers", lambda: False)
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 @pytest.fixture
@@ -63,7 +60,7 @@ def own_tasks(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_tasks_of_ones_own_have_lm_evals_numbers(
     own_tasks: Path,
-    models: dict[str, Path],  # noqa: F811
+    models: dict[str, Path],
     tmp_path: Path,
 ) -> None:
     from lm_eval import simple_evaluate
@@ -102,7 +99,7 @@ def test_tasks_of_ones_own_have_lm_evals_numbers(
     assert not measure("distance:lower").higher_is_better and measure("distance:lower").bounds is None
 
 
-def test_a_changed_definition_is_another_task(own_tasks: Path, models: dict[str, Path]) -> None:  # noqa: F811
+def test_a_changed_definition_is_another_task(own_tasks: Path, models: dict[str, Path]) -> None:
     def identity() -> Any:
         config = SUITES.get("lm_eval").schema.model_validate({"tasks": [str(own_tasks / "answers.yaml")]})
         return SUITES.get("lm_eval")(config, None).identity()
@@ -118,9 +115,9 @@ def test_a_changed_definition_is_another_task(own_tasks: Path, models: dict[str,
 
 
 def test_a_task_without_data_is_left_out_with_the_file_that_is_expected(
-    rows: Path,  # noqa: F811
+    rows: Path,
     own_tasks: Path,
-    models: dict[str, Path],  # noqa: F811
+    models: dict[str, Path],
     tmp_path: Path,
 ) -> None:
     (own_tasks / "rows.jsonl").unlink()
@@ -134,8 +131,8 @@ def test_a_task_without_data_is_left_out_with_the_file_that_is_expected(
 
 
 def test_eval_with_nothing_measured_ends_with_status_1(
-    rows: Path,  # noqa: F811
-    models: dict[str, Path],  # noqa: F811
+    rows: Path,
+    models: dict[str, Path],
     tmp_path: Path,
 ) -> None:
     command = ["eval", str(models["one"]), "--suite", "lm_eval", "--root", str(tmp_path), "--dtype", "float32"]
@@ -150,7 +147,7 @@ def test_eval_with_nothing_measured_ends_with_status_1(
 
 def test_metrics_that_differ_in_kind_have_tables_of_their_own(
     own_tasks: Path,
-    models: dict[str, Path],  # noqa: F811
+    models: dict[str, Path],
     tmp_path: Path,
 ) -> None:
     command = ["eval", str(models["one"]), "--suite", "lm_eval", "--root", str(tmp_path), "--dtype", "float32"]
@@ -184,7 +181,7 @@ def test_what_is_no_task_is_refused(given: dict[str, Any], sentence: str, own_ta
         SUITES.get("lm_eval")(SUITES.get("lm_eval").schema.model_validate(given), None).identity()
 
 
-def test_sections_of_a_command_line_take_tasks_by_name(rows: Path) -> None:  # noqa: F811
+def test_sections_of_a_command_line_take_tasks_by_name(rows: Path) -> None:
     chosen = standalone.sections(["lm_eval"], tasks=["arc_easy"], common={"limit": 3}, settings={}, data_root=rows)
     assert chosen["lm_eval"].config.limit == 3
     with pytest.raises(UserError, match="tasks"):

@@ -238,7 +238,7 @@ def test_nothing_is_cut(parts: tuple[Any, Any]) -> None:
 def test_prompts_that_do_not_fit_are_cut_as_hflm_cuts_them(
     parts: tuple[Any, Any], shared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Generated and scored; by our own reading and by HFLM's."""
+    """Generated and scored; by our own LM and by HFLM's."""
     if not shared:
         monkeypatch.setattr("harness.evaluation.shared_prefix_lm.PrefixCachedModel", _unsupported)
     texts = ["".join(sentences(n, n)) for n in (1, 40, 60)]

@@ -38,6 +38,7 @@ def trained(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting", ["curve.points=1", "curve.per_domain=2", "suites.perplexity.window=32", "suites.perplexity.mode=strided"]
 )
@@ -52,6 +53,7 @@ def test_another_curve_trains_nothing_again(experiment_file: Path, trained: Path
     assert len(points(run.run(configured(experiment_file), trained))) == 3  # the first one's is still there
 
 
+@pytest.mark.slow
 def test_a_training_that_goes_on_under_another_curve_has_none(
     experiment_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,7 @@ def settings() -> list[str]:
     return [*(f"methods.{row}" for row in rows), "curve.per_domain=0"]
 
 
+@pytest.mark.slow
 def test_a_run_that_computes_otherwise_than_before_has_its_table(
     experiment_file: Path, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

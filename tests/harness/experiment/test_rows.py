@@ -49,6 +49,7 @@ def _weights(candidate: Candidate) -> Mapping[str, torch.Tensor]:
     return load_file(candidate.folder / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_rows_are_made_from_rows_with_the_same_seed(file: Path, tmp_path: Path) -> None:
     config, root = load(str(file), seeds=[0, 1]), tmp_path / "root"
     folder = run.run(config, root)
@@ -155,6 +156,7 @@ def test_rows_of_one_shape_can_be_planned_before_any_model_exists(tmp_path: Path
     assert ("merge", "M") in [(stage.spec.kind, stage.spec.label) for stage in plan(config, tmp_path)]
 
 
+@pytest.mark.slow
 def test_a_row_that_the_plan_refuses_does_not_cost_the_others_their_table(file: Path, tmp_path: Path) -> None:
     rows = ["methods.M.method=merge", "methods.M.models=[CLM,neox]", "methods.E.method=ensemble"]
     rows += ["methods.E.models=[M,CLM]", "methods.Together=null", "methods.Merged=null"]
@@ -197,6 +199,7 @@ def _command(file: Path, root: Path, *settings: str) -> list[str]:
     return ["experiment", "run", str(file), "--root", str(root), *options]
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_in_a_run_does_not_cost_the_others_their_table(
     file: Path, tmp_path: Path, failing: _Failing
 ) -> None:
@@ -220,6 +223,7 @@ def test_a_row_that_fails_in_a_run_does_not_cost_the_others_their_table(
     assert "is missing" not in printed and open_run(folder).description["failures"] == []
 
 
+@pytest.mark.slow
 def test_a_run_without_its_reference_row_still_says_why(file: Path, tmp_path: Path, failing: _Failing) -> None:
     raw = yaml.safe_load(file.read_text(encoding="utf-8"))
     raw["methods"] = {"llama": {"method": "as_is"}, "Moon": {"method": "moon"}}
@@ -229,6 +233,7 @@ def test_a_run_without_its_reference_row_still_says_why(file: Path, tmp_path: Pa
     assert "llama" in printed
 
 
+@pytest.mark.slow
 def test_where_no_row_can_be_made_there_is_no_table(file: Path, tmp_path: Path, failing: _Failing) -> None:
     raw = yaml.safe_load(file.read_text(encoding="utf-8"))
     raw["methods"] = {"Moon": {"method": "moon"}}
@@ -247,6 +252,7 @@ def _elsewhere(context: Context, parameters: Parameters) -> Candidate:
     return context.train(lam=1.0, start=context.model("neox"))
 
 
+@pytest.mark.slow
 def test_a_row_has_its_own_training_start_and_balance(file: Path, tmp_path: Path) -> None:
     raw = yaml.safe_load(file.read_text(encoding="utf-8"))
     raw["methods"] = {
@@ -271,6 +277,7 @@ def test_a_row_has_its_own_training_start_and_balance(file: Path, tmp_path: Path
     assert "Plain starts from the checkpoint of CLM, whose tokens are not among its own." in notes
 
 
+@pytest.mark.slow
 def test_a_training_starts_from_the_candidate_of_another_row(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

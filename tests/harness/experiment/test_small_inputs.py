@@ -124,6 +124,7 @@ def _merge(method: str, folder: Path, other: str = "b", **more: Any) -> dict[str
     return {"method": "merge", "mergekit": str(path)}
 
 
+@pytest.mark.slow
 def test_a_mistake_of_a_later_row_is_said_before_the_first_is_trained(
     small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +140,7 @@ def test_a_mistake_of_a_later_row_is_said_before_the_first_is_trained(
     assert reason in said[0] and said[0].endswith("The other rows are made. []")
 
 
+@pytest.mark.slow
 def test_the_union_of_two_vocabularies_is_a_row(small: dict[str, Any], tmp_path: Path) -> None:
     sources = {"large": {"model": str(Path(small["roles"]["target"]["model"]).parent / "large"), "dtype": "float32"}}
     methods = {
@@ -156,6 +158,7 @@ def test_the_union_of_two_vocabularies_is_a_row(small: dict[str, Any], tmp_path:
 # Names of rows.
 
 
+@pytest.mark.slow
 def test_a_row_has_any_name(small: dict[str, Any], tmp_path: Path) -> None:
     """Also one that is longer than a file's name may be, and two that are one when hyphens stand for odd characters."""
     names = ["猫" * 200, "T+1", "T/1", "../up", "=1|<b>", "."]
@@ -169,6 +172,7 @@ def test_a_row_has_any_name(small: dict[str, Any], tmp_path: Path) -> None:
 # Paths, caches, launchers and terminals.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ro[ot]", "a:b", "100%25", "é 猫", "#1 ?*", "x::y"])
 def test_a_root_of_any_name(name: str, small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -209,6 +213,7 @@ ENVIRONMENTS: dict[str, dict[str, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 def test_a_table_is_printed_in_any_environment(environment: str, finished: Path) -> None:
     command = [sys.executable, "-m", "harness", "tables", "e", "--root", str(finished)]
@@ -217,6 +222,7 @@ def test_a_table_is_printed_in_any_environment(environment: str, finished: Path)
     assert b"CLM" in done.stdout and b"Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["1", "2", "0"])
 def test_a_closed_stream_loses_nothing_else(closed: str, finished: Path) -> None:
     command = f'"{sys.executable}" -m harness tables e --root "{finished}" --format md {closed}>&-'

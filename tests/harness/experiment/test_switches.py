@@ -26,7 +26,7 @@ ALONG_THE_TEXT = ("projection=path", "inside=prefix", "true_token=always", "map=
 
 
 class Line:
-    """From texts, models and one setting of the switches to what is taught at every position of the one row."""
+    """From texts, models and one setting of the switches to the targets at every position of the one sequence."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.monkeypatch = folder, monkeypatch
@@ -43,11 +43,11 @@ class Line:
         target = how.setdefault("target", Bigrams())
         settings = ["include_target=false", *TOKEN_BY_TOKEN, *switches]
         made = self.row(texts, sources, f"extraction.k={k}", *(f"methods.X.{s}" for s in settings), **how)
-        taught = []
+        targets = []
         for ids, p, tail in zip(made["ids"], made["p"], made["tail"], strict=True):
             entries = {target.tokens[i]: float(x) for i, x in zip(ids, p, strict=True) if i >= 0}
-            taught.append(entries | ({"tail": float(tail)} if tail > 0 else {}))
-        return taught
+            targets.append(entries | ({"tail": float(tail)} if tail > 0 else {}))
+        return targets
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_true_token(line: Line) -> None:
     assert line.teaches(["ab"], source, *ALONG_THE_TEXT, "true_token=top_k")[0] == near(b=0.5, c=0.25, tail=0.25)
 
 
-def test_unpaired(line: Line) -> None:
+def test_unaligned(line: Line) -> None:
     values = {
         v: line.teaches(["abcdab"], {"s": other()}, "alignment=dtw", f"unaligned={v}") for v in ("next", "current")
     }
@@ -115,7 +115,7 @@ def test_unpaired(line: Line) -> None:
     assert values["current"][2] == {"cd": 1.0}
 
 
-def test_empty(line: Line) -> None:
+def test_unmapped(line: Line) -> None:
     source, target = {"s": other({"<s>": {"x": 0.75}})}, Bigrams({"<s>": {"b": 0.625}})
     values = {
         v: line.teaches(["ab"], source, "map=em", f"unmapped={v}", k=1, target=target)[0] for v in ("tail", "target")
@@ -204,8 +204,8 @@ def test_weights(line: Line) -> None:
 
 @pytest.mark.parametrize(("temperature", "first"), [(1.0, 2 / 3), (0.5, 4 / 5), (2.0, 2**0.5 / (1 + 2**0.5))])
 def test_weight_temperature(line: Line, temperature: float, first: float) -> None:
-    taught = line.teaches(["ab"], PAIR, "fusion=avgce", f"weight_temperature={temperature}", k=1)
-    assert taught[0] == mixed(first)
+    targets = line.teaches(["ab"], PAIR, "fusion=avgce", f"weight_temperature={temperature}", k=1)
+    assert targets[0] == mixed(first)
 
 
 def test_positions(line: Line) -> None:
@@ -262,9 +262,9 @@ def test_prefix(line: Line, bos: str | None, prefix: str) -> None:
     after = {"<s>": {"ab": 0.5, "a": 0.25}, "</s>": {"ab": 0.125, "b": 0.5}}
     own = Bigrams(after, bos=bos)
     texts = ["ab", "ba"]
-    taught = line.teaches(texts, {"s": Bigrams(after, bos=bos)}, k=1, target=own)
+    targets = line.teaches(texts, {"s": Bigrams(after, bos=bos)}, k=1, target=own)
     expected = near(ab=0.5, tail=0.5) if bos else near(b=0.5, tail=0.5)
-    assert taught[0] == taught[2] == expected
+    assert targets[0] == targets[2] == expected
     made = line.row(texts, {"s": other()}, target=own)
     at = own.tokens.index(prefix)
     assert made["input_ids"][[0, 2]].tolist() == [at, at] and made["position_ids"][[0, 2]].tolist() == [0, 0]

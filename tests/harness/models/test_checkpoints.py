@@ -269,6 +269,7 @@ def test_code_in_the_folder_runs_only_when_the_spec_says_so(trust: bool, with_co
     assert (tmp_path / "ran").exists() is trust
 
 
+@pytest.mark.slow
 def test_no_command_asks_whether_to_run_code(with_code: Path, tmp_path: Path) -> None:
     """transformers asks on the terminal where it is not told, and runs the code after a `y`."""
     from baselines.merge_checks import check_mergeable

@@ -213,6 +213,7 @@ def test_nothing_heavy_is_imported() -> None:
     assert done.stdout.strip() == b"set()"
 
 
+@pytest.mark.slow
 def test_the_tables_of_a_run_are_those_that_the_run_printed(tmp_path: Path) -> None:
     records = [*main(), *(one for one in commonsense() if one.task == "boolq")]
     folder = finished(tmp_path, "main", records)

@@ -11,6 +11,7 @@ from harness.runtime.memory import PeakMemory, trim_heap
 MEGABYTE = 2**20
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can set the high-water mark back")
 def test_a_stage_is_not_charged_with_the_memory_of_the_one_before() -> None:
     trim_heap()

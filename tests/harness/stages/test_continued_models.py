@@ -207,6 +207,7 @@ def test_any_model_can_be_asked_for_by_name(finished: tuple[Config, Path, Path],
         context.model("on")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [

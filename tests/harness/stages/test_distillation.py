@@ -200,7 +200,7 @@ def test_rows_of_a_table(line: Line) -> None:
         for path in (line.folder / "root" / "artifacts" / "train").glob("*/log.json")
     ]
     assert len(logs) == 5 and all(log == logs[0] for log in logs) and len(logs[0]) == 3
-    # One extraction of the source for all of them; the target's own readings are nobody's teachers but its.
+    # One extraction of the source for all of them; the target's own predictions teach nobody but itself.
     made = [p.name for p in (line.folder / "root" / "artifacts" / "predictions").iterdir() if p.is_dir()]
     assert len(made) == 1
 

@@ -27,6 +27,7 @@ def made(folder: Path, *settings: str) -> Experiment:
     return experiment(folder, ["abcd", "abcdab"], {"s": MODEL}, *settings, target=MODEL)
 
 
+@pytest.mark.slow
 def test_the_prefix_is_put_before_every_passage_and_is_part_of_every_key(tmp_path: Path) -> None:
     plain = made(tmp_path / "plain")
     other = made(tmp_path / "other", "roles.target.prefix=eos", "roles.sources.s.prefix=</s>")
@@ -55,6 +56,7 @@ def test_a_prefix_that_there_is_not_is_refused_before_anything_is_made(tmp_path:
         check_lengths(made(tmp_path / "a", "roles.sources.s.prefix=<nothing>"))
 
 
+@pytest.mark.slow
 def test_a_model_that_reads_better_after_another_token_is_named(tmp_path: Path) -> None:
     folder = MODEL.save(tmp_path / "model")
     store, texts = Store(tmp_path / "artifacts"), ["abcd", "abcdab", "abab", "abcdcd"]
@@ -68,6 +70,7 @@ def test_a_model_that_reads_better_after_another_token_is_named(tmp_path: Path) 
     assert found["bos"] and found["eos"] is None
 
 
+@pytest.mark.slow
 def test_audit_and_doctor_say_so(tmp_path: Path) -> None:
     config = made(tmp_path / "a").config
     assert "set its role's `prefix`" in audit(config, tmp_path / "root").sentence

@@ -131,6 +131,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Loss]:
     return loss
 
 
+@pytest.mark.slow
 def test_a_loss_of_another_package_trains(plugin: type[Loss], tmp_path: Path) -> None:
     assert LOSSES.get("penalty") is plugin and LOSSES.get("confidence_penalty") is plugin
     loss = plugin(strength=2.0)  # type: ignore[call-arg]

@@ -90,6 +90,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("root")
 
 
+@pytest.mark.slow
 def test_an_extraction_leaves_out_what_exceeds_the_models_context(
     file: Path, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
