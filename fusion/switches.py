@@ -67,6 +67,9 @@ class Switches:
     """Positions at which the fusion loss is taken: those with a next token in their passage, or all."""
     include_target: bool = True
     """True if the target's own predictions take part as one of the sources."""
+    control: Literal["none", "shuffled"] = "none"
+    """`shuffled` is a negative control: the sources' predictions stand in another order within each passage, so that
+    nothing can be learnt of them. The target's own are left as they are."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))

@@ -18,6 +18,7 @@ from fusion.alignment.pairing import ALIGNMENTS
 from fusion.alignment.path import SourceEntries, TokenSequence, project_path
 from fusion.alignment.projection import Projected, fill_unaligned, project_entries, true_token_last
 from fusion.alignment.selection import FUSIONS, score_sources
+from fusion.alignment.shuffling import shuffled
 from fusion.errors import UserError
 from fusion.registry import PartName
 from fusion.switches import Switches
@@ -102,6 +103,12 @@ def fuse_sequence(
     taking_part = _taking_part(itself, sources, switches)
     names = tuple(taking_part)
     _check(passages, n_bytes, names, target)
+    if switches.control == "shuffled":
+        sizes = {source.name: len(source.vocabulary.tokens) for source in sources if source.name != target}
+        passages = [
+            {name: shuffled(one, sizes[name]) if name in sizes else one for name, one in passage.items()}
+            for passage in passages
+        ]
     own = [passage[target] for passage in passages]
     current = np.concatenate([predictions.tokens for predictions in own]).astype(np.int32)
     gold = np.concatenate([np.append(predictions.tokens[1:], -1) for predictions in own]).astype(np.int32)

@@ -300,6 +300,7 @@ SETTINGS = {
     "weight_temperature=0.5",
     "loss_positions=all",
     "include_target=false",
+    "control=shuffled",
     "sources=[s]",
     "k=2",
     "lambda=0.5",
