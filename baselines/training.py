@@ -12,6 +12,7 @@ from fusion.losses.loss import Balance, Loss
 SHARED = (
     "sequence_length",
     "micro_batch_size",
+    "select",
     "dtype",
     "gradient_checkpointing",
     "save_every",

@@ -11,7 +11,7 @@ from harness.config.errors import Problem, collecting
 from harness.config.schema import CorpusConfig, DataConfig, TrainingConfig
 from harness.data.corpus import check_corpus
 from harness.models.catalogue import find_entry, is_hub_id, tiny_name, unknown_model
-from harness.stages.sharding import zero_config
+from harness.stages.trainer.sharding import zero_config
 
 M = TypeVar("M", bound=BaseModel)
 

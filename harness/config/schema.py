@@ -166,6 +166,11 @@ class TrainingConfig(StrictModel):
         "cosine", description="course of the learning rate after the warm-up"
     )
     epochs: float = Field(1, gt=0, description="passes over the corpus")
+    select: Literal["last", "best"] = Field(
+        "last",
+        description="checkpoint that a trained row is: the last, or the one that validation text likes best of those "
+        "at the points of the learning curve",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="computing precision of training; auto: bfloat16 where it is native"
     )

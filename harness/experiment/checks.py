@@ -14,7 +14,7 @@ from harness.experiment.pipeline import TARGET, Experiment
 from harness.models.checkpoints import load_tokenizer
 from harness.runtime import distributed
 from harness.runtime.progress import notify
-from harness.stages.sharding import check_usable
+from harness.stages.trainer.sharding import check_usable
 from harness.store.artifacts import Planned
 
 _MOST = 0.1  # of the text may be left out because it is too long; above, shorter passages are the better remedy

@@ -12,16 +12,14 @@ from fusion.errors import UserError
 from fusion.losses.loss import Balance, Loss
 from harness.config.named_rows import unknown_reference
 from harness.config.validation import method_parameters
+from harness.evaluation.perplexity import read_evaluation
 from harness.experiment.pipeline import TARGET, Experiment, evaluated_model, predict, train
 from harness.models.catalogue import find_entry, is_hub_id
 from harness.models.resolution import ModelSpec
 from harness.runtime.progress import notify, track
+from harness.stages.training_log import LOST_BYTE, nats_per_byte
 from harness.store.artifacts import Estimate, Spec
 from harness.store.fingerprint import fingerprint, plain_json
-from results.metrics import LOST_BYTES
-
-_RAW = math.log(256)
-"""Nats of a byte that a tokenizer does not spell, so that nobody gains by losing text."""
 
 
 class MethodContext:
@@ -93,20 +91,19 @@ class MethodContext:
         evaluated = evaluated_model(experiment, label, candidate)
         result = validation.measure(evaluated, workspace.store, workspace.costs)
         evaluated.release()
-        if not result.artifacts[validation.name].exists():  # in a plan
+        measured = result.artifacts[validation.name]
+        if not measured.exists():  # in a plan
             return math.nan
-        examples = list(result.examples())
-        scored = [e for e in examples if e.metric != LOST_BYTES]
-        lost = sum(e.numerator for e in examples if e.metric == LOST_BYTES)
-        if lost:
+        records = read_evaluation(measured)
+        if lost := sum(record["lost"] for record in records):
             notify(
-                f"{label}: its tokens do not spell {lost:,.0f} bytes of the validation text; each counts as {_RAW:.2f} "
-                "nats, as without any model."
+                f"{label}: its tokens do not spell {lost:,.0f} bytes of the validation text; each counts as "
+                f"{LOST_BYTE:.2f} nats, as without any model."
             )
-        nll = (sum(e.numerator for e in scored) + _RAW * lost) / sum(e.denominator for e in scored)
+        nll = nats_per_byte(records)
         if not math.isfinite(nll):
             raise UserError(f"{label} has no finite likelihood of the validation text: leave it out.")
-        return float(nll)
+        return nll
 
     def make(
         self,

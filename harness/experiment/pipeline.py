@@ -23,7 +23,7 @@ from harness.data.predictions import PredictionsReader
 from harness.data.shards import position_bytes
 from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.evaluation.joint_model import make_joint_model
-from harness.evaluation.perplexity import Perplexity, measure_documents
+from harness.evaluation.perplexity import HeldOutText, Perplexity, measure_documents
 from harness.evaluation.suite import SUITES, Suite, SuiteResult
 from harness.experiment.corpora import Corpora
 from harness.experiment.model_pool import ModelPool
@@ -167,6 +167,7 @@ def train(
     where the loss cannot be computed.
     """
     config, models, corpora = experiment.config, experiment.models, experiment.corpora
+    settings = config.training.with_own(own)
     if lam == 1:
         loss = None  # it would have no weight, and plain continued training may be there already
     requirements = LossRequirements() if loss is None else loss.requirements(TARGET)
@@ -175,12 +176,13 @@ def train(
         seed,
         models.model(TARGET) if start is None else _checkpoint(experiment, label, start),
         corpora.passages,
-        config.training.with_own(own),
+        settings,
         _curve(experiment),
         lam,
         loss,
         LossInputs() if loss is None else loss_inputs(experiment, label, requirements),
         "none" if loss is None else balance,
+        _validation(experiment) if settings.select == "best" else None,
     )
     (spec, path), curve = make_training(
         experiment.workspace,
@@ -220,12 +222,21 @@ def _checkpoint(experiment: Experiment, label: str, candidate: Candidate) -> Res
 
 def _curve(experiment: Experiment) -> HeldOutCurve:
     """The held-out text that is measured during every training of the experiment."""
-    points, perplexity = experiment.config.curve.points, experiment.corpora.perplexity
-    text = experiment.corpora.curve
-    target = experiment.models.role(TARGET)
+    perplexity, text = experiment.corpora.perplexity, experiment.corpora.curve
     if perplexity is None or not text.documents:
-        return HeldOutCurve(points, {}, text.n_bytes, None)
-    config, device = perplexity.config, experiment.workspace.device
+        return HeldOutCurve(experiment.config.curve.points, {}, text.n_bytes, None)
+    return _measured_along(experiment, perplexity, text)
+
+
+def _validation(experiment: Experiment) -> HeldOutCurve:
+    """The validation text, by which the checkpoint of a training is chosen. Raises UserError where there is none."""
+    validation = experiment.corpora.validation
+    return _measured_along(experiment, validation, validation.text(dry=experiment.workspace.store.dry))
+
+
+def _measured_along(experiment: Experiment, perplexity: Perplexity, text: HeldOutText) -> HeldOutCurve:
+    """A text that is measured during a training in the way of `perplexity`."""
+    target, config, device = experiment.models.role(TARGET), perplexity.config, experiment.workspace.device
 
     def measure(model: "PreTrainedModel", tokenizer: Any) -> list[dict[str, Any]]:
         import torch
@@ -236,7 +247,7 @@ def _curve(experiment: Experiment) -> HeldOutCurve:
                 model, tokenizer, text.documents, config, batch_tokens=target.batch_tokens, prefix=target.prefix
             )
 
-    return HeldOutCurve(points, perplexity.key(text), text.n_bytes, measure)
+    return HeldOutCurve(experiment.config.curve.points, perplexity.key(text), text.n_bytes, measure)
 
 
 def evaluated_model(experiment: Experiment, label: str, candidate: Candidate | Ensemble) -> EvaluatedModel:

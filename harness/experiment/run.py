@@ -1,5 +1,6 @@
 """Running an experiment: what is missing is made, and records, tables and figures are written."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -110,6 +111,7 @@ def _make(
     read_run_file(folder / RUN_FILE)  # refused now if it is damaged, not when all is done
     measured: list[dict[str, Any]] = []
     notes: list[dict[str, Any]] = []
+    checkpoints: list[dict[str, Any]] = []
     passages = experiment.corpora.passages[1]
     if corpus_summary(passages).limits:
         notes.append({"row": None, "seed": None, "sentence": corpus_sentence(config.corpus, passages)})
@@ -128,6 +130,8 @@ def _make(
         finally:
             evaluated.release()  # before the next row is trained
         notes += [{"row": row.label, "seed": row.seed, "sentence": note} for note in _notes(experiment, row)]
+        if (checkpoint := _selected(row)) is not None:
+            checkpoints.append({"row": row.label, "seed": row.seed, **checkpoint})
         measured += _record(experiment, row, of_row, folder)
     if failures and not any(entry["file"] for entry in measured):
         raise UserError(failure_sentence(failures))
@@ -139,7 +143,10 @@ def _make(
         listed = list_measured(folder, before, measured)
         note_suites(folder, experiment.suites, listed["measured"])
         again = {(None, None), *((entry["row"], entry["seed"]) for entry in measured)}
-        kept = [note for note in before.get("notes", []) if (note["row"], note["seed"]) not in again]
+        kept, kept_checkpoints = (
+            [entry for entry in before.get(name, []) if (entry["row"], entry["seed"]) not in again]
+            for name in ("notes", "checkpoints")
+        )
         description = {
             "configuration": config.model_dump(mode="json"),
             "named": named(experiment),
@@ -148,6 +155,7 @@ def _make(
             "artifacts": sorted(artifacts.union(before.get("artifacts", []))),
             **listed,
             "notes": [*kept, *notes],
+            "checkpoints": [*kept_checkpoints, *checkpoints],
             "failures": _failures(config, failures, before.get("failures", [])),
             "finished": time.time(),
         }
@@ -161,6 +169,12 @@ def _failures(
     """The rows that failed, now or under seeds that are not of this run, as its description lists them."""
     kept = [failure for failure in before if failure["seed"] not in (None, *config.seeds)]
     return kept + [{"row": f.label, "seed": f.seed, "reason": str(f.error)} for f in failures]
+
+
+def _selected(row: Row) -> dict[str, Any] | None:
+    """Which checkpoint of its training the row is, where validation text has chosen it (see `trainer.selected`)."""
+    training = row.candidate.training
+    return None if training is None else read_manifest(training)["info"].get("selected")
 
 
 def _notes(experiment: Experiment, row: Row) -> Iterator[str]:
@@ -180,6 +194,14 @@ def _notes(experiment: Experiment, row: Row) -> Iterator[str]:
         yield f"{row.label} is trained with settings of its own: {settings}."
     if start := experiment.config.methods[row.label].get("warm_start"):
         yield f"{row.label} starts from the checkpoint of {start}, whose tokens are not among its own."
+    if (checkpoint := _selected(row)) is not None:
+        seed = "" if row.seed is None else f" (seed {row.seed})"
+        tokens, last = checkpoint["points"][-1]
+        yield (
+            f"{row.label}{seed} is its checkpoint at {checkpoint['tokens']:,} of {tokens:,} tokens, the best of "
+            f"{len(checkpoint['points']) - 1} on validation text: {checkpoint['nats_per_byte'] / math.log(2):.4f} bits "
+            f"per byte there, {last / math.log(2):.4f} at the end."
+        )
     curve, training = row.candidate.curve, row.candidate.training
     if curve is not None and training is not None and not curve.folder.exists():
         seed = "" if row.seed is None else f" (seed {row.seed})"

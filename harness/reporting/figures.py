@@ -1,6 +1,7 @@
 """The figures of a finished run: drawn from its records, its table and its audit, and so again from those alone."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,12 +73,19 @@ def read_audit(folder: Path) -> "pd.DataFrame":
 
 def learning_curves(run: Run, place: Path) -> "LearningCurves | None":
     """Draws the held-out text against training tokens; None where the reference was not measured along its training."""
+    from results.figures.learning_curves import Selection
     from results.figures.learning_curves import learning_curves as draw_learning_curves
 
     along = run.records[run.records["tokens"].notna()]
     trained = [label for label in run.methods if label in set(along["method"])]
     if run.reference is None or run.reference not in trained:
         return None
+    chosen = [
+        Selection(
+            entry["row"], entry["seed"], entry["tokens"], tuple((t, nll / math.log(2)) for t, nll in entry["points"])
+        )
+        for entry in run.description.get("checkpoints", [])
+    ]
     return draw_learning_curves(
         run.records,
         trained,
@@ -86,6 +94,7 @@ def learning_curves(run: Run, place: Path) -> "LearningCurves | None":
         metric=str(along["metric"].iloc[0]),
         title=run.configuration["title"],
         banner=run.banner,
+        selections=chosen,
     )
 
 

@@ -25,7 +25,7 @@ from harness.runtime import distributed
 from harness.runtime.device import compute_dtype
 from harness.runtime.progress import notify
 from harness.stages.loss_resources import TARGET, LossInputs, TokenizerOf, load_resources, open_predictions
-from harness.stages.sharding import zero_stage
+from harness.stages.trainer.sharding import zero_stage
 from harness.stages.training_log import CURVE_FILE, curve_files
 from harness.store.artifacts import Estimate, Spec
 from harness.store.costs import BYTES_PER_TOKEN
@@ -36,17 +36,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from harness.data.sequences import Features
-    from harness.stages.trainer import Curve
+    from harness.stages.trainer.held_out import Curve
 
 VERSION = 6
 CURVE_VERSION = 1
 NO_EFFECT = {"workers", "micro_batch_size", "save_every", "gradient_checkpointing", "deepspeed"}
 """Settings that do not change the weights but for rounding: how the work is divided and where it is kept."""
+VALIDATION = "validation"
+"""The name of the curve of validation text, which is no artifact."""
 
 
 def settings_identity(settings: TrainingConfig, device: str) -> dict[str, Any]:
-    """The settings that change the weights of a training on `device`, its precision made definite."""
-    params = settings.model_dump(mode="json", exclude=NO_EFFECT)
+    """The settings that change the weights of a training on `device`, its precision made definite.
+
+    All but which checkpoint is taken, which depends on a text, too.
+    """
+    params = settings.model_dump(mode="json", exclude={*NO_EFFECT, "select"})
     return {**params, "dtype": compute_dtype(settings.dtype, device)}
 
 
@@ -75,17 +80,18 @@ def train_on_passages(
     prefix: str | None = None,
     load_teachers: Callable[[], "Mapping[str, PreTrainedModel]"] = dict,
     curve: "Curve | None" = None,
+    validation: "Curve | None" = None,
 ) -> dict[str, Any]:
-    """Packs the passages into sequences and trains what `load` gives on them (see `harness.stages.trainer.train`).
+    """Packs the passages into sequences and trains what `load` gives on them (see `harness.stages.trainer.loop.train`).
 
     The random state is set to `seed` before `load` is called, so that a model may be initialised there. Called by all
-    ranks. Returns, for the manifest, the names of the passages that are left out because they are too long, and a note
-    for tables; nothing where there are none.
+    ranks. Returns, for the manifest, the names of the passages that are left out because they are too long, with a note
+    for tables, and under `selected` which checkpoint was taken; nothing where none are, or there was no choice.
     """
     from transformers import set_seed
 
     from harness.data.sequences import PackedSequences
-    from harness.stages.trainer import train
+    from harness.stages.trainer.loop import train
 
     set_seed(seed)
     model = load()
@@ -103,7 +109,7 @@ def train_on_passages(
     if note is not None:
         notify(f"{label}: {note}")
     with redirect_stdout(sys.stderr):  # DeepSpeed prints, and standard output is for tables
-        train(
+        selected = train(
             model,
             tokenizer,
             sequences,
@@ -118,13 +124,19 @@ def train_on_passages(
             label=label,
             card=card,
             curve=curve,
+            validation=validation,
         )
-    return {} if note is None else {"left_out": [passages.name(p) for p in sequences.left_out], "note": note}
+    left_out = {} if note is None else {"left_out": [passages.name(p) for p in sequences.left_out], "note": note}
+    return left_out | ({"selected": selected} if selected else {})
 
 
 @dataclass(frozen=True)
 class HeldOutCurve:
-    """Held-out text that is measured during a training; an artifact of its own, so that it is no part of its key."""
+    """Held-out text that is measured during a training.
+
+    Of test documents it is an artifact of its own, so that it is no part of the training's key. Validation text by
+    which the checkpoint is chosen is a part of it.
+    """
 
     points: int
     identity: Mapping[str, Any]
@@ -139,6 +151,13 @@ class HeldOutCurve:
         inputs = {"training": training.fingerprint}
         params = {"points": self.points, **self.identity}
         return Spec("curve", training.label, CURVE_VERSION, inputs, plain_json(params))
+
+    def along(self, name: str, tokenizer: Any) -> "Curve | None":
+        """It as the trainer measures it, under `name`; None where there are no documents."""
+        from harness.stages.trainer.held_out import Curve
+
+        measure = self.measure
+        return None if measure is None else Curve(self.points, name, lambda model: measure(model, tokenizer))
 
 
 @dataclass(frozen=True)
@@ -159,6 +178,8 @@ class Training:
     """What the loss is computed from."""
     balance: Balance = "none"
     """Whether the loss is brought to the size of the CLM term in every micro batch."""
+    validation: HeldOutCurve | None = None
+    """The text that chooses the checkpoint; None where the last one is taken."""
 
     @property
     def requirements(self) -> LossRequirements:
@@ -180,6 +201,8 @@ class Training:
                 # The ratio is that of a micro batch, whose sequences are the same on any number of ranks.
                 params["balance"] = {"kind": self.balance, "micro_batch_size": self.settings.micro_batch_size}
             inputs |= self.inputs.fingerprints()
+        if self.validation is not None:
+            params["select"] = {"points": self.validation.points, **self.validation.identity}
         # Neither is the number of ranks part of the key: like the size of a micro batch it only changes rounding.
         info = {"ranks": distributed.world_size(), "settings": self.settings.model_dump(mode="json")}
         return Spec("train", f"{self.label}-seed{self.seed}", VERSION, plain_json(inputs), plain_json(params), info)
@@ -200,26 +223,22 @@ def make_training(
     The curve's is None where no text is held out for it, and does not exist where the training was finished before,
     under another curve: the checkpoints along the way are gone by then. `card` gives the text of the model card. The
     numbers of parameters and the bytes of the corpus are for the estimate. Called by all ranks. Raises UserError where
-    the training cannot be done (see `harness.stages.trainer.train`).
+    the training cannot be done (see `harness.stages.trainer.loop.train`).
     """
-    settings, curve, device, store = training.settings, training.curve, workspace.device, workspace.store
+    settings, curve, validation = training.settings, training.curve, training.validation
+    device, store = workspace.device, workspace.store
     spec = training.spec(device)
     curve_spec = None if curve.measure is None else curve.spec(spec)
     trained_before = store.path(spec).exists()
 
     def build(folder: Path) -> dict[str, Any]:
-        from harness.stages.trainer import Curve
-
         tokenizer, vocabulary = tokenizer_of(TARGET)
         passages, loss, requirements = Passages(training.passages[1]), training.loss, training.requirements
         features = None
         if loss is not None:
             features = partial(loss.features, resources=load_resources(requirements, training.inputs, tokenizer_of))
-        measure = curve.measure
-        along = None
-        if measure is not None and curve_spec is not None:
-            along = Curve(curve.points, curve_spec.fingerprint[:16], lambda model: measure(model, tokenizer))
-        left_out = train_on_passages(
+        along = None if curve_spec is None else curve.along(curve_spec.fingerprint[:16], tokenizer)
+        info = train_on_passages(
             folder,
             passages,
             tokenizer,
@@ -241,17 +260,19 @@ def make_training(
                 for name, (model, dtype) in training.inputs.teachers.items()
             },
             curve=along,
+            validation=None if validation is None else validation.along(VALIDATION, tokenizer),
         )
         if distributed.is_main_process():
             if along is not None and curve_spec is not None and along.file(folder).exists():
                 store.ensure(curve_spec, partial(_keep_curve, along.file(folder)))
             for measured in curve_files(folder):
                 measured.unlink()
-        return left_out
+        return info
 
     costs = workspace.costs
     whole = costs.training(parameters, corpus_bytes / BYTES_PER_TOKEN * settings.epochs)
-    measured = costs.forward(parameters, curve.n_bytes * (curve.points + 1))
+    held_out = curve.n_bytes + (validation.n_bytes if validation else 0)
+    measured = costs.forward(parameters, held_out * (curve.points + 1))
     teachers = [costs.forward(size, corpus_bytes * settings.epochs) for size in teacher_parameters.values()]
     estimate = Estimate(
         whole.disk,

@@ -60,7 +60,7 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
     [
         "harness.experiment.headroom",
-        "harness.stages.trainer",
+        "harness.stages.trainer.loop",
         "harness.data.sequences",
         "results.figures.learning_curves",
         "fusion.alignment.fuse",

@@ -9,7 +9,8 @@ import torch
 from harness.data.sequences import PackedSequences
 from harness.experiment.candidates import candidates
 from harness.experiment.pipeline import Experiment
-from harness.stages import trainer, training
+from harness.stages import training
+from harness.stages.trainer import loop
 
 
 class _Caught(Exception):
@@ -23,7 +24,7 @@ def rows_of(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> PackedSe
         raise _Caught(rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "train", train)
+        patch.setattr(loop, "train", train)
         with pytest.raises(_Caught) as caught:
             list(candidates(experiment))
     rows: PackedSequences = caught.value.args[0]

@@ -19,12 +19,13 @@ from harness.config.schema import Config
 from harness.experiment.candidates import candidates
 from harness.experiment.pipeline import open_experiment, start
 from harness.runtime import distributed
-from harness.stages import trainer
+from harness.stages.trainer.fusion_trainer import FusionTrainer
+from harness.stages.trainer.held_out import Follow
 
 Gradients = dict[str, torch.Tensor]
 
 
-def first_gradients(trainer: trainer.FusionTrainer) -> Gradients:
+def first_gradients(trainer: FusionTrainer) -> Gradients:
     """Of the first step, from Adam's first moment after it: the one place where every kind of training keeps it."""
     found = {}
     assert trainer.is_deepspeed_enabled == bool(trainer.args.deepspeed)
@@ -52,7 +53,7 @@ class Watched:
         self._at_step = at_step
 
     def __enter__(self) -> "Watched":
-        self._original = original = trainer._Follow.on_step_end
+        self._original = original = Follow.on_step_end
 
         def on_step_end(follow: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 1:
@@ -62,11 +63,11 @@ class Watched:
             if act := self._at_step.get(state.global_step):
                 act()
 
-        trainer._Follow.on_step_end = on_step_end  # type: ignore[method-assign]
+        Follow.on_step_end = on_step_end  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *error: object) -> None:
-        trainer._Follow.on_step_end = self._original  # type: ignore[method-assign]
+        Follow.on_step_end = self._original  # type: ignore[method-assign]
 
 
 def train(config: Config, root: Path, label: str, at_step: Mapping[int, Any] = {}) -> tuple[Candidate, Gradients]:

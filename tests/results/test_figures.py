@@ -13,7 +13,7 @@ from results.errors import UnknownName, UserError
 from results.figures import style
 from results.figures.audit import audit_figure, coverage_figure, selection_figure
 from results.figures.differences import differences_figure
-from results.figures.learning_curves import Curve, _curves, equal_quality, learning_curves
+from results.figures.learning_curves import Curve, Selection, _curves, equal_quality, learning_curves
 from results.figures.quality import quality_figure
 from results.records import Record, read, write
 from results.table import Table
@@ -53,6 +53,27 @@ def test_curves_and_equal_quality_as_data(tmp_path: Path) -> None:
     assert behind.tokens is None and behind.interval is None
     assert behind.sentence(4).endswith("not reached (no interval: fewer than 20 documents a domain)")
     assert [one.name for one in found.files] == ["figure.png", "figure.svg"]
+
+
+def test_rows_are_compared_at_the_checkpoints_that_were_taken(tmp_path: Path) -> None:
+    parts = records(
+        tmp_path,
+        curve("CLM", {0: 0.8, 1000: 0.6, 2000: 0.7}, seed=0),
+        curve("CLM", {0: 0.8, 1000: 0.64, 2000: 0.62}, seed=1),
+        curve("FuseLLM", {0: 0.8, 1000: 0.65, 2000: 0.55}, seed=0),
+        curve("FuseLLM", {0: 0.8, 1000: 0.65, 2000: 0.55}, seed=1),
+    )
+    points = ((0, 1.0), (1000, 0.9), (2000, 0.95))
+    selections = [Selection("CLM", seed, tokens, points) for seed, tokens in ((0, 1000), (1, 2000))]
+    found = learning_curves(parts, ["CLM", "FuseLLM"], tmp_path / "figure", selections=selections)
+    clm, fused = found.curves
+    assert clm.row.at == (1000, 2000) and clm.row.value == pytest.approx((0.6 + 0.62) / 2 / LOG2)
+    assert fused.checkpoint is None and fused.row.value == pytest.approx(0.55 / LOG2)
+    ahead, behind = found.equal_quality
+    assert ahead.tokens == pytest.approx(1400) and ahead.sentence(4).startswith("FuseLLM: CLM's best 0.8800 (at 1,500")
+    assert behind.tokens is None and "FuseLLM's final" in behind.sentence(4)
+    # Chosen under a seed that the records lack, it is not known where.
+    assert next(_curves(parts, ["CLM"], selections[:1])).checkpoint is None
 
 
 def test_the_first_crossing_counts_and_equality_is_reached() -> None:
@@ -130,6 +151,12 @@ def test_seeds_are_averaged_and_unfinished_steps_left_out(tmp_path: Path) -> Non
     )
     assert found.curves[0].tokens.tolist() == [0, 10]
     assert found.curves[0].values == pytest.approx(np.array([0.8, 0.65]) / LOG2)
+
+
+def test_seeds_that_packed_other_tokens_into_a_step_are_averaged(tmp_path: Path) -> None:
+    parts = [curve("CLM", {0: 0.8, at: 0.6, 30: 0.7}, seed=seed) for seed, at in ((0, 10), (1, 12))]
+    (found,) = learning_curves(records(tmp_path, *parts), ["CLM"], tmp_path / "figure").curves
+    assert found.tokens.tolist() == [0, 11, 30] and found.values == pytest.approx(np.array([0.8, 0.6, 0.7]) / LOG2)
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from harness.config.schema import Config
 from harness.experiment import run
 from harness.experiment.plan import plan
 from harness.reporting.runs import open_run
-from harness.stages.trainer import FusionTrainer
+from harness.stages.trainer.fusion_trainer import FusionTrainer
 
 ROWS = ["methods.FuseLLM=null", "methods.FuseLLM published=null"]
 

@@ -18,7 +18,8 @@ from harness.experiment import run
 from harness.experiment.identity import VERSIONS
 from harness.experiment.pipeline import open_experiment, read_predictions
 from harness.experiment.plan import plan
-from harness.stages import trainer
+from harness.stages.trainer.fusion_trainer import FusionTrainer
+from harness.stages.trainer.sealing import last_checkpoint, layout_of
 from harness.store.artifacts import Store, read_manifest
 from harness.store.cleanup import unused
 from tests.harness.command import answer, results, sentence
@@ -155,7 +156,7 @@ def test_a_damaged_checkpoint_is_not_continued(
         shutil.copytree(undisturbed / "artifacts" / kind, tmp_path / "artifacts" / kind)
     config = load(str(experiment_file))
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.FusionTrainer, "compute_loss", _dying(trainer.FusionTrainer.compute_loss, 9))
+        patch.setattr(FusionTrainer, "compute_loss", _dying(FusionTrainer.compute_loss, 9))
         with pytest.raises(_Killed):
             run.run(config, tmp_path)
     (last,) = tmp_path.glob("artifacts/train/.*.partial/checkpoints/checkpoint-4")
@@ -165,8 +166,8 @@ def test_a_damaged_checkpoint_is_not_continued(
         for damage in DAMAGE if path.name != "complete" else DAMAGE[:2]:
             damage(path, generator)
             with pytest.raises(UserError, match=rf"{path.name} is damaged.*remove .*checkpoint-4"):
-                run.run(config, tmp_path) if path.name == "optimizer.pt" else trainer.last_checkpoint(
-                    last.parent, trainer.layout_of(config.training)
+                run.run(config, tmp_path) if path.name == "optimizer.pt" else last_checkpoint(
+                    last.parent, layout_of(config.training)
                 )
             path.write_bytes(whole)
     shutil.rmtree(last)  # what the sentence advises

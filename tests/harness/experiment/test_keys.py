@@ -141,6 +141,7 @@ UNTOUCHED = {
     "roles.target.revision": "a model is its files, below",
     "roles.target.corpus": "makes another role of it, in the tests of continued models",
     "suites.perplexity.stride": "only in mode strided",
+    "training.select": "needs validation text, in a test of its own",
     "suites.multipl_e.tasks": "there are problems of one language only",
     "suites.multipl_e.execute": "leaves artifacts out, and changes none",
 }
@@ -344,6 +345,15 @@ def test_versions_of_registered_parts(inputs: Path, before: dict[str, str], monk
 def test_the_micro_batch_counts_where_a_ratio_is_taken_over_it(inputs: Path) -> None:
     rescaled = keys(inputs, "methods.FuseLLM.balance=rescale")
     check(rescaled, keys(inputs, "methods.FuseLLM.balance=rescale", "training.micro_batch_size=2"), FUSED)
+
+
+def test_validation_text_counts_where_it_chooses_the_checkpoint(inputs: Path) -> None:
+    text = f"validation.path={inputs / 'train'}"
+    last, best = keys(inputs, text), keys(inputs, text, "training.select=best")
+    check(last, best, TRAINED)
+    check(best, keys(inputs, text, "training.select=best", "validation.first_bytes=300"), TRAINED)
+    check(best, keys(inputs, text, "training.select=best", "curve.points=3"), TRAINED)
+    check(last, keys(inputs, text, "validation.first_bytes=300"), "run", run=False)
 
 
 def test_toolchains(inputs: Path, before: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

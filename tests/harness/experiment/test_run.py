@@ -211,7 +211,7 @@ def test_a_damaged_shard_of_an_interrupted_extraction_is_refused(
 def test_a_resumed_training_is_bit_identical(
     finished: tuple[Config, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from harness.stages.trainer import FusionTrainer
+    from harness.stages.trainer.fusion_trainer import FusionTrainer
 
     config, root, _ = finished
     for kind in ("passages", "predictions", "map", "perplexity"):

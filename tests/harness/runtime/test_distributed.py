@@ -26,8 +26,8 @@ from transformers import LlamaConfig
 from fusion.errors import UserError
 from harness.config.loading import load
 from harness.runtime import distributed
-from harness.stages.sharding import zero_config
-from harness.stages.trainer import FusionTrainer, Order
+from harness.stages.trainer.fusion_trainer import FusionTrainer, Order
+from harness.stages.trainer.sharding import zero_config
 from harness.stages.training_log import read_curve
 from harness.store.artifacts import Spec, Store
 from tests.harness import ranks_worker
@@ -146,6 +146,35 @@ def test_the_curve_is_measured_as_alone(alone: Path, together: Path) -> None:
         assert [(p["step"], p["tokens"]) for p in lines[0]] == [(p["step"], p["tokens"]) for p in lines[1]]
         for one, two in zip(*lines, strict=True):
             assert [r["nats"] for r in two["records"]] == pytest.approx([r["nats"] for r in one["records"]], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_ranks_take_the_checkpoint_that_one_takes(experiment_file: Path, tmp_path: Path) -> None:
+    raw = yaml.safe_load(experiment_file.read_text())
+    backwards = tmp_path / "validation"
+    shutil.copytree(Path(raw["suites"]["perplexity"]["documents"]["path"]), backwards)
+    for path in backwards.iterdir():
+        path.write_text(path.read_text()[::-1])
+    raw["validation"] = {"path": str(backwards), "first_bytes": 300}
+    raw["training"] |= {"select": "best", "learning_rate": 0.02}
+    raw["curve"]["points"] = 5
+    file = tmp_path / "best.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    ranks_worker.main(str(file), tmp_path, "-:CLM")
+    launch("-m", "tests.harness.ranks_worker", file, tmp_path / "two", "-:CLM", "zero3:CLM")
+    found = [
+        json.loads((trained(root, "CLM", zero) / "manifest.json").read_text())["info"]["selected"]
+        for root, zero in ((tmp_path, "-"), (tmp_path / "two", "-"), (tmp_path / "two", "zero3"))
+    ]
+    one = found[0]
+    assert one["tokens"] < one["points"][-1][0]
+    for two in found[1:]:
+        assert (two["step"], two["tokens"]) == (one["step"], one["tokens"])
+        assert [nll for _, nll in two["points"]] == pytest.approx([nll for _, nll in one["points"]], rel=1e-2)
+    assert {"best", "checkpoints"}.isdisjoint(p.name for p in trained(tmp_path / "two", "CLM").iterdir())
+    # What ZeRO-3 had in parts is whole, and the best point's weights, not the last one's.
+    whole, alone = weights(trained(tmp_path / "two", "CLM", "zero3")), weights(trained(tmp_path, "CLM"))
+    assert all((whole[name] - value).abs().max() <= 0.02 * one["step"] * 1e-2 for name, value in alone.items())
 
 
 @pytest.mark.slow

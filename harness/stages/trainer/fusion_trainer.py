@@ -1,0 +1,127 @@
+"""The Hugging Face Trainer with the objective inside the model's forward and one denominator for the global batch."""
+
+import shutil
+import types
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedModel, Trainer
+
+from fusion.losses.loss import Loss
+from fusion.losses.objective import Objective
+from fusion.modeling.heads import fused_forward
+from fusion.modeling.packing import Packing
+from fusion.modeling.teacher import Teacher
+from harness.stages.trainer.sealing import seal
+from harness.stages.training_log import curve_files
+
+_SEED_DISTANCE = 1_000_003  # more than the epochs of any training
+
+
+class Order(Sampler[int]):
+    """Rows in random order, the same on every rank, then empty ones until the ranks' batches are equal in number.
+
+    accelerate deals batches out to the ranks in turn, so that a step has the rows it has on one rank. Without the empty
+    rows it would even out the last step with rows of the first one, and they would count twice.
+    """
+
+    def __init__(self, rows: int, seed: int, multiple: int) -> None:
+        self._rows = rows
+        self._empty = -rows % multiple
+        # The sampler draws by data_seed + epoch: far apart, lest epoch 1 of seed 0 be epoch 0 of seed 1.
+        self._random = SeedableRandomSampler(range(rows), data_seed=_SEED_DISTANCE * seed)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._random.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self._random
+        yield from range(self._rows, self._rows + self._empty)
+
+    def __len__(self) -> int:
+        return self._rows + self._empty
+
+
+class FusionTrainer(Trainer):
+    """The Trainer with a loss that is a sum over tokens divided by the tokens of the whole global batch."""
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, order: Order, layout: Mapping[str, int | None], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.order = order
+        self._layout = layout
+        self.model_accepts_loss_kwargs = True  # have the tokens of the accumulated batch counted
+        self._loss_shifts_labels = False  # labels stand at the position that predicts them
+        self.sums = {"clm": 0.0, "fusion": 0.0, "tokens": 0.0}
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Order:
+        return self.order
+
+    def _prepare_input(self, data: Any) -> Any:
+        # Not in the model's dtype, as the base class has it under DeepSpeed: probabilities would be rounded.
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        if num_items_in_batch is None:
+            raise RuntimeError("the Trainer did not count the tokens of the batch; the loss would be scaled wrongly")
+        total, clm, fusion = model(**inputs)
+        for name, value in (("clm", clm), ("fusion", fusion), ("tokens", inputs["labels"].ne(-100).sum())):
+            self.sums[name] += float(value)
+        # Ranks' gradients are averaged afterwards, so each gives its share of the global sum times their number.
+        return total * self.accelerator.num_processes / num_items_in_batch
+
+    def global_sums(self) -> dict[str, float]:
+        """What all ranks have summed up since the last call."""
+        mine = torch.tensor(list(self.sums.values()), dtype=torch.float64, device=self.args.device)
+        total = dict(zip(self.sums, self.accelerator.reduce(mine, "sum").tolist(), strict=True))
+        self.sums = dict.fromkeys(self.sums, 0.0)
+        return total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # The Trainer's own mean loss is that of the first rank's share; our sums are of all.
+        super().log({name: value for name, value in logs.items() if name != "train_loss"}, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_deepspeed_enabled:  # its own checkpoint has the weights
+            super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each rank writes a part
+        folder = Path(self.args.output_dir or "") / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            for curve in curve_files(folder.parents[1]):
+                shutil.copy(curve, folder)
+            seal(folder, self._layout)
+
+
+def replace_forward(
+    model: PreTrainedModel, packing: Packing, loss: Loss | None, teachers: Mapping[str, Teacher], **weighing: Any
+) -> None:
+    """Puts the objective, weighed as given, inside the model's forward, where data parallel wrappers call it."""
+
+    def forward(self: PreTrainedModel, measure: Callable[..., Any] | None = None, **batch: Tensor) -> Any:
+        if measure is not None:
+            return measure(self)
+        labels = batch["labels"].flatten()
+        objective = Objective(
+            gold=labels.clamp(min=-1),
+            clm_weight=(labels >= 0).float(),
+            term=None if loss is None else loss.term(batch, teachers),
+            **weighing,
+        )
+        return tuple(fused_forward(self, batch["input_ids"], batch["position_ids"], objective, packing=packing))
+
+    model.forward = types.MethodType(forward, model)

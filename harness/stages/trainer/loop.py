@@ -1,0 +1,167 @@
+"""One trainer for every trained method, on the Hugging Face Trainer.
+
+What is ours: the objective inside the model's forward (so that data-parallel wrappers see it), one denominator over
+the whole global batch, the same rows in every step for any number of ranks, whole checkpoints, the held-out curve, the
+best checkpoint.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
+
+from fusion.losses.loss import Balance, Loss
+from fusion.modeling.heads import split
+from fusion.modeling.packing import attending_by_passage, check_packing
+from fusion.modeling.teacher import Teacher
+from harness.config.schema import TrainingConfig
+from harness.data.sequences import PackedSequences, collate
+from harness.runtime import distributed
+from harness.runtime.device import compute_dtype
+from harness.runtime.progress import notify, track
+from harness.stages.trainer.fusion_trainer import FusionTrainer, Order, replace_forward
+from harness.stages.trainer.held_out import BestCheckpoint, Curve, Follow, selected
+from harness.stages.trainer.sealing import check_seal, is_sealed, last_checkpoint, layout_of, seal
+from harness.stages.trainer.sharding import release, whole_weights, without_own_ops, zero_config
+from harness.stages.training_log import LOG_FILE
+from harness.store.files import write_atomically
+from harness.store.paths import MODEL_FOLDER
+
+
+def steps_of(config: TrainingConfig, rows: int) -> int:
+    """Optimiser steps of a whole training on so many rows."""
+    return max(1, math.ceil(math.ceil(rows / config.global_batch_size) * config.epochs))
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    rows: PackedSequences,
+    config: TrainingConfig,
+    *,
+    lam: float,
+    loss: Loss | None = None,
+    balance: Balance = "none",
+    teachers: Mapping[str, PreTrainedModel] = {},
+    seed: int,
+    device: str,
+    folder: Path,
+    label: str,
+    card: str,
+    curve: Curve | None = None,
+    validation: Curve | None = None,
+) -> dict[str, Any]:
+    """Trains `model` on `rows` and leaves `folder/model`, which plain `AutoModelForCausalLM.from_pretrained` loads.
+
+    Goes on from the last complete checkpoint in `folder`: bit for bit on a CPU, up to rounding on CUDA, where backward
+    passes add in no fixed order. `lam` and `balance` are those of `Objective`, the latter over a micro batch; `loss` is
+    the other term, whose features `rows` hold, and `teachers` are the models that it requires, on `device`. Both terms
+    are divided by the labels of the global batch. `curve` is measured along the way. With `validation` the model is the
+    checkpoint, of those that this text is measured with, that it likes best, else the last one; returns which it is
+    (see `selected`), on the main process, or nothing. Called by all ranks. Raises UserError when packed passages would
+    see each other, the loss diverges, or the ranks do not fit the configuration or the checkpoint.
+    """
+    final = folder / MODEL_FOLDER
+    if distributed.broadcast(is_sealed(final)):  # killed before the artifact's rename
+        if distributed.is_main_process():
+            check_seal(final, f"remove {final} to train again")
+        return _finish(folder, validation)
+    if config.deepspeed and device == "cpu":
+        without_own_ops()
+    packing = check_packing(model)
+    rows = rows.one_passage_each() if packing == "single" else rows
+    split(model)  # says before the training starts when the fused objective cannot serve this model
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
+    arguments = _arguments(config, folder / "checkpoints", seed=seed, device=device)
+    distributed.check_world(arguments.world_size, "accelerate")
+    replace_forward(model, packing, loss, {n: Teacher(t) for n, t in teachers.items()}, lam=lam, balance=balance)
+    layout = layout_of(config)
+    checkpoint = last_checkpoint(folder / "checkpoints", layout)
+    done = 0.0
+    if checkpoint is not None:
+        history = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        done = next((e["tokens"] for e in reversed(history) if "tokens" in e), 0.0)
+        notify(f"{label}: going on from {checkpoint.name}")
+
+    def write(place: Path, **about: Any) -> None:
+        weights = whole_weights(model, keep=distributed.is_main_process()) if config.deepspeed else None
+        if distributed.is_main_process():
+            model.save_pretrained(place, state_dict=weights)
+            tokenizer.save_pretrained(place)
+            (place / "README.md").write_text(card, encoding="utf-8")
+            seal(place, {**layout, **about})
+
+    best = None if validation is None else BestCheckpoint(folder, validation, write)
+    with track(f"train {label}", rows.n_tokens * config.epochs, "tokens", done=done) as advance:
+        curves = [one for one in (curve, validation) if one is not None]
+        follow = Follow(folder, curves, steps_of(config, len(rows)), best, advance)
+        trainer = FusionTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            order=Order(len(rows), seed, config.micro_batch_size * distributed.world_size()),
+            layout=layout,
+            data_collator=collate,
+            callbacks=[follow],
+        )
+        follow.trainer = trainer
+        trainer.remove_callback(PrinterCallback)
+        with attending_by_passage(model, packing):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    del model.forward  # the class's own again
+    if distributed.is_main_process():
+        write_atomically(folder / LOG_FILE, json.dumps(trainer.state.log_history, indent=1))
+    if best is None:
+        write(final)
+    elif distributed.is_main_process():
+        best.finish(final)
+    if config.deepspeed:
+        release(trainer.accelerator)
+    return _finish(folder, validation)
+
+
+def _arguments(config: TrainingConfig, folder: Path, *, seed: int, device: str) -> TrainingArguments:
+    """The settings in the words of the Hugging Face Trainer, which leaves its checkpoints in `folder`."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=distributed.micro_batches(config.global_batch_size, config.micro_batch_size),
+        learning_rate=config.learning_rate,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.gradient_clip,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup_ratio,
+        num_train_epochs=config.epochs,
+        bf16=compute_dtype(config.dtype, device) == "bfloat16",
+        use_cpu=device == "cpu",
+        activation_checkpointing=config.gradient_checkpointing,
+        save_strategy="steps",
+        save_steps=config.save_every,
+        save_total_limit=2,
+        logging_strategy="no",
+        report_to=["tensorboard"],
+        seed=seed,
+        data_seed=seed,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_num_workers=config.workers,
+        dataloader_persistent_workers=config.workers > 0,
+        ddp_find_unused_parameters=False,
+        deepspeed=zero_config(config.deepspeed) if config.deepspeed else None,
+    )
+
+
+def _finish(folder: Path, validation: Curve | None) -> dict[str, Any]:
+    """Removes the checkpoints of the finished training; which of them it is, on the main process."""
+    if not distributed.is_main_process():
+        return {}
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return {} if validation is None else selected(folder / MODEL_FOLDER, validation)
