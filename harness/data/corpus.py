@@ -285,12 +285,13 @@ def _all_documents(
         domain = wanted.get(domain, domain)
         given_name = _value(row, name_column)
         name = str(number if given_name is None else given_name)
+        where = f"Document {name!r} (row {number + 1}) of {config.path} ({config.split})"
         if not isinstance(text, str) or not text:
-            raise UserError(f"Document {name!r} of {config.path} ({config.split}) has no text: remove it.")
+            raise UserError(f"{where} has no text: remove it.")
         try:
             raw, *_ = (part.encode("utf-8") for part in (text, name, domain))
         except UnicodeEncodeError:
-            raise UserError(f"Document {name!r} of {config.path} is not valid Unicode: correct or remove it.") from None
+            raise UserError(f"{where} is not valid Unicode: correct or remove it.") from None
         yield Document(name, domain, text, hashlib.sha256(raw).hexdigest())
     if absent := sorted(wanted.keys() - domains):
         raise UserError(

@@ -1,6 +1,8 @@
 """Rows of a data set's files: read, or refused in a sentence that names the file and the line."""
 
 import errno
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,74 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         if not all(isinstance(row, dict) for row in rows[-1:]):
             raise UserError(f"{path}, line {number} is no JSON object: correct that line.")
     return rows
+
+
+class WrongRow(Exception):
+    """Raised for a row that a task cannot use; the message names the row and says what is wrong with it."""
+
+
+@contextmanager
+def naming_the_row(task: Any) -> Iterator[None]:
+    """Inside the block, an error of a task of lm-eval becomes a WrongRow where one of its rows by itself gives one."""
+    try:
+        yield
+    except Exception:
+        for number, doc in enumerate(task.eval_docs, 1):
+            try:
+                task.doc_to_text(doc), task.doc_to_target(doc)
+                if task.config.doc_to_choice is not None:
+                    task.doc_to_choice(doc)
+            except Exception as error:
+                raise WrongRow(f"row {number}: {first_line(error)}") from error
+        raise
+
+
+def first_failing(rows: Sequence[Mapping[str, Any]], process: Callable[[Any], Any]) -> int | None:
+    """The number, from 1, of the first row for which a task's own `process` raises an error; None where none does.
+
+    It is given data sets of some of the rows, and the row is looked for by halves.
+    """
+    import datasets
+
+    def fails(start: int, end: int) -> bool:
+        try:
+            process(datasets.Dataset.from_list(list(rows[start:end])))
+        except Exception:  # whatever a task's own code raises
+            return True
+        return False
+
+    start, end = 0, len(rows)
+    if not rows or not fails(start, end):
+        return None
+    while end - start > 1:
+        middle = (start + end) // 2
+        start, end = (start, middle) if fails(start, middle) else (middle, end)
+    return start + 1
+
+
+def wrong_target(task: Any, doc: Mapping[str, Any]) -> str | None:
+    """Why no answer to a question with choices can be right; None where one can. lm-eval scores such a row as 0."""
+    from lm_eval.api.task import ConfigurableTask
+
+    own = type(task).process_results is not ConfigurableTask.process_results or callable(task.config.process_results)
+    if own or task.OUTPUT_TYPE != "multiple_choice":
+        return None
+    choices = task.doc_to_choice(doc)
+    target = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    for one in target if isinstance(target, list) else [target]:
+        if not (one in choices if isinstance(one, str) else isinstance(one, int) and 0 <= one < len(choices)):
+            return f"its answer {one!r} is none of its {len(choices)} choices"
+    return None
+
+
+def refuse_wide_integers(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UserError naming the row and column of an integer beyond 64 bits, which no table can hold."""
+    for number, row in enumerate(rows, 1):
+        for column, value in row.items():
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise UserError(
+                    f"{path}, row {number} has an integer beyond 64 bits as its {column!r}: correct that row."
+                )
 
 
 def first_line(error: BaseException) -> str:

@@ -20,9 +20,19 @@ from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
 from harness.data.hub import dataset_commit, dataset_fingerprint, offline_unless_reachable
-from harness.evaluation.lm_eval.rows import first_line, read_rows, refuse_cache
+from harness.evaluation.lm_eval.rows import (
+    WrongRow,
+    first_failing,
+    first_line,
+    naming_the_row,
+    read_rows,
+    refuse_cache,
+    refuse_wide_integers,
+    wrong_target,
+)
 from harness.evaluation.quiet import quietly
 from harness.evaluation.suite import LimitedConfig
+from harness.runtime.progress import notify
 from harness.store.fingerprint import file_sha256, fingerprint
 
 if TYPE_CHECKING:
@@ -220,15 +230,18 @@ def load_rows(hub: str, configuration: str, split: str, path: Path | None) -> li
 
 def _needed_splits(config: dict[str, Any], overrides: Overrides) -> list[str]:
     """The split that is evaluated, and that of the few-shot examples where they come from one."""
-    evaluated = config.get("test_split") or config.get("validation_split")
     shots = config.get("num_fewshot") if overrides.num_fewshot is None else overrides.num_fewshot
     of_shots = config.get("fewshot_config") or {}
-    needed = [evaluated]
+    needed = [_evaluated_split(config)]
     if shots and not of_shots.get("samples"):
         order = ("training_split", "validation_split", "test_split")  # lm-eval's own rule where none is named
         named = of_shots.get("split") or config.get("fewshot_split")
         needed.append(named or next(config[split] for split in order if config.get(split)))
     return [str(split) for split in dict.fromkeys(needed) if split]
+
+
+def _evaluated_split(config: dict[str, Any]) -> str:
+    return str(config.get("test_split") or config.get("validation_split") or "")
 
 
 def _include(source: Source, folder: Path) -> dict[str, Any]:
@@ -294,17 +307,32 @@ def prepare(sources: Sequence[Source], config: LimitedConfig) -> tuple[dict[str,
             except Exception as error:  # whatever a task's own code raises
                 for path in source.files.values():
                     if path.suffix in _FORMATS:
-                        read_rows(path)  # says what is wrong with the file, if that is it
+                        refuse_wide_integers(path, read_rows(path))  # says what is wrong with the file, if that is it
                 refuse_cache(error, "TMPDIR" if source.files else "HF_DATASETS_CACHE")
-                reason = first_line(error)
                 if source.files:
-                    listed = ", ".join(str(path) for path in source.files.values())
-                    raise UserError(
-                        f"The task {source.name} cannot use the rows of {listed} ({reason}): give them the columns of "
-                        f"{source.hub}."
-                    ) from None
-                missing[source.name] = _unavailable(source, reason)
+                    raise _unusable(source, error) from None
+                missing[source.name] = _unavailable(source, first_line(error))
     return prepared, missing
+
+
+def _unusable(source: Source, error: Exception) -> UserError:
+    """The error for rows on this machine that a task cannot use, with the row where it can be found."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    path = source.files.get(_evaluated_split(source.config))
+    process = None if isinstance(error, WrongRow) else load_yaml(source.yaml).get("process_docs")
+    if path and process is not None and (number := first_failing(read_rows(path), process)):
+        error = WrongRow(f"row {number}: {first_line(error)}")
+    if path and isinstance(error, WrongRow):
+        return UserError(
+            f"The task {source.name} cannot use the rows of {path} ({error}): correct that row, or give all "
+            f"the columns of {source.hub}."
+        )
+    listed = ", ".join(str(path) for path in source.files.values())
+    return UserError(
+        f"The task {source.name} cannot use the rows of {listed} ({first_line(error)}): give them the columns of "
+        f"{source.hub}."
+    )
 
 
 def _unavailable(source: Source, reason: str) -> str:
@@ -322,9 +350,19 @@ def _prepared(source: Source, task: Any, config: LimitedConfig) -> Prepared:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(FEWSHOT_SEED)
     # From the first row on, whatever is wanted: lm-eval draws few-shot examples one row after the other.
-    task.build_all_requests(limit=config.limit if config.limit_by == "first" else None)
+    with naming_the_row(task):
+        task.build_all_requests(limit=config.limit if config.limit_by == "first" else None)
     examples: dict[str, list[Any]] = {}
     for instance in task.instances:
         examples.setdefault(f"{instance.doc_id:05d}", []).append(instance)
     names = list(examples)
-    return Prepared(source, task, {names[i]: examples[names[i]] for i in config.taken(names)})
+    taken = {names[i]: examples[names[i]] for i in config.taken(names)}
+    for name, requests in taken.items():
+        if reason := wrong_target(task, requests[0].doc):
+            if source.files:
+                raise WrongRow(f"row {int(name) + 1}: {reason}")
+            notify(
+                f"{source.name}: row {int(name) + 1} of {source.hub} has no score but 0, as lm-eval has it: {reason}."
+            )
+            break
+    return Prepared(source, task, taken)

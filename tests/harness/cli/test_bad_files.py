@@ -102,7 +102,11 @@ FILES: list[tuple[Prepare, list[str], str]] = [
     ),
     (write("a.jsonl", '{"text": "\\ud800"}\n'), run("corpus.path=a.jsonl"), "is not valid Unicode"),
     (write("a.jsonl", ""), run("corpus.path=a.jsonl"), "a.jsonl .train. has no document"),
-    (write("text/a.txt", ""), run("corpus.path=text"), "Document 'a.txt' of text .train. has no text: remove it"),
+    (
+        write("text/a.txt", ""),
+        run("corpus.path=text"),
+        "Document 'a.txt' .row 1. of text .train. has no text: remove it",
+    ),
     (write("text/a.txt", b"caf\xe9"), run("corpus.path=text"), "text/a.txt is not UTF-8 at byte 3"),
     (write("text/a.csv", "x"), run("corpus.path=text"), "The corpus text .train. has no document"),
     (write("a.csv", "x"), run("corpus.path={here}/a.csv"), "a.csv is neither .parquet, .jsonl, .txt nor a folder"),

@@ -90,7 +90,7 @@ def test_rows_that_are_not_as_expected_are_named(rows: Path, models: dict[str, P
     write_rows(data, "Rowan/hellaswag/default/validation.parquet", [{"ctx_a": "a", "label": "0"}])
     write_rows(data, "allenai/ai2_arc/ARC-Easy/train.parquet", [{"question": "?"}])
     with pytest.raises(
-        UserError, match=r"hellaswag cannot use the rows of .*validation\.parquet \(KeyError: 'ctx_b'\)"
+        UserError, match=r"hellaswag cannot use the rows of .*validation\.parquet \(row 1: KeyError: 'ctx_b'\)"
     ):
         measure("commonsense", {"tasks": ["hellaswag"]}, models["one"], tmp_path, data)
     with pytest.raises(UserError, match=r"ARC-Easy/test\.parquet \(or \.jsonl\) is missing, which the task arc_easy"):
