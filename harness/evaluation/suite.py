@@ -7,6 +7,7 @@ store the same code only plans.
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -19,9 +20,11 @@ from harness.config.errors import ConfigurationError, problems_of
 from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.store.artifacts import Estimate, Spec, Store
 from harness.store.costs import Costs
-from harness.store.files import intact_lines, parse_json, write_atomically
+from harness.store.files import intact_lines, parse_json, read_json, write_atomically, write_json
 from harness.store.fingerprint import fingerprint
 
+BATCH_SIZE = "batch_size.json"
+"""File in which the artifact of a task says how many of its answers were generated at one time."""
 NO_VOTE = "there is no answer to vote on"
 NONE_FITS = "none of its prompts fits the context"
 
@@ -227,6 +230,33 @@ def kept_lines(path: Path) -> list[dict[str, Any]]:
     lines = intact_lines(path)
     write_atomically(path, "".join(lines))
     return [json.loads(line) for line in lines]
+
+
+def take_over(
+    store: Store, spec: Spec, folder: Path, file: str, usable: Callable[[Mapping[str, Any]], bool], *others: str
+) -> None:
+    """Begins the artifact of `spec` with answers of another one, which took fewer or more examples.
+
+    `file` holds an answer a line, of which those that are `usable` are copied to `folder`. `others` are more parameters
+    that change no answer. Of several artifacts the one with the most is taken, with its batch size, so that all answers
+    have one. Nothing is done where there are answers.
+    """
+    if (folder / file).exists():
+        return
+    taken: list[dict[str, Any]] = []
+    batch_size = None
+    for path in store.siblings(spec, "limit", "limit_seed", *others):
+        with suppress(UserError):  # it is damaged
+            if store.verify(path)["info"].get("batch_tokens") != spec.info.get("batch_tokens"):
+                continue
+            made_with = read_json(path / BATCH_SIZE, "")["batch_size"] if (path / BATCH_SIZE).exists() else None
+            lines = [line for line in read_lines(path / file) if usable(line)] if (path / file).exists() else []
+            if len(lines) > len(taken) and spec.info.get("batch_size") in ("auto", made_with):
+                taken, batch_size = lines, made_with
+    if batch_size is not None:
+        write_json(folder / BATCH_SIZE, {"batch_size": batch_size})
+    if taken:
+        write_atomically(folder / file, "".join(json.dumps(line) + "\n" for line in taken))
 
 
 def chosen(wanted: Sequence[str] | None, known: Sequence[str], suite_name: str) -> list[str]:

@@ -6,6 +6,7 @@ a killed stage had finished stay in the hidden folder, and the next start goes o
 """
 
 import contextlib
+import glob
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -297,6 +298,20 @@ class Store:
                 write_atomically(_beside(path, "verified"), canonical(stamps))
         self._verified.add(path)
         return manifest
+
+    def siblings(self, spec: Spec, *params: str) -> list[Path]:
+        """Complete artifacts of the spec's label that differ from it in these parameters at most."""
+        found = []
+        for path in sorted((self.root / spec.kind).glob(f"{glob.escape(safe_name(spec.label))}-*")):
+            with contextlib.suppress(UserError):  # damaged, or removed meanwhile
+                manifest = read_manifest(path)
+                identities = [
+                    canonical({**each, "params": {k: v for k, v in each["params"].items() if k not in params}})
+                    for each in (spec.identity(), {name: manifest[name] for name in _IDENTITY})
+                ]
+                if identities[0] == identities[1]:
+                    found.append(path)
+        return found
 
     def artifacts(self) -> Iterator[Path]:
         """The folder of every complete artifact, in order of kind and name."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fusion.errors import UserError
 from harness.evaluation.lm_eval.tasks import Prepared
 from harness.evaluation.overflow import Overflow, OverflowRule
+from harness.evaluation.suite import BATCH_SIZE
 from harness.store.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
 
     from harness.evaluation.shared_prefix_lm import BatchSize, SharedPrefixLM
 
-BATCH_SIZE = "batch_size.json"
-"""File in which the artifact of a task says how many of its answers were generated at one time."""
 _DEFAULT_NEW_TOKENS = 256  # of HFLM, where a task sets no limit
 _MOST_FAILURES = 8  # examples that cannot be answered; with more the model is to blame, or the machine
 

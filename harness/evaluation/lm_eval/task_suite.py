@@ -41,6 +41,7 @@ from harness.evaluation.suite import (
     ensure_jointly,
     kept_lines,
     read_lines,
+    take_over,
 )
 from harness.evaluation.vote import Answers, chosen_indices, voted
 from harness.runtime.progress import notify, track
@@ -139,7 +140,13 @@ class LmEvalSuite:
             for task, spec in specs.items()
             if task not in missing
         ]
-        paths, unfinished = ensure_jointly(store, wanted, partial(self._run, evaluated))
+
+        def run(folders: Mapping[str, Path]) -> dict[str, str]:
+            for task, folder in folders.items():
+                take_over(store, specs[task], folder, EXAMPLES, self._prepared[0][self._sources[task].name].asks)
+            return self._run(evaluated, folders)
+
+        paths, unfinished = ensure_jointly(store, wanted, run)
         overflows = {} if store.dry else {task: read_overflows(path, EXAMPLES) for task, path in paths.items()}
         return SuiteResult(
             examples=lambda: (e for task, path in paths.items() for e in read_examples(task, path)),

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -117,6 +117,13 @@ class Prepared:
     source: Source
     task: "ConfigurableTask"
     examples: dict[str, list["Instance"]]
+
+    def asks(self, line: Mapping[str, Any]) -> bool:
+        """Whether the line of an example, stored before, answers a prompt of this task."""
+        from lm_eval.utils import hash_string
+
+        requests = self.examples.get(line["example"])
+        return requests is not None and hash_string(str(requests[0].args[0])) == line["prompt_hash"]
 
 
 def lm_eval_version() -> str:

@@ -17,14 +17,13 @@ from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.evaluation.lm_eval.examples import read_overflows
 from harness.evaluation.lm_eval.requests import answer_requests, by_batch_size, drop_unanswerable, note_batch_size
 from harness.evaluation.lm_eval.rows import first_line
-from harness.evaluation.multipl_e.languages import LANGUAGES, cut, original_name
+from harness.evaluation.multipl_e.languages import LANGUAGES, cut
 from harness.evaluation.multipl_e.problems import asked, data_identity, file_of, read_problems
 from harness.evaluation.overflow import SKIPPED, OverflowRule, overflow_result
 from harness.evaluation.suite import (
     NO_VOTE,
     NONE_FITS,
     SUITES,
-    Example,
     LimitedConfig,
     StoredAnswer,
     SuiteResult,
@@ -33,6 +32,7 @@ from harness.evaluation.suite import (
     ensure_jointly,
     kept_lines,
     read_lines,
+    take_over,
 )
 from harness.runtime.progress import notify, track
 from harness.store.artifacts import Estimate, Spec, Store
@@ -146,6 +146,7 @@ class MultiplE:
             if why := refusal():  # before hours are spent on samples
                 raise UserError(f"{why} Without it write samples only (--generate-only) and run them elsewhere.")
         from harness.evaluation.multipl_e.execute import OutOfTime
+        from harness.evaluation.multipl_e.scores import examples, unsolvable_notes
 
         samples, missing = self._generate(evaluated, store, costs)
         artifacts = {f"{language} samples": path for language, path in samples.items()}
@@ -173,12 +174,15 @@ class MultiplE:
                     not_run[language] = str(error).rstrip(".")
                     notify(f"{self.name} {evaluated.label}: {language} is left out, {not_run[language]}.")
         return SuiteResult(
-            examples=lambda: (e for language, path in paths.items() for e in _examples(language, path)),
+            examples=lambda: (e for language, path in paths.items() for e in examples(language, path / RESULTS)),
             artifacts={**artifacts, **paths},
             fingerprints={name: self._results(evaluated, name).fingerprint for name in paths},
             missing={**missing, **not_run},
             dtype=evaluated.dtype,
-            notes=[*said["notes"], *([] if store.dry else _unsolvable(paths))],
+            notes=[
+                *said["notes"],
+                *([] if store.dry else unsolvable_notes({name: path / RESULTS for name, path in paths.items()})),
+            ],
             skipped=said["skipped"],
         )
 
@@ -226,8 +230,18 @@ class MultiplE:
         tokens = (self.config.limit or _PROBLEMS) * self.config.n * min(self.config.max_new_tokens, 256)
         estimate = costs.forward(evaluated.parameters, BYTES_PER_TOKEN * tokens)
         wanted = [(language, spec, estimate) for language, spec in specs.items() if language not in missing]
-        paths, unfinished = ensure_jointly(store, wanted, partial(self._write, evaluated))
+
+        def write(folders: Mapping[str, Path]) -> dict[str, str]:
+            for language, folder in folders.items():
+                take_over(store, specs[language], folder, SAMPLES, partial(self._asks, language), "samples")
+            return self._write(evaluated, folders)
+
+        paths, unfinished = ensure_jointly(store, wanted, write)
         return paths, {**missing, **unfinished}
+
+    def _asks(self, language: str, line: Mapping[str, Any]) -> bool:
+        """Whether a sample, stored before, is one of those that are wanted."""
+        return line["sample"] < self.config.n and line["name"] in {p["name"] for p in self.problems(language)}
 
     def _spec(self, evaluated: EvaluatedModel, language: str) -> Spec:
         config = self.config
@@ -377,24 +391,3 @@ class MultiplE:
 
 def _toolchains(store: Store) -> Path:
     return store.root.parent / TOOLCHAINS
-
-
-def _examples(language: str, folder: Path) -> Iterator[Example]:
-    """The number of passing samples of every problem, strictly and by exit status alone."""
-    from harness.evaluation.multipl_e.scores import read_results
-
-    for problem in read_results(folder / RESULTS):
-        for metric, passed in (("passed", problem.strict), ("passed_exit", problem.by_exit_status)):
-            yield Example(language, problem.name, metric, passed, problem.samples, cluster=original_name(problem.name))
-
-
-def _unsolvable(paths: dict[str, Path]) -> list[str]:
-    from harness.evaluation.multipl_e.scores import read_results
-
-    names = [
-        f"{problem.name} ({language})"
-        for language, path in paths.items()
-        for problem in read_results(path / RESULTS)
-        if problem.unsolvable
-    ]
-    return [f"Cannot be solved as published, and counted all the same: {', '.join(names)}."] if names else []

@@ -1,6 +1,6 @@
 """From results to pass@k, strictly and by exit status, over all problems that were executed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +8,8 @@ import numpy as np
 
 from fusion.errors import UserError
 from harness.evaluation.multipl_e.generations import json_lines
-from harness.evaluation.multipl_e.languages import LANGUAGES, UNSOLVABLE, language_of
+from harness.evaluation.multipl_e.languages import LANGUAGES, UNSOLVABLE, language_of, original_name
+from harness.evaluation.suite import Example
 from results.metrics import pass_at_k
 
 COLUMNS = ("language", "problems", "samples", "pass@{k}", "pass@{k} by exit status", "note")
@@ -38,16 +39,34 @@ def check_samples(samples: int, k: int) -> None:
 
 def read_results(path: Path) -> list[ProblemScore]:
     """The result of every problem that was executed. Raises UserError for a file that holds no results."""
-    examples = []
+    scores = []
     for number, row in json_lines(path):
         try:
             results = row["results"]
             strict = sum(bool(result["strict"]) for result in results)
             passed = sum(result["exit_code"] == 0 for result in results)
-            examples.append(ProblemScore(language_of(row["language"]).name, row["name"], len(results), strict, passed))
+            scores.append(ProblemScore(language_of(row["language"]).name, row["name"], len(results), strict, passed))
         except (KeyError, TypeError) as error:
             raise UserError(f"{path}, line {number} is no result of an execution ({error}): execute again.") from None
-    return examples
+    return scores
+
+
+def examples(language: str, results: Path) -> Iterator[Example]:
+    """The number of passing samples of every problem, strictly and by exit status alone."""
+    for problem in read_results(results):
+        for metric, passed in (("passed", problem.strict), ("passed_exit", problem.by_exit_status)):
+            yield Example(language, problem.name, metric, passed, problem.samples, cluster=original_name(problem.name))
+
+
+def unsolvable_notes(results: Mapping[str, Path]) -> list[str]:
+    """What is said below the table of problems, by language, that cannot be solved as published; [] for none."""
+    names = [
+        f"{problem.name} ({language})"
+        for language, path in results.items()
+        for problem in read_results(path)
+        if problem.unsolvable
+    ]
+    return [f"Cannot be solved as published, and counted all the same: {', '.join(names)}."] if names else []
 
 
 def summary(examples: Sequence[ProblemScore], not_run: Mapping[str, str], k: int) -> list[list[object]]:

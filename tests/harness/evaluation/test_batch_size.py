@@ -55,7 +55,7 @@ def test_an_interrupted_artifact_goes_on_with_the_batch_size_that_was_measured(
     assert decoded == [2, 2]
     assert requests.read_json(path / requests.BATCH_SIZE, "")["batch_size"] == 2
     # Another artifact of the same model is measured by itself, and a size that is set is kept.
-    measure(name, {**SECTIONS[name], "limit": 2}, model, tmp_path, rows)
+    measure(name, {**SECTIONS[name], "seed": 1}, model, tmp_path, rows)
     measure(name, {**SECTIONS[name], "limit": 3, "batch_size": 1}, model, tmp_path, rows)
     assert decoded == [2, 2, 3, 1]
 
