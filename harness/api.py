@@ -144,7 +144,7 @@ def open_run(run: Folder, *, root: Folder | None = None, profile: str | None = N
     """
     from harness.reporting import runs
 
-    return runs.open_run(runs.run_folder(_root(root), str(run), profile))
+    return runs.open_run(runs.resolve_run(_root(root), str(run), profile))
 
 
 @_explaining()

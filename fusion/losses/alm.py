@@ -11,11 +11,9 @@ import numpy as np
 from fusion.alignment.selection import segment_of, segment_starts
 from fusion.losses.loss import (
     LOSSES,
-    Loss,
-    LossRequirements,
     LossResources,
+    TeacherLoss,
     TeacherModel,
-    check_teachers,
     flat,
     weighted,
 )
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
 
 @LOSSES.register("alm", version=1, reference="arXiv 2503.20083, section 3")
 @dataclass(frozen=True)
-class ALMLoss(Loss):
+class ALMLoss(TeacherLoss):
     """T KL(p^(1/T) || q^(1/T)) of the binary outcomes "this chunk" and "anything else", the mean over the teachers.
 
     A chunk lies between consecutive byte ends that teacher and target share. Its likelihood is p under the teacher
@@ -40,17 +38,8 @@ class ALMLoss(Loss):
     positions. The sum over chunks is divided by the number of CLM labels, so that its share falls as chunks get longer.
     """
 
-    teachers: Sequence[str]
-    """Roles whose stored predictions are distilled."""
     temperature: float = 100.0
     """T."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_teachers(self.teachers, self.temperature)
-
-    def requirements(self, target: str) -> LossRequirements:
-        return LossRequirements(predictions=list(self.teachers))
 
     def features(
         self, predictions: SequencePredictions, n_bytes: Sequence[int], resources: LossResources

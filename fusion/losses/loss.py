@@ -162,6 +162,27 @@ class Loss(ABC):
         return {"name": part.name, "version": part.version, "parameters": {**parameters, **parts}}
 
 
+@dataclass(frozen=True)
+class TeacherLoss(Loss):
+    """A loss against teachers, from their stored predictions unless `requirements` says otherwise.
+
+    Raises UserError for no teacher, one that is named twice, and a `temperature`, if it has one, that is not positive.
+    """
+
+    teachers: Sequence[str]
+    """Roles of the teachers."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.teachers or len(set(self.teachers)) < len(self.teachers):
+            raise UserError(f"teachers is {list(self.teachers)}: name at least one, and each once.")
+        if not (temperature := getattr(self, "temperature", 1.0)) > 0:
+            raise UserError(f"temperature is {temperature}; it must be greater than 0.")
+
+    def requirements(self, target: str) -> LossRequirements:
+        return LossRequirements(predictions=list(self.teachers))
+
+
 LOSSES: Registry[type[Loss]] = Registry(
     "loss",
     "fusellm.losses",
@@ -178,14 +199,6 @@ LOSSES: Registry[type[Loss]] = Registry(
 def flat(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The features and labels [B * L, ...] of a batch [B, L, ...]."""
     return {name: array.flatten(0, 1) for name, array in batch.items() if name not in ("input_ids", "position_ids")}
-
-
-def check_teachers(teachers: Sequence[str], temperature: float = 1.0) -> None:
-    """Raises UserError for no teacher, one that is named twice, and a temperature that is not positive."""
-    if not teachers or len(set(teachers)) < len(teachers):
-        raise UserError(f"teachers is {list(teachers)}: name at least one, and each once.")
-    if not temperature > 0:
-        raise UserError(f"temperature is {temperature}; it must be greater than 0.")
 
 
 def check_map(vocabulary_map: str, switches: Switches) -> None:

@@ -12,11 +12,10 @@ import numpy as np
 from fusion.losses.divergences import DIVERGENCES
 from fusion.losses.loss import (
     LOSSES,
-    Loss,
     LossRequirements,
     LossResources,
+    TeacherLoss,
     TeacherModel,
-    check_teachers,
     flat,
     has_next,
     weighted,
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
 @LOSSES.register("online_distillation", version=2, reference="arXiv 1503.02531")
 @dataclass(frozen=True)
-class OnlineDistillationLoss(Loss):
+class OnlineDistillationLoss(TeacherLoss):
     """T^2 D(p^(1/T) || q^(1/T)), the mean over teachers p with the target's tokenizer, over all tokens.
 
     It is taken at every position with a next token in its passage, and the sum is divided by the number of CLM labels.
@@ -40,16 +39,10 @@ class OnlineDistillationLoss(Loss):
     either's logits beyond the other's have no token.
     """
 
-    teachers: Sequence[str]
-    """Roles whose models are held in memory."""
     divergence: PartName = "forward_kl"
     """D, in the registry of divergences."""
     temperature: float = 1.0
     """T."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_teachers(self.teachers, self.temperature)
 
     def requirements(self, target: str) -> LossRequirements:
         return LossRequirements(models=list(self.teachers))

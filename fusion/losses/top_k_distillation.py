@@ -16,11 +16,10 @@ from fusion.losses.divergences import DIVERGENCES, needs_all_outcomes
 from fusion.losses.loss import (
     LOSSES,
     TAIL_FLOOR,
-    Loss,
     LossRequirements,
     LossResources,
+    TeacherLoss,
     check_map,
-    check_teachers,
     mean_weights,
     weighted,
 )
@@ -39,7 +38,7 @@ LEAST_TAIL = 1e-8
 
 @LOSSES.register("top_k_distillation", version=4, reference="arXiv 1503.02531")
 @dataclass(frozen=True)
-class TopKDistillationLoss(Loss):
+class TopKDistillationLoss(TeacherLoss):
     """T^2 D(p^(1/T) || q^(1/T)) over k + 1 outcomes: a teacher's k most probable tokens, and everything else.
 
     p is a teacher's distribution at the aligned position, projected onto the target's tokens as a source's is for
@@ -48,11 +47,10 @@ class TopKDistillationLoss(Loss):
     not, so that its share falls with the part of positions that are aligned. With a `tail` other than `bucket` there is
     no outcome for the rest.
 
-    Raises UserError for names that are not registered, and for a divergence of all outcomes without the tail.
+    The target itself may be a teacher. Raises UserError for names that are not registered, and for a divergence of all
+    outcomes without the tail.
     """
 
-    teachers: Sequence[str]
-    """Roles whose stored predictions are distilled; the target itself may be one."""
     divergence: PartName = "forward_kl"
     """D, in the registry of divergences."""
     temperature: float = 1.0
@@ -74,7 +72,6 @@ class TopKDistillationLoss(Loss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_teachers(self.teachers, self.temperature)
         if self.tail not in get_args(Tail):
             hint = did_you_mean(self.tail, get_args(Tail))
             raise UserError(f"tail is {self.tail!r}{hint}; it takes one of {', '.join(get_args(Tail))}.")

@@ -11,10 +11,8 @@ import numpy as np
 from fusion.alignment.pairing import same_end
 from fusion.losses.loss import (
     LOSSES,
-    Loss,
-    LossRequirements,
     LossResources,
-    check_teachers,
+    TeacherLoss,
     has_next,
     mean_weights,
     weighted,
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
 
 @LOSSES.register("uld", version=2, reference="arXiv 2402.12030")
 @dataclass(frozen=True)
-class ULDLoss(Loss):
+class ULDLoss(TeacherLoss):
     """Wasserstein-1 distance sum_i |p_(i) - q_(i)| of teacher's and target's probabilities, each sorted (section 3.2).
 
     The k stored probabilities of the teacher, its greatest, are compared one by one with the target's k greatest, and
@@ -36,16 +34,6 @@ class ULDLoss(Loss):
     the mean over the teachers that have an aligned one. The sum over positions is divided by the number of CLM labels,
     aligned or not, so that its share falls with the part of positions that are aligned.
     """
-
-    teachers: Sequence[str]
-    """Roles whose stored predictions are distilled."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_teachers(self.teachers)
-
-    def requirements(self, target: str) -> LossRequirements:
-        return LossRequirements(predictions=list(self.teachers))
 
     def features(
         self, predictions: SequencePredictions, n_bytes: Sequence[int], resources: LossResources

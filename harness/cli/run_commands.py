@@ -63,9 +63,9 @@ def run_show(
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """What a run wrote about itself: configuration, command, commit, versions, artifacts, files of records."""
-    from harness.reporting.runs import open_run, run_folder
+    from harness.reporting.runs import open_run, resolve_run
 
-    opened = open_run(run_folder(root, run, profile))
+    opened = open_run(resolve_run(root, run, profile))
     print_document({"folder": str(opened.folder), **opened.description}, form)
 
 
@@ -136,10 +136,10 @@ def experiment_diff(
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """In what two runs differ: configuration, models, texts, versions, seeds, command; or numbers of their tables."""
-    from harness.reporting.runs import differences, open_run, run_folder
+    from harness.reporting.runs import differences, open_run, resolve_run
     from harness.reporting.tables import number_differences
 
-    pair = [open_run(run_folder(root, name, profile)) for name in (one, other)]
+    pair = [open_run(resolve_run(root, name, profile)) for name in (one, other)]
     labels = ["/".join(run.folder.resolve().parts[-3:]) for run in pair]
     if numbers:
         rows: list[list[object]] = [list(row) for row in number_differences(*pair)]

@@ -1,6 +1,7 @@
 """`fusellm suite`, `eval` and `multipl-e`: what can be measured, measuring one model, executing generated programs."""
 
 import json as json_text
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -188,18 +189,23 @@ def evaluate(
     prepare(root, device)
     from harness.evaluation import standalone
     from harness.models.resolution import ModelSpec
-    from harness.reporting.export import write_run
-    from harness.reporting.runs import open_run
     from harness.runtime.device import usable_device
-    from results.formats import render_all
 
     common = {"limit": limit, "samples": samples, "seed": seed, "batch_size": batch_size}
     common |= {"execute": False if generate_only else None, "sandbox": False if unsafe else None}
     chosen = standalone.sections(names, tasks=tasks, common=common, settings=own, data_root=data)
     spec = ModelSpec(name=model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code, prefix=prefix)
     folder = standalone.evaluate(spec, chosen, root, device=usable_device(device, dry=False))
+    _print_evaluation(folder, standalone.generated(folder) if generate_only else [], form)
+
+
+def _print_evaluation(folder: Path, completions: Sequence[str], form: str | None) -> None:
+    """Write and print the tables of an evaluation, and lines about completions; exit with 1 if there is nothing."""
+    from harness.reporting.export import write_run
+    from harness.reporting.runs import open_run
+    from results.formats import render_all
+
     run = open_run(folder)
-    completions = standalone.generated(folder) if generate_only else []
     tables = [table for table in write_run(run).values() if table.columns or not completions]
     if form is not None:
         typer.echo(render_all(tables, form), nl=False)

@@ -13,7 +13,7 @@ import yaml
 from fusion.errors import UserError
 from harness.reporting.export import equal_quality
 from harness.reporting.figures import drawings
-from harness.reporting.runs import Run, newest_runs, open_run, run_folder
+from harness.reporting.runs import Run, newest_runs, open_run, resolve_run
 from harness.reporting.tables import held_out_table, run_table, suite_tables
 from harness.runtime.progress import notify
 from harness.store.artifacts import read_manifest
@@ -37,7 +37,7 @@ def report(root: Path, runs: Sequence[str], profile: str | None, out: Path, *, e
     examples: how many of each task can be read on the page; those about which methods disagree come first. Raises
     UserError for a run that is not there.
     """
-    folders = [run_folder(root, name, profile) for name in runs] or newest_runs(root, profile)
+    folders = [resolve_run(root, name, profile) for name in runs] or newest_runs(root, profile)
     pages: list[RunPage] = []
     for folder in folders:
         try:

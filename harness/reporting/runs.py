@@ -203,7 +203,7 @@ def find_run(root: Path, name: str, profile: str | None) -> Path:
     return max(described, key=lambda run: run[1].get("finished", 0))[0] if described else finished[0].parent
 
 
-def run_folder(root: Path, name: str, profile: str | None) -> Path:
+def resolve_run(root: Path, name: str, profile: str | None) -> Path:
     """The folder of a run that is given by its own path, or by an experiment's name for the newest."""
     folder = Path(name)
     if (folder / RUN_FILE).exists():

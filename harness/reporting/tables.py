@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UnknownName, UserError
 from harness.config.shipped import ALL
-from harness.reporting.runs import PUBLISHED, Run, experiments, no_runs, open_run, profiles, run_folder
+from harness.reporting.runs import PUBLISHED, Run, experiments, no_runs, open_run, profiles, resolve_run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,7 +59,7 @@ def tables(
             by_name[name] = paper_table(name.removeprefix(PUBLISHED))
             continue
         try:
-            folder = run_folder(root, name, profile)
+            folder = resolve_run(root, name, profile)
         except UserError as error:
             if not everything:
                 if isinstance(error, UnknownName) and error.name == name:

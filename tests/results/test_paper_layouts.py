@@ -2,7 +2,6 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -58,8 +57,22 @@ def made(name: str, frame: pd.DataFrame, **options: object) -> Table:
     return comparison(name, frame, METHODS, ROLES, profile="small", **options)  # type: ignore[arg-type]
 
 
-def test_tasks_down_methods_across_as_the_paper_has_them(frames: dict[str, pd.DataFrame]) -> None:
-    table = made("table2", frames["table2"])
+@pytest.fixture(scope="module")
+def tables(frames: dict[str, pd.DataFrame]) -> dict[tuple[str, bool], Table]:
+    """Tables of the whole frames, by name and whether they have the paper's values."""
+    return {
+        (name, paper): made(name, frame, with_paper=paper) for name, frame in frames.items() for paper in (False, True)
+    }
+
+
+@pytest.fixture(scope="module")
+def shuffled(frames: dict[str, pd.DataFrame]) -> Table:
+    """Table 2 with the paper's values from records in another order."""
+    return made("table2", frames["table2"].sample(frac=1, random_state=1), with_paper=True)
+
+
+def test_tasks_down_methods_across_as_the_paper_has_them(tables: dict[tuple[str, bool], Table]) -> None:
+    table = tables["table2", False]
     assert table.rows == ("arc_easy", "arc_challenge", "boolq", "hellaswag", "openbookqa", "average")
     assert [one.label for one in table.columns] == ["OpenLLaMA-7B-v2", "Gemma", "SmolLM2", "CLM", "FuseLLM"]
     target, clm, fused = (table.cells[-1][j] for j in (2, 3, 4))
@@ -73,8 +86,8 @@ def test_tasks_down_methods_across_as_the_paper_has_them(frames: dict[str, pd.Da
     assert average.startswith("| average (n=200) |") and f"**{fused.value:.2f}** ({fused.change:+.2%}) ▲ [" in average
 
 
-def test_better_is_said_only_where_it_holds_after_correction(frames: dict[str, pd.DataFrame]) -> None:
-    table = made("table2", frames["table2"])
+def test_better_is_said_only_where_it_holds_after_correction(tables: dict[tuple[str, bool], Table]) -> None:
+    table = tables["table2", False]
     cells = [cell for row in table.cells for cell in row]
     assert sum(cell.p_corrected is not None for cell in cells) == 6
     assert {cell.verdict for cell in cells} == {"better", None}
@@ -86,8 +99,10 @@ def test_better_is_said_only_where_it_holds_after_correction(frames: dict[str, p
     assert any(families in note and "these checkpoints only" in note for note in table.notes)
 
 
-def test_models_as_they_are_are_compared_and_not_tested(frames: dict[str, pd.DataFrame]) -> None:
-    table = made("table2", frames["table2"])
+def test_models_as_they_are_are_compared_and_not_tested(
+    frames: dict[str, pd.DataFrame], tables: dict[tuple[str, bool], Table]
+) -> None:
+    table = tables["table2", False]
     for row in table.cells:
         assert all(cell.difference_interval is not None and cell.p is None and cell.verdict is None for cell in row[:3])
     assert "Shown and not tested, being models as they are: OpenLLaMA-7B-v2, Gemma, SmolLM2." in table.notes
@@ -116,19 +131,19 @@ def test_another_baseline(frames: dict[str, pd.DataFrame]) -> None:
         made("table2", frames["table2"], reference="Smol")
 
 
-def test_published_values_stand_beside_ours_where_both_exist(frames: dict[str, pd.DataFrame]) -> None:
-    table = made("table2", frames["table2"], with_paper=True)
+def test_published_values_stand_beside_ours_where_both_exist(tables: dict[tuple[str, bool], Table]) -> None:
+    table = tables["table2", True]
     assert table.published == ("OpenLLaMA, paper", "", "Llama-2, paper", "Llama-2 CLM, paper", "FuseLLM, paper")
     assert [cell.published for cell in table.cells[-1]] == [59.78, None, 63.76, 63.86, 64.56]
     assert table.cells[-1][4].published_change == pytest.approx(64.56 / 63.76 - 1)
     text = render(table, "md")
     assert "| **64.56** (+1.25%) |" in text
     assert any(note.startswith("Published with open-instruct") for note in table.notes)
-    assert made("table2", frames["table2"]).published == ()
+    assert tables["table2", False].published == ()
 
 
-def test_beside_the_paper_multipl_e_is_scored_by_exit_status(frames: dict[str, pd.DataFrame]) -> None:
-    strict, beside = (made("table4", frames["table4"], with_paper=paper) for paper in (False, True))
+def test_beside_the_paper_multipl_e_is_scored_by_exit_status(tables: dict[tuple[str, bool], Table]) -> None:
+    strict, beside = tables["table4", False], tables["table4", True]
     assert [one.label for one in strict.columns] == ["bbh", "commonsense", "multipl_e"]
     assert {part.metric for part in strict.columns[2].parts} == {"passed"}
     assert {part.metric for part in beside.columns[2].parts} == {"passed_exit"}
@@ -220,8 +235,8 @@ def test_wrong_names_are_one_sentence(frames: dict[str, pd.DataFrame]) -> None:
         made("table7", frames["table2"])
 
 
-def test_machine_readable_formats_carry_all_that_is_known(frames: dict[str, pd.DataFrame]) -> None:
-    table = made("table2", frames["table2"], with_paper=True)
+def test_machine_readable_formats_carry_all_that_is_known(tables: dict[tuple[str, bool], Table]) -> None:
+    table = tables["table2", True]
     lines = list(csv.DictReader(io.StringIO(render(table, "csv"))))
     assert len(lines) == 6 * 5
     last, cell = lines[-1], table.cells[-1][-1]
@@ -262,14 +277,8 @@ class _Cells(HTMLParser):
         assert self.open.pop() == tag
 
 
-def _tables(frames: dict[str, pd.DataFrame]) -> Iterator[Table]:
-    for paper in (False, True):
-        yield made("table2", frames["table2"], with_paper=paper, banner="plumbing, <not> a result")
-        yield made("table4", frames["table4"], with_paper=paper)
-
-
-def test_html_and_latex_are_well_formed(frames: dict[str, pd.DataFrame]) -> None:
-    for table in _tables(frames):
+def test_html_and_latex_are_well_formed(tables: dict[tuple[str, bool], Table]) -> None:
+    for table in (replace(table, banner="plumbing, <not> a result") for table in tables.values()):
         width = 1 + len(table.columns) + sum(map(bool, table.published)) + (table.best_along == "column")
         assert set(_Cells(render(table, "html")).rows) == {width}
         tex = render(table, "latex")
@@ -281,16 +290,15 @@ def test_html_and_latex_are_well_formed(frames: dict[str, pd.DataFrame]) -> None
         assert not re.search(r"(?<!\\)[%#_]", tex)
 
 
-def test_text_that_a_format_reads_as_a_command_is_escaped(frames: dict[str, pd.DataFrame]) -> None:
-    table = replace(made("table4", frames["table4"]), title=r"50% & <b>\x{y}_1</b>", notes=("a|b",))
+def test_text_that_a_format_reads_as_a_command_is_escaped(tables: dict[tuple[str, bool], Table]) -> None:
+    table = replace(tables["table4", False], title=r"50% & <b>\x{y}_1</b>", notes=("a|b",))
     assert r"50\% \& $<$b$>$\textbackslash{}x\{y\}\_1" in render(table, "latex")
     assert "50% &amp; &lt;b&gt;" in render(table, "html")
     assert r"a\|b" in render(table, "md")
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_the_same_bytes_from_shuffled_records(frames: dict[str, pd.DataFrame], form: str) -> None:
-    frame = frames["table2"]
-    once = render(made("table2", frame, with_paper=True), form)
-    again = render(made("table2", frame.sample(frac=1, random_state=1), with_paper=True), form)
-    assert once == again
+def test_the_same_bytes_from_shuffled_records(
+    tables: dict[tuple[str, bool], Table], shuffled: Table, form: str
+) -> None:
+    assert render(tables["table2", True], form) == render(shuffled, form)

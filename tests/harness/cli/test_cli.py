@@ -95,6 +95,7 @@ def test_folders_of_ones_own_hide_no_package(start: list[str], kind: str, tmp_pa
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launched", "names"),
     [

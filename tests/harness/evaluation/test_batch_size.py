@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from harness.evaluation import shared_prefix_lm
 from harness.evaluation.lm_eval import requests, task_suite
 from harness.evaluation.multipl_e import code_suite
-from tests.harness.evaluation.test_suites import measure
+from tests.harness.evaluation.measuring import measure
 from tests.harness.suite_rows import make_data_root
 from tests.harness.tiny_models import save_model
 

@@ -11,7 +11,7 @@ from fusion.errors import UserError
 from harness.evaluation.multipl_e.code_suite import COMPLETIONS
 from harness.evaluation.multipl_e.problems import read_problems
 from harness.evaluation.suite import LimitedConfig, SuiteResult
-from tests.harness.evaluation.test_suites import measure
+from tests.harness.evaluation.measuring import measure
 from tests.harness.suite_rows import write_rows
 from tests.harness.tiny_models import save_model
 

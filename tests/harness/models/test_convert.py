@@ -312,6 +312,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(form: str, value: float
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [
