@@ -112,6 +112,14 @@ def avgce(members: Sequence[Sparse], scores: SourceScores, switches: Switches) -
     return mix([members[s] for s in by_name], weight[:, scores.unit]), np.full(len(scores.unit), MIXTURE)
 
 
+def mean(members: Sequence[Sparse], scores: SourceScores, switches: Switches) -> tuple[Sparse, np.ndarray]:
+    """The mean of the sources' distributions where they have one: what is learnt from several teachers at once."""
+    n = len(members[0].tail)
+    if len(members) == 1:
+        return members[0], np.zeros(n, np.int64)
+    return mix(members, np.ones((len(members), n))), np.full(n, MIXTURE)
+
+
 def mix(members: Sequence[Sparse], weight: np.ndarray) -> Sparse:
     """The mixture with `weight[S, N]`, normalised over the members that have a distribution at a position.
 

@@ -13,8 +13,14 @@ byte ends that the target and all sources share, so that all models predict the 
 - selected: only where the fused distribution comes from this source, and with the fused distribution.
 - taught: the same over all positions, those of segments with a gap between partners included.
 
-Log-likelihoods are full: a true next token without an entry has its part of the tail, which is spread evenly over the
-tokens without entries.
+What is fused is the models' distributions where they have a partner. The one-hot that a training puts elsewhere is the
+text itself, which no model said, so that it is no part of a mixture here.
+
+A tail says nothing of which token follows, and is not spread over them: within the tail a target that has learnt it
+goes on as before. So where the true next token has no entry, a model is ahead by the logarithm of its tail over the
+target's own probability of the same outcome, that of all tokens without entries (of which the target's stored entries
+are known, so that the lead is rather too small). Where there is no tail either (`tail: renormalise`), the true next
+token is impossible and the model infinitely behind.
 """
 
 from __future__ import annotations
@@ -24,8 +30,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fusion.alignment.fuse import UNALIGNED, FusedSequence, Source, fuse_sequence
-from fusion.alignment.selection import MIXTURE, segment_of, segment_starts
+from fusion.alignment.fuse import FusedSequence, Source, fuse_sequence
+from fusion.alignment.selection import FUSIONS, MIXTURE, FusionFunction, score_sources, segment_of, segment_starts
 from fusion.switches import Switches
 from fusion.types import Predictions, Sparse
 from fusion.vocabulary.token_bytes import Vocabulary
@@ -39,11 +45,12 @@ LEAST_TAIL = 1e-6
 
 @dataclass(frozen=True)
 class PassageGains:
-    """The waterfall of one passage, by the name of the model; `FUSED` sums over all that take part."""
+    """The waterfall of one passage, by the name of the model, and of what is fused."""
 
     nats: Mapping[str, Mapping[str, float]]
-    """By stage: nats by which the model is ahead of the target. Of `FUSED` there are `selected` and `taught` only; of a
-    source of a mixture (AvgCE) these two are NaN, since what is mixed is nobody's."""
+    """By stage: nats by which the model is ahead of the target. `FUSED` has up to `kept` those of the model that is
+    natively the best of the passage (maybe the target), so that what selection loses is what it leaves of these. Of a
+    source of a mixture (AvgCE) `selected` and `taught` are NaN, since what is mixed is nobody's."""
     positions: Mapping[str, Mapping[str, int]]
     """Positions of the target that have a next token and are `paired` with the model (`inside` one of its tokens
     included), `inside` one, or `chosen` from it; and `no_entry`, of the paired ones where the distribution that is left
@@ -62,6 +69,7 @@ def waterfall(
     target_vocabulary: Vocabulary,
     switches: Switches,
     k: int | None = None,
+    fusion: FusionFunction | None = None,
 ) -> PassageGains:
     """What is left of each model's lead over the target in one passage, step by step.
 
@@ -71,72 +79,79 @@ def waterfall(
         sources: as for `fuse_sequence`, without the target.
         switches: those that the target is trained with.
         k: number of entries that the target is trained with. Default: all.
+        fusion: how the models' distributions become one. Default: as the switches say.
 
     Raises:
         UserError: as `fuse_sequence`.
     """
     by_name = {source.name: source for source in sources}
     models = [target, *by_name]
-    own, vocabulary = passage[target], len(target_vocabulary)
+    own = passage[target]
     starts = segment_starts([passage[name] for name in models], n_bytes)
     shared = np.ones(len(starts), bool)
     # Text that a tokenizer does not spell belongs to the last segment, where models then predict different bytes.
     shared[-1] = all(passage[name].ends[-1] == n_bytes for name in models)
     here = segment_of(own, starts)[:-1]
 
-    def fuse(names: Sequence[str], changed: Switches, entries: int | None) -> FusedSequence:
+    def alone(name: str, changed: Switches, entries: int | None) -> FusedSequence:
         return fuse_sequence(
-            [passage if entries is None else {name: one.top(entries) for name, one in passage.items()}],
+            [{one: passage[one] if entries is None else passage[one].top(entries) for one in {name, target}}],
             [n_bytes],
             target=target,
-            sources=[by_name[name] for name in names if name != target],
+            sources=[by_name[name]] if name in by_name else [],
             target_vocabulary=target_vocabulary,
-            switches=changed,
+            switches=replace(changed, include_target=name == target, fusion="mince"),
         )
-
-    def ahead(fused: FusedSequence) -> np.ndarray:
-        """Nats by which fused distributions are ahead of the target at each position with a next token."""
-        return _log_likelihood(fused.targets, own.tokens[1:], vocabulary) + own.nats[:-1]
 
     def in_segments(values: np.ndarray, which: np.ndarray) -> float:
         return float(values[which[here]].sum(dtype=np.float64))
 
+    all_stored = replace(switches, true_token="always", tail="bucket", unmapped="tail")
+    has_tail = switches.tail != "renormalise"
     own_nats = _nats(own, starts)
     nats, positions, whole = dict[str, dict[str, float]](), dict[str, dict[str, int]](), dict[str, np.ndarray]()
+    left = dict[str, FusedSequence]()
     for name in models:
-        alone = replace(switches, include_target=name == target, fusion="mince")
-        all_stored = replace(alone, true_token="always", tail="bucket", unmapped="tail")
-        stored = fuse([name], all_stored, None)
-        kept = stored if k is None and alone == all_stored else fuse([name], alone, k)
+        stored = alone(name, all_stored, None)
+        left[name] = kept = stored if k is None and switches == all_stored else alone(name, switches, k)
         paired, still = stored.paired[0][:-1], kept.paired[0][:-1]
         whole[name] = shared & (np.bincount(here, ~paired, len(starts)) == 0)
         lead = own_nats - _nats(passage[name], starts)
+        ahead, listed = _ahead(kept.targets, own, has_tail=has_tail)
         nats[name] = {
             "native": float(lead[shared].sum()),
             "aligned": float(lead[whole[name]].sum()),
-            "projected": in_segments(ahead(stored), whole[name]),
+            "projected": in_segments(_ahead(stored.targets, own)[0], whole[name]),
             # Where nothing is left the target learns the text itself, and nothing of the source.
-            "kept": in_segments(np.where(still, ahead(kept), 0.0), whole[name]),
+            "kept": in_segments(np.where(still, ahead, 0.0), whole[name]),
         }
-        listed = (kept.targets.ids[:-1] == own.tokens[1:, None]).any(axis=1)
         positions[name] = {
             "paired": int(paired.sum()),
             "inside": int(stored.inside[0][:-1].sum()),
             "no_entry": int((still & ~listed).sum()),
         }
-    fused = fuse(list(by_name), switches, k)
-    gain, chosen = ahead(fused), fused.chosen[:-1]
-    complete, names = np.stack([whole[name][here] for name in fused.names]), np.array(fused.names)
-    mixed = bool((chosen == MIXTURE).any())
+    names = [target, *by_name] if switches.include_target else list(by_name)
+    scores = score_sources(
+        [[passage[name] for name in names]], [own], [n_bytes], names=tuple(names), select_over=switches.select_over
+    )
+    fuse = fusion or FUSIONS.choose(switches.fusion).value
+    fused, selected = fuse([_where_paired(left[name]) for name in names], scores, switches)
+    ahead, listed = _ahead(fused, own, has_tail=has_tail)
+    selected, at = selected[:-1], np.arange(len(selected) - 1)
+    paired = np.stack([left[name].paired[0][:-1] for name in names])
+    complete = np.stack([whole[name][here] for name in names])
+    is_mixture = selected == MIXTURE
+    taught = np.where(is_mixture, paired.any(axis=0), paired[selected, at])
+    within = np.where(is_mixture, complete.any(axis=0), complete[selected, at])
+    mixed = bool(is_mixture.any())
     for name in models:
-        of_it = (chosen >= 0) & (names[np.maximum(chosen, 0)] == name)
+        of_it = taught & (selected == (names.index(name) if name in names else len(names)))
         positions[name]["chosen"] = int(of_it.sum())
-        nats[name]["selected"] = np.nan if mixed else float(gain[of_it & whole[name][here]].sum())
-        nats[name]["taught"] = np.nan if mixed else float(gain[of_it].sum())
-    taught = chosen != UNALIGNED
-    within = np.where(chosen >= 0, complete[np.maximum(chosen, 0), np.arange(len(chosen))], complete.any(axis=0))
-    nats[FUSED] = {"selected": float(gain[taught & within].sum()), "taught": float(gain[taught].sum())}
-    listed = (fused.targets.ids[:-1] == own.tokens[1:, None]).any(axis=1)
+        nats[name]["selected"] = np.nan if mixed else float(ahead[of_it & within].sum())
+        nats[name]["taught"] = np.nan if mixed else float(ahead[of_it].sum())
+    best = max(models, key=lambda name: nats[name]["native"])
+    nats[FUSED] = {stage: nats[best][stage] for stage in ("native", "aligned", "projected", "kept")}
+    nats[FUSED] |= {"selected": float(ahead[taught & within].sum()), "taught": float(ahead[taught].sum())}
     positions[FUSED] = {"paired": int(taught.sum()), "no_entry": int((taught & ~listed).sum())}
     sizes = np.diff(starts, append=n_bytes)
     return PassageGains(nats, positions, len(own.tokens) - 1, int(sizes[shared].sum()))
@@ -147,9 +162,25 @@ def _nats(predictions: Predictions, starts: np.ndarray) -> np.ndarray:
     return np.bincount(segment_of(predictions, starts)[:-1], predictions.nats[:-1], len(starts))
 
 
-def _log_likelihood(targets: Sparse, gold: np.ndarray, vocabulary: int) -> np.ndarray:
-    """float64[N - 1], log-probability of the next tokens: of their entries, or of their part of the tail."""
-    ids, p, tail = targets.ids[:-1], targets.p[:-1], targets.tail[:-1]
-    own = np.where(ids == gold[:, None], p, 0).sum(axis=1, dtype=np.float64)
-    rest = np.maximum(vocabulary - (ids >= 0).sum(axis=1), 1)
-    return np.asarray(np.log(np.where(own > 0, own, np.maximum(tail, LEAST_TAIL) / rest)))
+def _where_paired(fused: FusedSequence) -> Sparse:
+    """The distributions of the one model that is fused; none at positions where it has no partner."""
+    paired, targets = fused.paired[0], fused.targets
+    return Sparse(np.where(paired[:, None], targets.ids, -1), targets.p * paired[:, None], targets.tail * paired)
+
+
+def _ahead(targets: Sparse, own: Predictions, *, has_tail: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """float64[N - 1], nats by which distributions are ahead of the target at the positions with a next token, minus
+    infinity where that token is impossible; and bool[N - 1], true where it has an entry.
+    """
+    ids, p, tail = targets.ids[:-1], targets.p[:-1], targets.tail[:-1].astype(np.float64)
+    gold = np.where(ids == own.tokens[1:, None], p, 0).sum(axis=1, dtype=np.float64)
+    listed = gold > 0
+    ahead = np.log(np.where(listed, gold, 1.0)) + own.nats[:-1]
+    rows = np.flatnonzero(~listed)
+    if has_tail:
+        in_tail = ~(own.ids[rows, :, None] == ids[rows, None, :]).any(axis=2)
+        of_target = own.tail[rows] + np.where(in_tail, np.exp(own.log_p[rows], dtype=np.float64), 0.0).sum(axis=1)
+        ahead[rows] = np.log(np.maximum(tail[rows], LEAST_TAIL) / np.maximum(of_target, LEAST_TAIL))
+    else:
+        ahead[rows] = -np.inf
+    return ahead, listed

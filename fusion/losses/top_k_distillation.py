@@ -75,7 +75,7 @@ class TopKDistillationLoss(TeacherLoss):
         if self.tail not in get_args(Tail):
             hint = did_you_mean(self.tail, get_args(Tail))
             raise UserError(f"tail is {self.tail!r}{hint}; it takes one of {', '.join(get_args(Tail))}.")
-        check_map(self.map, self._switches())
+        check_map(self.map, self.switches())
         divergence = DIVERGENCES.choose(self.divergence).part
         if self.tail != "bucket" and needs_all_outcomes(divergence.value):
             raise UserError(
@@ -129,10 +129,11 @@ class TopKDistillationLoss(TeacherLoss):
             target=resources.target,
             sources=[] if is_target else [resources.source(name)],
             target_vocabulary=resources.vocabularies[resources.target],
-            switches=self._switches(include_target=is_target),
+            switches=self.switches(include_target=is_target),
         )
 
-    def _switches(self, include_target: bool = False) -> Switches:
+    def switches(self, include_target: bool = False) -> Switches:
+        """How a teacher's distributions are aligned and projected; `include_target` where the target is one."""
         return Switches(
             alignment=self.alignment,
             tail=self.tail,

@@ -249,6 +249,13 @@ def audit(
     passages: Annotated[
         int, typer.Option(min=1, metavar="N", help="Passages to measure, drawn by seed 0. Default: 2000.")
     ] = 2000,
+    row: Annotated[
+        str | None,
+        typer.Option(
+            help="Row of FuseLLM or distillation that is followed. Default: the first FuseLLM row.",
+            autocompletion=complete_rows,
+        ),
+    ] = None,
     form: FormatOption = None,
     json: Json = False,
     root: Root = DEFAULT_ROOT,
@@ -260,8 +267,9 @@ def audit(
     prepare(root, config.device)
     from harness.experiment import headroom as auditing
 
-    result = auditing.audit(config, root, passages)
-    print_rows(list(result.measures.columns), result.measures.values.tolist(), form)
+    result = auditing.audit(config, root, passages, row)
+    shown = result.measures if form else result.measures[list(auditing.SHOWN)]
+    print_rows(list(shown.columns), auditing.plain_rows(shown, None if form == "json" else 4), form)
     if form is None:
         typer.echo(result.sentence)
         typer.echo(f"Table and figure: {result.folder}", err=True)

@@ -16,10 +16,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from baselines.distillation import DistillationParameters
 from baselines.fusellm import FuseLLMParameters
+from fusion.alignment.selection import FusionFunction, mean
 from fusion.alignment.waterfall import FUSED, STAGES, waterfall
-from fusion.errors import UserError
-from fusion.losses.fusion_loss import FusionLoss
+from fusion.errors import UnknownName, UserError
+from fusion.losses.loss import LossRequirements
+from fusion.losses.top_k_distillation import TopKDistillationLoss
+from fusion.switches import Switches
 from harness.config.schema import Config
 from harness.config.validation import method_parameters
 from harness.data.passages import Passages
@@ -30,7 +34,7 @@ from harness.reporting.runs import Run, open_run
 from harness.runtime.progress import track
 from harness.stages.prefix_check import TEXTS, prefix_warning
 from harness.store.files import write_atomically
-from harness.store.paths import RUN_FILE, command_path
+from harness.store.paths import RUN_FILE, command_path, safe_name
 
 OVERALL = "all domains"
 _STEPS = {
@@ -40,6 +44,9 @@ _STEPS = {
     "selected": "the selection among sources",
     "taught": "positions between partners",
 }
+_COUNTS = ("passages", "bytes")
+SHOWN = ("source", "domain", "bits_per_byte", *STAGES, "ahead_of_target", "ahead_of_reference")
+"""The columns that fit a terminal; the others are of the files."""
 Sums = defaultdict[tuple[str, str], defaultdict[str, float]]
 """By model and domain: sums over passages."""
 
@@ -54,42 +61,55 @@ class Audit:
     folder: Path
 
 
-def audit(config: Config, root: Path, passages: int = 2000) -> Audit:
+def audit(config: Config, root: Path, passages: int = 2000, row: str | None = None) -> Audit:
     """Measures the sources on the training corpus; makes extractions and maps where they are missing.
 
-    The sources, the map and the switches are those of the experiment's first FuseLLM row. Each passage is fused by
-    itself, so that under `select_over: sequence` a selection can differ from the training's.
+    The sources, the map and the switches are those of a row of FuseLLM or distillation. Each passage is fused by
+    itself, so that under `select_over: sequence` a selection can differ from the training's. The measures of a row that
+    is named lie in a folder of its own.
 
     Args:
         config: the experiment.
         root: where its artifacts and runs lie.
         passages: how many are measured, drawn from all by seed 0.
+        row: the row's label. Default: the first FuseLLM row.
 
     Raises:
-        UserError: the experiment has no FuseLLM row.
+        UserError: the experiment has no FuseLLM row, or `row` is none whose sources can be followed.
     """
     experiment = open_experiment(config, root)
     start(experiment)
-    parameters = _fusellm(config)
-    fusion = parameters.loss(parameters.sources or list(config.roles.sources))
+    teaching = _teaching(config, row)
     with experiment.workspace.store.in_use(command_path(root, config.experiment, config.profile, "audit")):
-        sums, skipped = _sums(experiment, fusion, passages)
+        sums, skipped = _sums(experiment, teaching, passages)
     run = run_folder(experiment, root)
-    rows = _by_domain(sums, [TARGET, *fusion.sources, FUSED], experiment.models.model(TARGET).name)
-    learnt = _learnt(open_run(run)) if (run / RUN_FILE).exists() else []
-    names = {row["source"] for row in rows}
-    for row in learnt:
-        row["source"] += " (row)" if row["source"] in names else ""
+    rows = _by_domain(sums, [TARGET, *teaching.sources, FUSED], experiment.models.model(TARGET).name)
+    finished = open_run(run) if (run / RUN_FILE).exists() else None
+    learnt = _learnt(finished) if finished else []
+    names = {measured["source"] for measured in rows}
+    for measured in learnt:
+        measured["source"] += " (row)" if measured["source"] in names else ""
     measures = pd.DataFrame([*rows, *learnt], columns=[*rows[0], "ahead_of_target", "ahead_of_reference"])
-    sentence = _sentence(measures)
+    sentence = _sentence(measures, teaching, config.reference)
     if skipped:
         sentence += f" {skipped} passages are not counted: a model has no predictions of them (see its extraction)."
-    for warning in _prefix_warnings(experiment, [TARGET, *fusion.sources]):
+    for warning in _prefix_warnings(experiment, [TARGET, *teaching.sources]):
         sentence += f" {warning}"
-    folder = run / "audit"
+    folder = run / "audit" / (safe_name(row) if row else "")
     folder.mkdir(parents=True, exist_ok=True)
-    _write(measures, sentence, folder, config)
+    _write(measures, sentence, folder, f"{config.title}: {row}" if row else config.title, config.banner or "")
     return Audit(measures, sentence, folder)
+
+
+def plain_rows(measures: pd.DataFrame, digits: int | None = None) -> list[list[Any]]:
+    """The rows of measures as plain values, counts as integers, the others rounded to so many digits."""
+
+    def plain(column: str, value: Any) -> Any:
+        if not isinstance(value, float) or math.isnan(value):
+            return value
+        return int(value) if column in _COUNTS else value if digits is None else round(value, digits) + 0.0  # no -0
+
+    return [[plain(str(column), value) for column, value in row.items()] for row in measures.to_dict("records")]
 
 
 def _prefix_warnings(experiment: Experiment, names: Sequence[str]) -> Iterator[str]:
@@ -103,21 +123,49 @@ def _prefix_warnings(experiment: Experiment, names: Sequence[str]) -> Iterator[s
             yield warning
 
 
-def _fusellm(config: Config) -> FuseLLMParameters:
-    for label, entry in config.methods.items():
-        if entry["method"] == "fusellm":
-            parameters = method_parameters(label, entry, FuseLLMParameters)
-            assert isinstance(parameters, FuseLLMParameters)
-            return parameters
-    raise UserError(f"The experiment {config.experiment} has no FuseLLM row to audit: add one to methods.")
+@dataclass(frozen=True)
+class _Teaching:
+    """What a row's target is taught: whose stored predictions, and what becomes of them."""
+
+    label: str
+    sources: Sequence[str]
+    """Roles, without the target."""
+    requirements: LossRequirements
+    switches: Switches
+    fusion: FusionFunction | None = None
 
 
-def _sums(experiment: Experiment, fusion: FusionLoss, at_most: int) -> tuple[Sums, int]:
+def _teaching(config: Config, row: str | None) -> _Teaching:
+    """Of the row, by default the first of FuseLLM."""
+    if row is None:
+        row = next((label for label, entry in config.methods.items() if entry["method"] == "fusellm"), None)
+        if row is None:
+            raise UserError(f"The experiment {config.experiment} has no FuseLLM row to audit: add one to methods.")
+    if row not in config.methods:
+        raise UnknownName("row", row, config.methods)
+    entry, everyone = config.methods[row], list(config.roles.sources)
+    if entry["method"] == "fusellm":
+        fusellm = method_parameters(row, entry, FuseLLMParameters)
+        fusion = fusellm.loss(fusellm.sources or everyone)
+        return _Teaching(row, fusion.sources, fusion.requirements(TARGET), fusion.switches)
+    if entry["method"] == "distillation":
+        distillation = method_parameters(row, entry, DistillationParameters)
+        loss = distillation.loss(distillation.teachers or everyone)
+        if isinstance(loss, TopKDistillationLoss) and loss.temperature == 1:
+            teachers = [name for name in loss.teachers if name != TARGET]
+            requirements = replace(loss.requirements(TARGET), predictions=[TARGET, *teachers])
+            return _Teaching(row, teachers, requirements, loss.switches(TARGET in loss.teachers), mean)
+    raise UserError(
+        f"There is no audit of {row}: choose a row of FuseLLM, or of distillation from stored predictions at "
+        "temperature 1."
+    )
+
+
+def _sums(experiment: Experiment, teaching: _Teaching, at_most: int) -> tuple[Sums, int]:
     """The sums over the passages that no model skipped, and the number of the other passages."""
-    requirements = fusion.requirements(TARGET)
     # All stored entries, whatever k the row uses.
-    resources, readers = loss_resources(experiment, "audit", replace(requirements, k=None))
-    sources = [resources.source(name) for name in fusion.sources]
+    resources, readers = loss_resources(experiment, "audit", replace(teaching.requirements, k=None))
+    sources = [resources.source(name) for name in teaching.sources]
     passages = Passages(experiment.corpora.passages[1])
     drawn = np.arange(len(passages))
     if at_most < len(passages):
@@ -138,8 +186,9 @@ def _sums(experiment: Experiment, fusion: FusionLoss, at_most: int) -> tuple[Sum
                 target=TARGET,
                 sources=sources,
                 target_vocabulary=resources.vocabularies[TARGET],
-                switches=fusion.switches,
-                k=requirements.k,
+                switches=teaching.switches,
+                k=teaching.requirements.k,
+                fusion=teaching.fusion,
             )
             of_all = {
                 "passages": 1,
@@ -179,7 +228,8 @@ def _by_domain(sums: Sums, order: Sequence[str], target: str) -> list[dict[str, 
                 "shared": _ratio(total, "shared_bytes", "bytes"),
                 "bits_per_byte": total["nats"] / bits if "nats" in total else math.nan,
             }
-            row |= {stage: total[stage] / bits if stage in total else math.nan for stage in STAGES}
+            # Where a true next token is impossible there is no value.
+            row |= {stage: total[stage] / bits if math.isfinite(total[stage]) else math.nan for stage in STAGES}
             row |= {
                 "paired": _ratio(total, "paired", "n_positions"),
                 "inside": _ratio(total, "inside", "n_positions"),
@@ -223,11 +273,22 @@ def _learnt(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def _sentence(measures: pd.DataFrame) -> str:
-    """Sentences that say of every source what it knows more, how much of it is taught, and which step loses most."""
+def _sentence(measures: pd.DataFrame, teaching: _Teaching, reference: str | None) -> str:
+    """Sentences that say what there is to learn, how much of it is taught and learnt, and which step loses most: of
+    the best model of each passage first, then of every source.
+    """
     rows = [{str(key): value for key, value in row.items()} for row in measures.to_dict("records")]
-    sentences = []
-    for name in dict.fromkeys(row["source"] for row in rows if row["kind"] == "source"):
+    overall = {row["kind"] if row["kind"] == FUSED else row["source"]: row for row in rows if row["domain"] == OVERALL}
+    learnt = {name: row["ahead_of_reference"] for name, row in overall.items() if row["kind"] == "row"}
+    fused = overall[FUSED]
+    if fused["native"] <= 0:
+        sentences = ["No source reads any passage better than the target."]
+    else:
+        sentences = [
+            f"Over all text the best model of each passage is ahead of the target by {fused['native']:.4f} bits per "
+            f"byte{_way(fused, teaching.label, learnt.get(teaching.label, math.nan), reference)}."
+        ]
+    for name in teaching.sources:
         better = [row for row in rows if row["source"] == name and row["domain"] != OVERALL and row["native"] > 0]
         if not better:
             sentences.append(f"{name} reads no domain better than the target.")
@@ -235,37 +296,42 @@ def _sentence(measures: pd.DataFrame) -> str:
         size = sum(row["bytes"] for row in better)
         left = {stage: sum(row[stage] * row["bytes"] for row in better) / size for stage in STAGES}
         domains = ", ".join(row["domain"] for row in better)
-        sentence = f"{name} reads {domains} better than the target by {left['native']:.4f} bits per byte"
-        steps = [(left[before] - left[stage], _STEPS[stage]) for before, stage in pairwise(STAGES)]
-        lost, step = max(one for one in steps if not math.isnan(one[0]))  # in a mixture the last two are nobody's
-        if not math.isnan(left["taught"]):
-            sentence += f", of which {left['taught']:.4f} is taught"
-        sentence += f"; what loses most is {step} ({lost:.4f})" if lost > 0 else "; no step loses any of it"
-        sentences.append(sentence + ".")
-    (fused,) = (row for row in rows if row["kind"] == FUSED and row["domain"] == OVERALL)
-    gain = fused["taught"]
-    sentences.append(
-        f"Over all text the fused distribution is ahead of the target by {gain:.4f} bits per byte, which is what there "
-        "is to learn."
-        if gain > 0
-        else f"Over all text the fused distribution is behind the target ({gain:.4f} bits per byte): there is nothing "
-        "to learn."
-    )
-    learnt = [row for row in rows if row["kind"] == "row" and row["domain"] == OVERALL]
-    ahead = [
-        f"{row['source']} {row['ahead_of_reference']:+.4f}" for row in learnt if abs(row["ahead_of_reference"]) > 0
-    ]
+        sentences.append(
+            f"{name} reads {domains} better than the target by {left['native']:.4f} bits per byte{_way(left)}."
+        )
+    if math.isnan(fused["taught"]):
+        sentences.append(
+            f"Without a tail {teaching.label} says that the true next token is impossible at "
+            f"{fused['no_entry']:.1%} of its positions, so that what is left has no value."
+        )
+    ahead = [f"{name} {value:+.4f}" for name, value in learnt.items() if name != reference and not math.isnan(value)]
     if ahead:
-        sentences.append(f"On other text, that of the suite, rows are ahead of the reference by {', '.join(ahead)}.")
+        sentences.append(f"On the suite's documents rows are ahead of {reference} by {', '.join(ahead)}.")
     return " ".join(sentences)
 
 
-def _write(measures: pd.DataFrame, sentence: str, folder: Path, config: Config) -> None:
+def _way(left: Mapping[str, float], label: str = "", learnt: float = math.nan, reference: str | None = None) -> str:
+    """The clauses about what of it is taught (to the row `label`) and learnt, and about the step that loses most."""
+    steps = [(left[before] - left[stage], _STEPS[stage]) for before, stage in pairwise(STAGES)]
+    clauses = ""
+    if not math.isnan(left["taught"]):
+        clauses = f"; {label} is taught {left['taught']:.4f}" if label else f", of which {left['taught']:.4f} is taught"
+        if not math.isnan(learnt) and label != reference:
+            clauses += f" and has learnt {learnt:.4f} (its lead over {reference} on the suite's documents)"
+            steps.append((left["taught"] - learnt, "the training"))
+    if math.isnan(left["kept"]):
+        return f"{clauses}; what loses most is {_STEPS['kept']}, without limit"
+    lost, step = max(one for one in steps if not math.isnan(one[0]))  # in a mixture the last two are nobody's
+    return clauses + (f"; what loses most is {step} ({lost:.4f})" if lost > 0 else "; no step loses any of it")
+
+
+def _write(measures: pd.DataFrame, sentence: str, folder: Path, title: str, banner: str) -> None:
     from results.formats import plain_table
 
-    columns, rows = list(measures.columns), measures.values.tolist()
+    columns = list(measures.columns)
     for form in ("md", "csv", "json"):
+        rows = plain_rows(measures, None if form == "json" else 6)
         write_atomically(folder / f"audit.{form}", plain_table(columns, rows, form))
     write_atomically(folder / "audit.txt", sentence + "\n")
-    for drawing in audited(measures, config.title, config.banner or ""):
+    for drawing in audited(measures, title, banner):
         drawing.draw(folder / drawing.name)

@@ -26,15 +26,17 @@ _STAGES = {
     "taught": "between partners",
 }
 _LEFT = "left: what is taught"
+_AHEAD = "bits per byte ahead of the target"
 _SHARES = {"chosen": "share of passages it is chosen for", "paired": "share of positions paired"}
 
 
 def audit_figure(measures: pd.DataFrame, path: Path | str, *, title: str = "", banner: str = "") -> tuple[Path, ...]:
-    """Draw `path`.png and `path`.svg: for each source a waterfall by domain, in bits per byte of the domain's text.
+    """Draw `path`.png and `path`.svg: waterfalls by domain, in bits per byte of the domain's text.
 
-    The first bar is what the source knows more than the target, each further one goes from what was left before a step
-    to what is left after it, and the last is what is taught. The last panel has what the fused distribution teaches,
-    and by how much each row of the experiment is ahead of the target on the suite's text.
+    The first panel is of the best model of each passage, the following ones are of one source each. The first bar of a
+    domain is what is known more than the target knows, each further one goes from what was left before a step to what
+    is left after it, and the last is what is taught. The last panel has by how much each row of the experiment is ahead
+    of the target on the suite's text.
 
     measures has one row a model and domain and the columns source, kind (target, source, fused; row for a row of the
     experiment), domain; native, aligned, projected, kept, selected and taught, the bits per byte that are left; chosen
@@ -43,24 +45,26 @@ def audit_figure(measures: pd.DataFrame, path: Path | str, *, title: str = "", b
     """
     domains, by_source = _by_source(measures, [*_STAGES, *_SHARES, "ahead_of_target"])
     kinds = dict(zip(measures["source"], measures["kind"], strict=True))
-    sources = [source for source, kind in kinds.items() if kind == "source"]
+    panels = {source: f"{source}: the best model of each passage" for source in kinds if kinds[source] == "fused"}
+    panels |= {source: source for source in kinds if kinds[source] == "source"}
+    rows = [source for source in kinds if kinds[source] == "row"]
+    n_panels = len(panels) + bool(rows)
     with style.style():
-        figure = style.new((4.0 + 1.6 * max(len(domains), 4), 3.2 * (1 + len(sources))))
-        grid = figure.add_gridspec(1 + len(sources), 1)
-        for row, source in enumerate(sources):
-            axes = figure.add_subplot(grid[row])
+        figure = style.new((4.0 + 1.6 * max(len(domains), 4), 0.8 + 2.8 * n_panels))
+        grid = figure.add_gridspec(n_panels, 1)
+        for number, (source, caption) in enumerate(panels.items()):
+            axes = figure.add_subplot(grid[number])
             _steps(axes, domains, {stage: by_source[stage][source] for stage in _STAGES})
-            axes.set_title(source, fontsize=9)
-        if sources:
-            figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", fontsize=8)
-        axes = figure.add_subplot(grid[len(sources)])
-        ahead = {f"{source} (taught)": by_source["taught"][source] for source, kind in kinds.items() if kind == "fused"}
-        for source, kind in kinds.items():
-            if kind == "row":
-                ahead[f"{source} (learnt, other text)"] = by_source["ahead_of_target"][source]
-        style.bars(axes, domains, ahead, "bits per byte ahead of the target", first=0)
-        axes.axhline(0, color="black", linewidth=0.8)
-        axes.legend(fontsize=8)
+            axes.set_title(caption, fontsize=9)
+            if number == 0:
+                figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+        if rows:
+            axes = figure.add_subplot(grid[len(panels)])
+            learnt = {row: by_source["ahead_of_target"][row] for row in rows}
+            style.bars(axes, domains, learnt, _AHEAD, first=0)
+            axes.set_title("learnt by the rows, on the suite's text", fontsize=9)
+            axes.legend(fontsize=8)
+            _number(axes)
         style.entitle(figure, title, banner)
         return style.save(figure, Path(path))
 
@@ -72,15 +76,26 @@ def _steps(axes: "Axes", domains: Sequence[str], left: dict[str, list[float]]) -
     values, domains = values[:, known], [domain for domain, shown in zip(domains, known, strict=True) if shown]
     bottoms = np.vstack([np.zeros(len(domains)), values[:-1], np.zeros(len(domains))])
     tops = np.vstack([values, values[-1]])
-    width = 0.85 / len(tops)
+    width = 0.9 / len(tops)
     for k, label in enumerate([*_STAGES.values(), _LEFT]):
         x = np.arange(len(domains)) + (k - (len(tops) - 1) / 2) * width
         axes.bar(x, tops[k] - bottoms[k], width, bottom=bottoms[k], label=label, **style.bar_style(k))
         for place, height in zip(x, tops[k] - bottoms[k], strict=True):
             if np.isnan(height):
                 axes.text(place, 0.01, "n/a", transform=axes.get_xaxis_transform(), ha="center", fontsize=6)
+    style.name_groups(axes, domains, _AHEAD)
+    _number(axes)
+
+
+def _number(axes: "Axes") -> None:
+    """Writes the heights of bars that can be seen at their ends, upright so that they stand clear of one another."""
+    for bars in axes.containers:
+        axes.bar_label(
+            bars, fmt=lambda height: f"{height:+.3f}" if abs(height) >= 5e-4 else "", fontsize=6, padding=2, rotation=90
+        )
     axes.axhline(0, color="black", linewidth=0.8)
-    style.name_groups(axes, domains, "bits per byte ahead of the target")
+    axes.use_sticky_edges = False
+    axes.margins(y=0.3)
 
 
 def selection_figure(

@@ -50,7 +50,6 @@ def _audit(folder: Path) -> None:
     rows = [
         {"source": source, "kind": kind, "domain": domain, "paired": 0.5, "chosen": 0.5, "ahead_of_target": math.nan}
         | dict.fromkeys(stages, 0.25)
-        | ({"native": math.nan} if kind == "fused" else {})
         for source, kind in (("target (target)", "target"), ("a", "source"), ("fused", "fused"))
         for domain in ("code", "news")
     ]
