@@ -138,11 +138,12 @@ def waterfall(
     fused, selected = fuse([_where_paired(left[name]) for name in names], scores, switches)
     ahead, listed = _ahead(fused, own, has_tail=has_tail)
     selected, at = selected[:-1], np.arange(len(selected) - 1)
+    of_one = np.maximum(selected, 0)
     paired = np.stack([left[name].paired[0][:-1] for name in names])
     complete = np.stack([whole[name][here] for name in names])
     is_mixture = selected == MIXTURE
-    taught = np.where(is_mixture, paired.any(axis=0), paired[selected, at])
-    within = np.where(is_mixture, complete.any(axis=0), complete[selected, at])
+    taught = np.where(is_mixture, paired.any(axis=0), paired[of_one, at])
+    within = np.where(is_mixture, complete.any(axis=0), complete[of_one, at])
     mixed = bool(is_mixture.any())
     for name in models:
         of_it = taught & (selected == (names.index(name) if name in names else len(names)))

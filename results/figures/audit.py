@@ -4,7 +4,7 @@ where, and coverage.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,7 @@ from results.figures import style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.container import BarContainer
     from matplotlib.figure import Figure
 
 _MODELS = ("target", "source")  # kinds of rows that stand for a model
@@ -89,7 +90,7 @@ def _steps(axes: "Axes", domains: Sequence[str], left: dict[str, list[float]]) -
 
 def _number(axes: "Axes") -> None:
     """Writes the heights of bars that can be seen at their ends, upright so that they stand clear of one another."""
-    for bars in axes.containers:
+    for bars in cast("list[BarContainer]", axes.containers):
         axes.bar_label(
             bars, fmt=lambda height: f"{height:+.3f}" if abs(height) >= 5e-4 else "", fontsize=6, padding=2, rotation=90
         )

@@ -130,6 +130,8 @@ def test_a_mixture_is_nobodys() -> None:
     found = measured(replace(CORRECTED, fusion="avgce", weight_temperature=1e-3), better=BETTER, worse=WORSE)
     assert math.isnan(found.nats["better"]["selected"]) and math.isnan(found.nats["better"]["taught"])
     assert list(found.nats[FUSED].values()) == pytest.approx([sum(LEAD)] * 6, abs=1e-5)
+    found = measured(replace(CORRECTED, fusion="avgce", include_target=False), better=BETTER)
+    assert found.nats[FUSED]["taught"] == pytest.approx(sum(LEAD), abs=1e-5)
 
 
 def test_a_mixture_has_no_part_of_the_text_itself() -> None:

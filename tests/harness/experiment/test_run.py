@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -273,6 +274,38 @@ def test_audit(finished: tuple[Config, Path, Path]) -> None:
     )
     assert set(found.measures.query("kind == 'row'")["source"]) == set(table["rows"]) - {"llama", "neox"}
     assert (found.folder / "audit.png").exists() and "neox" in found.sentence
+    # The sentence names the step that loses most, the training as the last one.
+    left = [*fused[stages], learnt["ahead_of_reference"]]
+    steps = ["positions without a partner", "map and projection", "top k and tail", "the selection among sources"]
+    steps += ["positions between partners", "the training"]
+    lost = dict(zip((before - after for before, after in pairwise(left)), steps, strict=True))
+    if fused["native"] > 0:
+        first, *_ = found.sentence.split(". ")
+        assert first.endswith(f"; what loses most is {lost[max(lost)]} ({max(lost):.4f})")
+
+
+def test_the_audit_of_a_row(finished: tuple[Config, Path, Path], experiment_file: Path) -> None:
+    _, root, _ = finished
+    rows = ["methods.KD.method=distillation", "methods.KD.teachers=[neox,target]"]
+    rows += ["methods.Online.method=distillation", "methods.Online.online=true", "methods.Online.teachers=[target]"]
+    config = load(str(experiment_file), overrides=rows)
+    by_row = {row: audit(config, root, row=row) for row in ("FuseLLM", "FuseLLM published", "KD")}
+    whole = {row: found.measures.query("domain == 'all domains'").set_index("source") for row, found in by_row.items()}
+    assert len({found.folder for found in by_row.values()}) == 3
+    # Both follow the text, and see the same entries; the teachers' distributions are averaged, which is nobody's.
+    before_selection = ["native", "aligned", "projected", "kept"]
+    assert whole["KD"].loc["neox", before_selection].tolist() == whole["FuseLLM"].loc["neox", before_selection].tolist()
+    assert np.isnan(whole["KD"].loc["neox", "taught"]) and np.isfinite(whole["KD"].loc["fused", "taught"])
+    # Without a tail a true next token may be impossible, and what is left has no value.
+    published = whole["FuseLLM published"].loc["fused"]
+    assert published["no_entry"] > 0 and np.isnan(published["kept"]) and np.isfinite(published["projected"])
+    assert "top k and tail, without limit" in by_row["FuseLLM published"].sentence
+    assert json.loads((by_row["FuseLLM published"].folder / "audit.json").read_text())
+    with pytest.raises(UserError, match="There is no row 'FusLLM'"):
+        audit(config, root, row="FusLLM")
+    for row in ("CLM", "Online"):
+        with pytest.raises(UserError, match=f"There is no audit of {row}: choose a row of FuseLLM, or of distillation"):
+            audit(config, root, row=row)
 
 
 def test_an_audit_of_some_passages_draws_the_same_ones(finished: tuple[Config, Path, Path]) -> None:
