@@ -32,6 +32,7 @@ import numpy as np
 
 from fusion.alignment.fuse import FusedSequence, Source, fuse_sequence
 from fusion.alignment.selection import FUSIONS, MIXTURE, FusionFunction, score_sources, segment_of, segment_starts
+from fusion.alignment.shuffling import shuffled
 from fusion.switches import Switches
 from fusion.types import Predictions, Sparse
 from fusion.vocabulary.token_bytes import Vocabulary
@@ -86,6 +87,12 @@ def waterfall(
     """
     by_name = {source.name: source for source in sources}
     models = [target, *by_name]
+    if switches.control == "shuffled":  # from here on this is what the sources know
+        passage = {
+            name: shuffled(one if k is None else one.top(k), len(by_name[name].vocabulary)) if name in by_name else one
+            for name, one in passage.items()
+        }
+        switches = replace(switches, control="none")
     own = passage[target]
     starts = segment_starts([passage[name] for name in models], n_bytes)
     shared = np.ones(len(starts), bool)

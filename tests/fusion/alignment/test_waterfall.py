@@ -3,13 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusion.alignment.fuse import Source
+from fusion.alignment.fuse import UNALIGNED, Source, fuse_sequence
 from fusion.alignment.waterfall import FUSED, PassageGains, waterfall
 from fusion.losses.top_k_distillation import Tail
 from fusion.switches import PRESETS, Switches
@@ -141,6 +142,35 @@ def test_a_mixture_has_no_part_of_the_text_itself() -> None:
     assert found.positions[FUSED]["paired"] == 3
     taught = [(0.625 + 0.4) / 2, 0.2, (0.8 + 0.2) / 2]
     assert found.nats[FUSED]["taught"] == pytest.approx(sum(math.log(p) + LN4 for p in taught), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"select_over": "token"},
+        {"projection": "token", "inside": "none"},
+        {"fusion": "avgce"},
+        {"control": "shuffled"},
+        {"include_target": False, "tail": "gold"},
+    ],
+)
+def test_what_is_selected_is_what_a_training_selects(changed: dict[str, Any]) -> None:
+    switches, predictions = replace(CORRECTED, **changed), {"better": BETTER, "worse": WORSE}
+    found = measured(switches, **predictions)
+    fused = fuse_sequence(
+        [{"target": TARGET, **predictions}],
+        [3],
+        target="target",
+        sources=[source(name, PAIRS, LETTERS) for name in predictions],
+        target_vocabulary=vocabulary(LETTERS),
+        switches=switches,
+    )
+    chosen = fused.chosen[:-1]
+    for name in ("target", *predictions):
+        by_training = (chosen == fused.names.index(name)).sum() if name in fused.names else 0
+        assert found.positions[name]["chosen"] == by_training
+    assert found.positions[FUSED]["paired"] == (chosen != UNALIGNED).sum()
 
 
 def test_text_that_a_tokenizer_does_not_spell_is_not_shared() -> None:
