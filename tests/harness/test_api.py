@@ -55,6 +55,7 @@ def test_a_mistake_is_a_user_error(call: Callable[[Path], object], expected: str
         call(tmp_path)
 
 
+@pytest.mark.slow
 def test_one_name_or_several_are_given(tmp_path: Path) -> None:
     one = harness.load("quickstart", profile="micro", overrides="seeds=[3]", seeds=3)
     assert one == harness.load(Path("quickstart"), profile="micro", overrides=["seeds=[3]"], seeds=[3])

@@ -190,6 +190,7 @@ def test_order_and_duplication_of_files_change_no_byte(tmp_path: Path) -> None:
     assert shown(once) == shown(again)
 
 
+@pytest.mark.slow
 def test_another_process_makes_the_same_bytes(tmp_path: Path) -> None:
     made = table(tmp_path, run())
     code = (

@@ -171,6 +171,7 @@ def test_runs_are_listed_shown_and_given_by_their_folders(tmp_path: Path) -> Non
     assert status == 2 and "holds no finished run, as it has no run.json: see `fusellm run list`" in sentence(said)
 
 
+@pytest.mark.slow
 def test_numbers_of_two_runs_are_compared(tmp_path: Path) -> None:
     def run(shift: float, finish: float) -> Path:
         records = [*final("CLM", (0,), 0.0), *final("FuseLLM", (0,), shift)]

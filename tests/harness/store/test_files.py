@@ -34,6 +34,7 @@ def _measure(root: Path, names: list[str]) -> None:
     ensure_jointly(Store(root), wanted, lambda folders: time.sleep(0.2))
 
 
+@pytest.mark.slow
 def test_the_order_of_tasks_is_no_deadlock(tmp_path: Path) -> None:
     orders = [["one", "two", "three"], ["three", "two", "one"]]
     context = multiprocessing.get_context("fork")
