@@ -138,16 +138,13 @@ def fuse_sequence(
     )
     fused, selected = fuse(members, scores, switches)
     paired_by_source = np.stack(paired)
-    has_partner = np.where(
-        selected >= 0, paired_by_source[np.maximum(selected, 0), np.arange(len(selected))], paired_by_source.any(axis=0)
-    )
     fused, exists = _trim(fused, max_entries)
     wanted = gold >= 0 if switches.loss_positions == "with_next" else np.ones(len(gold), bool)
     return FusedSequence(
         targets=fused,
         fusion_weight=(wanted & exists).astype(np.float32),
         gold=gold,
-        chosen=np.where(has_partner, selected, UNALIGNED).astype(np.int16),
+        chosen=_chosen(selected, paired_by_source),
         paired=paired_by_source,
         inside=np.stack([projected.inside for projected in projections]),
         partner=np.stack([projected.partner for projected in projections]),
@@ -155,8 +152,15 @@ def fuse_sequence(
     )
 
 
+def _chosen(selected: np.ndarray, paired: np.ndarray) -> np.ndarray:
+    """int16[N] of `FusedSequence.chosen`: the selection where it has an aligned position, bool[S, N] `paired`."""
+    of_selected = paired[np.maximum(selected, 0), np.arange(len(selected))]
+    aligned = np.where(selected >= 0, of_selected, paired.any(axis=0))
+    return np.where(aligned, selected, UNALIGNED).astype(np.int16)
+
+
 def _taking_part(itself: Source, sources: Sequence[Source], switches: Switches) -> dict[str, Source]:
-    """The sources that take part, by name, in the order of `FusedRow.names`."""
+    """The sources that take part, by name, in the order of `FusedSequence.names`."""
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:

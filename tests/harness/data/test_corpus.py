@@ -55,7 +55,7 @@ def test_stored_passages_are_the_text(tmp_path: Path) -> None:
 
 
 def test_a_document_that_was_cut_has_no_last_passage(tmp_path: Path) -> None:
-    """After it an end of text would be taught in the middle of a sentence."""
+    """After it an end of text would be trained on in the middle of a sentence."""
     (tmp_path / "a.txt").write_text("The harbour lies beyond the hills.")
     (tmp_path / "b.txt").write_text("The harb")
     _, folder = make_passages(Store(tmp_path / "store"), CorpusConfig(path=str(tmp_path), first_bytes=8), 50, None)

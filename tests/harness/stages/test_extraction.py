@@ -93,7 +93,7 @@ def test_who_comes_late_uses_what_another_has_completed(tmp_path: Path) -> None:
     def share(folder: Path, leases: Leases) -> None:
         Store(tmp_path).ensure(spec, build, make_parts=lambda folder, leases: None)
         leases.take("part")
-        raise AssertionError("the claims' folder is gone")
+        raise AssertionError("the leases' folder is gone")
 
     path = store.ensure(spec, build, make_parts=share)
     assert (path / "part").read_text() == "made"
