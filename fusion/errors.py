@@ -27,6 +27,11 @@ def unknown_name(noun: str, name: str, known: Iterable[str]) -> str:
     return f"There is no {noun} {name!r}{did_you_mean(name, known)}: there are {', '.join(known) or 'none'}."
 
 
+def message_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def did_you_mean(name: object, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the nearest spelling among `known`, whatever the case; empty where nothing is near."""
     by_lower = {spelling.lower(): spelling for spelling in known}

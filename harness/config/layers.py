@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fusion.errors import UserError
+from fusion.errors import UserError, message_line
 from harness.config.schema import Config
 from harness.config.shipped import names
 
@@ -135,7 +135,7 @@ def _read(path: Path, extended_by: Path | None) -> Any:
         at = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{at} is not valid YAML ({error.problem}): correct it.") from None
     except YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from None
+        raise UserError(f"{path} is not valid YAML: {message_line(error)}.") from None
     except OSError as error:  # for OmegaConf a single value is one, too
         if error.errno is not None:
             raise

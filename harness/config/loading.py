@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fusion.errors import UserError
+from fusion.errors import UserError, message_line
 from harness.config.errors import ConfigurationError, Problem, collecting, problems_of
 from harness.config.layers import Layer, is_file, place_of, setting_layer, user_layers
 from harness.config.references import missing_data_root, reference_problems
@@ -195,7 +195,7 @@ def _as_sentences(place: str) -> Iterator[None]:
     try:
         yield
     except (OmegaConfBaseException, YAMLError) as error:
-        raise UserError(f"{place} does not hold: {str(error).splitlines()[0]}.") from None
+        raise UserError(f"{place} does not hold: {message_line(error)}.") from None
     except TypeError:  # what OmegaConf raises for these two
         raise UserError(f"{place} has a list where keys and values belong, or the other way round.") from None
 

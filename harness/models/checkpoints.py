@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fusion.errors import UserError
+from fusion.errors import UserError, message_line
 from fusion.modeling.loading import check_loading, code_was_refused
 from harness.models.resolution import GENERATION_FILE, ResolvedModel
 from harness.runtime.device import DType, compute_dtype
@@ -107,8 +107,7 @@ def _load(resolved: ResolvedModel, load: Callable[[], Any]) -> Any:
                 f"The model {resolved.name} needs Python code that lies in {resolved.folder}, which is not run: if you "
                 "trust it, set the role's trust_remote_code to true (`fusellm eval`: --trust-remote-code)."
             ) from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"The model {resolved.name} in {resolved.folder} cannot be loaded ({reason.rstrip('.')}): correct its "
-            "files, or the role's settings."
+            f"The model {resolved.name} in {resolved.folder} cannot be loaded ({message_line(error).rstrip('.')}): "
+            "correct its files, or the role's settings."
         ) from error

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion.errors import UserError
+from fusion.errors import UserError, message_line
 from fusion.modeling.loading import check_loading, code_was_refused
 from harness.models.checkpoints import load_tokenizer
 from harness.models.manifest import CONVERTER, read_model_manifest, refuse_old_conversion, write_model_manifest
@@ -213,7 +213,7 @@ def _convert_folder(folder: Path, out: Path) -> None:
                 f"{folder} needs Python code that lies beside it, which a conversion never runs: convert it with its "
                 "own tools to safetensors, and use that folder with trust_remote_code if you trust the code."
             ) from error
-        raise UserError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{folder} cannot be loaded: {message_line(error)}") from error
     model, info = loaded
     check_loading(info, model, str(folder))
     save_checked(model, tokenizer, out, str(folder))

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion.errors import UserError
+from fusion.errors import UserError, message_line
 from harness.models.catalogue import FETCH, CatalogueEntry, Wheels, find_entry, is_hub_id, unknown_model
 from harness.models.convert import convert
 from harness.models.manifest import refuse_old_conversion, write_model_manifest
@@ -117,7 +117,7 @@ def _fetch_from_hub(
         if not _is_network(error):
             raise
         raise UserError(
-            f"Fetching {hub} broke off ({_first_line(error)}): run `{FETCH} {hub}` again to go on."
+            f"Fetching {hub} broke off ({message_line(error)}): run `{FETCH} {hub}` again to go on."
         ) from error
     for file, sibling in wanted.items():
         path = beside / file
@@ -171,10 +171,10 @@ def _hub_info(hub: str, revision: str) -> "ModelInfo":
             f"The hub has no model {hub}, or it is private: check the name, or run `hf auth login`."
         ) from error
     except HfHubHTTPError as error:
-        raise HubUnreachable(_first_line(error)) from error
+        raise HubUnreachable(message_line(error)) from error
     except Exception as error:
         if _is_network(error):
-            raise HubUnreachable(_first_line(error)) from error
+            raise HubUnreachable(message_line(error)) from error
         raise
 
 
@@ -291,7 +291,3 @@ def _check_space(place: Path, needed: int, name: str) -> None:
 def _is_network(error: Exception) -> bool:
     # The hub's library lets the errors of its HTTP client through, whichever client that is.
     return isinstance(error, OSError) or any(cls.__name__ == "HTTPError" for cls in type(error).__mro__)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

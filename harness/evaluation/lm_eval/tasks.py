@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion.errors import UserError
+from fusion.errors import UserError, message_line
 from harness.data.hub import dataset_commit, dataset_fingerprint, offline_unless_reachable
 from harness.evaluation.lm_eval.rows import (
     WrongRow,
@@ -172,8 +172,9 @@ def find_source(name: str, yaml: Path, data_root: Path | None, overrides: Overri
     try:
         config = load_yaml(yaml, resolve_func=False)
     except (YAMLError, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{yaml} does not define a task of lm-eval ({reason}): correct the file.") from None
+        raise UserError(
+            f"{yaml} does not define a task of lm-eval ({message_line(error)}): correct the file."
+        ) from None
     if (config.get("dataset_kwargs") or {}).get("data_files"):
         return Source(name, yaml, config, _own_files(config, yaml), overrides)
     hub, configuration = str(config.get("dataset_path")), config.get("dataset_name")
