@@ -8,10 +8,11 @@ ROOT ?= work
 SHARED ?= ../shared
 DEEPSPEED := deepspeed==0.19.8
 
-.PHONY: help setup quickstart toolchains test test-fast bench lint docs format lock clean
+.PHONY: help setup quickstart control toolchains test test-fast bench lint docs format lock clean
 
 help:
-	@echo 'make quickstart  the main job on tiny models: environment, then about three minutes on two cores'
+	@echo 'make quickstart  the main job on tiny models: environment, then about four minutes on two cores'
+	@echo 'make control     whether fusion teaches what the sources know, on three seeds of the quickstart'
 	@echo 'make toolchains  on Debian: bubblewrap, the compilers of the ten languages of MultiPL-E, Chromium for tests'
 	@echo 'make test        environment, then all tests'
 	@echo 'make test-fast   environment, then the tests that are not marked slow: two minutes'
@@ -34,6 +35,9 @@ $(READY): requirements.lock pyproject.toml
 
 quickstart: $(READY)
 	$(BIN)/fusellm quickstart
+
+control: $(READY)
+	FUSELLM_CONTROL_SEEDS=3 $(BIN)/python -m pytest tests/harness/experiment/test_control.py
 
 toolchains:
 	.ci/toolchains

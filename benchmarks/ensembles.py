@@ -42,10 +42,14 @@ class Model:
     dtype: Any
 
     @cached_property
+    def network(self) -> Any:
+        return load_model(self._resolved, self.dtype)
+
+    @cached_property
     def reader(self) -> "PrefixCachedModel":
         from fusion.inference.prefix_cache import PrefixCachedModel
 
-        return PrefixCachedModel(load_model(self._resolved, self.dtype))
+        return PrefixCachedModel(self.network)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -55,7 +59,7 @@ class Model:
     def vocabulary(self) -> "Vocabulary":
         from fusion.vocabulary.token_bytes import Vocabulary
 
-        return Vocabulary.from_tokenizer(self.tokenizer, self.reader.vocabulary)
+        return Vocabulary.from_tokenizer(self.tokenizer, self.network.get_output_embeddings().weight.shape[0])
 
     @cached_property
     def _resolved(self) -> Any:

@@ -68,8 +68,8 @@ class Switches:
     include_target: bool = True
     """True if the target's own predictions take part as one of the sources."""
     control: Literal["none", "shuffled"] = "none"
-    """`shuffled` is a negative control: the sources' predictions stand in another order within each passage, so that
-    nothing can be learnt of them. The target's own are left as they are."""
+    """`shuffled` is a negative control: all predictions, the target's own too, stand in another order within each
+    passage, so that nothing of the text can be learnt of them."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))

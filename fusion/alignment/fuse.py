@@ -104,7 +104,7 @@ def fuse_sequence(
     names = tuple(taking_part)
     _check(passages, n_bytes, names, target)
     if switches.control == "shuffled":
-        sizes = {source.name: len(source.vocabulary.tokens) for source in sources if source.name != target}
+        sizes = {name: len(member.vocabulary.tokens) for name, member in taking_part.items()}
         passages = [
             {name: shuffled(one, sizes[name]) if name in sizes else one for name, one in passage.items()}
             for passage in passages

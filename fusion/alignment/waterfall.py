@@ -87,13 +87,11 @@ def waterfall(
     """
     by_name = {source.name: source for source in sources}
     models = [target, *by_name]
-    if switches.control == "shuffled":  # from here on this is what the sources know
-        passage = {
-            name: shuffled(one if k is None else one.top(k), len(by_name[name].vocabulary)) if name in by_name else one
-            for name, one in passage.items()
-        }
-        switches = replace(switches, control="none")
     own = passage[target]
+    if switches.control == "shuffled":  # from here on this is what the models know
+        sizes = {target: len(target_vocabulary), **{name: len(one.vocabulary) for name, one in by_name.items()}}
+        passage = {name: shuffled(one if k is None else one.top(k), sizes[name]) for name, one in passage.items()}
+        switches = replace(switches, control="none")
     starts = segment_starts([passage[name] for name in models], n_bytes)
     shared = np.ones(len(starts), bool)
     # Text that a tokenizer does not spell belongs to the last segment, where models then predict different bytes.

@@ -63,23 +63,10 @@ def test_the_sources_say_no_more_of_the_text_than_of_any_other() -> None:
             target="target",
             sources=[Source("source", LETTERS, np.arange(V, dtype=np.int32))],
             target_vocabulary=LETTERS,
-            switches=Switches(include_target=False, control=control),  # type: ignore[arg-type]
+            switches=Switches(control=control),  # type: ignore[arg-type]
         )
         at = np.flatnonzero(fused.gold >= 0)
         of_gold = np.where(fused.targets.ids[at] == fused.gold[at, None], fused.targets.p[at], 0)
         mass[control] = of_gold.sum(axis=1).mean()
     assert mass["none"] == pytest.approx(0.9, abs=1e-3)
     assert mass["shuffled"] < 0.25  # a text of eight letters that are equally frequent
-
-
-def test_the_target_s_own_predictions_stay() -> None:
-    text = "abcdabcd"
-    fused = fuse_sequence(
-        [{"target": knowing(text), "source": knowing(text)}],
-        [len(text)],
-        target="target",
-        sources=[Source("source", LETTERS, np.arange(V, dtype=np.int32))],
-        target_vocabulary=LETTERS,
-        switches=Switches(control="shuffled"),
-    )
-    assert set(fused.chosen[:-1]) == {0}

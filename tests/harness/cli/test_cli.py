@@ -142,7 +142,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_quickstart_prints_its_table(quickstart: Path) -> None:
     printed = fusellm("tables", "quickstart", "--format", "md", "--root", quickstart).stdout
     assert "plumbing, not a result" in printed.lower()
-    for row in ("target", "coder", "reader", "CLM", "FuseLLM", "FuseLLM published"):
+    for row in ("target", "coder", "reader", "CLM", "FuseLLM", "FuseLLM shuffled"):
         assert f"| {row} |" in printed
     assert "match their manifests" in fusellm("artifact", "verify", "--root", quickstart).stdout
     assert "FuseLLM" in fusellm("artifact", "list", "--root", quickstart).stdout
@@ -154,7 +154,7 @@ def test_the_audit_of_quickstart(quickstart: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     command = ["audit", "quickstart", "--profile", "micro", "--passages", "20", "--root", root]
     found = json.loads(fusellm(*command, "--json").stdout)
-    assert {row["source"] for row in found} >= {"coder", "reader", "fused", "CLM", "FuseLLM", "FuseLLM published"}
+    assert {row["source"] for row in found} >= {"coder", "reader", "fused", "CLM", "FuseLLM", "FuseLLM shuffled"}
     assert {row["passages"] for row in found if row["kind"] == "source" and row["domain"] == "all domains"} == {20}
     (folder,) = root.glob("runs/quickstart/micro/*/audit")
     ends = ("audit.csv", "audit.json", "audit.md", "audit.png", "audit.txt", "coverage.svg", "selection.png")

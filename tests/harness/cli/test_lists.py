@@ -108,7 +108,7 @@ def test_lists_for_programs_hold_lists_and_objects() -> None:
         ("tables al", "all"),
         ("experiment run quickstart --reference Fu", "FuseLLM"),
         ("extract quickstart --role co", "coder"),
-        ("baseline build Fu", "FuseLLM published"),
+        ("baseline build Fu", "FuseLLM shuffled"),
         ("baseline build dist", "distillation"),
     ],
 )

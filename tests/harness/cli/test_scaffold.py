@@ -62,7 +62,7 @@ def test_a_new_suite_is_measured(tmp_path: Path) -> None:
         "--set",
         "suites.next_letter.texts=[a b, abc]",
     ]
-    rows = [f"--set=methods.{row}=null" for row in ("CLM", "FuseLLM", "FuseLLM published", "{sources}")]
+    rows = [f"--set=methods.{row}=null" for row in ("CLM", "FuseLLM", "FuseLLM shuffled", "{sources}")]
     arguments += [*rows, "--reference", "target"]
     printed = installed(tmp_path / "next-letter", tmp_path / "site", *arguments, "--root", tmp_path / "root", "--json")
     assert "characters" in json.dumps([table["columns"] for table in json.loads(printed)])

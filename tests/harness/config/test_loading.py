@@ -104,7 +104,7 @@ def test_a_file_extends_a_file_and_null_removes(tmp_path: Path) -> None:
     _write(tmp_path, third="extends: below/second.yaml\nroles:\n  sources: {reader: null}\nsuites:\n  bbh: null\n")
     config = load(str(tmp_path / "third.yaml"))
     assert (config.experiment, config.profile, config.seeds) == ("third", "micro", [4])
-    assert list(config.methods) == ["target", "coder", "CLM", "FuseLLM", "FuseLLM published", "Mine 2"]
+    assert list(config.methods) == ["target", "coder", "CLM", "FuseLLM", "FuseLLM shuffled", "Mine 2"]
     assert config.methods["FuseLLM"]["method"] == "clm", "a row that is null is forgotten, also by a later layer"
     assert "preset" not in config.methods["FuseLLM"]
     assert list(config.roles.sources) == ["coder"] and list(config.suites) == ["perplexity"]
