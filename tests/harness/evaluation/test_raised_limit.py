@@ -52,6 +52,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SECTIONS)
 def test_answers_are_taken_over(rows: Path, model: Path, tmp_path: Path, asked: list[int], name: str) -> None:
     file, samples = (COMPLETIONS, 2) if name == "multipl_e" else (EXAMPLES, 1)

@@ -59,6 +59,7 @@ def chosen(file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return root, run.run(configured(file, "training.select=best"), root)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_is_the_one_that_validation_text_likes_best(file: Path, chosen: tuple[Path, Path]) -> None:
     root, folder = chosen
     selected: dict[str, Any] = read_manifest(trained(root))["info"]["selected"]
@@ -78,6 +79,7 @@ def test_the_checkpoint_is_the_one_that_validation_text_likes_best(file: Path, c
     assert entry == {"row": "CLM", "seed": 0, **selected}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [15, 29, 45])
 def test_a_kill_does_not_lose_it(
     file: Path, chosen: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
@@ -102,6 +104,7 @@ def test_a_kill_does_not_lose_it(
     assert kept[0] == kept[1] and not list(Store(tmp_path / "artifacts").leftovers())
 
 
+@pytest.mark.slow
 def test_the_last_checkpoint_is_the_same_model_however_it_was_chosen(file: Path, tmp_path: Path) -> None:
     slow = ["training.learning_rate=0.0005", "training.epochs=1", "curve.points=1"]
     for select in ("last", "best"):
@@ -141,6 +144,7 @@ def test_mistakes(file: Path, tmp_path: Path, settings: list[str], expected: str
     assert status == 2 and expected in sentence(said), said
 
 
+@pytest.mark.slow
 def test_a_figure_is_drawn_again_from_the_run_alone(chosen: tuple[Path, Path], tmp_path: Path) -> None:
     from harness.reporting.figures import learning_curves
 
