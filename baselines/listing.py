@@ -89,8 +89,8 @@ def _type(field: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     """A JSON schema in words: its choices, or the name of its type, with the types of a list's items."""
     if "$ref" in field:
         return _type(definitions[field["$ref"].rpartition("/")[2]], definitions)
-    if "anyOf" in field:
-        return " or ".join(_type(option, definitions) for option in field["anyOf"])
+    if options := field.get("anyOf") or field.get("oneOf"):
+        return " or ".join(_type(option, definitions) for option in options)
     if "enum" in field:
         return " or ".join(map(_written, field["enum"]))
     if "const" in field:

@@ -6,6 +6,7 @@ finds it in the store or makes it. The same function therefore also plans: in a 
 that do not exist yet, so a method must not open files outside of `Context.make`.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -67,6 +68,38 @@ def _metadata(annotation: Any) -> Iterator[Any]:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """How settings of a row were chosen: by pilots, and the likelihood that they give validation text."""
+
+    names: tuple[str, ...]
+    tried: tuple[tuple[tuple[float, ...], float], ...]
+    """Of each pilot the values of the settings, and nats per byte; infinity if it diverged, NaN if not known yet."""
+    chosen: tuple[float, ...]
+    every: bool
+    """Whether every combination was tried; else one setting after the other."""
+
+    @property
+    def known(self) -> bool:
+        """False in a plan that cannot know the choice."""
+        return not any(math.isnan(nll) for _, nll in self.tried)
+
+    def sentence(self) -> str:
+        """What was chosen of what, with the bits per byte of every pilot."""
+        bits = [f"{nll / math.log(2):.4f}" if math.isfinite(nll) else "diverged" for _, nll in self.tried]
+        where = "bits per byte of validation text at a fifth of the training text"
+        if len(self.names) == 1:
+            values = ", ".join(f"{value:g}" for (value,), _ in self.tried)
+            return f"{self.names[0]} {self.chosen[0]:g} of {values} ({', '.join(bits)} {where})"
+        chosen = ", ".join(f"{name} {value:g}" for name, value in zip(self.names, self.chosen, strict=True))
+        curve = "; ".join(
+            f"{', '.join(f'{value:g}' for value in values)}: {one}"
+            for (values, _), one in zip(self.tried, bits, strict=True)
+        )
+        how = "every combination" if self.every else "one setting after the other"
+        return f"{chosen} ({how}; {', '.join(self.names)}: {where} are {curve})"
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A model that can be evaluated: a checkpoint folder, identified by the fingerprint of what made it."""
 
@@ -83,6 +116,8 @@ class Candidate:
     shape: "Path | Mapping[str, Any] | None" = field(default=None, compare=False)
     """What is known of the architecture before `folder` exists, for checks in a plan: a checkpoint with the same
     architecture and tokenizer, or values of config.json and `tokenizer`, a name that is equal for equal tokenizers."""
+    tuning: "Tuning | None" = field(default=None, compare=False)
+    """How its settings were chosen, where validation text has done so."""
 
     @property
     def known_shape(self) -> "Path | Mapping[str, Any] | None":
@@ -120,6 +155,7 @@ class Ensemble:
     seeded: bool
     training: None = None
     curve: None = None
+    tuning: None = None
 
     @property
     def checkpoints(self) -> Sequence[Candidate]:
@@ -179,6 +215,17 @@ class Context(Protocol):
         sequences in the same order. Raises UserError when the loss needs what the experiment cannot provide, when
         `start` has another tokenizer, and for settings that are unknown or shared by all rows.
         """
+
+    def pilot(self, share: float, label: str) -> "Context":
+        """A context whose trainings are trials: on a `share` of the training passages, drawn by the seed, with all
+        their passes.
+
+        Its seed is the first of the experiment's, whatever this one's is, so that all seeds choose alike. A trial that
+        diverges raises no error: its `validation_nll` is infinite.
+        """
+
+    def relabelled(self, label: str) -> "Context":
+        """This context under another label."""
 
     @property
     def validation_fingerprint(self) -> str:

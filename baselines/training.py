@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from baselines.method import Candidate, Context, Parameters, Row
+from baselines.tuning import TunableCount, TunableNumber, TunableShare, Tune, tuned
 from fusion.errors import UserError
 from fusion.losses.loss import Balance, Loss
 
@@ -24,12 +25,16 @@ _Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class RowTraining(Parameters):
-    """A row's own values of the experiment's `training`; a key that is not given has the experiment's value."""
+    """A row's own values of the experiment's `training`; a key that is not given has the experiment's value.
 
-    global_batch_size: int | None = Field(
-        None, gt=0, description="sequences in an optimiser step, over all processes; null: the experiment's"
+    The learning rate, the global batch size and the passes may be `{tune: [...]}`: validation text chooses a value.
+    """
+
+    learning_rate: TunableNumber | None = Field(None, description="peak learning rate; null: the experiment's")
+    global_batch_size: TunableCount | None = Field(
+        None, description="sequences in an optimiser step, over all processes; null: the experiment's"
     )
-    learning_rate: float | None = Field(None, gt=0, description="peak learning rate; null: the experiment's")
+    epochs: TunableNumber | None = Field(None, description="passes over the corpus; null: the experiment's")
     betas: tuple[_Decay, _Decay] | None = Field(
         None, description="decay rates of AdamW's first and second moment; null: the experiment's"
     )
@@ -41,7 +46,6 @@ class RowTraining(Parameters):
     schedule: Literal["cosine", "linear", "constant_with_warmup"] | None = Field(
         None, description="course of the learning rate after the warm-up; null: the experiment's"
     )
-    epochs: float | None = Field(None, gt=0, description="passes over the corpus; null: the experiment's")
 
     @model_validator(mode="before")
     @classmethod
@@ -54,6 +58,10 @@ class RowTraining(Parameters):
         """The keys that are set."""
         return self.model_dump(exclude_none=True)
 
+    def tunes(self) -> dict[str, list[float]]:
+        """The values that are tried of each key that is tuned, in the order in which keys are listed."""
+        return {name: value.tune for name in type(self).model_fields if isinstance(value := getattr(self, name), Tune)}
+
 
 class TrainedParameters(Parameters):
     """The parameters of a method that trains the target."""
@@ -61,23 +69,41 @@ class TrainedParameters(Parameters):
     training: RowTraining | None = Field(
         None,
         description=f"the row's own values of the experiment's `training`: {', '.join(RowTraining.model_fields)}; "
-        "null: none",
+        "null: none. The first three may be {tune: [...]}: validation text chooses",
     )
     warm_start: Row | None = Field(
         None, description="row whose checkpoint the training starts from; null: the target as it is"
     )
 
-    def train(self, context: Context, *, lam: float, loss: Loss | None = None, balance: Balance = "none") -> Candidate:
-        """The target trained on lam * CLM + (1 - lam) * loss with these parameters (see `Context.train`)."""
-        start = None if self.warm_start is None else context.candidate(self.warm_start)
-        own = {} if self.training is None else self.training.given()
-        return context.train(lam=lam, loss=loss, start=start, training=own, balance=balance)
+    def train(
+        self, context: Context, *, lam: float | Tune[float], loss: Loss | None = None, balance: Balance = "none"
+    ) -> Candidate:
+        """The target trained on lam * CLM + (1 - lam) * loss with these parameters (see `Context.train`).
+
+        What is to be tuned is tuned first (see `baselines.tuning.tuned`).
+        """
+        training = self.training or RowTraining()
+        tunes = training.tunes()
+        own = {name: value for name, value in training.given().items() if name not in tunes}
+        fixed: dict[str, Any] = {}
+        if isinstance(lam, Tune):
+            tunes = {"lambda": lam.tune, **tunes}
+        else:
+            fixed["lambda"] = lam
+
+        def train(context: Context, values: dict[str, Any]) -> Candidate:
+            """In a pilot's context the row that this one starts from has the pilot's seed."""
+            given = {**own, **fixed, **values}
+            start = None if self.warm_start is None else context.candidate(self.warm_start)
+            return context.train(lam=given.pop("lambda"), loss=loss, start=start, training=given, balance=balance)
+
+        return tuned(context, tunes, train) if tunes else train(context, {})
 
 
 class MixedParameters(TrainedParameters):
     """The parameters of a method with two terms, CLM and a loss."""
 
-    lam: float = Field(0.9, ge=0, le=1, alias="lambda", description="weight of the CLM term")
+    lam: TunableShare = Field(0.9, alias="lambda", description="weight of the CLM term")
     balance: Balance = Field(
         "none",
         description="rescale: in each micro batch the other term is multiplied by the ratio of the CLM term to it "

@@ -5,14 +5,15 @@ from pydantic import Field
 from baselines.distillation import TeacherParameters
 from baselines.method import Candidate, Context
 from baselines.registry import method
+from baselines.tuning import TunableShare
 from fusion.losses.uld import ULDLoss
 
 
 class ULDParameters(TeacherParameters):
     """The teachers and lambda."""
 
-    lam: float = Field(
-        0.4, ge=0, le=1, alias="lambda", description="weight of the CLM term (paper: CLM + 1.5 ULD, which is 0.4)"
+    lam: TunableShare = Field(
+        0.4, alias="lambda", description="weight of the CLM term (paper: CLM + 1.5 ULD, which is 0.4)"
     )
 
 

@@ -6,6 +6,7 @@ against the model's own logits before it is believed; a model that disagrees is 
 warning, at the cost of memory.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -144,6 +145,8 @@ def _disagreement(model: nn.Module, output: nn.Linear, found: Split) -> str | No
                 return f"its logits are {list(own.shape)}, those of its output projection {list(ours.shape)}"
             tolerance = max(1e-4, 4 * torch.finfo(ours.dtype).eps)
             size = float(own.abs().max())
+            if not 0 < size < math.inf:
+                return "its logits are zero or not finite"
             apart = float((ours.float() - own.float()).abs().max()) / size
             if not apart <= tolerance:
                 return f"its logits are not those of its output projection (apart by {apart:.2g} of the greatest)"

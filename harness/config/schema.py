@@ -228,15 +228,16 @@ class Config(StrictModel):
     )
     reference: str = Field(description="label of the row that the others are compared with")
 
-    def own_training(self, label: str) -> dict[str, Any]:
-        """The training settings that the row `label` has of its own."""
+    def own_training(self, label: str) -> dict[str, list[Any]]:
+        """The training settings that the row `label` has of its own, each with its value or those that are tuned."""
         given = self.methods[label].get("training")
-        return {key: value for key, value in given.items() if value is not None} if isinstance(given, Mapping) else {}
+        own = {key: value for key, value in given.items() if value is not None} if isinstance(given, Mapping) else {}
+        return {key: value["tune"] if isinstance(value, Mapping) else [value] for key, value in own.items()}
 
-    def global_batch_sizes(self) -> dict[str | None, int]:
-        """The sequences in a step: of the experiment under None, and of each row that has a number of its own."""
-        own = {label: self.own_training(label).get("global_batch_size") for label in self.methods}
-        return {None: self.training.global_batch_size, **{label: size for label, size in own.items() if size}}
+    def global_batch_sizes(self) -> list[tuple[str | None, int]]:
+        """The sequences in a step: of the experiment under None, and of each row that has numbers of its own."""
+        own = [(label, self.own_training(label).get("global_batch_size", [])) for label in self.methods]
+        return [(None, self.training.global_batch_size), *((label, size) for label, sizes in own for size in sizes)]
 
     def rows_of(self, name: str) -> list[str]:
         """Labels of the rows that are called `name` or are made by the method `name`."""

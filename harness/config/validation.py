@@ -108,7 +108,7 @@ def _number_problems(config: Config) -> Iterator[Problem]:
     training = config.training
     if len(set(config.seeds)) != len(config.seeds):
         yield Problem(f"seeds {config.seeds} names one twice: give each seed once.", ("seeds",))
-    for row, size in config.global_batch_sizes().items():
+    for row, size in config.global_batch_sizes():
         if size % training.micro_batch_size:
             section = ("training",) if row is None else ("methods", row, "training")
             yield Problem(

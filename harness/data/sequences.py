@@ -55,7 +55,7 @@ class PackedSequences(Dataset[dict[str, np.ndarray]]):
     them, `readers` give the predictions that they are computed from, by role, and `target` is the role that is trained.
     Beyond the last sequence there are empty ones without any label or feature, which make up the number where ranks
     share sequences unevenly. Passages that do not fit a sequence or the model's `context` (tokens; None: any length)
-    are left out: their indices are `left_out`.
+    are left out: their indices are `left_out`. With a `sample` only these passages take part, by their indices.
 
     Raises:
         UserError: no passage fits, or the tokenizer does not fit the model.
@@ -72,6 +72,7 @@ class PackedSequences(Dataset[dict[str, np.ndarray]]):
         target: str = "target",
         context: int | None = None,
         prefix: str | None = None,
+        sample: Sequence[int] | None = None,
     ) -> None:
         self._passages = passages
         self._tokenizer = tokenizer
@@ -82,18 +83,18 @@ class PackedSequences(Dataset[dict[str, np.ndarray]]):
         self._readers = readers
         self._target = target
         self.sequence_length = sequence_length
-        self._lengths = lengths = list[int]()
-        for passage in range(len(passages)):
+        self._lengths = lengths = dict[int, int]()
+        for passage in range(len(passages)) if sample is None else sample:
             ids = encode(tokenizer, passages.text(passage))
             if max(ids, default=0) >= len(vocabulary):
                 raise UserError(
                     f"the target's tokenizer gives token {max(ids)}, but its config.json has a vocabulary of "
                     f"{len(vocabulary)}: put the model's own tokenizer.json beside its weights."
                 )
-            lengths.append(1 + len(ids))
+            lengths[passage] = 1 + len(ids)
         self.longest = min(sequence_length, context or sequence_length)
-        self.left_out = [passage for passage, length in enumerate(lengths) if length > self.longest]
-        fitting = [passage for passage, length in enumerate(lengths) if length <= self.longest]
+        self.left_out = [passage for passage, length in lengths.items() if length > self.longest]
+        fitting = [passage for passage, length in lengths.items() if length <= self.longest]
         if not fitting:
             raise UserError(
                 f"every passage is longer than {self.longest} tokens, the least of training.sequence_length and the "
@@ -116,7 +117,7 @@ class PackedSequences(Dataset[dict[str, np.ndarray]]):
         """One sentence on the passages that are not trained on because they are too long; None where all are."""
         if not self.left_out:
             return None
-        share = self._passages.n_bytes[self.left_out].sum() / self._passages.n_bytes.sum()
+        share = self._passages.n_bytes[self.left_out].sum() / self._passages.n_bytes[list(self._lengths)].sum()
         return (
             f"{len(self.left_out):,} of {len(self._lengths):,} passages ({share:.2%} of the text) are longer than "
             f"{self.longest:,} tokens and are not trained on (first {self._passages.name(self.left_out[0])})."
@@ -173,6 +174,14 @@ class PackedSequences(Dataset[dict[str, np.ndarray]]):
     def _gold(self, tokens: np.ndarray, last: bool) -> np.ndarray:
         end = self._eos if last and self._eos is not None else IGNORED
         return np.concatenate([tokens[1:], [end]])
+
+
+def draw(n: int, share: float, seed: int) -> list[int] | None:
+    """The indices of a `share` of `n` passages (one at least), drawn at random; None for all of them."""
+    if share >= 1:
+        return None
+    chosen = np.random.default_rng(seed).choice(n, max(1, round(share * n)), replace=False)
+    return sorted(chosen.tolist())
 
 
 def collate(sequences: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from baselines.method import Candidate, Ensemble
@@ -80,7 +81,7 @@ class CandidateBuilder:
         entry = self._experiment.config.methods[label]
         method = get_method(entry["method"])
         parameters = method_parameters(label, entry, schema_of(method))
-        context = MethodContext(self._experiment, label, seed, lambda row: self._named(label, row, seed))
+        context = MethodContext(self._experiment, label, seed, partial(self._named, label))
         return method.value(context, parameters)
 
     def _named(self, label: str, row: str, seed: int) -> Candidate:

@@ -28,7 +28,7 @@ def check_inputs(experiment: Experiment) -> None:
     training = experiment.config.training
     if training.deepspeed:
         check_usable(training.deepspeed)
-    for row, size in experiment.config.global_batch_sizes().items():
+    for row, size in experiment.config.global_batch_sizes():
         section = "training" if row is None else f"methods.{row}.training"
         distributed.micro_batches(size, training.micro_batch_size, section)
     for name in experiment.models.names:

@@ -30,13 +30,24 @@ class MethodContext:
         experiment: Experiment,
         label: str,
         seed: int,
-        build_row: Callable[[str], Candidate] | None = None,
+        build_row: Callable[[str, int], Candidate] | None = None,
+        share: float = 1.0,
     ) -> None:
-        """build_row: makes the candidate of another row, by its label. Default: no row can be named."""
+        """build_row: makes the candidate of another row, by its label and seed. Default: no row can be named.
+
+        share: the part of the training passages that it trains on; less than all in a pilot.
+        """
         self._experiment = experiment
         self._build_row = build_row
+        self._share = share
         self.label = label
         self.seed = seed
+
+    def pilot(self, share: float, label: str) -> "MethodContext":
+        return MethodContext(self._experiment, label, self._experiment.config.seeds[0], self._build_row, share)
+
+    def relabelled(self, label: str) -> "MethodContext":
+        return MethodContext(self._experiment, label, self.seed, self._build_row, self._share)
 
     @property
     def sources(self) -> Sequence[str]:
@@ -55,7 +66,7 @@ class MethodContext:
         if name in roles or (name not in rows and _is_model(name)):
             return self.model(name)
         if name in rows and self._build_row is not None:
-            return self._build_row(name)
+            return self._build_row(name, self.seed)
         raise UserError(unknown_reference(self.label, name, ("role", "row"), roles, rows))
 
     def extract(self, role: str) -> Path:
@@ -70,8 +81,20 @@ class MethodContext:
         training: Mapping[str, Any] = {},
         balance: Balance = "none",
     ) -> Candidate:
-        own = method_parameters(f"{self.label}.training", training, RowTraining).given()
-        return train(self._experiment, self.label, self.seed, lam=lam, loss=loss, start=start, own=own, balance=balance)
+        own = method_parameters(f"{self.label}.training", training, RowTraining)
+        if tunes := own.tunes():
+            raise UserError(f"{self.label} trains with several values of {', '.join(tunes)}: give it one.")
+        return train(
+            self._experiment,
+            self.label,
+            self.seed,
+            lam=lam,
+            loss=loss,
+            start=start,
+            own=own.given(),
+            balance=balance,
+            share=self._share,
+        )
 
     @property
     def validation_fingerprint(self) -> str:
@@ -87,6 +110,8 @@ class MethodContext:
 
     def validation_nll(self, candidate: Candidate, label: str = "") -> float:
         experiment, label = self._experiment, label or self.label
+        if (training := candidate.training) is not None and training.exists() and not candidate.folder.exists():
+            return math.inf  # a pilot that has diverged
         workspace, validation = experiment.workspace, experiment.corpora.validation
         evaluated = evaluated_model(experiment, label, candidate)
         result = validation.measure(evaluated, workspace.store, workspace.costs)
@@ -102,6 +127,8 @@ class MethodContext:
             )
         nll = nats_per_byte(records)
         if not math.isfinite(nll):
+            if self._share < 1:
+                return math.inf
             raise UserError(f"{label} has no finite likelihood of the validation text: leave it out.")
         return nll
 

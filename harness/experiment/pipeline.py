@@ -159,12 +159,14 @@ def train(
     start: Candidate | None = None,
     own: Mapping[str, Any] = {},
     balance: Balance = "none",
+    share: float = 1.0,
 ) -> Candidate:
     """The target trained with lam * CLM + (1 - lam) * loss on the training corpus, as the row `label`.
 
     The training starts from the candidate `start` (default: from the target), with the settings `own` in place of the
-    experiment's and the terms in `balance`. Raises UserError where `start` has another tokenizer than the target, and
-    where the loss cannot be computed.
+    experiment's and the terms in `balance`, on a `share` of the passages; on less than all it may
+    diverge, and leaves no curve. Raises UserError where `start` has another tokenizer than the target, and where the
+    loss cannot be computed.
     """
     config, models, corpora = experiment.config, experiment.models, experiment.corpora
     settings = config.training.with_own(own)
@@ -177,12 +179,13 @@ def train(
         models.model(TARGET) if start is None else _checkpoint(experiment, label, start),
         corpora.passages,
         settings,
-        _curve(experiment),
+        _curve(experiment) if share == 1 else HeldOutCurve(config.curve.points, {}, 0.0, None),
         lam,
         loss,
         LossInputs() if loss is None else loss_inputs(experiment, label, requirements),
         "none" if loss is None else balance,
         _validation(experiment) if settings.select == "best" else None,
+        share,
     )
     (spec, path), curve = make_training(
         experiment.workspace,

@@ -7,6 +7,7 @@ from harness.config.schema import Config
 from harness.experiment.candidates import FailedRow, candidates, failure_sentence
 from harness.experiment.checks import check_sizes
 from harness.experiment.pipeline import Experiment, evaluated_model, measure, open_experiment, start
+from harness.runtime.progress import notify
 from harness.store.artifacts import Planned
 
 
@@ -29,10 +30,15 @@ def plan_stages(dry: Experiment, failures: list[FailedRow] | None = None) -> lis
     """
     check_sizes(dry)
     impossible: list[FailedRow] = []
+    unknown: dict[str, str] = {}
     possible = 0
     for row in candidates(dry, failures=impossible):
         measure(dry, evaluated_model(dry, row.label, row.candidate))
         possible += 1
+        if (tuning := row.candidate.tuning) is not None and not tuning.known:
+            unknown[row.label] = ", ".join(tuning.names)
+    for label, names in unknown.items():
+        notify(f"{label}: pilots will choose {names}; the plan has one training with the first values.")
     if impossible and (failures is None or not possible):
         raise UserError(failure_sentence(impossible))
     if failures is not None:

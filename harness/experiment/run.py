@@ -108,13 +108,13 @@ def _make(
     # What the plan has not asked for, naming the run has (the passages, where nothing is trained).
     artifacts = {str(p.path.relative_to(root)) for p in [*planned, *experiment.workspace.store.planned.values()]}
     note_artifacts(folder, artifacts)  # from the beginning, so that cleaning up spares what a killed run has made
+    experiment.workspace.store.list_in(folder)  # and what it has chosen to make
     read_run_file(folder / RUN_FILE)  # refused now if it is damaged, not when all is done
     measured: list[dict[str, Any]] = []
-    notes: list[dict[str, Any]] = []
-    checkpoints: list[dict[str, Any]] = []
+    about: dict[str, list[dict[str, Any]]] = {"notes": [], "checkpoints": [], "tunings": []}
     passages = experiment.corpora.passages[1]
     if corpus_summary(passages).limits:
-        notes.append({"row": None, "seed": None, "sentence": corpus_sentence(config.corpus, passages)})
+        about["notes"].append({"row": None, "seed": None, "sentence": corpus_sentence(config.corpus, passages)})
     failures = list(impossible)
     # Of several ranks the others wait for what this one makes: there the first row that fails ends the run.
     alone = distributed.world_size() == 1
@@ -129,24 +129,28 @@ def _make(
             continue
         finally:
             evaluated.release()  # before the next row is trained
-        notes += [{"row": row.label, "seed": row.seed, "sentence": note} for note in _notes(experiment, row)]
+        key = {"row": row.label, "seed": row.seed}
+        about["notes"] += [{**key, "sentence": note} for note in _notes(experiment, row)]
         if (checkpoint := _selected(row)) is not None:
-            checkpoints.append({"row": row.label, "seed": row.seed, **checkpoint})
+            about["checkpoints"].append({**key, **checkpoint})
+        if (tuning := row.candidate.tuning) is not None:
+            tried = [[*values, nll if math.isfinite(nll) else None] for values, nll in tuning.tried]
+            about["tunings"].append({**key, "names": tuning.names, "tried": tried, "chosen": tuning.chosen})
         measured += _record(experiment, row, of_row, folder)
     if failures and not any(entry["file"] for entry in measured):
         raise UserError(failure_sentence(failures))
     with exclusive_lock(folder / ".lock", f"run {folder.name}"):
         # Other seeds that were finished before, or meanwhile by another process, belong to the same table.
         before = read_run_file(folder / RUN_FILE)
-        # What was made to find out what to make is known by now.
+        # What was made to find out what to make is known by now, and of what is tuned what was chosen.
+        artifacts = {name for name in artifacts if (root / name).exists()}
         artifacts |= {str(p.path.relative_to(root)) for p in experiment.workspace.store.planned.values()}
         listed = list_measured(folder, before, measured)
         note_suites(folder, experiment.suites, listed["measured"])
         again = {(None, None), *((entry["row"], entry["seed"]) for entry in measured)}
-        kept, kept_checkpoints = (
-            [entry for entry in before.get(name, []) if (entry["row"], entry["seed"]) not in again]
-            for name in ("notes", "checkpoints")
-        )
+        for name, entries in about.items():
+            kept = [entry for entry in before.get(name, []) if (entry["row"], entry["seed"]) not in again]
+            about[name] = kept + entries
         description = {
             "configuration": config.model_dump(mode="json"),
             "named": named(experiment),
@@ -154,8 +158,7 @@ def _make(
             **made_by(),
             "artifacts": sorted(artifacts.union(before.get("artifacts", []))),
             **listed,
-            "notes": [*kept, *notes],
-            "checkpoints": [*kept_checkpoints, *checkpoints],
+            **about,
             "failures": _failures(config, failures, before.get("failures", [])),
             "finished": time.time(),
         }
@@ -189,9 +192,12 @@ def _notes(experiment: Experiment, row: Row) -> Iterator[str]:
         tokens = tokens_seen(row.candidate.folder.parent) or 0
         base = models.base(role).name
         yield f"{row.label} is {base} continued on {tokens:,} tokens of its own text, which no other row counts."
-    if own := experiment.config.own_training(row.label):
+    own = {key: values[0] for key, values in experiment.config.own_training(row.label).items() if len(values) == 1}
+    if own:
         settings = ", ".join(f"{key} {value}" for key, value in own.items())
         yield f"{row.label} is trained with settings of its own: {settings}."
+    if (tuning := row.candidate.tuning) is not None:
+        yield f"{row.label} is tuned on validation text with seed {experiment.config.seeds[0]}: {tuning.sentence()}."
     if start := experiment.config.methods[row.label].get("warm_start"):
         yield f"{row.label} starts from the checkpoint of {start}, whose tokens are not among its own."
     if (checkpoint := _selected(row)) is not None:

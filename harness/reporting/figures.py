@@ -124,7 +124,11 @@ def _series(configuration: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         "k": lambda entry: entry.get("k") or configuration["extraction"]["k"],
         "sources": lambda entry: len(entry.get("sources") or configuration["roles"]["sources"]),
     }
-    rows = {label: entry for label, entry in configuration["methods"].items() if entry["method"] == "fusellm"}
+    rows = {
+        label: entry
+        for label, entry in configuration["methods"].items()
+        if entry["method"] == "fusellm" and not isinstance(entry.get("lambda"), Mapping)
+    }
     series = {}
     for setting, value in values.items():
         alike: dict[str, dict[str, Mapping[str, Any]]] = {}

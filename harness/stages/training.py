@@ -81,16 +81,18 @@ def train_on_passages(
     load_teachers: Callable[[], "Mapping[str, PreTrainedModel]"] = dict,
     curve: "Curve | None" = None,
     validation: "Curve | None" = None,
+    share: float = 1.0,
 ) -> dict[str, Any]:
     """Packs the passages into sequences and trains what `load` gives on them (see `harness.stages.trainer.loop.train`).
 
-    The random state is set to `seed` before `load` is called, so that a model may be initialised there. Called by all
-    ranks. Returns, for the manifest, the names of the passages that are left out because they are too long, with a note
-    for tables, and under `selected` which checkpoint was taken; nothing where none are, or there was no choice.
+    `share` is the part of the passages that is trained on, drawn by the seed. The random state is set to `seed` before
+    `load` is called, so that a model may be initialised there. Called by all ranks. Returns, for the manifest, the
+    names of the passages that are left out because they are too long, with a note for tables, and under `selected`
+    which checkpoint was taken; nothing where none are, or there was no choice.
     """
     from transformers import set_seed
 
-    from harness.data.sequences import PackedSequences
+    from harness.data.sequences import PackedSequences, draw
     from harness.stages.trainer.loop import train
 
     set_seed(seed)
@@ -104,6 +106,7 @@ def train_on_passages(
         predictions,
         context=context_length(model.config),
         prefix=prefix,
+        sample=draw(len(passages), share, seed),
     )
     note = sequences.left_out_sentence()
     if note is not None:
@@ -180,6 +183,8 @@ class Training:
     """Whether the loss is brought to the size of the CLM term in every micro batch."""
     validation: HeldOutCurve | None = None
     """The text that chooses the checkpoint; None where the last one is taken."""
+    share: float = 1.0
+    """The part of the passages that is trained on. A training on less than all is a pilot, which may diverge."""
 
     @property
     def requirements(self) -> LossRequirements:
@@ -201,6 +206,8 @@ class Training:
                 # The ratio is that of a micro batch, whose sequences are the same on any number of ranks.
                 params["balance"] = {"kind": self.balance, "micro_batch_size": self.settings.micro_batch_size}
             inputs |= self.inputs.fingerprints()
+        if self.share < 1:
+            params["share"] = self.share
         if self.validation is not None:
             params["select"] = {"points": self.validation.points, **self.validation.identity}
         # Neither is the number of ranks part of the key: like the size of a micro batch it only changes rounding.
@@ -221,9 +228,9 @@ def make_training(
     """The artifact of a training, with the checkpoint in `model` and the log, and that of its curve.
 
     The curve's is None where no text is held out for it, and does not exist where the training was finished before,
-    under another curve: the checkpoints along the way are gone by then. `card` gives the text of the model card. The
-    numbers of parameters and the bytes of the corpus are for the estimate. Called by all ranks. Raises UserError where
-    the training cannot be done (see `harness.stages.trainer.loop.train`).
+    under another curve: the checkpoints along the way are gone by then. A pilot that diverges has no `model`. `card`
+    gives the text of the model card. The numbers of parameters and the bytes of the corpus are for the estimate. Called
+    by all ranks. Raises UserError where the training cannot be done (see `harness.stages.trainer.loop.train`).
     """
     settings, curve, validation = training.settings, training.curve, training.validation
     device, store = workspace.device, workspace.store
@@ -238,7 +245,8 @@ def make_training(
         if loss is not None:
             features = partial(loss.features, resources=load_resources(requirements, training.inputs, tokenizer_of))
         along = None if curve_spec is None else curve.along(curve_spec.fingerprint[:16], tokenizer)
-        info = train_on_passages(
+        train = partial(
+            train_on_passages,
             folder,
             passages,
             tokenizer,
@@ -261,7 +269,9 @@ def make_training(
             },
             curve=along,
             validation=None if validation is None else validation.along(VALIDATION, tokenizer),
+            share=training.share,
         )
+        info = train() if training.share == 1 else _try(train, folder)
         if distributed.is_main_process():
             if along is not None and curve_spec is not None and along.file(folder).exists():
                 store.ensure(curve_spec, partial(_keep_curve, along.file(folder)))
@@ -270,6 +280,7 @@ def make_training(
         return info
 
     costs = workspace.costs
+    corpus_bytes *= training.share
     whole = costs.training(parameters, corpus_bytes / BYTES_PER_TOKEN * settings.epochs)
     held_out = curve.n_bytes + (validation.n_bytes if validation else 0)
     measured = costs.forward(parameters, held_out * (curve.points + 1))
@@ -286,6 +297,19 @@ def make_training(
     if curve_path.exists() or (store.dry and not trained_before):
         store.ensure(curve_spec, _made_while_training)
     return (spec, path), (curve_spec, curve_path)
+
+
+def _try(train: Callable[[], dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """What `train` returns; where it diverges, why, and nothing else is left of it."""
+    from harness.stages.trainer.held_out import Diverged
+
+    try:
+        return train()
+    except Diverged as error:
+        if distributed.is_main_process():
+            for left in [folder / "checkpoints", *folder.glob("best-*")]:
+                shutil.rmtree(left, ignore_errors=True)
+        return {"diverged": str(error)}
 
 
 def _keep_curve(measured: Path, folder: Path) -> None:

@@ -122,6 +122,13 @@ class Store:
             finally:
                 self._in_use = self._plan = None
 
+    def list_in(self, plan: Path) -> None:
+        """Has the plan in a folder of runs list what `ensure` gives until the context of `in_use` ends.
+
+        For what could not be planned, such as a training whose settings are chosen meanwhile.
+        """
+        self._plan = plan
+
     def names_in_use(self) -> set[str]:
         """The keys (see `key_of`) of what running processes use."""
         return names_in_use(self.root.parent / IN_USE)

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic.fields import FieldInfo
 
 from baselines.clm import clm
 from baselines.fusellm import FuseLLMParameters, fusellm
@@ -129,13 +130,22 @@ def test_every_trained_method_has_its_own_settings_start_and_balance() -> None:
         TrainedParameters.model_validate({"training": {"sequence_length": 100}})
 
 
+def _value_type(field: FieldInfo) -> tuple[Any, list[Any]]:
+    """The type of a setting that is not null, and what restricts it; of one that can be tuned those of a value."""
+    given = get_args(field.annotation)[0]
+    if not hasattr(given, "__metadata__") or not get_args(given.__origin__):
+        return given, field.metadata
+    value, restricted, _ = get_args(get_args(given.__origin__)[0])
+    return value, restricted.metadata
+
+
 def test_a_row_sets_what_the_experiment_sets_unless_it_is_shared() -> None:
     own, whole = RowTraining.model_fields, TrainingConfig.model_fields
     assert {*own, *SHARED} == whole.keys() and not own.keys() & set(SHARED)
     for name, field in own.items():
-        annotation: Any = whole[name].annotation
-        assert str(field.annotation) == str(annotation | None)
-        assert str(field.metadata) == str(whole[name].metadata)
+        annotation, metadata = _value_type(field)
+        assert str(annotation) == str(whole[name].annotation)
+        assert str(metadata) == str(whole[name].metadata)
         assert field.description == f"{whole[name].description}; null: the experiment's"
 
 

@@ -20,6 +20,10 @@ from harness.stages.training_log import curve_files, nats_per_byte
 from harness.store.files import intact_lines, rename_durably
 
 
+class Diverged(UserError):
+    """A training whose loss, or that of validation text with it, is not finite."""
+
+
 @dataclass(frozen=True)
 class Curve:
     """Held-out text measured before the first step and at `points` steps: `measure(model)` gives a record a document.
@@ -81,7 +85,7 @@ class BestCheckpoint:
         """Gives it its final place. Raises UserError where there is none; called by the main process."""
         kept = self._tidy()
         if kept is None:
-            raise UserError(
+            raise Diverged(
                 "No checkpoint has a finite likelihood of the validation text: lower training.learning_rate."
             )
         rename_durably(kept, final)
@@ -149,7 +153,7 @@ class Follow(TrainerCallback):
         self._advance(sums["tokens"])
         per_token = {name: sums[name] / sums["tokens"] for name in ("clm", "fusion")}
         if not all(math.isfinite(value) for value in per_token.values()):  # before a checkpoint keeps it
-            raise UserError(f"the loss is not finite at step {state.global_step}: lower training.learning_rate.")
+            raise Diverged(f"the loss is not finite at step {state.global_step}: lower training.learning_rate.")
         self.trainer.log({"tokens": self._tokens, **{f"{n}_nats_per_token": v for n, v in per_token.items()}})
         self._measure(args, state)
 

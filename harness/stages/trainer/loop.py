@@ -25,7 +25,7 @@ from harness.runtime import distributed
 from harness.runtime.device import compute_dtype
 from harness.runtime.progress import notify, track
 from harness.stages.trainer.fusion_trainer import FusionTrainer, Order, replace_forward
-from harness.stages.trainer.held_out import BestCheckpoint, Curve, Follow, selected
+from harness.stages.trainer.held_out import BestCheckpoint, Curve, Diverged, Follow, selected
 from harness.stages.trainer.sealing import check_seal, is_sealed, last_checkpoint, layout_of, seal
 from harness.stages.trainer.sharding import release, whole_weights, without_own_ops, zero_config
 from harness.stages.training_log import LOG_FILE
@@ -111,8 +111,13 @@ def train(
         )
         follow.trainer = trainer
         trainer.remove_callback(PrinterCallback)
-        with attending_by_passage(model, packing):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            with attending_by_passage(model, packing):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except Diverged:
+            if config.deepspeed:
+                release(trainer.accelerator)
+            raise
     del model.forward  # the class's own again
     if distributed.is_main_process():
         write_atomically(folder / LOG_FILE, json.dumps(trainer.state.log_history, indent=1))

@@ -128,7 +128,16 @@ def odd() -> PreTrainedModel:
     return Odd(tiny_model("llama", initializer_range=0.002).config)
 
 
-@pytest.mark.parametrize(("make", "reason"), [(odd, "apart by"), (wrapped_head, "Biased, not a plain Linear")])
+def zero() -> PreTrainedModel:
+    """What a training that diverged may leave."""
+    model = tiny_model("llama")
+    torch.nn.init.zeros_(model.lm_head.weight)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"), [(odd, "apart by"), (zero, "zero or not finite"), (wrapped_head, "Biased, not a plain Linear")]
+)
 def test_an_unknown_head_is_trained_on_its_own_logits_and_said_loudly(make: Any, reason: str) -> None:
     model = make()
     tokens, positions = rows((7, 9), (12, 4))

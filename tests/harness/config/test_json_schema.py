@@ -53,6 +53,10 @@ class Checker:
         if all(any(True for _ in self.errors(value, one)) for one in argument):
             yield f"{value!r} is none of {len(argument)}"
 
+    def _oneOf(self, value: Any, argument: list[Any], schema: dict[str, Any]) -> Iterator[str]:
+        if sum(not any(True for _ in self.errors(value, one)) for one in argument) != 1:
+            yield f"{value!r} is not one of {len(argument)}"
+
     def _const(self, value: Any, argument: Any, schema: dict[str, Any]) -> Iterator[str]:
         if value != argument:
             yield f"{value!r} is not {argument!r}"
