@@ -131,6 +131,7 @@ SETTINGS: dict[str, str] = {
     "suites.multipl_e.max_new_tokens=7": SAMPLES,
     "suites.multipl_e.seed=3": SAMPLES,
     "suites.multipl_e.k=2": "run",
+    "suites.multipl_e.overflow=truncate_left": SAMPLES,
     "suites.multipl_e.batch_size=2": "",
     "suites.multipl_e.sandbox=false": "multipl_e",
 }
