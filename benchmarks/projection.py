@@ -62,7 +62,7 @@ class FullReader:
 
     def begins(self, log_p: np.ndarray, beginning: bytes) -> float:
         """Log-probability of all tokens that begin so, of log_p[V]."""
-        start, end = self.prefixes._range(beginning)
+        start, end = self.prefixes.range_of(beginning)
         return float(np.logaddexp.reduce(log_p[self.prefixes.order[start:end].numpy()]))
 
 

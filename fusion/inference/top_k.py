@@ -52,10 +52,11 @@ class BytePrefixes:
         """For 1, 2, ... but not all of the bytes of a token: where in `order` the tokens that begin with them stand."""
         if token not in self._ranges:
             spelling = (self._token_bytes[token] if 0 <= token < len(self._token_bytes) else None) or b""
-            self._ranges[token] = [self._range(spelling[:length]) for length in range(1, len(spelling))]
+            self._ranges[token] = [self.range_of(spelling[:length]) for length in range(1, len(spelling))]
         return self._ranges[token]
 
-    def _range(self, prefix: bytes) -> tuple[int, int]:
+    def range_of(self, prefix: bytes) -> tuple[int, int]:
+        """Where in `order` the tokens that begin with these bytes stand: first, and one after the last."""
         start = bisect_left(self._sorted, prefix)
         # The least string that is greater than all that begin with the prefix: its last byte below 255 raised by one.
         kept = prefix.rstrip(b"\xff")
