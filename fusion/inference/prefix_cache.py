@@ -20,10 +20,12 @@ from fusion.inference.prefix_tree import Branching, CachedPrefix, PrefixTree
 from fusion.modeling.context import context_length
 from fusion.modeling.heads import find_head, float32_logits
 from fusion.modeling.packing import device_of, dtype_of, own_forward, trial_tokens, trying
-from fusion.modeling.sliding_windows import wrong_windows
+from fusion.modeling.sliding_windows import longest_window, wrong_windows
 
 ATTENTION = "fusellm_prefixes"  # what the attention function is called in transformers' registry
 _HARMLESS = {"dropout", "position_ids", "use_cache", "is_causal", "sliding_window"}
+_TRIAL = 24  # tokens of the prefix that the trial caches
+_LONGEST_TRIAL = 1024  # tokens; a sliding window that reaches further is looked at, not tried
 _GROWTH = 128  # positions by which a row's memory grows
 
 
@@ -343,31 +345,47 @@ class PrefixCachedModel:
         if any(kind in str(getattr(config, "rope_parameters", "")) for kind in ("'dynamic'", "'longrope'")):
             return "its rotary positions depend on the longest sequence read at one time"
         with trying(self._model) as generator:
-            cached, trunk, one, other, third = trial_tokens(self._model, (5, 4), generator).tolist()
-            texts = [[*cached, *trunk, *one], [*cached, *trunk, *other], [*cached, *third]]
-            own = [
-                own_forward(self._model, input_ids=torch.tensor([t], device=self.device), use_cache=False).logits[0]
-                for t in texts
-            ]
-            with self.patched_attention():
-                _, (kept,) = self.prefill([Branching(cached)])
-                if len(kept.keys) != self.layers:
-                    return "not all of its layers compute attention through transformers' registry"
-                self.position_bytes = sum(x.nbytes for x in [*kept.keys, *kept.values]) // kept.length
-                branchings = [Branching(trunk, kept, [one, other]), Branching(third, kept)]
-                watched = _RecordingAttention(_PrefillAttention(branchings, self.device, keep=False), self._windows)
-                tree = self._read(watched, branchings, [range(12), range(4)])
-                rows = DecodingBatch(kept, 2)
-                _, started = self.prefill([Branching(trunk, kept), Branching(third[:1], kept)])
-                for row in started:
-                    rows.add(row)
-                steps = [self.step([rows], pair) for pair in zip(one[:3], third[1:], strict=True)]
-        whole = torch.cat([own[0][4:], own[1][8:], own[2][4:]])
-        stepped = torch.stack([x for i, s in enumerate(steps) for x in (s[0] - own[0][8 + i], s[1] - own[2][5 + i])])
-        size = float(whole.abs().max())
-        apart = max(float((tree - whole).abs().max()), float(stepped.abs().max())) / size
-        # In shorter types the two ways round differently in every layer.
-        tolerance = max(1e-4, 16 * torch.finfo(dtype_of(self._model)).eps)
-        if not apart <= tolerance:
-            return f"its logits are not its own when read in parts (apart by {apart:.2g} of the greatest)"
+            # Beyond a window, and so long that an error of one position shows in a short type's rounding, too.
+            for length in dict.fromkeys([_TRIAL, max(_TRIAL, longest_window(config, _LONGEST_TRIAL) + 2)]):
+                if reason := self._difference(min(length, (self.positions or length + 16) - 16), generator):
+                    return reason
         return wrong_windows(config, self._windows)
+
+    def _difference(self, length: int, generator: torch.Generator) -> str | None:
+        """How the logits after a cached prefix of so many tokens differ from the model's own; None where they do not.
+
+        Branches, a second continuation and decoding steps are read. What is allowed is a multiple of the difference
+        that the model's own logits show when the same text is read with more behind it.
+        """
+        tokens = trial_tokens(self._model, (length + 16,), generator).tolist()
+        cached, (trunk, one, other, third) = tokens[:length], [tokens[i : i + 4] for i in range(length, length + 16, 4)]
+        texts = [[*cached, *trunk, *one], [*cached, *trunk, *other], [*cached, *third], [*cached, *trunk, *one, *third]]
+        *own, longer = [
+            own_forward(self._model, input_ids=torch.tensor([t], device=self.device), use_cache=False).logits[0].float()
+            for t in texts
+        ]
+        with self.patched_attention():
+            _, (kept,) = self.prefill([Branching(cached)])
+            if len(kept.keys) != self.layers:
+                return "not all of its layers compute attention through transformers' registry"
+            self.position_bytes = sum(x.nbytes for x in [*kept.keys, *kept.values]) // kept.length
+            branchings = [Branching(trunk, kept, [one, other]), Branching(third, kept)]
+            watched = _RecordingAttention(_PrefillAttention(branchings, self.device, keep=False), self._windows)
+            tree = self._read(watched, branchings, [range(12), range(4)])
+            rows = DecodingBatch(kept, 2)
+            _, started = self.prefill([Branching(trunk, kept), Branching(third[:1], kept)])
+            for row in started:
+                rows.add(row)
+            steps = [self.step([rows], pair) for pair in zip(one[:3], third[1:], strict=True)]
+        whole = torch.cat([own[0][length:], own[1][length + 4 :], own[2][length:]])
+        expected = torch.stack([x for i in range(3) for x in (own[0][length + 4 + i], own[2][length + 1 + i])])
+        noise = _rms(longer[length : length + 8] - whole[:8])
+        apart = max(_rms(tree - whole), _rms(torch.cat(steps) - expected))
+        spread = _rms(whole - whole.mean(-1, keepdim=True))
+        if not apart <= max(max(1e-4, 8 * torch.finfo(dtype_of(self._model)).eps) * spread, 3 * noise):
+            return f"its logits are not its own when read in parts (apart by {apart / spread:.2g} of their spread)"
+        return None
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.float().square().mean().sqrt())

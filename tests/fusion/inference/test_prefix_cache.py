@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from fusion.inference import prefix_cache
 from fusion.inference.decoding import MIN_SHARED_TOKENS, decode, group_by_prefix, pack_consecutive
 from fusion.inference.prefix_cache import DecodingBatch, PrefixCachedModel, UnsupportedModel
 from fusion.inference.prefix_tree import Branching
@@ -172,6 +173,40 @@ def test_great_scores_are_not_rounded() -> None:
         steps = torch.cat([reader.step([rows], [token]) for token in tokens[8:]])
     expected = whole(model, tokens)[8:]
     torch.testing.assert_close(steps, expected, rtol=0, atol=float(expected.abs().max()) / 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fault", ["positions", "last keys", "other branch", "window"])
+def test_the_trial_finds_faults_that_rounding_might_hide(
+    fault: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fault == "window":
+        model = make(FAMILIES["gemma3"][0], **FAMILIES["gemma3"][1] | {"sliding_window": 20})
+    else:
+        model = make(LlamaConfig)
+    model = model.to(dtype)
+    assert PrefixCachedModel(model).positions  # without the fault there is nothing to find
+    read, attend = PrefixCachedModel._read, prefix_cache._PrefillAttention.attend
+
+    def faulty_read(self: Any, attention: Any, branchings: Any, wanted: Any) -> torch.Tensor:
+        for branching in branchings:
+            if branching.cached is not None and fault == "positions":
+                object.__setattr__(branching, "positions", [p + 1 for p in branching.positions])
+            if branching.cached is not None and fault == "last keys":
+                for keys in branching.cached.keys:
+                    keys[:, -6:] = 0
+            if fault == "other branch":
+                object.__setattr__(branching, "branch", [min(b, 1) for b in branching.branch])
+        return read(self, attention, branchings, wanted)
+
+    def without_window(self: Any, *given: Any) -> torch.Tensor:
+        return attend(self, *given[:-1], None)
+
+    monkeypatch.setattr(PrefixCachedModel, "_read", faulty_read)
+    if fault == "window":
+        monkeypatch.setattr(prefix_cache._PrefillAttention, "attend", without_window)
+    with pytest.raises(UnsupportedModel, match="not its own when read in parts"):
+        PrefixCachedModel(model)
 
 
 def test_a_window_that_attention_does_not_name_is_refused() -> None:
