@@ -62,6 +62,7 @@ def pilots(root: Path) -> list[Path]:
     return [path for path in trained if "share" in read_manifest(path)["params"]]
 
 
+@pytest.mark.slow
 def test_every_seed_has_the_values_that_the_pilots_of_the_first_choose(
     config: Config, finished: tuple[Path, Path]
 ) -> None:
@@ -95,6 +96,7 @@ def test_every_seed_has_the_values_that_the_pilots_of_the_first_choose(
     assert "CLM is trained with settings of its own: epochs 2.0." in open_run(folder).notes
 
 
+@pytest.mark.slow
 def test_a_second_run_finds_all_of_it(config: Config, finished: tuple[Path, Path]) -> None:
     root, folder = finished
     assert {stage.state for stage in plan(config, root)} == {"ready"}
@@ -104,11 +106,13 @@ def test_a_second_run_finds_all_of_it(config: Config, finished: tuple[Path, Path
     assert all((root / name).exists() for name in open_run(folder).description["artifacts"])
 
 
+@pytest.mark.slow
 def test_the_row_is_the_one_that_is_given_its_values(file: Path, config: Config, finished: tuple[Path, Path]) -> None:
     given = load(str(file), overrides=["methods.FuseLLM=null", "methods.CLM.training.learning_rate=0.02"])
     assert {stage.state for stage in plan(given, finished[0]) if stage.spec.kind == "train"} == {"ready"}
 
 
+@pytest.mark.slow
 def test_a_clean_up_spares_what_a_killed_run_had_chosen_to_train(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +162,7 @@ def test_mistakes(file: Path, tmp_path: Path, setting: str, expected: str) -> No
     assert status == 2 and expected in sentence(said), said
 
 
+@pytest.mark.slow
 def test_with_the_best_checkpoint_a_pilot_counts_at_its_best_point(file: Path, tmp_path: Path) -> None:
     settings = ["training.select=best", "methods.FuseLLM=null", "methods.CLM.training.learning_rate.tune=[0.02,0.05]"]
     (row,) = candidates(open_experiment(load(str(file), overrides=settings), tmp_path))
