@@ -89,8 +89,13 @@ def waterfall(
     models = [target, *by_name]
     own = passage[target]
     if switches.control == "shuffled":  # from here on this is what the models know
-        sizes = {target: len(target_vocabulary), **{name: len(one.vocabulary) for name, one in by_name.items()}}
-        passage = {name: shuffled(one if k is None else one.top(k), sizes[name]) for name, one in passage.items()}
+        vocabulary_sizes = {
+            target: len(target_vocabulary),
+            **{name: len(one.vocabulary) for name, one in by_name.items()},
+        }
+        passage = {
+            name: shuffled(one if k is None else one.top(k), vocabulary_sizes[name]) for name, one in passage.items()
+        }
         switches = replace(switches, control="none")
     starts = segment_starts([passage[name] for name in models], n_bytes)
     shared = np.ones(len(starts), bool)
