@@ -119,7 +119,7 @@ def translators(
 
     one_to_one = made(OneToOne, 0)
     ids = sorted({i for document in given for i in pivot.encode(document.text)})
-    own = build_map("mined", pivot.vocabulary, member.vocabulary, only=np.array(ids))
+    own = build_map("mined", pivot.vocabulary, member.vocabulary)
     one_to_one.to_own = {i: int(own[i]) for i in ids} | {prefix_id(pivot.tokenizer): prefix_id(member.tokenizer)}
     found = {TOKEN_BY_TOKEN: one_to_one, "the text so far, without overlaps": made(CrossTokenizerMember, 0)}
     for number in most:

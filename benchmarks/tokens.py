@@ -1,7 +1,6 @@
 """Maps, alignments, and what the data loader does with them."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Literal
 
@@ -14,7 +13,7 @@ from fusion.alignment.fuse import Source, fuse_sequence
 from fusion.alignment.pairing import ALIGNMENTS, same_end
 from fusion.switches import PRESETS, Switches
 from fusion.vocabulary.edit_distance import Targets, code_points, to_alphabet
-from fusion.vocabulary.maps import build_map
+from fusion.vocabulary.maps import MAPS, MapTask
 from fusion.vocabulary.pieces import PieceMap, build_piece_map
 from fusion.vocabulary.token_bytes import Vocabulary, respace
 
@@ -23,34 +22,33 @@ _TWO = ("first", "second")  # the source read by the texts' other model stands f
 
 
 def maps(material: Material, *, quick: bool) -> list[Result]:
-    """MinED of the whole source vocabulary onto the target's, and of the tokens that a corpus holds."""
+    """MinED of the whole source vocabulary onto the target's."""
     generator = np.random.default_rng(_SEED)
     drawn = generator.permutation(np.flatnonzero([bool(b) for b in material.vocabularies[SOURCE].token_bytes]))
     everything = drawn[:2000] if quick else drawn
-    occurring = np.unique(np.concatenate([np.append(t[SOURCE].ids, t[SOURCE].tokens) for t in material.texts]))
-    occurring = np.intersect1d(occurring, drawn)
-    lazy = np.union1d(occurring, drawn[: 100 if quick else 8000])
     return [
         _map(material, "strings", everything, 45.0, "MinED of {} gemma tokens onto {} of smol, strings", quick),
         _map(material, "bytes", everything, 120.0, "MinED of {} gemma tokens onto {} of smol, bytes", quick),
-        replace(
-            _map(material, "bytes", lazy, 5.0, "the same for {} tokens that occur", quick),
-            note=f"the {len(occurring):,} of two texts and their top tens, and others at random: a corpus of 21,000 "
-            "tokens touches about 7,900 ids, most of which have an exact partner.",
-        ),
     ]
+
+
+def _mined(material: Material, on: Literal["strings", "bytes"], ids: np.ndarray) -> np.ndarray:
+    """int32[V]: the images of some source tokens; -1 for all others."""
+    source, target = material.vocabularies[SOURCE], material.vocabularies[TARGET]
+    image = np.full(len(source), -1, np.int32)
+    image[ids] = MAPS.choose("mined").value(MapTask(source, target, on, ids, None, lambda done, total: None))
+    return image
 
 
 def _map(
     material: Material, on: Literal["strings", "bytes"], ids: np.ndarray, goal: float, what: str, quick: bool
 ) -> Result:
-    source, target = material.vocabularies[SOURCE], material.vocabularies[TARGET]
-    build_map("mined", source, target, on=on, only=ids[:50])  # compiles
+    _mined(material, on, ids[:50])  # compiles
     image = np.empty(0)
 
     def run() -> None:
         nonlocal image
-        image = build_map("mined", source, target, on=on, only=ids)
+        image = _mined(material, on, ids)
 
     taken = machine.seconds(run, repeat=1, warm=False)
     sample = np.random.default_rng(_SEED).choice(ids, 4 if quick else 300, replace=False)
@@ -162,7 +160,7 @@ def fusing(material: Material, *, quick: bool) -> list[Result]:
     source, target = material.vocabularies[SOURCE], material.vocabularies[TARGET]
     passages = material.row(520 if quick else 2060)
     occurring = np.unique(np.concatenate([np.append(t[SOURCE].ids, t[SOURCE].tokens) for t in material.texts]))
-    image = build_map("mined", source, target, on="strings", only=np.append(occurring, 0))
+    image = _mined(material, "strings", occurring)
     predictions = [{TARGET: p.predictions[TARGET], **dict.fromkeys(_TWO, p.predictions[SOURCE])} for p in passages]
     pieces = _pieces(source, target)
     sources = [Source(name, source, image, pieces) for name in _TWO]

@@ -39,7 +39,7 @@ class Source:
     name: str
     vocabulary: Vocabulary
     map: np.ndarray
-    """int32[V] target id; -1 maps to nothing, -2 was not computed. The target itself has the identity map."""
+    """int32[V] target id; -1 maps to nothing. The target itself has the identity map."""
     pieces: PieceMap | None = None
     """What `projection: path` and `inside: prefix` need, except where the map is the identity."""
 

@@ -10,7 +10,6 @@ from typing import Protocol
 import numba
 import numpy as np
 
-from fusion.errors import UserError
 from fusion.registry import Registry
 from fusion.vocabulary.edit_distance import distances
 from fusion.vocabulary.token_bytes import BYTE_LEVEL_SPACE, Vocabulary, respace
@@ -22,8 +21,7 @@ class Alignment(Protocol):
     """From two tokenisations of a passage to int32[Mt]: the source position aligned with each target position, or -1.
 
     `source_tokens[Ms]`, `target_tokens[Mt]` are ids, prefix first; `source_ends`, `target_ends` the byte ends of the
-    same positions (-1 where unknown); `vocabulary_map[Vs]` the target id of every source id (-1 nothing, -2 not
-    computed).
+    same positions (-1 where unknown); `vocabulary_map[Vs]` the target id of every source id (-1 nothing).
     """
 
     def __call__(
@@ -183,8 +181,7 @@ def dtw(
     string, its space mark replaced, equals the target token's or maps onto it. Where a byte-level source meets a target
     whose first token begins with the space mark (a dummy prefix), the missing mark is added: the published code does so
     for GPT-2's and GPT-NeoX's tokenizer classes, the only byte-level ones it knows. Prefix tokens, which it does not
-    have, pair with each other outside the path. Byte ends are not used. Raises UserError where a lazy map lacks an id
-    that is needed (see `consulted_ids`).
+    have, pair with each other outside the path. Byte ends are not used.
     """
     pairs = np.full(len(target_tokens), -1, dtype=np.int32)
     source, target = source_tokens.tolist(), target_tokens.tolist()
@@ -209,34 +206,6 @@ def dtw(
         ):
             string = target_mark + string
             source_id = source_vocabulary.ids.get(mark + source_strings[j])
-        if string == target_strings[i] or (
-            source_id is not None and _mapped(vocabulary_map, source_id, source_vocabulary) == target[first + i]
-        ):
+        if string == target_strings[i] or (source_id is not None and vocabulary_map[source_id] == target[first + i]):
             pairs[first + i] = first + j
     return pairs
-
-
-def _mapped(vocabulary_map: np.ndarray, source_id: int, vocabulary: Vocabulary) -> int:
-    image = int(vocabulary_map[source_id])
-    if image == -2:
-        raise UserError(
-            f"The vocabulary map was not computed for the source token {source_id} ({vocabulary.tokens[source_id]!r}) "
-            "that the dtw alignment asks for: compute it over every token that is read and its form with a space mark."
-        )
-    return image
-
-
-def consulted_ids(vocabulary: Vocabulary, ids: np.ndarray, target: Vocabulary | None = None) -> np.ndarray:
-    """Sorted distinct `ids` and what else a lazy map of the tokens read must cover.
-
-    `dtw` asks for the tokens of byte-level vocabularies with a space before. Where the vocabulary or the `target`'s has
-    a dummy prefix, a passage's first token is asked for with a space before and without.
-    """
-    wanted = set(np.unique(ids).tolist())
-    if vocabulary.dummy_prefix or (target is not None and target.dummy_prefix):
-        forms = np.concatenate([vocabulary.with_space[ids], vocabulary.without_space[ids]])
-        wanted.update(forms[forms >= 0].tolist())
-    if vocabulary.space == BYTE_LEVEL_SPACE:
-        spaced = (vocabulary.ids.get(vocabulary.space + vocabulary.tokens[i]) for i in list(wanted))
-        wanted.update(i for i in spaced if i is not None)
-    return np.array(sorted(wanted), dtype=np.int64)

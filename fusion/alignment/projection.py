@@ -17,8 +17,7 @@ from fusion.types import Sparse
 
 _FAULTS = {
     1: "a token id lies outside its vocabulary map: map and predictions come from different models, make the map again",
-    2: "the vocabulary map has no answer for a token that occurs (a lazy map): compute it for all ids",
-    3: "the vocabulary map names an id that the target vocabulary lacks: it was made for another target, make it again",
+    2: "the vocabulary map names an id that the target vocabulary lacks: it was made for another target, make it again",
 }
 
 
@@ -85,7 +84,7 @@ def project_entries(
         ids: int32[M, k] source token ids, -1 for no entry.
         values: [M, k] the entries' values: probabilities, or any score (logits) where the first of duplicates is kept.
         partner: int32[N] the source position aligned with each target position, -1 for none.
-        vocabulary_map: int32[V_source] target ids; -1 maps to nothing, -2 was not computed.
+        vocabulary_map: int32[V_source] target ids; -1 maps to nothing.
         vocabulary_size: number of ids of the target vocabulary.
         duplicates: `sum` adds the values of entries that land on one target id, `first` keeps the first's.
 
@@ -93,7 +92,7 @@ def project_entries(
         int32[N, k] target ids, -1 pads at the end of a row, and float64[N, k] values, 0 at pads.
 
     Raises:
-        UserError: the map does not belong to these ids or to this target, or is not computed for an id that occurs.
+        UserError: the map does not belong to these ids or to this target.
     """
     out_ids = np.full((len(partner), ids.shape[1]), -1, np.int32)
     out_values = np.zeros(out_ids.shape, np.float64)
@@ -137,10 +136,8 @@ def _project_entries(
             mapped = vocabulary_map[source]
             if mapped == -1:
                 continue
-            if mapped < -1:
+            if mapped < -1 or mapped >= size:
                 return 2
-            if mapped >= size:
-                return 3
             place = 0
             while place < kept and out_ids[i, place] != mapped:
                 place += 1

@@ -1,6 +1,6 @@
 """Vocabulary maps: which target id each source id becomes.
 
-A map is int32[V_source]: a target id, -1 where the source id maps to nothing, -2 where it was not computed.
+A map is int32[V_source]: a target id, -1 where the source id maps to nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from fusion.vocabulary.token_bytes import Vocabulary, respace
 from fusion.vocabulary.tokenization import EncodeTexts, written_ids
 
 NOTHING = -1
-NOT_COMPUTED = -2
 Unit = Literal["bytes", "strings"]
 Text = str | bytes
 Progress = Callable[[int, int], None]
@@ -57,7 +56,6 @@ def build_map(
     target: Vocabulary,
     *,
     on: Unit = "bytes",
-    only: np.ndarray | None = None,
     encode_target: EncodeTexts | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
@@ -66,28 +64,21 @@ def build_map(
 
     `on="bytes"` compares the bytes that tokens stand for; control tokens map to the control token of the same role or
     to nothing, and no text ever maps to a control token. `on="strings"` compares raw strings with the source's space
-    mark replaced by the target's, control tokens included, as the published code does. With `only` (the source ids that
-    occur) all other ids stay uncomputed, -2. `encode_target` (texts to ids, no special tokens) is the target's
-    tokenizer: with it no map on bytes names an id that it never writes (see `written_ids`); "first_piece" and
-    "byte_prefix" need it. `progress(done, total)` counts source tokens. Raises UserError for unknown kinds and units.
+    mark replaced by the target's, control tokens included, as the published code does. `encode_target` (texts to ids,
+    no special tokens) is the target's tokenizer: with it no map on bytes names an id that it never writes (see
+    `written_ids`); "first_piece" and "byte_prefix" need it. `progress(done, total)` counts source tokens. Raises
+    UserError for unknown kinds and units.
     """
     if on not in ("bytes", "strings"):
         raise UserError(f'A vocabulary map compares "bytes" or "strings", not {on!r}.')
     build = MAPS.choose(kind).value
-    wanted = np.arange(len(source)) if only is None else np.unique(np.asarray(only, dtype=np.int64))
-    if len(wanted) and (wanted[0] < 0 or wanted[-1] >= len(source)):
-        raise UserError(
-            f"A vocabulary map was asked for source ids from {wanted[0]} to {wanted[-1]}, but the source has "
-            f"{len(source)} ids: they come from another tokenizer."
-        )
-    result = np.full(len(source), NOT_COMPUTED, dtype=np.int32)
-    result[wanted] = NOTHING
+    result = np.full(len(source), NOTHING, dtype=np.int32)
     if on == "bytes":
-        for i in source.control.intersection(wanted.tolist()):
-            result[i] = _same_role(i, source, target)
-        ids = [i for i in wanted.tolist() if source.token_bytes[i] is not None]
+        for i, mapped in control_ids(source, target).items():
+            result[i] = mapped
+        ids = [i for i, spelling in enumerate(source.token_bytes) if spelling is not None]
     else:
-        ids = [i for i in wanted.tolist() if source.tokens[i]]
+        ids = [i for i, token in enumerate(source.tokens) if token]
     task = MapTask(source, target, on, np.array(ids, dtype=np.int64), encode_target, progress or _silent)
     result[task.ids] = build(task)
     return result

@@ -108,7 +108,12 @@ class ExtractionConfig(StrictModel):
     """What is stored of the models' predictions on the training corpus."""
 
     k: int = Field(10, gt=0, description="number of most probable tokens stored for each position (paper: 10)")
-    passages_per_shard: int = Field(256, gt=0, description="number of passages in one stored file")
+    passages_per_shard: int | None = Field(
+        None,
+        gt=0,
+        description="number of passages in one stored file. Default: 256, and more from a million passages on "
+        "(4,096 at most), so that there are at most 4,096 files",
+    )
     store_dtype: Literal["float16", "float32"] = Field(
         "float16", description="precision of stored log-probabilities and tail probabilities"
     )

@@ -11,7 +11,7 @@ from fusion.types import Predictions
 from fusion.vocabulary.token_bytes import Vocabulary, byte_ends
 from fusion.vocabulary.tokenization import encode, prefix_id
 from harness.data.passages import Passages
-from harness.data.shards import LOST, Shard, shard_path, token_digest
+from harness.data.shards import LOST, Shard, shard_path, shard_size, token_digest
 from harness.store.artifacts import read_manifest
 
 _OPEN_SHARDS = 128  # file handles kept open; they hold no memory, since passages are read from the map
@@ -49,7 +49,7 @@ class PredictionsReader:
         self.vocabulary = vocabulary
         params = read_manifest(folder)["params"]
         self._prefix = prefix_id(tokenizer, params.get("prefix"))
-        self._shard_size = int(params["passages_per_shard"])
+        self._shard_size = shard_size(params["passages_per_shard"], len(passages))
         self._temperature = temperature
         self._k = k
         self._temperature_column = None if temperature == 1 else params["temperatures"].index(temperature)
@@ -110,11 +110,3 @@ class PredictionsReader:
             prefix_nats=prefix_nats if self._temperature_column is None else None,  # known at temperature 1
         )
         return predictions if self._k is None else predictions.top(self._k)
-
-    def occurring_ids(self) -> np.ndarray:
-        """int64[n], every token id that is in the text or among the stored top k: a vocabulary map must cover these."""
-        ids: set[int] = set()
-        for passage in range(len(self._passages)):
-            ids.update(self._tokens(passage).tolist())
-            ids.update(np.unique(self._columns(passage)["ids"]).tolist())
-        return np.array(sorted(ids), np.int64)

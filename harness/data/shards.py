@@ -9,6 +9,8 @@ offsets of the frames.
 """
 
 import hashlib
+import os
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +28,9 @@ Compression = Literal["zstd", "none"]
 StoreDType = Literal["float16", "float32"]
 Columns = dict[str, np.ndarray]
 LOST = np.uint16(65535)  # a step to where the tokens no longer spell the text
+_PASSAGES_PER_SHARD = (256, 4096)  # a killed process loses a shard, so that it must not be large
+_MOST_SHARDS = 4096  # file servers are slow with folders of many files
+_SHARD = re.compile(r"shard-(\d+)\.safetensors")
 _FLOATS = ("log_p", "tail", "nats", "log_z", "prefix_nats")
 _COLUMNS = ("ids", "log_p", "tail", "nats", "steps", "log_z")
 
@@ -33,6 +38,25 @@ _COLUMNS = ("ids", "log_p", "tail", "nats", "steps", "log_z")
 def shard_path(folder: Path, index: int) -> Path:
     """The file of a shard in the artifact of the predictions."""
     return folder / f"shard-{index:06d}.safetensors"
+
+
+def shard_size(setting: int | None, passages: int) -> int:
+    """The number of passages in one shard.
+
+    Default: 256, doubled until there are at most 4,096 shards or a shard has 4,096 passages.
+    """
+    if setting is not None:
+        return setting
+    size, most = _PASSAGES_PER_SHARD
+    while size < most and passages > size * _MOST_SHARDS:
+        size *= 2
+    return size
+
+
+def existing_shards(folder: Path) -> set[int]:
+    """The indices of the shards that are complete, by one listing of the folder."""
+    with os.scandir(folder) as entries:
+        return {int(match[1]) for entry in entries if (match := _SHARD.fullmatch(entry.name))}
 
 
 def position_bytes(k: int, vocabulary: int, dtype: StoreDType = "float16", temperatures: int = 0) -> int:

@@ -12,7 +12,7 @@ from harness.config.schema import Config, RoleConfig
 from harness.experiment.corpora import Corpora
 from harness.models.catalogue import find_entry, tiny_name
 from harness.models.checkpoints import load_config, load_tokenizer
-from harness.models.resolution import ModelSpec, ResolvedModel, count_parameters, resolve
+from harness.models.resolution import ModelSpec, ResolvedModel, count_parameters, resolve, tokenizer_fingerprint
 from harness.models.tiny import tiny_recipe
 from harness.runtime.device import compute_dtype
 from harness.stages.continued_models import continued_model_spec, make_continued_model
@@ -148,6 +148,19 @@ class ModelPool:
             tokenizer = load_tokenizer(model)
             self._vocabularies[name] = tokenizer, Vocabulary.from_tokenizer(tokenizer, load_config(model).vocab_size)
         return self._vocabularies[name]
+
+    def vocabulary_key(self, name: str) -> Mapping[str, Any]:
+        """What the role's tokenizer and vocabulary follow from, for keys: no weights; a continued model has its base's.
+
+        The same in a plan, but for a model of the catalogue that is not fetched yet.
+        """
+        base = self.base(name)
+        if self.is_tiny(name) or not base.folder.exists():
+            return {"model": base.fingerprint}
+        return {
+            "tokenizer": tokenizer_fingerprint(base.folder, self._workspace.models),
+            "size": load_config(base).vocab_size,
+        }
 
     def _tiny_model(self, tiny: str, role: RoleConfig) -> ResolvedModel:
         spec, path = make_tiny(self._workspace, tiny, self._config.profile)

@@ -104,13 +104,14 @@ def read_predictions(experiment: Experiment, role: str, temperature: float = 1.0
 def vocabulary_map(
     experiment: Experiment, source: str, kind: str, on: Literal["bytes", "strings"]
 ) -> tuple[Spec, Path]:
-    """The artifact of the map of a source's vocabulary onto the target's, for the tokens that its predictions hold."""
+    """The artifact of the map of a source's vocabulary onto the target's."""
     models = experiment.models
-    spec = map_spec(source, predict(experiment, source)[0], models.model(TARGET), kind, on)
+    label = f"{source}-to-{models.model(TARGET).name}"
+    spec = map_spec(label, models.vocabulary_key(source), models.vocabulary_key(TARGET), kind, on)
     path = make_map(
         experiment.workspace.store,
         spec,
-        lambda: read_predictions(experiment, source),
+        lambda: models.tokenizer(source)[1],
         lambda: models.tokenizer(TARGET),
         vocabulary_size=models.size(source).vocabulary,
     )

@@ -105,6 +105,12 @@ def resolve(spec: ModelSpec, models_dir: Path) -> ResolvedModel:
     return ResolvedModel(folder, entry[0] if entry else folder.name, fingerprint(hashes), spec)
 
 
+def tokenizer_fingerprint(folder: Path, models_dir: Path) -> str:
+    """SHA-256 of the files that a model's tokenizer is read from: the same for all checkpoints that share them."""
+    names = [name for name in TOKENIZER_FILES if (folder / name).exists()]
+    return fingerprint(_hashes(folder, names, models_dir / ".hashes.json"))
+
+
 def _locate(spec: ModelSpec, models_dir: Path) -> Path:
     name = spec.name
     if find_entry(name) is None:

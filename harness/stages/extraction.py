@@ -17,7 +17,7 @@ from fusion.vocabulary.token_bytes import Vocabulary, byte_ends
 from fusion.vocabulary.tokenization import encode, prefix_id
 from harness.config.schema import ExtractionConfig
 from harness.data.passages import Passages
-from harness.data.shards import LOST, checked, shard_path, write_shard
+from harness.data.shards import LOST, checked, existing_shards, shard_path, shard_size, write_shard
 from harness.models.checkpoints import load_config, load_model, load_tokenizer
 from harness.runtime.progress import Advance, notify, track
 from harness.store.artifacts import Estimate, Spec, Store
@@ -90,7 +90,7 @@ def make_extraction(
 
 def _members(passages: Passages, spec: Spec) -> list[range]:
     """The indices of the passages of each shard."""
-    size = int(spec.params["passages_per_shard"])
+    size = shard_size(spec.params["passages_per_shard"], len(passages))
     return [range(start, min(start + size, len(passages))) for start in range(0, len(passages), size)]
 
 
@@ -107,10 +107,7 @@ def _extract(
     shards = _members(passages, spec)
     n_bytes = [int(passages.n_bytes[s.start : s.stop].sum()) for s in shards]
 
-    def existing() -> set[int]:
-        return {i for i in range(len(shards)) if shard_path(folder, i).exists()}
-
-    finished = existing()
+    finished = existing_shards(folder)
     if len(finished) == len(shards):
         return
     reader = _Reader(spec, model, passages, settings, device)
@@ -141,7 +138,7 @@ def _extract(
                         compression=settings.compression,
                         dtype=settings.store_dtype,
                     )
-            now = existing()
+            now = existing_shards(folder)
             advance(sum(n_bytes[i] for i in now - finished - own))
             finished = now
 

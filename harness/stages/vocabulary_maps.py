@@ -1,6 +1,6 @@
 """The map stage: the target token that stands for each token of a source's vocabulary."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,61 +12,58 @@ from fusion.vocabulary.maps import MAPS, build_map
 from fusion.vocabulary.pieces import PIECES, PieceMap, build_piece_map
 from fusion.vocabulary.token_bytes import Vocabulary
 from fusion.vocabulary.tokenization import encode_all
-from harness.data.predictions import PredictionsReader
-from harness.models.resolution import ResolvedModel
 from harness.runtime.progress import track
 from harness.store.artifacts import Estimate, Spec, Store
 from harness.store.files import rename_durably
 
-VERSION = 3
+VERSION = 4
 MAP_FILE = "map.npy"
 PIECES_FILE = "pieces.npy"
 
 
-def map_spec(source: str, predictions: Spec, target: ResolvedModel, kind: str, on: Literal["bytes", "strings"]) -> Spec:
-    """The key of a map of the source's vocabulary onto the target's, for the tokens that its predictions hold."""
-    inputs = {"extraction": predictions.fingerprint, "target": target.fingerprint}
+def map_spec(
+    label: str,
+    source: Mapping[str, Any],
+    target: Mapping[str, Any],
+    kind: str,
+    on: Literal["bytes", "strings"],
+) -> Spec:
+    """The key of a map of one vocabulary onto another, each named by what it is read from (no text, no weights)."""
     params = {"map": MAPS.choose(kind).identity(), "on": on}
-    return Spec("map", f"{source}-to-{target.name}-{kind}-{on}", VERSION, inputs, params)
+    return Spec("map", f"{label}-{kind}-{on}", VERSION, {"source": source, "target": target}, params)
 
 
 def make_map(
     store: Store,
     spec: Spec,
-    source: Callable[[], PredictionsReader],
+    source: Callable[[], Vocabulary],
     target: Callable[[], tuple[Any, Vocabulary]],
     *,
     vocabulary_size: int,
 ) -> Path:
-    """The artifact of a map, which `read_map` reads.
+    """The artifact of a map of the whole vocabulary, which `read_map` reads.
 
-    `source` opens the source's predictions and `target` loads the target's tokenizer and vocabulary; they are called
-    only where the map is not there yet. `vocabulary_size` is the source's, for the estimate of disk space.
+    `source` loads the source's vocabulary and `target` the target's tokenizer and vocabulary; they are called only
+    where the map is not there yet. `vocabulary_size` is the source's, for the estimate of disk space.
     """
 
     def build(folder: Path) -> None:
-        from fusion.alignment.pairing import consulted_ids
-
-        reader = source()
+        own = source()
         tokenizer, vocabulary = target()
-        only = consulted_ids(reader.vocabulary, reader.occurring_ids(), vocabulary)
         kind, encode_target = spec.params["map"]["name"], partial(encode_all, tokenizer)
-        with _progress(f"map {spec.label}", len(only), "tokens") as progress:
+        with _progress(f"map {spec.label}", len(own), "tokens") as progress:
             vocabulary_map = build_map(
                 kind,
-                reader.vocabulary,
+                own,
                 vocabulary,
                 on=spec.params["on"],
-                only=only,
                 encode_target=encode_target,
                 progress=progress,
             )
         _save(folder / MAP_FILE, vocabulary_map)
         if kind in PIECES:
-            with _progress(f"pieces {spec.label}", len(reader.vocabulary), "tokens") as progress:
-                pieces = build_piece_map(
-                    kind, vocabulary_map, reader.vocabulary, vocabulary, encode_target, progress=progress
-                )
+            with _progress(f"pieces {spec.label}", len(own), "tokens") as progress:
+                pieces = build_piece_map(kind, vocabulary_map, own, vocabulary, encode_target, progress=progress)
             _save(folder / PIECES_FILE, pieces.images)
 
     places = 8 if spec.params["map"]["name"] in PIECES else 1  # a token's bytes, and two more

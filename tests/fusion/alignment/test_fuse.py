@@ -144,7 +144,7 @@ def test_predictions_and_maps_that_do_not_fit_are_refused() -> None:
             )
 
     refuse("outside its vocabulary map", mapped=MAP[:4])
-    refuse("lazy map", mapped=np.where(MAP == 5, -2, MAP))
+    refuse("made for another target", mapped=np.where(MAP == 5, -2, MAP))
     refuse("made for another target", mapped=np.where(MAP == 5, 70, MAP))
     refuse("sum to 1.625", replace(READ, log_p=np.log(np.full_like(READ.log_p, 0.5))))
     refuse("sum to 0.875", replace(READ, tail=np.zeros_like(READ.tail)))

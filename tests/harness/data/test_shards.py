@@ -9,7 +9,16 @@ import pytest
 
 from fusion.errors import UserError
 from fusion.inference.top_k import TopKPredictions
-from harness.data.shards import Compression, Shard, checked, position_bytes, write_shard
+from harness.data.shards import (
+    Compression,
+    Shard,
+    checked,
+    existing_shards,
+    position_bytes,
+    shard_path,
+    shard_size,
+    write_shard,
+)
 from tests.shared import shared
 
 LOSSY = np.array([2, 2, 700, -1, -1], np.int32)  # byte ends, the last two unknown
@@ -92,6 +101,20 @@ def test_a_real_position_takes_little(tmp_path: Path, source: str, wide: bool, p
         sizes[compression] = (path.stat().st_size - 1000) / n  # less the file's header, which a whole shard shares
     assert position_bytes(10, 2**18 if wide else 2**15) == plain
     assert sizes["none"] <= plain and sizes["zstd"] <= packed
+
+
+def test_one_listing_tells_what_is_complete(tmp_path: Path) -> None:
+    names = ["shard-000001.safetensors.tmp", "shard-000002.lease", "manifest.json"]
+    for path in (shard_path(tmp_path, 3), shard_path(tmp_path, 1_234_567), *(tmp_path / name for name in names)):
+        path.touch()
+    assert existing_shards(tmp_path) == {3, 1_234_567}
+
+
+def test_a_corpus_of_any_size_is_a_few_thousand_files() -> None:
+    assert shard_size(16, 10**8) == 16 and shard_size(None, 0) == shard_size(None, 2**20) == 256
+    for passages in (2**20 + 1, 1_440_000, 2**22, 2**24):
+        assert 2000 < passages / shard_size(None, passages) <= 4096
+    assert shard_size(None, 10**9) == 4096
 
 
 @pytest.mark.parametrize("compression", ["zstd", "none"])

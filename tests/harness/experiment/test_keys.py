@@ -39,9 +39,9 @@ SUITES = ("perplexity", "bbh", "multipl_e_samples", "multipl_e")
 TARGET, SOURCE, BOTH = "llama", "neox", "Both"
 TRAINED = "train curve measured:CLM measured:FuseLLM"
 FUSED = "train:FuseLLM curve:FuseLLM measured:FuseLLM"
-OF_SOURCE = f"predictions:neox map measured:neox measured:Both {FUSED}"
-OF_TARGET = f"predictions:llama map measured:llama measured:Both {TRAINED}"
-ALL_TEXT = f"passages predictions map {TRAINED}"
+OF_SOURCE = f"predictions:neox measured:neox measured:Both {FUSED}"
+OF_TARGET = f"predictions:llama measured:llama measured:Both {TRAINED}"
+ALL_TEXT = f"passages predictions {TRAINED}"
 PERPLEXITY = "perplexity curve"
 BBH, SAMPLES = "bbh", "multipl_e_samples multipl_e"
 
@@ -59,7 +59,7 @@ SETTINGS: dict[str, str] = {
     # Models.
     "roles.target.dtype=bfloat16": f"predictions:llama answered:llama answered:Both answered:CLM {FUSED}",
     "roles.target.batch_tokens=100": "",
-    "roles.target.attn_implementation=eager": OF_TARGET.replace(" map", ""),
+    "roles.target.attn_implementation=eager": OF_TARGET,
     "roles.target.trust_remote_code=true": "run",
     "roles.sources.neox.dtype=bfloat16": OF_SOURCE.replace(
         "measured:neox measured:Both", "answered:neox answered:Both"
@@ -67,17 +67,17 @@ SETTINGS: dict[str, str] = {
     "roles.sources.neox.batch_tokens=100": "",
     "roles.sources.neox.attn_implementation=eager": OF_SOURCE,
     "roles.target.prefix=eos": f"predictions:llama perplexity:llama measured:Both {TRAINED}",
-    "roles.sources.neox.prefix=eos": f"predictions:neox map perplexity:neox measured:Both {FUSED}",
+    "roles.sources.neox.prefix=eos": f"predictions:neox perplexity:neox measured:Both {FUSED}",
     # Texts.
     "corpus.first_bytes=300": ALL_TEXT,
     "corpus.expected_bytes=5000": "run",
     "passages.max_bytes=100": ALL_TEXT,
     "validation.path=TEXT": "run",
     # Predictions.
-    "extraction.k=3": f"predictions map {FUSED}",
-    "extraction.passages_per_shard=8": f"predictions map {FUSED}",
-    "extraction.store_dtype=float32": f"predictions map {FUSED}",
-    "extraction.temperatures=[2.0]": f"predictions map {FUSED}",
+    "extraction.k=3": f"predictions {FUSED}",
+    "extraction.passages_per_shard=8": f"predictions {FUSED}",
+    "extraction.store_dtype=float32": f"predictions {FUSED}",
+    "extraction.temperatures=[2.0]": f"predictions {FUSED}",
     "extraction.compression=none": "",
     "extraction.max_skipped_fraction=0.5": "",
     # Training.
@@ -125,6 +125,7 @@ SETTINGS: dict[str, str] = {
     "suites.bbh.batch_size=2": "",
     "suites.multipl_e.limit=2": SAMPLES,
     "suites.multipl_e.limit_by=seed": "run",
+    "suites.multipl_e.overflow=skip": SAMPLES,
     "suites.multipl_e.max_execution_seconds=9": "run",
     "suites.multipl_e.samples=3": SAMPLES,
     "suites.multipl_e.greedy=true": SAMPLES,
@@ -160,6 +161,8 @@ FILES = {
     "vocab.json": False,
     "modeling_own.py": False,  # which is not run
 }
+
+VOCABULARY = ("tokenizer", "special_tokens_map", "added_tokens")  # of what the map depends on, too
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +286,17 @@ def test_files_of_a_model(
     restored: Path, before: dict[str, str], model: str, expected: str, file: str, counts: bool
 ) -> None:
     change(restored / model / file)
+    if file.startswith(VOCABULARY):
+        expected += " map"
     check(before, keys(restored), expected if counts else "")
+
+
+def test_a_vocabulary_without_some_of_its_rows(restored: Path, before: dict[str, str]) -> None:
+    """The map holds an entry for every row of the embedding, and the configuration says how many there are."""
+    path = restored / SOURCE / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "vocab_size": config["vocab_size"] - 1}))
+    check(before, keys(restored), f"{OF_SOURCE} map")
 
 
 def test_code_counts_where_it_is_run(restored: Path) -> None:
@@ -314,7 +327,7 @@ def test_inputs(restored: Path, before: dict[str, str], path: str, expected: str
 
 VERSIONS: list[tuple[Any, str, str]] = [
     (passages, "VERSION", ALL_TEXT),
-    (extraction, "VERSION", f"predictions map {FUSED}"),
+    (extraction, "VERSION", f"predictions {FUSED}"),
     (vocabulary_maps, "VERSION", f"map {FUSED}"),
     (training, "VERSION", TRAINED),
     (training, "CURVE_VERSION", "curve"),

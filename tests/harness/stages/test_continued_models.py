@@ -86,8 +86,11 @@ def test_siblings_are_made_once_and_their_tokens_shown(finished: tuple[Config, P
     config, root, folder = finished
     continued_models = _manifests(root, "continued_model")
     assert continued_models.keys() == {"one", "two"}
-    fingerprint = open_experiment(config, root).models.model("target").fingerprint
+    models = open_experiment(config, root).models
+    fingerprint = models.model("target").fingerprint
     assert all(manifest["inputs"]["model"] == fingerprint for manifest in continued_models.values())
+    assert models.vocabulary_key("one") == models.vocabulary_key("target")  # one map serves both
+    assert models.tokenizer("one")[1] == models.tokenizer("target")[1]
     assert config.roles.sources["one"].corpus is not None and config.roles.sources["one"].corpus.first_bytes == 400
     table = json.loads((folder / "table.json").read_text(encoding="utf-8"))
     notes = "\n".join(table["notes"])
