@@ -15,7 +15,7 @@ from fusion.errors import UserError, did_you_mean
 from harness.config.schema import CorpusConfig
 from harness.data.hub import dataset_commit, dataset_fingerprint, offline_unless_reachable
 from harness.data.standard_library import DOMAINS, SHARES, standard_library
-from harness.store.files import parse_json
+from harness.store.files import parse_json, remembered
 from harness.store.fingerprint import file_sha256
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # of a data set; a few have no owner
@@ -136,8 +136,11 @@ def _is_stdlib(config: CorpusConfig) -> bool:
     return config.path == "stdlib" or config.path.startswith("stdlib:")
 
 
-def content_fingerprint(config: CorpusConfig, data_root: Path | None) -> str:
-    """Identifies the text itself: SHA-256 of the files, the Python release for `stdlib`, or the hub id and commit."""
+def content_fingerprint(config: CorpusConfig, data_root: Path | None, record: Path) -> str:
+    """Identifies the text itself: SHA-256 of the files, the Python release for `stdlib`, or the hub id and commit.
+
+    The hash of files is remembered in `record`, until one has another size or time of change.
+    """
     if _is_stdlib(config):
         import sys
 
@@ -145,10 +148,15 @@ def content_fingerprint(config: CorpusConfig, data_root: Path | None) -> str:
     path = local_path(config, data_root)
     if path is None:
         return f"{dataset_fingerprint(config.path, config.revision)}:{config.configuration}:{config.split}"
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*.txt"))
+    folder, path = path.is_dir(), path.resolve()
+    files = sorted(path.rglob("*.txt")) if folder else [path]
+
+    def sha256() -> str:
+        if not folder:
+            return file_sha256(path)
         return hashlib.sha256("".join(f"{p.relative_to(path)}:{file_sha256(p)};" for p in files).encode()).hexdigest()
-    return file_sha256(path)
+
+    return remembered(record, files, sha256)
 
 
 def _stdlib_rows(config: CorpusConfig) -> Iterator[dict[str, Any]]:

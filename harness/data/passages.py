@@ -125,12 +125,15 @@ def write_passages(folder: Path, texts: Iterable[Document], max_bytes: int) -> N
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
 
 
-def passages_spec(config: CorpusConfig, max_bytes: int, data_root: Path | None) -> Spec:
-    """What the passages of a corpus are made of: the identity of its text, its limits and the cut (bytes)."""
+def passages_spec(config: CorpusConfig, max_bytes: int, data_root: Path | None, record: Path) -> Spec:
+    """What the passages of a corpus are made of: the identity of its text, its limits and the cut (bytes).
+
+    The hash of its files is remembered in `record`.
+    """
     # Optional settings are part of the identity only where they are set.
     unset = {name for name in ("domains", "domain_bytes") if getattr(config, name) is None}
     params = config.model_dump(exclude={"path", "expected_bytes", *unset}) | {"max_passage_bytes": max_bytes}
-    content = content_fingerprint(config, data_root)
+    content = content_fingerprint(config, data_root, record)
     return Spec("passages", Path(config.path).name, VERSION, {"text": content}, params, {"path": config.path})
 
 
@@ -139,7 +142,7 @@ def make_passages(store: Store, config: CorpusConfig, max_bytes: int, data_root:
 
     Its manifest holds how much of the corpus was taken (see `corpus_summary`).
     """
-    spec = passages_spec(config, max_bytes, data_root)
+    spec = passages_spec(config, max_bytes, data_root, store.hashes)
 
     def build(folder: Path) -> dict[str, Any]:
         summary = CorpusSummary()

@@ -61,5 +61,5 @@ def named(experiment: Experiment) -> dict[str, Any]:
     if any(entry.get("balance") == "rescale" for entry in config.methods.values()):
         identity["micro_batch_size"] = config.training.micro_batch_size  # over which the ratio is taken
     if config.validation is not None:
-        identity["validation"] = corpus.content_fingerprint(config.validation, corpora.data_root)
+        identity["validation"] = corpus.content_fingerprint(config.validation, corpora.data_root, corpora.store.hashes)
     return identity

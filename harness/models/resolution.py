@@ -7,6 +7,7 @@ A model is used from one folder: config.json, safetensors weights and a fast tok
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from harness.config.errors import ConfigurationError, problems_of
 from harness.models.catalogue import CONVERT, FETCH, find_entry, is_hub_id, unknown_model
 from harness.models.manifest import check_model_manifest, read_model_manifest, refuse_old_conversion
 from harness.runtime.device import DType
-from harness.store.files import read_json_object, write_atomically
-from harness.store.fingerprint import canonical, file_sha256, fingerprint
+from harness.store.files import read_json_object, remembered
+from harness.store.fingerprint import file_sha256, fingerprint
+from harness.store.paths import HASHES
 
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -99,7 +101,7 @@ def resolve(spec: ModelSpec, models_dir: Path) -> ResolvedModel:
     code = sorted(path.name for path in folder.glob("*.py")) if spec.trust_remote_code else []
     optional = (GENERATION_FILE, *TOKENIZER_FILES)
     names = ["config.json", *(name for name in optional if (folder / name).exists()), *code]
-    hashes = _hashes(folder, [*names, *weights], models_dir / ".hashes.json")
+    hashes = _hashes(folder, [*names, *weights], models_dir / HASHES)
     check_model_manifest(folder, hashes, optional)
     entry = find_entry(spec.name)
     return ResolvedModel(folder, entry[0] if entry else folder.name, fingerprint(hashes), spec)
@@ -108,7 +110,7 @@ def resolve(spec: ModelSpec, models_dir: Path) -> ResolvedModel:
 def tokenizer_fingerprint(folder: Path, models_dir: Path) -> str:
     """SHA-256 of the files that a model's tokenizer is read from: the same for all checkpoints that share them."""
     names = [name for name in TOKENIZER_FILES if (folder / name).exists()]
-    return fingerprint(_hashes(folder, names, models_dir / ".hashes.json"))
+    return fingerprint(_hashes(folder, names, models_dir / HASHES))
 
 
 def _locate(spec: ModelSpec, models_dir: Path) -> Path:
@@ -141,7 +143,7 @@ def _converted_gguf(path: Path, models_dir: Path) -> Path:
         raise UserError(f"There is no file {path}: give the path of a .gguf file, or a model's name.")
     folder = models_dir / path.stem
     source = read_model_manifest(folder).get("source", {}) if folder.is_dir() else {}
-    hashes = _hashes(path.parent, [path.name], models_dir / ".hashes.json")
+    hashes = _hashes(path.parent, [path.name], models_dir / HASHES)
     if source.get("sha256") != hashes[path.name]:
         raise UserError(f"{path} is a GGUF file and not yet converted to safetensors: run `{CONVERT} {path}`.")
     return folder.resolve()
@@ -218,22 +220,7 @@ def count_parameters(folder: Path) -> int:
     return total
 
 
-def _hashes(folder: Path, names: Sequence[str], cache_file: Path) -> dict[str, str]:
-    """SHA-256 by file name; those in `cache_file` are reused while path, size and modification time (ns) are equal."""
-    try:
-        known: dict[str, str] = read_json_object(cache_file, "it is made again")
-    except (FileNotFoundError, UserError):
-        known = {}
-    keys = {}
-    for name in names:
-        path = (folder / name).resolve()
-        stat = path.stat()
-        keys[name] = canonical([str(path), stat.st_size, stat.st_mtime_ns])
-    missing = [name for name in names if keys[name] not in known]
-    for name in missing:
-        known[keys[name]] = file_sha256(folder / name)
-    if missing:
-        # Concurrent writers can lose each other's entries, which costs a second hashing and nothing else.
-        cache_file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(cache_file, canonical(known))
-    return {name: known[keys[name]] for name in names}
+def _hashes(folder: Path, names: Sequence[str], record: Path) -> dict[str, str]:
+    """SHA-256 by file name, remembered in `record`."""
+    paths = {name: (folder / name).resolve() for name in names}
+    return {name: remembered(record, [path], partial(file_sha256, path)) for name, path in paths.items()}

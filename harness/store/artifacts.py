@@ -7,9 +7,10 @@ a killed stage had finished stay in the hidden folder, and the next start goes o
 
 import contextlib
 import glob
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,7 @@ from harness.store.files import (
 )
 from harness.store.fingerprint import canonical, file_sha256, fingerprint
 from harness.store.leases import InUse, Leases, in_use, names_in_use
-from harness.store.paths import IN_USE, MANIFEST, place_of_artifact, safe_name
+from harness.store.paths import HASHES, IN_USE, MANIFEST, MODELS, place_of_artifact, safe_name
 from harness.store.provenance import made_by
 from harness.store.run_files import note_artifacts
 
@@ -99,6 +100,11 @@ class Store:
         self._verified: set[Path] = set()
         self._in_use: InUse | None = None
         self._plan: Path | None = None
+
+    @property
+    def hashes(self) -> Path:
+        """The file that remembers the hashes of what artifacts are made from (see `remembered`)."""
+        return self.root.parent / MODELS / HASHES
 
     @contextlib.contextmanager
     def in_use(self, plan: Path | None = None) -> Iterator[None]:
@@ -259,12 +265,9 @@ class Store:
         peak_memory: int,
         info: Mapping[str, Any],
     ) -> None:
-        """Writes the manifest and gives the folder its final name."""
-        files = {
-            str(file.relative_to(folder)): {"sha256": file_sha256(file), "bytes": file.stat().st_size}
-            for file in sorted(folder.rglob("*"))
-            if file.is_file() and file.name != MANIFEST
-        }
+        """Writes the manifest and gives the folder its final name; its files need not be hashed again."""
+        stamps = {name: stamp for name, stamp in _stamps(folder).items() if Path(name).name != MANIFEST}
+        files = {name: {"sha256": file_sha256(folder / name), "bytes": stamps[name][0]} for name in sorted(stamps)}
         manifest = {
             **spec.identity(),
             "label": spec.label,
@@ -278,7 +281,9 @@ class Store:
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         }
         write_json(folder / MANIFEST, dict(sorted(manifest.items())))
+        stamps[MANIFEST] = _stamp(folder / MANIFEST)
         rename_durably(folder, path)
+        _write_stamps(path, stamps)
 
     def verify(self, path: Path, spec: Spec | None = None, *, anew: bool = False) -> dict[str, Any]:
         """Checks every file of the artifact against its manifest, which it returns.
@@ -292,17 +297,15 @@ class Store:
         if path in self._verified and not anew:
             return manifest
         remedy = "remove that artifact's folder to have it made again"
-        files = {str(f.relative_to(path)) for f in path.rglob("*") if f.is_file() and f.name != MANIFEST}
-        if different := sorted(files ^ set(manifest["files"])):
+        stamps = _stamps(path)
+        if different := sorted(stamps.keys() ^ {MANIFEST, *manifest["files"]}):
             raise UserError(f"{path / different[0]} is not as the artifact's manifest lists it: {remedy}.")
-        stamps = _stamps(path, [MANIFEST, *sorted(files)])
         if anew or stamps != _read_stamps(path):
             for name, expected in manifest["files"].items():
                 file = path / name
-                if expected != {"bytes": file.stat().st_size, "sha256": file_sha256(file)}:
+                if expected != {"bytes": stamps[name][0], "sha256": file_sha256(file)}:
                     raise UserError(f"{file} does not match its SHA-256 in the manifest: {remedy}.")
-            with contextlib.suppress(OSError):  # a read-only folder: it is hashed by every process
-                write_atomically(_beside(path, "verified"), canonical(stamps))
+            _write_stamps(path, stamps)
         self._verified.add(path)
         return manifest
 
@@ -361,9 +364,21 @@ def _leases(partial: Path) -> Path:
     return partial.with_suffix(".leases")
 
 
-def _stamps(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
-    """Size (bytes) and time of change (ns) of files, by name."""
-    return {name: [(stat := (folder / name).stat()).st_size, stat.st_mtime_ns] for name in names}
+def _stamp(file: Path) -> list[int]:
+    """Size (bytes) and time of change (ns) of a file."""
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _stamps(folder: Path) -> dict[str, list[int]]:
+    """The stamp of every file in a folder, by its name relative to it."""
+    files = (Path(above, name) for above, _, names in os.walk(folder) for name in names)
+    return {str(file.relative_to(folder)): _stamp(file) for file in files}
+
+
+def _write_stamps(path: Path, stamps: Mapping[str, list[int]]) -> None:
+    with contextlib.suppress(OSError):  # a read-only folder: it is hashed by every process
+        write_atomically(_beside(path, "verified"), canonical(stamps))
 
 
 def _read_stamps(path: Path) -> Any:

@@ -9,12 +9,12 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
-from harness.store.fingerprint import fingerprint
+from harness.store.fingerprint import canonical, fingerprint
 
 _FULL = 1 << 20  # free bytes of a disk below which a failed write that gives no reason is taken for a full disk
 _NO_SPACE = ("No space left", "Disk quota exceeded")
@@ -91,6 +91,20 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError(f"{error.msg} at character {error.pos + 1}") from None
     except ValueError:  # of int()
         raise ValueError("it has a number of too many digits") from None
+
+
+def remembered(record: Path, files: Iterable[Path], compute: Callable[[], str]) -> str:
+    """What `compute` gives of the bytes of files, by the JSON file `record` while paths, sizes and times are the same."""
+    key = fingerprint([[str(file), (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files])
+    known: dict[str, str] = {}
+    with contextlib.suppress(FileNotFoundError, UserError):
+        known = read_json_object(record, "it is made again")
+    if key not in known:
+        known[key] = compute()
+        # Concurrent writers can lose each other's entries, which costs a second hashing and nothing else.
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(record, canonical(known))
+    return known[key]
 
 
 def intact_lines(path: Path) -> list[str]:

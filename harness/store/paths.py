@@ -32,6 +32,9 @@ TOOLCHAINS = "toolchains"
 IN_USE = ".in-use"
 """What running processes use, for clean-ups."""
 
+HASHES = ".hashes.json"
+"""In the folder of models: the SHA-256 of the files of models and texts, by path, size and time of change."""
+
 # Files and folders of a run or an evaluation.
 RUN_FILE = "run.json"
 PLAN_FILE = "plan.json"

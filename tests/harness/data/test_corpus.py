@@ -1,6 +1,7 @@
 """Documents and passages."""
 
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from fusion.errors import UserError
 from harness.config.schema import CorpusConfig
+from harness.data import corpus
 from harness.data.corpus import CorpusSummary, documents, expected_bytes, first_bytes
 from harness.data.passages import Passages, corpus_summary, make_passages, split_text
 from harness.store.artifacts import Store
@@ -151,3 +153,25 @@ def test_bad_files_are_named(tmp_path: Path, name: str, raw: bytes, sentence: st
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(UserError, match=sentence):
         list(documents(CorpusConfig(path=str(tmp_path / name)), None))
+
+
+@pytest.mark.parametrize("name", ["texts", "texts/a.txt"])
+def test_a_text_is_hashed_once_and_again_when_it_may_have_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    text = tmp_path / "texts" / "a.txt"
+    text.parent.mkdir()
+    text.write_text("one", encoding="utf-8")
+    hashed: list[str] = []
+    sha256 = corpus.file_sha256
+    monkeypatch.setattr(corpus, "file_sha256", lambda file: (hashed.append(file.name), sha256(file))[1])
+
+    def fingerprint() -> str:
+        config = CorpusConfig(path=str(tmp_path / name))
+        return corpus.content_fingerprint(config, None, tmp_path / "models" / "record")
+
+    one = fingerprint()
+    assert fingerprint() == one and hashed == ["a.txt"]
+    text.write_text("two", encoding="utf-8")  # of the same size
+    os.utime(text, ns=(0, 0))
+    assert fingerprint() != one and hashed == ["a.txt"] * 2

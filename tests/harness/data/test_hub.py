@@ -38,10 +38,10 @@ def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[dict[
     hub.dataset_commit.cache_clear()
 
 
-def test_a_corpus_is_named_and_read_by_its_commit(read: list[dict[str, Any]]) -> None:
-    assert corpus.content_fingerprint(CORPUS, None) == "hub:owner/texts@c1-of-main:default:train"
+def test_a_corpus_is_named_and_read_by_its_commit(read: list[dict[str, Any]], tmp_path: Path) -> None:
+    assert corpus.content_fingerprint(CORPUS, None, tmp_path / "record") == "hub:owner/texts@c1-of-main:default:train"
     other = CORPUS.model_copy(update={"revision": "v2"})
-    assert corpus.content_fingerprint(other, None) == "hub:owner/texts@c1-of-v2:default:train"
+    assert corpus.content_fingerprint(other, None, tmp_path / "record") == "hub:owner/texts@c1-of-v2:default:train"
     assert [document.text for document in corpus.documents(CORPUS, None)] == ["a text"]
     assert [options["revision"] for options in read] == ["c1-of-main"]
 

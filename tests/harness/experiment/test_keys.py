@@ -125,7 +125,6 @@ SETTINGS: dict[str, str] = {
     "suites.bbh.batch_size=2": "",
     "suites.multipl_e.limit=2": SAMPLES,
     "suites.multipl_e.limit_by=seed": "run",
-    "suites.multipl_e.overflow=skip": SAMPLES,
     "suites.multipl_e.max_execution_seconds=9": "run",
     "suites.multipl_e.samples=3": SAMPLES,
     "suites.multipl_e.greedy=true": SAMPLES,
