@@ -149,14 +149,14 @@ def content_fingerprint(config: CorpusConfig, data_root: Path | None, record: Pa
     if path is None:
         return f"{dataset_fingerprint(config.path, config.revision)}:{config.configuration}:{config.split}"
     folder, path = path.is_dir(), path.resolve()
-    files = sorted(path.rglob("*.txt")) if folder else [path]
+    files = sorted(path.rglob("*.txt"))
 
     def sha256() -> str:
         if not folder:
             return file_sha256(path)
         return hashlib.sha256("".join(f"{p.relative_to(path)}:{file_sha256(p)};" for p in files).encode()).hexdigest()
 
-    return remembered(record, files, sha256)
+    return remembered(record, [path, *files], sha256)
 
 
 def _stdlib_rows(config: CorpusConfig) -> Iterator[dict[str, Any]]:

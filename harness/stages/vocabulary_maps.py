@@ -19,6 +19,7 @@ from harness.store.files import rename_durably
 VERSION = 4
 MAP_FILE = "map.npy"
 PIECES_FILE = "pieces.npy"
+_SECONDS = 1e-4  # of one core for a source token, by the slowest kinds: "mined" of Gemma onto SmolLM2 took 27 s
 
 
 def map_spec(
@@ -44,7 +45,7 @@ def make_map(
     """The artifact of a map of the whole vocabulary, which `read_map` reads.
 
     `source` loads the source's vocabulary and `target` the target's tokenizer and vocabulary; they are called only
-    where the map is not there yet. `vocabulary_size` is the source's, for the estimate of disk space.
+    where the map is not there yet. `vocabulary_size` is the source's, for the estimate.
     """
 
     def build(folder: Path) -> None:
@@ -67,7 +68,7 @@ def make_map(
             _save(folder / PIECES_FILE, pieces.images)
 
     places = 8 if spec.params["map"]["name"] in PIECES else 1  # a token's bytes, and two more
-    return store.ensure(spec, build, Estimate(disk=4 * places * vocabulary_size, memory=1e9, seconds=10 + places))
+    return store.ensure(spec, build, Estimate(4 * places * vocabulary_size, 1e9, 1 + _SECONDS * vocabulary_size))
 
 
 @contextmanager

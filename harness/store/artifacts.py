@@ -266,7 +266,7 @@ class Store:
         info: Mapping[str, Any],
     ) -> None:
         """Writes the manifest and gives the folder its final name; its files need not be hashed again."""
-        stamps = {name: stamp for name, stamp in _stamps(folder).items() if Path(name).name != MANIFEST}
+        stamps = {name: stamp for name, stamp in _stamps(folder).items() if name != MANIFEST}
         files = {name: {"sha256": file_sha256(folder / name), "bytes": stamps[name][0]} for name in sorted(stamps)}
         manifest = {
             **spec.identity(),

@@ -94,7 +94,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def remembered(record: Path, files: Iterable[Path], compute: Callable[[], str]) -> str:
-    """What `compute` gives of the bytes of files, by the JSON file `record` while paths, sizes and times are the same."""
+    """What `compute` gives of the bytes of files; remembered in the JSON file `record` by paths, sizes and times."""
     key = fingerprint([[str(file), (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files])
     known: dict[str, str] = {}
     with contextlib.suppress(FileNotFoundError, UserError):
