@@ -139,6 +139,7 @@ def _make(
         measured += _record(experiment, row, of_row, folder)
     if failures and not any(entry["file"] for entry in measured):
         raise UserError(failure_sentence(failures))
+    names, sources = named(experiment), model_sources(experiment)  # outside of the lock, which listing artifacts takes
     with exclusive_lock(folder / ".lock", f"run {folder.name}"):
         # Other seeds that were finished before, or meanwhile by another process, belong to the same table.
         before = read_run_file(folder / RUN_FILE)
@@ -153,8 +154,8 @@ def _make(
             about[name] = kept + entries
         description = {
             "configuration": config.model_dump(mode="json"),
-            "named": named(experiment),
-            "model_sources": model_sources(experiment),
+            "named": names,
+            "model_sources": sources,
             **made_by(),
             "artifacts": sorted(artifacts.union(before.get("artifacts", []))),
             **listed,
