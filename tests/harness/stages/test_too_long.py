@@ -61,7 +61,7 @@ def test_one_passage_a_sequence_has_the_same_tokens_and_labels(passages: Passage
     rows = packed(passages, 400)
     alone = rows.one_passage_each()
     assert len(rows) < len(alone) == len(passages) and alone.n_tokens == rows.n_tokens
-    assert alone.sequence_length == max(rows._lengths)
+    assert alone.sequence_length == max(rows._lengths.values())
     labels = [np.sort(np.concatenate([row["labels"][row["labels"] >= 0] for row in some])) for some in (rows, alone)]
     assert np.array_equal(*labels)
     for row in alone:
