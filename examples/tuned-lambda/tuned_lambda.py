@@ -6,7 +6,7 @@ from baselines.registry import method
 
 
 class TunedLambdaParameters(Parameters):
-    lambdas: list[Annotated[float, Field(ge=0, le=1)]] = Field([0.5, 0.9], description="values that are tried")
+    lambdas: list[Annotated[float, Field(ge=0, le=1)]] = Field([0.3, 0.9], description="values that are tried")
 
 
 @method("tuned_lambda", needs=("training",))

@@ -25,7 +25,7 @@ def test_the_driver_runs_every_benchmark(
     assert main([*arguments, "--root", str(tmp_path), "--output", str(output)]) == 0
     assert capsys.readouterr().err.count("benchmark: ") == len(NAMES)
     lines = [line for line in output.read_text(encoding="utf-8").splitlines() if line.count(" | ") == 6][2:]
-    assert len(lines) == 23
+    assert len(lines) == 22
 
 
 def test_models_that_are_not_there_are_left_out_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
