@@ -9,7 +9,6 @@ from pydantic import BeforeValidator, ConfigDict, Field, create_model, model_val
 from baselines.method import Candidate, Context, Role
 from baselines.registry import method
 from baselines.training import MixedParameters
-from baselines.tuning import TunableShare
 from fusion.alignment.pairing import ALIGNMENTS
 from fusion.alignment.selection import FUSIONS
 from fusion.docstrings import field_docstrings
@@ -46,7 +45,6 @@ class _PresetParameters(MixedParameters):
         "corrected",
         description="values of all switches that are not set: corrected, or published as in the published code",
     )
-    lam: TunableShare = Field(0.9, alias="lambda", description="weight of the CLM term (paper: 0.9)")
     sources: list[Role] | None = Field(
         None, min_length=1, description="the sources that take part; null: all of the experiment"
     )

@@ -103,7 +103,7 @@ class TrainedParameters(Parameters):
 class MixedParameters(TrainedParameters):
     """The parameters of a method with two terms, CLM and a loss."""
 
-    lam: TunableShare = Field(0.9, alias="lambda", description="weight of the CLM term")
+    lam: TunableShare = Field(0.9, alias="lambda", description="weight of the CLM term (paper: 0.9)")
     balance: Balance = Field(
         "none",
         description="rescale: in each micro batch the other term is multiplied by the ratio of the CLM term to it "

@@ -1,10 +1,10 @@
 """Everything computed with models and distributions: functions over arrays and tensors, no files, no configuration.
 
-The steps of FuseLLM in their order: `Vocabulary` (what token ids mean in bytes), `build_map` (source ids to target
-ids), `same_end` (which positions are about the same text), `project_entries` and `fill_unaligned` (a source's
-distribution over the target's tokens), `mince` and `avgce` (one distribution out of several), `fuse_sequence` (all of
-these), `mixed_loss` (the training objective). Names are imported when they are first used.
-"""
+The steps of FuseLLM in their order: `Vocabulary` (what token ids mean in bytes), `build_map` and `build_piece_map`
+(source ids to target ids), `same_end` (which positions are about the same text), `project_entries` and
+`fill_unaligned` (a source's distribution over the target's tokens), `mince` and `avgce` (one distribution out of
+several), `fuse_sequence` (all of these), `mixed_loss` (the training objective). Names are imported when they are
+first used. """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fusion.switches import PRESETS, Switches
     from fusion.types import Predictions, Sparse
     from fusion.vocabulary.maps import MAPS, build_map
+    from fusion.vocabulary.pieces import PieceMap, build_piece_map
     from fusion.vocabulary.token_bytes import Vocabulary, byte_ends
     from fusion.vocabulary.tokenization import encode, prefix_id
 
@@ -36,6 +37,7 @@ _MODULES = {
     "switches": ("PRESETS", "Switches"),
     "types": ("Predictions", "Sparse"),
     "vocabulary.maps": ("MAPS", "build_map"),
+    "vocabulary.pieces": ("PieceMap", "build_piece_map"),
     "vocabulary.token_bytes": ("Vocabulary", "byte_ends"),
     "vocabulary.tokenization": ("encode", "prefix_id"),
 }
@@ -49,6 +51,7 @@ __all__ = [
     "PRESETS",
     "FusedSequence",
     "Head",
+    "PieceMap",
     "Predictions",
     "Source",
     "Sparse",
@@ -57,6 +60,7 @@ __all__ = [
     "Vocabulary",
     "avgce",
     "build_map",
+    "build_piece_map",
     "byte_ends",
     "encode",
     "fill_unaligned",

@@ -240,8 +240,7 @@ def _project(
     if source.pieces is None:
         raise UserError(
             f"projection along the text needs to know what each token of {source.name!r} begins with in the target's "
-            "vocabulary: use a map that tells it (first_piece, byte_prefix), or set projection to token and inside to "
-            "none."
+            "vocabulary: give the source its pieces (build_piece_map), or set projection to token and inside to none."
         )
     return project_path(
         SourceEntries.of(ids, p, read),

@@ -20,12 +20,11 @@ from fusion.inference.prefix_tree import Branching, CachedPrefix, PrefixTree
 from fusion.modeling.context import context_length
 from fusion.modeling.heads import find_head, float32_logits
 from fusion.modeling.packing import device_of, dtype_of, own_forward, trial_tokens, trying
-from fusion.modeling.sliding_windows import longest_window, wrong_windows
+from fusion.modeling.sliding_windows import LONGEST_TRIAL, longest_window, wrong_windows
 
 ATTENTION = "fusellm_prefixes"  # what the attention function is called in transformers' registry
 _HARMLESS = {"dropout", "position_ids", "use_cache", "is_causal", "sliding_window"}
 _TRIAL = 24  # tokens of the prefix that the trial caches
-_LONGEST_TRIAL = 1024  # tokens; a sliding window that reaches further is looked at, not tried
 _GROWTH = 128  # positions by which a row's memory grows
 
 
@@ -346,7 +345,7 @@ class PrefixCachedModel:
             return "its rotary positions depend on the longest sequence read at one time"
         with trying(self._model) as generator:
             # Beyond a window, and so long that an error of one position shows in a short type's rounding, too.
-            for length in dict.fromkeys([_TRIAL, max(_TRIAL, longest_window(config, _LONGEST_TRIAL) + 2)]):
+            for length in dict.fromkeys([_TRIAL, max(_TRIAL, longest_window(config, LONGEST_TRIAL) + 2)]):
                 if reason := self._difference(min(length, (self.positions or length + 16) - 16), generator):
                     return reason
         return wrong_windows(config, self._windows)

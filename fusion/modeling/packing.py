@@ -27,11 +27,10 @@ from transformers import AttentionInterface
 
 from fusion.errors import UserError
 from fusion.modeling.attention import attend_by_passage
-from fusion.modeling.sliding_windows import longest_window, wrong_windows
+from fusion.modeling.sliding_windows import LONGEST_TRIAL, longest_window, wrong_windows
 
 Packing = Literal["passages", "positions", "flat", "mask", "single"]
 PACKINGS: tuple[Packing, ...] = ("passages", "positions", "flat", "mask", "single")
-_LONGEST_TRIAL = 1024  # tokens; a sliding window that reaches further is looked at, not tried
 _BY_PASSAGE = "fusellm_by_passage"  # the name of `attend_by_passage` among the attentions of transformers
 
 
@@ -192,7 +191,7 @@ def _leak(model: nn.Module, packing: Packing) -> str | None:
             return reason
         if packing == "passages" and (reason := wrong_windows(model.config, windows)):
             return reason
-        beyond = longest_window(model.config, _LONGEST_TRIAL - 2) + 2
+        beyond = longest_window(model.config, LONGEST_TRIAL - 2) + 2
         return _leaks(model, packing, ((beyond, 3),), generator, windows) if beyond > 2 else None
 
 

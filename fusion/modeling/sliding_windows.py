@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+LONGEST_TRIAL = 1024
+"""Tokens: a window that reaches further is looked at where a model is tried, not tried."""
+
 
 def wrong_windows(config: Any, found: Mapping[int, int | None]) -> str | None:
     """How the windows that the layers hand to their attention function differ from the configuration's; else None.

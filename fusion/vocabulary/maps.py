@@ -16,11 +16,10 @@ import numpy as np
 from fusion.errors import UserError
 from fusion.registry import Registry
 from fusion.vocabulary.edit_distance import Codes, Targets, code_points, nearest, to_alphabet
-from fusion.vocabulary.pieces import PIECES
+from fusion.vocabulary.pieces import NOTHING, PIECES
 from fusion.vocabulary.token_bytes import Vocabulary, respace
 from fusion.vocabulary.tokenization import EncodeTexts, written_ids
 
-NOTHING = -1
 Unit = Literal["bytes", "strings"]
 Text = str | bytes
 Progress = Callable[[int, int], None]

@@ -16,6 +16,7 @@ Pieces = Callable[[Sequence[bytes]], np.ndarray]
 """int32[N]: the target token that each of N byte strings begins with, -1 for none."""
 
 NOTHING = -1
+"""In place of a target token: there is none."""
 _TEXTS_AT_ONCE = 4096
 
 

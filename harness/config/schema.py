@@ -150,7 +150,10 @@ class DataConfig(StrictModel):
 
 
 class TrainingConfig(StrictModel):
-    """How the target is trained; a row may have values of its own (`baselines.training.RowTraining`)."""
+    """How the target is trained, by default as in the paper (arXiv 2401.10491, section 4.1).
+
+    A row may have values of its own (`baselines.training.RowTraining`).
+    """
 
     sequence_length: int = Field(2048, gt=1, description="length of a packed sequence (tokens)")
     global_batch_size: int = Field(128, gt=0, description="sequences in an optimiser step, over all processes")
