@@ -4,7 +4,8 @@ The steps of FuseLLM in their order: `Vocabulary` (what token ids mean in bytes)
 (source ids to target ids), `same_end` (which positions are about the same text), `project_entries` and
 `fill_unaligned` (a source's distribution over the target's tokens), `mince` and `avgce` (one distribution out of
 several), `fuse_sequence` (all of these), `mixed_loss` (the training objective). Names are imported when they are
-first used. """
+first used.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
