@@ -1,7 +1,12 @@
 """Measures, and writes the page."""
 
-import argparse
 import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    # As in `harness`: `python -m` puts the current folder first.
+    sys.path[0] = __file__[: -len("/benchmarks/__main__.py")]
+
+import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path

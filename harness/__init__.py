@@ -6,6 +6,13 @@ nothing:
     from harness import evaluate, load, open_run, plan, report, run, tables
 """
 
+import sys
+
+if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == "harness" and not sys.flags.safe_path:
+    # `python -m harness` puts the current folder first, and what lies there (`typing.py`) would be imported in place of
+    # the libraries: nothing else is imported above this line. Another program's `python -m` keeps its folder.
+    sys.path[0] = __path__[0][: -len("/harness")]
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

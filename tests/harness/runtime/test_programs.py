@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,22 @@ def test_doctor_runs_nothing_of_the_current_folder(hostile: Path, tmp_path: Path
     done = subprocess.run(command, cwd=hostile, env=environment, capture_output=True, text=True, check=False)
     assert "sandbox" in done.stdout, done.stderr
     assert sorted(path.name for path in tmp_path.glob("ran-*")) == []
+
+
+@pytest.mark.parametrize("program", ["harness", "benchmarks"])
+@pytest.mark.parametrize("site", [[], ["-S"]], ids=["site", "no site"])
+def test_python_m_imports_no_standard_module_of_the_current_folder(
+    site: list[str], program: str, tmp_path: Path
+) -> None:
+    """With `-S` no `.pth` file of this environment has imported the true ones before."""
+    here = tmp_path / "here"
+    here.mkdir()
+    names = {"typing", "importlib", "pathlib", "json", "argparse"}
+    for name in names - {"importlib"} if site else names:  # without site, runpy itself imports `importlib` from here
+        (here / f"{name}.py").write_text(f"open({str(tmp_path / f'ran-{name}.py')!r}, 'w')\n")
+    places = [str(Path(__file__).parents[3]), sysconfig.get_path("purelib")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
+    command = [sys.executable, *site, "-m", program, "--help"]
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=False)
+    assert sorted(path.name for path in tmp_path.glob("ran-*")) == []
+    assert done.returncode == 0, done.stderr
