@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from baselines.ensemble import EnsembleParameters
 from fusion.errors import UserError
 from fusion.vocabulary.tokenization import encode, prefix_id
+from harness.config.validation import method_parameters
 from harness.data.passages import Passages
 from harness.evaluation.perplexity import refuse_too_large
 from harness.experiment.pipeline import TARGET, Experiment
@@ -60,13 +62,30 @@ def check_sizes(experiment: Experiment) -> None:
 
 
 def check_memory(experiment: Experiment) -> None:
-    """Refuses rows whose model does not fit the device in the precision that perplexity is computed in."""
-    models, perplexity = experiment.models, experiment.corpora.perplexity
+    """Refuses rows whose model, or ensemble of models, does not fit the device in the precision that perplexity is
+    computed in.
+    """
+    models, perplexity, methods = experiment.models, experiment.corpora.perplexity, experiment.config.methods
     if perplexity is None:
         return
-    for name in {entry.get("role", TARGET) for entry in experiment.config.methods.values()} & set(models.names):
-        dtype = models.dtype(name) if perplexity.config.dtype == "role" else perplexity.config.dtype
-        refuse_too_large(name, models.size(name).parameters, dtype, experiment.workspace.device)
+    single = {entry.get("role", TARGET) for entry in methods.values() if entry["method"] != "ensemble"}
+    together = [(name, [name]) for name in sorted(single)]
+    for label, entry in methods.items():
+        if entry["method"] == "ensemble":
+            ensemble = method_parameters(label, entry, EnsembleParameters)
+            if ensemble.combine != "vote":  # its members are asked one by one, and have no perplexity
+                members = ensemble.models or list(experiment.config.roles.sources)
+                weights = ensemble.weights if isinstance(ensemble.weights, list) else [1.0] * len(members)
+                names = [name for name, weight in zip(members, weights, strict=False) if weight > 0]
+                # The model of a row that is trained is as large as the one that it starts from.
+                together.append((label, [methods[n].get("role", TARGET) if n in methods else n for n in names]))
+    for label, names in together:
+        known = [name for name in names if name in models.names]
+        if known:
+            parameters = sum(models.size(name).parameters for name in known)
+            dtypes = {models.dtype(name) for name in known}
+            dtype = "+".join(sorted(dtypes)) if perplexity.config.dtype == "role" else perplexity.config.dtype
+            refuse_too_large(label, parameters, dtype, experiment.workspace.device)
 
 
 def check_lengths(experiment: Experiment) -> None:

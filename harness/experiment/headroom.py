@@ -24,6 +24,7 @@ from fusion.errors import UnknownName, UserError
 from fusion.losses.loss import LossRequirements
 from fusion.losses.top_k_distillation import TopKDistillationLoss
 from fusion.switches import Switches
+from fusion.vocabulary.tokenization import lost_bytes
 from harness.config.schema import Config
 from harness.config.validation import method_parameters
 from harness.data.passages import Passages
@@ -35,6 +36,7 @@ from harness.runtime.progress import track
 from harness.stages.prefix_check import TEXTS, prefix_warning
 from harness.store.files import write_atomically
 from harness.store.paths import RUN_FILE, command_path, safe_name
+from results.metrics import LOST_BYTES
 
 OVERALL = "all domains"
 _STEPS = {
@@ -203,6 +205,8 @@ def _sums(experiment: Experiment, teaching: _Teaching, at_most: int) -> tuple[Su
                 if name != FUSED:
                     values["nats"] = float(predictions[name].nats.sum(dtype=np.float64))
                     values["share"] = positions["chosen"] / taken if taken else 0.0
+                    ids = predictions[name].tokens[1:].tolist()
+                    values["lost"] = lost_bytes(ids, readers[name].vocabulary, passages.text(passage).encode())
                 for domain in (passages.domain(passage), OVERALL):
                     for measure, value in values.items():
                         sums[name, domain][measure] += value
@@ -226,7 +230,9 @@ def _by_domain(sums: Sums, order: Sequence[str], target: str) -> list[dict[str, 
                 "passages": int(total["passages"]),
                 "bytes": int(total["bytes"]),
                 "shared": _ratio(total, "shared_bytes", "bytes"),
-                "bits_per_byte": total["nats"] / bits if "nats" in total else math.nan,
+                "lost": _ratio(total, "lost", "bytes"),
+                # Text that is lost costs nothing, so that the quotient would be no measure of it.
+                "bits_per_byte": total["nats"] / bits if "nats" in total and not total["lost"] else math.nan,
             }
             # Where a true next token is impossible there is no value.
             row |= {stage: total[stage] / bits if math.isfinite(total[stage]) else math.nan for stage in STAGES}
@@ -247,12 +253,14 @@ def _ratio(total: Mapping[str, float], part: str, whole: str) -> float:
 def _learnt(run: Run) -> list[dict[str, Any]]:
     """Bits per byte by which each row that is no model as it is is ahead of the target and of the reference, by domain.
 
-    They are of the documents of the suite perplexity that both have, as the mean over seeds.
+    They are of the documents of the suite perplexity that both have, as the mean over seeds. There is no value where
+    the two lose different text.
     """
-    records = run.records
+    records, document = run.records, ["method", "task", "example"]
     final = records[(records["suite"] == "perplexity") & records["tokens"].isna()]
+    lost = final[final["metric"] == LOST_BYTES].groupby(document)["numerator"].mean().rename("lost")
     final = final[final["metric"].str.startswith("bits_per_byte")]
-    by_document = final.groupby(["method", "task", "example"])[["numerator", "denominator"]].mean()
+    by_document = final.groupby(document)[["numerator", "denominator"]].mean().join(lost).fillna({"lost": 0.0})
     measured = set(final["method"])
     others = {"ahead_of_target": run.roles.get("target"), "ahead_of_reference": run.reference}
     rows = list[dict[str, Any]]()
@@ -263,12 +271,15 @@ def _learnt(run: Run) -> list[dict[str, Any]]:
         for domain in [*sorted(own.index.unique("task")), OVERALL]:
             row: dict[str, Any] = {"source": label, "kind": "row", "domain": domain}
             part = own if domain == OVERALL else own.xs(domain, level="task", drop_level=False)
-            row["bits_per_byte"] = float(part["numerator"].sum() / part["denominator"].sum() / math.log(2))
+            row["lost"] = float(part["lost"].sum() / part["denominator"].sum())
+            bits_per_byte = float(part["numerator"].sum() / part["denominator"].sum() / math.log(2))
+            row["bits_per_byte"] = math.nan if row["lost"] else bits_per_byte
             for column, other in others.items():
                 if other in measured:
                     both = part.join(by_document.loc[other], rsuffix="_other", how="inner")
                     nats = (both["numerator_other"] - both["numerator"]).sum()
-                    row[column] = float(nats / both["denominator"].sum() / math.log(2)) if len(both) else math.nan
+                    comparable = len(both) and (both["lost"] == both["lost_other"]).all()
+                    row[column] = float(nats / both["denominator"].sum() / math.log(2)) if comparable else math.nan
             rows.append(row)
     return rows
 
@@ -299,6 +310,12 @@ def _sentence(measures: pd.DataFrame, teaching: _Teaching, reference: str | None
         sentences.append(
             f"{name} reads {domains} better than the target by {left['native']:.4f} bits per byte{_way(left)}."
         )
+    for name, row in overall.items():
+        if row["lost"] > 0:
+            sentences.append(
+                f"The tokens of {name} do not spell {100 * row['lost']:.2g} % of the text's bytes. Lost text costs "
+                "nothing, so that there are no bits per byte of it in domains with such text."
+            )
     if math.isnan(fused["taught"]):
         sentences.append(
             f"Without a tail {teaching.label} says that the true next token is impossible at "

@@ -69,6 +69,24 @@ def test_weights_beyond_the_memory_are_refused_before_the_run(
         check_memory(open_experiment(load(str(experiment_file)), tmp_path))
 
 
+def test_members_of_an_ensemble_share_the_memory(
+    experiment_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(*settings: str) -> None:
+        both = ["methods.Both.method=ensemble", "methods.Both.models=[CLM,neox]"]
+        check_memory(open_experiment(load(str(experiment_file), overrides=[*both, *settings]), tmp_path))
+
+    models = open_experiment(load(str(experiment_file)), tmp_path).models
+    sizes = [4 * models.size(name).parameters for name in ("target", "neox")]
+    monkeypatch.setattr(perplexity, "device_memory", lambda device: sum(sizes) - 1)
+    with pytest.raises(UserError, match=r"Both has .* of weights in float32"):
+        check()
+    check("methods.Both.combine=vote")
+    check("methods.Both.weights=[1,0]")
+    monkeypatch.setattr(perplexity, "device_memory", lambda device: sum(sizes))
+    check()
+
+
 @pytest.mark.slow
 def test_curve_and_table_agree_to_every_digit_printed(experiment_file: Path, tmp_path: Path) -> None:
     settings = ["training.dtype=bfloat16", "roles.target.dtype=bfloat16", "methods.FuseLLM=null"]
