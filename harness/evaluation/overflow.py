@@ -1,12 +1,19 @@
-"""Prompts that do not fit a model's context: what is read of them, and what is said below the table."""
+"""Rows that cannot be asked, and prompts that do not fit: what is read of them, what is said below the table."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
 
 OverflowRule = Literal["truncate_left", "shrink_answer", "skip"]
 SKIPPED = "skipped.jsonl"
 """File of the examples that were not asked because their prompts do not fit."""
+
+
+class WrongRow(Exception):
+    """Raised for a row that a task or a model cannot use; the message says what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,17 @@ def fit(
     while prompt and (over := excess(prompt, new)) > 0:
         prompt = prompt[over:]
     return (prompt, new) if prompt else None
+
+
+def limited(request: "Instance", limit: int) -> "Instance":
+    """The request for HFLM, with the longest answer that the prompt leaves room for."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    text, given = request.args
+    if normalize_gen_kwargs(given, limit)["max_gen_toks"] == limit:
+        return request
+    return Instance(request.request_type, request.doc, (text, {**given, "max_gen_toks": limit}), request.idx)
 
 
 def overflow_result(label: str, rule: OverflowRule, overflows: Mapping[str, Overflows]) -> dict[str, Any]:

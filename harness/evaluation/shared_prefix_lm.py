@@ -26,7 +26,7 @@ from fusion.inference.ensembles import PrefixCachedEnsemble
 from fusion.inference.prefix_cache import PrefixCachedModel, UnsupportedModel
 from fusion.inference.prefix_tree import Branching
 from fusion.vocabulary.tokenization import decode_continuation
-from harness.evaluation.overflow import Overflow, OverflowRule, fit
+from harness.evaluation.overflow import Overflow, OverflowRule, WrongRow, fit, limited
 from harness.evaluation.quiet import quietly
 from harness.runtime.progress import notify
 
@@ -152,6 +152,12 @@ class SharedPrefixLM(HFLM):
         new = [tokens] if isinstance(tokens, int) else tokens
         return decode_continuation(self.tokenizer, self._prompt, new, skip_special_tokens=skip_special_tokens)
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As HFLM; a continuation of which no token is left, since it joins the context's, is encoded by itself."""
+        before, scored = super()._encode_pair(context, continuation)
+        alone = context[len(context.rstrip()) :] + continuation
+        return before, scored or self.tok_encode(alone, add_special_tokens=False)
+
     def _loglikelihood_tokens(
         self,
         requests: list[tuple[Any, list[int], list[int]]],
@@ -159,6 +165,8 @@ class SharedPrefixLM(HFLM):
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         """Log-probability (nats) of each (_, context, continuation), and True where the continuation is greedy."""
+        if empty := [key[1] for key, _, scored in requests if not scored]:
+            raise WrongRow(f"its choice {empty[0]!r} has no token of {self.label}")
         requests = [(key, self._fitted(c, len(scored) - 1, scored=True)[0], scored) for key, c, scored in requests]
         if self.reader is None:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
@@ -248,11 +256,11 @@ class SharedPrefixLM(HFLM):
                 # One by one: the answer must not depend on its neighbours, and is decoded after its own prompt.
                 torch.manual_seed(int(hashlib.sha256(seed.encode()).hexdigest()[:15], 16))
                 self._prompt = prompt if self._after_prompt else None
-                answers[index] = super().generate_until([_limited(request, limit)], disable_tqdm=True)[0]
+                answers[index] = super().generate_until([limited(request, limit)], disable_tqdm=True)[0]
                 self._prompt = None
                 self.cache_hook.add_partial("generate_until", request.args, answers[index])
             else:
-                slow.append((index, _limited(request, limit)))
+                slow.append((index, limited(request, limit)))
         if rows:
             self._decode(rows, answers)
         if slow:
@@ -389,11 +397,3 @@ class SharedPrefixLM(HFLM):
                 f"{self.max_length}: leave its task out, or lower max_new_tokens."
             )
         return fitted
-
-
-def _limited(request: Instance, limit: int) -> Instance:
-    """The request for HFLM, with the longest answer that the prompt leaves room for."""
-    text, given = request.args
-    if normalize_gen_kwargs(given, limit)["max_gen_toks"] == limit:
-        return request
-    return Instance(request.request_type, request.doc, (text, {**given, "max_gen_toks": limit}), request.idx)

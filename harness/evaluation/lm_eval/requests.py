@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fusion.errors import UserError
+from harness.evaluation.lm_eval.rows import first_line
 from harness.evaluation.lm_eval.tasks import Prepared
 from harness.evaluation.overflow import Overflow, OverflowRule
 from harness.evaluation.suite import BATCH_SIZE
@@ -104,7 +105,7 @@ def answer_requests(
     """Makes `lm` answer all requests; `finished(example)` is called once all requests of an example have `resps`.
 
     `failed(example, error)` is called for one that cannot be answered: it is looked for by halves, and the others are
-    answered all the same. Raises what `lm` raises where it does so for more than a few examples.
+    answered all the same. Raises UserError where there are more than a few such examples.
 
     Examples are finished while others are under way, through the hook that lm-eval has for its cache. (The cache itself
     is not used: it has no model in its key, and would serve one model's answers to another.)
@@ -152,7 +153,11 @@ def answer_requests(
             example = owner[id(some[0])]
             given_up.add(example)
             if len(given_up) > _MOST_FAILURES:
-                raise
+                name = " ".join(map(str, example)) if isinstance(example, tuple) else example
+                raise UserError(
+                    f"More than {_MOST_FAILURES} examples cannot be answered (the last of them {name}, "
+                    f"{first_line(error)}): correct what this names, and the same command goes on."
+                ) from error
             failed(example, error)
             return
         for request, response in zip(named, answers, strict=True):

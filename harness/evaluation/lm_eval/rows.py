@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
+from harness.evaluation.overflow import WrongRow
 from harness.store.files import parse_json
 
 
@@ -40,10 +41,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         if not all(isinstance(row, dict) for row in rows[-1:]):
             raise UserError(f"{path}, line {number} is no JSON object: correct that line.")
     return rows
-
-
-class WrongRow(Exception):
-    """Raised for a row that a task cannot use; the message names the row and says what is wrong with it."""
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from harness.evaluation.lm_eval.requests import (
 )
 from harness.evaluation.lm_eval.rows import first_line
 from harness.evaluation.lm_eval.tasks import Overrides, Prepared, Source, find_source, prepare
-from harness.evaluation.overflow import SKIPPED, OverflowRule, overflow_result
+from harness.evaluation.overflow import SKIPPED, OverflowRule, WrongRow, overflow_result
 from harness.evaluation.suite import (
     NO_VOTE,
     NONE_FITS,
@@ -275,7 +275,13 @@ class LmEvalSuite:
 
             def failed(key: tuple[str, str], error: Exception) -> None:
                 task, example = key
-                failures.setdefault(task, {})[example] = first_line(error)
+                if isinstance(error, WrongRow):
+                    reason = f"row {int(example) + 1}, {error}); correct that row"
+                else:
+                    reason = (
+                        f"{example}, {first_line(error)}); the others are kept, and the same command tries these again"
+                    )
+                failures.setdefault(task, {})[example] = reason
                 advance(1)
 
             def dropped(key: tuple[str, str], overflow: dict[str, int]) -> None:
@@ -300,12 +306,8 @@ class LmEvalSuite:
             answer_requests(lm, pending, finished, failed)
         reasons = {}
         for task, of_task in failures.items():
-            example, reason = min(of_task.items())
             n, rows = len(of_task), len(prepared[task].examples)
-            reasons[task] = (
-                f"{n} of {rows} examples cannot be scored (first {example}, {reason}); the others are kept, and the "
-                "same command tries these again"
-            )
+            reasons[task] = f"{n} of {rows} examples cannot be scored (first {of_task[min(of_task)]}"
             notify(f"{self.name} {evaluated.label}: {task} is left out, {reasons[task]}.")
         return reasons
 

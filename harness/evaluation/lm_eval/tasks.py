@@ -11,6 +11,7 @@ import json
 import os
 import re
 import tempfile
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -21,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 from fusion.errors import UserError, message_line
 from harness.data.hub import dataset_commit, dataset_fingerprint, offline_unless_reachable
 from harness.evaluation.lm_eval.rows import (
-    WrongRow,
     first_failing,
     first_line,
     naming_the_row,
@@ -30,6 +30,7 @@ from harness.evaluation.lm_eval.rows import (
     refuse_wide_integers,
     wrong_target,
 )
+from harness.evaluation.overflow import WrongRow
 from harness.evaluation.quiet import quietly
 from harness.evaluation.suite import LimitedConfig
 from harness.runtime.progress import notify
@@ -328,6 +329,9 @@ def _unusable(source: Source, error: Exception) -> UserError:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     path = source.files.get(_evaluated_split(source.config))
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    if frame.f_code.co_qualname == "ConfigurableTask.__init__" and frame.f_locals.get("choice") == "":
+        error = WrongRow("row 1: one of its choices is empty")  # lm-eval looks at the first letter of each
     process = None if isinstance(error, WrongRow) else load_yaml(source.yaml).get("process_docs")
     if path and process is not None and (number := first_failing(read_rows(path), process)):
         error = WrongRow(f"row {number}: {first_line(error)}")

@@ -1,19 +1,23 @@
 """An example that cannot be answered or scored is named and counted, stops nothing else, and is tried again."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lm_eval.api.instance import Instance
-from transformers import LlamaConfig
+from tokenizers import Tokenizer, models, normalizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from fusion.errors import UserError
 from harness.evaluation.lm_eval import requests, task_suite
 from harness.evaluation.lm_eval.examples import EXAMPLES
+from harness.evaluation.shared_prefix_lm import SharedPrefixLM
 from harness.evaluation.suite import SuiteResult, kept_lines
 from tests.harness.evaluation.measuring import measure
-from tests.harness.suite_rows import make_data_root
+from tests.harness.suite_rows import make_data_root, write_rows
 from tests.harness.tiny_models import save_model
 
 
@@ -47,7 +51,7 @@ def test_a_request_that_cannot_be_answered_is_found_among_the_others() -> None:
 
 
 def test_a_model_that_answers_nothing_is_an_error() -> None:
-    with pytest.raises(TypeError, match="no text"):
+    with pytest.raises(UserError, match=r"More than 8 examples .*the last of them 8, TypeError: no text"):
         _answer(100, [str(i) for i in range(100)])
 
 
@@ -95,11 +99,57 @@ def test_the_other_examples_and_tasks_are_finished(
     assert [example for _, example in asked] == ["00001", "00003"]
 
 
+def _spanning(folder: Path) -> PreTrainedTokenizerFast:
+    """A tokenizer, saved into a model's folder, whose pieces span words and which strips spaces at the end."""
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    made.normalizer = normalizers.Sequence([normalizers.Strip(left=False), normalizers.Replace(" ", "_")])
+    text = [f"Question: Who {i}?\nAnswer: the {word}" for i in range(9) for word in ("dog", "fox")] * 5
+    special = ["<unk>", "</s>"]
+    made.train_from_iterator(text, trainers.BpeTrainer(vocab_size=200, special_tokens=special, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", unk_token="<unk>")
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_choice_that_joins_the_prompt_is_encoded_by_itself(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    tokenizer = _spanning(folder)
+    prompt = "Question: Who 1?\nAnswer:"
+    assert len(tokenizer.encode(prompt + " the dog")) <= len(tokenizer.encode(prompt))
+    lm = SharedPrefixLM(AutoModelForCausalLM.from_pretrained(folder).eval(), tokenizer, label="one")
+    if not shared:
+        monkeypatch.setattr(lm, "reader", None)
+    asked = [Instance("loglikelihood", {}, (prompt, f" the {word}"), 0) for word in ("dog", "fox")]
+    got = lm.loglikelihood(asked, disable_tqdm=True)
+    before = tokenizer.encode(prompt)
+    for word, (score, _) in zip(("dog", "fox"), got, strict=True):
+        alone = tokenizer.encode(f" the {word}")
+        with torch.no_grad():
+            of_all = lm.model(torch.tensor([before + alone])).logits[0].log_softmax(-1)
+        wanted = sum(float(of_all[len(before) + i - 1, token]) for i, token in enumerate(alone))
+        assert score == pytest.approx(wanted, abs=1e-4)
+
+
+def test_a_choice_without_a_token_is_named(model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    _spanning(folder)
+    good = {"question": "Who 1?", "choices": {"text": ["the dog", "the fox"], "label": ["A", "B"]}, "answerKey": "A"}
+    blank = {**good, "choices": {"text": ["the dog", "  "], "label": ["A", "B"]}}
+    write_rows(tmp_path / "data", "allenai/ai2_arc/ARC-Easy/test.parquet", [good, blank, good])
+    result = measure("commonsense", {"tasks": ["arc_easy"]}, folder, tmp_path / "root", tmp_path / "data")
+    assert result.missing == {
+        "arc_easy": "1 of 3 examples cannot be scored (first row 2, its choice '   ' has no token of model); correct "
+        "that row"
+    }
+
+
 def test_a_log_likelihood_that_is_no_number_has_no_score(
     rows: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As an LM that does not check its logits gives it; minus infinity is one, of a token that cannot be."""
-    from harness.evaluation.shared_prefix_lm import SharedPrefixLM
 
     def loglikelihood(self: Any, some: list[Instance], disable_tqdm: bool) -> list[tuple[float, bool]]:
         return [(float("-inf" if r.doc_id % 2 else "nan" if r.doc_id else "-1"), False) for r in some]

@@ -55,6 +55,16 @@ def test_a_wrong_row_is_named(tmp_path: Path, task: str, column: str, value: Any
     assert str(path) in sentence and "row 3" in sentence and why in sentence, sentence
 
 
+def test_an_empty_choice_of_the_first_row_is_named(tmp_path: Path) -> None:
+    yaml, place, good = TASKS["arc_easy"]
+    empty = {**good, "choices": {"text": ["", "a"], "label": ["A", "B"]}}
+    path = write_rows(tmp_path, place, [empty, good])
+    with pytest.raises(UserError) as refused:
+        prepare([find_source("arc_easy", task_folder() / yaml, tmp_path, Overrides(0))], LimitedConfig())
+    said = f"the rows of {path} (row 1: one of its choices is empty): correct that row"
+    assert said in str(refused.value)
+
+
 def test_good_rows_are_taken(tmp_path: Path) -> None:
     for task, (yaml, place, good) in TASKS.items():
         write_rows(tmp_path, place, [good, good])
