@@ -258,7 +258,7 @@ def run_mergekit(configuration: Mapping[str, Any], folders: Mapping[str, Path], 
     from mergekit.io.tasks import LoaderCache
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -282,7 +282,12 @@ def run_mergekit(configuration: Mapping[str, Any], folders: Mapping[str, Path], 
         if (donor / name).is_file() and not (out / name).exists():
             shutil.copyfile(donor / name, out / name)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        out, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
+        out,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        generation_config=GenerationConfig(),  # the donor's may be one that is refused
     )
     model, info = loaded
     check_loading(info, model, str(out), "mergekit cannot merge models of this architecture")

@@ -56,7 +56,7 @@ def load_model(resolved: ResolvedModel, dtype: DType | None = None, device: str 
             local_files_only=True,
             trust_remote_code=resolved.spec.trust_remote_code,
             output_loading_info=True,
-            generation_config=_control_tokens(resolved),
+            generation_config=control_tokens(resolved),
             **options,
         ),
     )
@@ -65,10 +65,11 @@ def load_model(resolved: ResolvedModel, dtype: DType | None = None, device: str 
     return loaded
 
 
-def _control_tokens(resolved: ResolvedModel) -> "GenerationConfig":
+def control_tokens(resolved: ResolvedModel) -> "GenerationConfig":
     """The ids of bos, eos and pad that the model generates with: those of its generation_config.json if it has one.
 
-    No penalty, sampling, beam search or other setting of that file would be the same for all rows of a table.
+    No penalty, sampling, beam search or other setting of that file would be the same for all rows of a table, and
+    transformers refuses to load or save some combinations of them. Raises UserError for what is no token id.
     """
     from transformers import GenerationConfig
 

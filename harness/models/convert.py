@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError, message_line
 from fusion.modeling.loading import check_loading, code_was_refused
-from harness.models.checkpoints import load_tokenizer
+from harness.models.checkpoints import control_tokens, load_tokenizer
 from harness.models.manifest import CONVERTER, read_model_manifest, refuse_old_conversion, write_model_manifest
 from harness.models.reproduction import SAMPLES, NotReproduced, as_resolved, save_checked, token_ids
 from harness.models.resolution import PICKLE_FILES, SLOW_TOKENIZER_FILES, check_config_file
@@ -189,7 +189,7 @@ def _spell_spaces_exactly(tokenizer: "PreTrainedTokenizerFast", *, prefix: bool)
 
 
 def _convert_folder(folder: Path, out: Path) -> None:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     check_config_file(folder)
     tokenizer = _folder_tokenizer(folder)
@@ -204,6 +204,7 @@ def _convert_folder(folder: Path, out: Path) -> None:
             local_files_only=True,
             trust_remote_code=False,  # without this it asks, and a `y` runs the code
             output_loading_info=True,
+            generation_config=GenerationConfig(),  # the folder's own may be one that is refused
         )
     except pickle.UnpicklingError as error:
         raise _unsafe(folder) from error
@@ -216,6 +217,7 @@ def _convert_folder(folder: Path, out: Path) -> None:
         raise UserError(f"{folder} cannot be loaded: {message_line(error)}") from error
     model, info = loaded
     check_loading(info, model, str(folder))
+    model.generation_config = control_tokens(as_resolved(folder))
     save_checked(model, tokenizer, out, str(folder))
 
 

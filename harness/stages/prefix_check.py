@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fusion.errors import UserError
+from fusion.modeling.context import context_length
 from harness.models.checkpoints import load_config, load_model, load_tokenizer
 from harness.models.resolution import ResolvedModel
 from harness.store.artifacts import Estimate, Spec, Store
@@ -30,7 +31,7 @@ def prefix_warning(store: Store, model: ResolvedModel, texts: Sequence[str], *, 
     Clearly: by one percent of the bits per byte, and by three standard errors over the texts. What was measured is an
     artifact, so that the model is loaded once.
     """
-    context = getattr(load_config(model), "max_position_embeddings", None) or _BYTES + 2
+    context = context_length(load_config(model)) or _BYTES + 2
     size = min(_BYTES, context - 2)  # a token is a byte or more, but for those put before a text
     some = [text.encode("utf-8")[:size].decode("utf-8", "ignore") for text in texts[:TEXTS]]
     spec = Spec(

@@ -17,6 +17,8 @@ from baselines.merge import MergeParameters, merge, run_mergekit, search_shares
 from baselines.merge_checks import check_mergeable
 from baselines.method import Artifact, Candidate
 from fusion.errors import UserError
+from harness.models.checkpoints import load_model
+from harness.models.resolution import ModelSpec, resolve
 from tests.harness.tiny_models import save_model
 
 KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
@@ -141,6 +143,17 @@ def test_a_mergekit_configuration_is_taken_as_it_is(families: dict[str, dict[str
     a, b = (load_file(families["qwen2"][name] / "model.safetensors") for name in ("a", "b"))
     for name, tensor in made.items():
         torch.testing.assert_close(tensor, a[name] if "mlp" in name else b[name], rtol=0, atol=1e-6)
+
+
+def test_how_the_donor_decodes_is_not_looked_at(families: dict[str, dict[str, Path]], tmp_path: Path) -> None:
+    """Its file may hold what transformers refuses: only its control tokens count, where the model is loaded."""
+    donor = Path(shutil.copytree(families["llama"]["a"], tmp_path / "a"))
+    (donor / "generation_config.json").write_text('{"eos_token_id": 0, "num_return_sequences": 2}')
+    halves = [{"model": name, "parameters": {"weight": 0.5}} for name in ("a", "b")]
+    folders = {"a": donor, "b": families["llama"]["b"]}
+    run_mergekit({"merge_method": "linear", "dtype": "float32", "models": halves}, folders, tmp_path / "out")
+    model = load_model(resolve(ModelSpec(name=str(tmp_path / "out")), tmp_path / "models"))
+    assert model.generation_config and model.generation_config.eos_token_id == 0
 
 
 def test_what_makes_a_merge_does_not_depend_on_names(families: dict[str, dict[str, Path]], tmp_path: Path) -> None:

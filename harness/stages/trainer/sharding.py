@@ -49,7 +49,7 @@ def zero_config(name: str) -> dict[str, Any]:
         raise UserError(f"{file} does not say which stage of ZeRO it is: set zero_optimization.stage to 1, 2 or 3.")
     for key in _REFUSED:
         if key in config:
-            raise UserError(f"{file} has its own {key}, which the training settings notify: remove it.")
+            raise UserError(f"{file} has its own {key}, which the training settings set: remove it.")
     for key, filled in _FILLED.items():
         if config.setdefault(key, filled) != filled:
             raise UserError(f"{file} sets {key}, which follows from the training settings: remove it.")

@@ -182,6 +182,25 @@ def test_gguf_that_would_not_come_out_exact_is_refused(llama: Path, tmp_path: Pa
     assert not any((tmp_path / name).exists() for name in "abc")
 
 
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_of_how_a_model_decodes_only_control_tokens_are_kept(file: str, llama: Path, tmp_path: Path) -> None:
+    """transformers neither loads nor saves some combinations of the other settings."""
+    folder = Path(shutil.copytree(llama, tmp_path / "m"))
+    settings = {"eos_token_id": [1, 5], "num_return_sequences": 2, "temperature": 0.5}
+    if file == "config.json":
+        (folder / "generation_config.json").unlink()
+        settings = json.loads((folder / file).read_text()) | settings
+    (folder / file).write_text(json.dumps(settings))
+    out = convert(folder, tmp_path / "out")
+    written = json.loads((out / "generation_config.json").read_text())
+    assert written["eos_token_id"] == [1, 5]
+    assert not {"num_return_sequences", "temperature"} & set(written)
+    load_model(resolve(ModelSpec(name=str(out)), tmp_path)).save_pretrained(tmp_path / "trained")
+    (folder / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    with pytest.raises(UserError, match=r"m/generation_config\.json has eos_token_id = 'x'"):
+        convert(folder, tmp_path / "other")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_pickle_keeps_its_weights_and_its_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     folder = make_pickle(tmp_path / "pickle", dtype)  # config.json says float32 in both cases

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import MptConfig
 
 from fusion.errors import UserError
 from harness.cli.doctor import check
@@ -16,7 +17,9 @@ from harness.experiment.pipeline import TARGET, Experiment, evaluated_model, mea
 from harness.models.resolution import ModelSpec, resolve
 from harness.stages.prefix_check import prefix_warning
 from harness.store.artifacts import Store
+from harness.store.files import read_json
 from tests.harness.bigrams import Bigrams, experiment
+from tests.harness.tiny_models import save_model
 
 # After <s> it knows nothing, after </s> it knows what comes.
 MODEL = Bigrams({"</s>": {"ab": 0.9}, "ab": {"cd": 0.9}, "cd": {"ab": 0.9}})
@@ -68,6 +71,14 @@ def test_a_model_that_reads_better_after_another_token_is_named(tmp_path: Path) 
     }
     assert found[None] and "after the prefix '<s>'" in found[None] and "after '</s>'" in found[None]
     assert found["bos"] and found["eos"] is None
+
+
+def test_texts_are_cut_to_the_context_whatever_it_is_called(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "mpt", MptConfig, 300, 0, max_seq_len=64, max_position_embeddings=None)
+    model, store = resolve(ModelSpec(name=str(folder)), tmp_path), Store(tmp_path / "artifacts")
+    prefix_warning(store, model, ["q5 " * 200] * 2, dtype="float32", device="cpu")  # MPT fails beyond its context
+    (measured,) = (tmp_path / "artifacts").rglob("prefixes.json")
+    assert read_json(measured, "")
 
 
 @pytest.mark.slow
