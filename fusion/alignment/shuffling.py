@@ -11,7 +11,7 @@ from fusion.types import Predictions
 
 
 def shuffled(predictions: Predictions, vocabulary_size: int) -> Predictions:
-    """The same predictions in another order within their passage: each stands at a position that it was not made for.
+    """The same predictions in a random order within their passage, where one on average stays in its place.
 
     What remains is how the model's tokens are distributed on the whole; what it knows of the text is gone, so that
     nothing can be learnt of it. The order follows from the passage's tokens. The true next token has the probability

@@ -110,8 +110,9 @@ class MethodContext:
 
     def validation_nll(self, candidate: Candidate, label: str = "") -> float:
         experiment, label = self._experiment, label or self.label
-        if (training := candidate.training) is not None and training.exists() and not candidate.folder.exists():
-            return math.inf  # a pilot that has diverged
+        training, is_pilot = candidate.training, self._share < 1
+        if is_pilot and training is not None and training.exists() and not candidate.folder.exists():
+            return math.inf  # it has diverged
         workspace, validation = experiment.workspace, experiment.corpora.validation
         evaluated = evaluated_model(experiment, label, candidate)
         result = validation.measure(evaluated, workspace.store, workspace.costs)
@@ -127,7 +128,7 @@ class MethodContext:
             )
         nll = nats_per_byte(records)
         if not math.isfinite(nll):
-            if self._share < 1:
+            if is_pilot:
                 return math.inf
             raise UserError(f"{label} has no finite likelihood of the validation text: leave it out.")
         return nll

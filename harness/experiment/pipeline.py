@@ -16,7 +16,7 @@ from baselines.method import Artifact, Candidate, Ensemble
 from fusion.errors import UserError
 from fusion.losses.loss import Balance, Loss, LossRequirements, LossResources
 from fusion.vocabulary.token_bytes import Vocabulary, same_ids
-from fusion.vocabulary.tokenization import encode_alike
+from fusion.vocabulary.tokenization import encode_alike, prefix_id
 from harness.config.schema import Config
 from harness.data.passages import Passages
 from harness.data.predictions import PredictionsReader
@@ -121,7 +121,7 @@ def vocabulary_map(
 def loss_inputs(experiment: Experiment, label: str, requirements: LossRequirements) -> LossInputs:
     """What the loss of the row `label` is computed from, made where it is not there.
 
-    Raises UserError for predictions that are not stored, and for a teacher in memory with another tokenizer.
+    Raises UserError for predictions that are not stored, and for a teacher in memory with another tokenizer or prefix.
     """
     models = experiment.models
     check_stored(label, requirements, experiment.config.extraction)
@@ -132,6 +132,12 @@ def loss_inputs(experiment: Experiment, label: str, requirements: LossRequiremen
             raise UserError(
                 f"{label} has {name} read the target's tokens, but its tokenizer is another: choose a teacher with "
                 "the target's tokenizer, or set online to false."
+            )
+        # It would read every passage after a token that it was not trained with.
+        if here and len({prefix_id(models.tokenizer(one)[0], models.role(one).prefix) for one in (name, TARGET)}) > 1:
+            raise UserError(
+                f"{label} has {name} read the target's tokens after the target's prefix, but its own prefix is another: "
+                "give both roles the same, or set online to false."
             )
     return LossInputs(
         {name: predict(experiment, name) for name in requirements.predictions},

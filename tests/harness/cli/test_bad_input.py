@@ -175,6 +175,13 @@ VALUES: list[tuple[list[str], str]] = [
         plan("methods.X.method=distillation", "methods.X.online=true"),
         "X has neox read the target's tokens, but its tokenizer is another: choose a teacher with the target's tok",
     ),
+    (
+        plan(
+            "methods.X={method: distillation, online: true, teachers: [twin]}",
+            "roles.sources.twin={model: '{here}/llama', prefix: e}",
+        ),
+        "X has twin read the target's tokens after the target's prefix, but its own prefix is another: give both",
+    ),
     (setting("extraction.k=0"), "extraction.k = 0, .* greater than 0"),
     (setting("seeds=[-1]"), r"seeds.0 = -1"),
     ([*SHOW, "main", "--seed", "1", "--seed", "1"], r"seeds \[1, 1\] names one twice: give each seed once"),
