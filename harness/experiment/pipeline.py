@@ -136,8 +136,8 @@ def loss_inputs(experiment: Experiment, label: str, requirements: LossRequiremen
         # It would read every passage after a token that it was not trained with.
         if here and len({prefix_id(models.tokenizer(one)[0], models.role(one).prefix) for one in (name, TARGET)}) > 1:
             raise UserError(
-                f"{label} has {name} read the target's tokens after the target's prefix, but its own prefix is another: "
-                "give both roles the same, or set online to false."
+                f"{label} has {name} read the target's tokens after the target's prefix, but its own prefix is "
+                "another: give both roles the same, or set online to false."
             )
     return LossInputs(
         {name: predict(experiment, name) for name in requirements.predictions},
