@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks import models, store, tables, tokens
 from benchmarks.support import machine
-from benchmarks.support.material import Material
+from benchmarks.support.inputs import Inputs
 from benchmarks.support.page import Result, page
 from fusion.errors import UserError
 from harness.config.loading import load
@@ -62,12 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace) -> tuple[list[Result], list[str]]:
     """The results, and what was left out and why."""
-    material = Material(options.shared)
+    inputs = Inputs(options.shared)
     results: list[Result] = []
     for name, bench in WITHOUT_MODELS.items():
         if name in options.only:
             notify(f"benchmark: {name}")
-            results += bench(material, quick=options.quick)
+            results += bench(inputs, quick=options.quick)
     chosen = [name for name in WITH_MODELS if name in options.only]
     if not chosen:
         return results, []

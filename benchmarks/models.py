@@ -14,7 +14,7 @@ from torch import Tensor
 import fusion.losses.objective as objective_module
 from baselines.fusellm import FuseLLMParameters
 from benchmarks.support import machine, reference_implementation
-from benchmarks.support.material import Material
+from benchmarks.support.inputs import Inputs
 from benchmarks.support.page import Result
 from fusion.inference.top_k import batches_by_length, predict_top_k, reader
 from fusion.losses.fusion_loss import FusionLoss
@@ -38,7 +38,7 @@ _LAMBDA = 0.9
 _ENTRIES = 10
 
 
-def objective(material: Material, *, quick: bool) -> list[Result]:
+def objective(inputs: Inputs, *, quick: bool) -> list[Result]:
     """The mixed loss with its gradients at the size of SmolLM2's head, in float32."""
     positions, vocabulary, hidden = (256, 2000, 64) if quick else (2048, 49152, 576)
     size = (positions, vocabulary, hidden)
@@ -290,7 +290,8 @@ def _loader(prepared: Prepared, step_seconds: float) -> Result:
     predictions = [{name: e.predictions(p) for name, e in extractions.items()} for p in members]
     pairs = {
         s.name: [
-            reference_implementation.same_end(r[s.name].ends.tolist(), r[target].ends.tolist()) for r in predictions
+            reference_implementation.same_end(r[s.name].byte_ends.tolist(), r[target].byte_ends.tolist())
+            for r in predictions
         ]
         for s in sources
     }
@@ -311,8 +312,8 @@ def _loader(prepared: Prepared, step_seconds: float) -> Result:
         roofline=100 * encoding / step_seconds,
         note=f"{1e3 * taken:.0f} ms a row: below 100 % one worker is always ahead of the trainer, until a device takes "
         f"{rows.sequence_length / taken:,.0f} positions a second; without a worker its share is added to the step. "
-        "Reference: projection and the dense collator, without reading. Roofline: encoding the row's text once with "
-        "each model's tokenizer.",
+        "Reference: projection and the dense collator, without reading the shards. Roofline: encoding the row's text "
+        "once with each model's tokenizer.",
     )
 
 

@@ -53,8 +53,8 @@ class FullReader:
             stored.ids,
             stored.log_p.astype(np.float16).astype(np.float32),
             stored.tail,
-            stored.nats,
-            stored.prefix_nats,
+            stored.nll,
+            stored.prefix_nll,
         )
         with torch.inference_mode():
             logits = project(backbone(torch.tensor([tokens]))[0]).double()
@@ -100,8 +100,10 @@ def compared(target: Model, source: FullReader, source_of: Source, text: str) ->
     )
     # Both count the space that some tokenizers write before a text.
     ends = text_ends(stored, source.model.vocabulary)
-    target_ends = text_ends(Predictions(tokens, own.ends, own.ids, own.log_p, own.tail, own.nats), target.vocabulary)
-    before = chain_rule(source, log_p, ends, stored.nats, b" " + text.encode())
+    target_ends = text_ends(
+        Predictions(tokens, own.byte_ends, own.ids, own.log_p, own.tail, own.nll), target.vocabulary
+    )
+    before = chain_rule(source, log_p, ends, stored.nll, b" " + text.encode())
     p = np.where(fused.targets.ids == fused.gold[:, None], fused.targets.p, 0).sum(axis=1)
     for i in np.flatnonzero((fused.partner[0] >= 0) & (fused.gold >= 0)):
         nats = -before(int(fused.partner[0, i]), int(target_ends[i]), int(target_ends[i + 1]))

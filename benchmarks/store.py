@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.support import machine
-from benchmarks.support.material import SOURCE, TARGET, Material
+from benchmarks.support.inputs import SOURCE, TARGET, Inputs
 from benchmarks.support.page import Result
 from fusion.inference.top_k import TopKPredictions
 from fusion.types import Predictions
@@ -24,9 +24,9 @@ _CASES: tuple[tuple[str, str, Compression, float], ...] = (
 )
 
 
-def store(material: Material, *, quick: bool) -> list[Result]:
+def store(inputs: Inputs, *, quick: bool) -> list[Result]:
     """A shard of real top tens, of a small and of a large vocabulary, plain and compressed."""
-    passages = list(islice(cycle(material.passages), 4 if quick else 256))
+    passages = list(islice(cycle(inputs.passages), 4 if quick else 256))
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for vocabulary, name, compression, goal in _CASES:
@@ -40,12 +40,12 @@ def _measure(
     what: str, folder: Path, predictions: Sequence[Predictions], compression: Compression, goal: float, *, wide: bool
 ) -> list[Result]:
     path, published = folder / "shard.safetensors", folder / "published.arrow"
-    written = [TopKPredictions(r.ids, r.log_p, r.tail, r.nats) for r in predictions]
-    ends = [r.ends[1:] for r in predictions]
+    written = [TopKPredictions(r.ids, r.log_p, r.tail, r.nll) for r in predictions]
+    ends = [r.byte_ends[1:] for r in predictions]
     tokens = [r.tokens for r in predictions]
     write_shard(path, folder / "beside", written, ends, tokens, wide=wide, compression=compression)
     for columns, passage in zip(_read(path, len(predictions)), predictions, strict=True):
-        if not (columns["ids"] == passage.ids).all() or not (columns["nats"] == passage.nats).all():
+        if not (columns["ids"] == passage.ids).all() or not (columns["nll"] == passage.nll).all():
             raise AssertionError("what is read from a shard is not what was written to it")
     _write_published(published, predictions)
     positions = sum(len(r.tokens) for r in predictions)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.support.material import Material
+from benchmarks.support.inputs import Inputs
 from benchmarks.support.page import Result
 from harness.config.loading import load
 from harness.store.files import write_json
@@ -21,7 +21,7 @@ _SEEDS = 5
 _GOAL = 2.0
 
 
-def tables(_: Material, *, quick: bool) -> list[Result]:
+def tables(_: Inputs, *, quick: bool) -> list[Result]:
     """`fusellm tables` on the records of table 1 with five seeds: made up, as many as BBH has."""
     examples = 20 if quick else 290
     config = load("table1", profile="small").model_dump(mode="json")

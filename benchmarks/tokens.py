@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from benchmarks.support import machine, reference_implementation
-from benchmarks.support.material import SOURCE, TARGET, Material
+from benchmarks.support.inputs import SOURCE, TARGET, Inputs
 from benchmarks.support.page import Result
 from fusion.alignment.fuse import Source, fuse_sequence
 from fusion.alignment.pairing import ALIGNMENTS, same_end
@@ -21,38 +21,38 @@ _SEED = 0
 _TWO = ("first", "second")  # the source read by the texts' other model stands for two
 
 
-def maps(material: Material, *, quick: bool) -> list[Result]:
+def maps(inputs: Inputs, *, quick: bool) -> list[Result]:
     """MinED of the whole source vocabulary onto the target's."""
     generator = np.random.default_rng(_SEED)
-    drawn = generator.permutation(np.flatnonzero([bool(b) for b in material.vocabularies[SOURCE].token_bytes]))
+    drawn = generator.permutation(np.flatnonzero([bool(b) for b in inputs.vocabularies[SOURCE].token_bytes]))
     everything = drawn[:2000] if quick else drawn
     return [
-        _map(material, "strings", everything, 45.0, "MinED of {} gemma tokens onto {} of smol, strings", quick),
-        _map(material, "bytes", everything, 120.0, "MinED of {} gemma tokens onto {} of smol, bytes", quick),
+        _map(inputs, "strings", everything, 45.0, "MinED of {} gemma tokens onto {} of smol, strings", quick),
+        _map(inputs, "bytes", everything, 120.0, "MinED of {} gemma tokens onto {} of smol, bytes", quick),
     ]
 
 
-def _mined(material: Material, on: Literal["strings", "bytes"], ids: np.ndarray) -> np.ndarray:
+def _mined(inputs: Inputs, on: Literal["strings", "bytes"], ids: np.ndarray) -> np.ndarray:
     """int32[V]: the images of some source tokens; -1 for all others."""
-    source, target = material.vocabularies[SOURCE], material.vocabularies[TARGET]
+    source, target = inputs.vocabularies[SOURCE], inputs.vocabularies[TARGET]
     image = np.full(len(source), -1, np.int32)
     image[ids] = MAPS.choose("mined").value(MapTask(source, target, on, ids, None, lambda done, total: None))
     return image
 
 
 def _map(
-    material: Material, on: Literal["strings", "bytes"], ids: np.ndarray, goal: float, what: str, quick: bool
+    inputs: Inputs, on: Literal["strings", "bytes"], ids: np.ndarray, goal: float, what: str, quick: bool
 ) -> Result:
-    _mined(material, on, ids[:50])  # compiles
+    _mined(inputs, on, ids[:50])  # compiles
     image = np.empty(0)
 
     def run() -> None:
         nonlocal image
-        image = _mined(material, on, ids)
+        image = _mined(inputs, on, ids)
 
     taken = machine.seconds(run, repeat=1, warm=False)
     sample = np.random.default_rng(_SEED).choice(ids, 4 if quick else 300, replace=False)
-    texts, candidates, places = _texts(material, on, sample)
+    texts, candidates, places = _texts(inputs, on, sample)
     found: list[int] = []
     reference = machine.seconds(
         lambda: found.extend(reference_implementation.mined(texts, candidates)), repeat=1, warm=False
@@ -64,7 +64,7 @@ def _map(
         taken,
         goal,
         reference=reference * len(ids) / len(sample),
-        roofline=_search_limit(material, on, ids) / machine.cores(),
+        roofline=_search_limit(inputs, on, ids) / machine.cores(),
         note=f"on {machine.cores()} cores. Reference: one compiled distance a pair in a loop, extrapolated from "
         f"{len(sample)} tokens drawn at random, whose images are equal. Roofline: the bit-parallel recurrence over all "
         "pairs (common prefixes once, equal patterns once) at the rate of 64-bit integer operations, "
@@ -72,9 +72,9 @@ def _map(
     )
 
 
-def _texts(material: Material, on: Literal["strings", "bytes"], ids: np.ndarray) -> tuple[list, list, list[int]]:
+def _texts(inputs: Inputs, on: Literal["strings", "bytes"], ids: np.ndarray) -> tuple[list, list, list[int]]:
     """What the map compares: the source tokens `ids`, the target's tokens, and the ids of those."""
-    source, target = material.vocabularies[SOURCE], material.vocabularies[TARGET]
+    source, target = inputs.vocabularies[SOURCE], inputs.vocabularies[TARGET]
     spelled: tuple = target.tokens if on == "strings" else target.token_bytes
     if on == "strings":
         texts: list = [respace(source.tokens[i], source.space, target.space) for i in ids]
@@ -84,9 +84,9 @@ def _texts(material: Material, on: Literal["strings", "bytes"], ids: np.ndarray)
     return texts, [spelled[i] for i in places], places
 
 
-def _search_limit(material: Material, on: Literal["strings", "bytes"], ids: np.ndarray) -> float:
+def _search_limit(inputs: Inputs, on: Literal["strings", "bytes"], ids: np.ndarray) -> float:
     """Seconds of one core for the arithmetic of the edit distance: 16 operations a character and 9 a distance."""
-    texts, candidates, _ = _texts(material, on, ids)
+    texts, candidates, _ = _texts(inputs, on, ids)
     known = set(candidates)
     inexact = [text for text in texts if text not in known]
     patterns, strings, alphabet = to_alphabet(code_points(inexact), code_points(candidates))
@@ -96,17 +96,17 @@ def _search_limit(material: Material, on: Literal["strings", "bytes"], ids: np.n
     return len(distinct) * (16 * columns + 9 * len(candidates)) / machine.integer_operations()
 
 
-def alignments(material: Material, *, quick: bool) -> list[Result]:
+def alignments(inputs: Inputs, *, quick: bool) -> list[Result]:
     """Same end and dynamic time warping of a text of 2,048 target tokens."""
     count = 256 if quick else 2048
-    source, target = material.vocabularies[SOURCE], material.vocabularies[TARGET]
+    source, target = inputs.vocabularies[SOURCE], inputs.vocabularies[TARGET]
     ends = {}
     for name in (SOURCE, TARGET):
-        parts = [text[name].ends for text in material.texts]
+        parts = [text[name].byte_ends for text in inputs.texts]
         ends[name] = np.concatenate([parts[0], parts[1] + parts[0][-1]]).astype(np.int32)
     target_ends = ends[TARGET][:count]
     source_ends = ends[SOURCE][: int((ends[SOURCE] <= target_ends[-1]).sum())]
-    tokens = material.tokens(SOURCE, len(source_ends)), material.tokens(TARGET, count)
+    tokens = inputs.tokens(SOURCE, len(source_ends)), inputs.tokens(TARGET, count)
 
     _same(
         "same end",
@@ -155,12 +155,12 @@ def alignments(material: Material, *, quick: bool) -> list[Result]:
     return [by_end, warped]
 
 
-def fusing(material: Material, *, quick: bool) -> list[Result]:
+def fusing(inputs: Inputs, *, quick: bool) -> list[Result]:
     """Projecting and fusing a sequence of passages: everything that `fuse_sequence` does."""
-    source, target = material.vocabularies[SOURCE], material.vocabularies[TARGET]
-    passages = material.row(520 if quick else 2060)
-    occurring = np.unique(np.concatenate([np.append(t[SOURCE].ids, t[SOURCE].tokens) for t in material.texts]))
-    image = _mined(material, "strings", occurring)
+    source, target = inputs.vocabularies[SOURCE], inputs.vocabularies[TARGET]
+    passages = inputs.row(520 if quick else 2060)
+    occurring = np.unique(np.concatenate([np.append(t[SOURCE].ids, t[SOURCE].tokens) for t in inputs.texts]))
+    image = _mined(inputs, "strings", occurring)
     predictions = [{TARGET: p.predictions[TARGET], **dict.fromkeys(_TWO, p.predictions[SOURCE])} for p in passages]
     pieces = _pieces(source, target)
     sources = [Source(name, source, image, pieces) for name in _TWO]

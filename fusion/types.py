@@ -20,22 +20,22 @@ class Predictions:
 
     tokens: np.ndarray
     """int32[M], token ids of the passage, the prefix first."""
-    ends: np.ndarray
-    """int32[M], byte at which each token ends in the passage; ends[0] = 0, and -1 from the first token on that does not
-    spell the text."""
+    byte_ends: np.ndarray
+    """int32[M], byte at which each token ends in the passage; byte_ends[0] = 0, and -1 from the first token on that
+    does not spell the text."""
     ids: np.ndarray
     """int32[M, k], ids of the k most probable next tokens in the model's own vocabulary, the most probable first."""
     log_p: np.ndarray
     """float32[M, k], their log-probabilities in nats."""
     tail: np.ndarray
     """float32[M], probability outside the k entries."""
-    nats: np.ndarray
-    """float32[M], -log p(next token of the passage); 0 at M-1."""
-    prefix_nats: np.ndarray | None = None
-    """float32[P], for every next token of the passage, of n bytes, n - 1 values: -log of the probability that the next
-    token begins with its first byte, its first two, and so on. None where that is not known."""
+    nll: np.ndarray
+    """float32[M], negative log-likelihood -log p(next token of the passage) in nats; 0 at M-1."""
+    prefix_nll: np.ndarray | None = None
+    """float32[P], for every next token of the passage, of n bytes, n - 1 values in nats: -log of the probability
+    that the next token begins with its first byte, its first two, and so on. None where that is not known."""
     skipped: bool = False
-    """True if only `tokens` and `ends` are known: the logits were not finite, or nothing was extracted."""
+    """True if only `tokens` and `byte_ends` are known: the logits were not finite, or nothing was extracted."""
 
     def top(self, k: int) -> Predictions:
         """The same with the k most probable entries only; the probability of dropped entries is added to the tail."""
@@ -43,10 +43,10 @@ class Predictions:
         return replace(self, ids=self.ids[:, :k], log_p=self.log_p[:, :k], tail=self.tail + dropped)
 
     @classmethod
-    def empty(cls, tokens: np.ndarray, ends: np.ndarray, k: int) -> Predictions:
+    def empty(cls, tokens: np.ndarray, byte_ends: np.ndarray, k: int) -> Predictions:
         """Predictions of a passage of which only tokens and byte ends are known; every array is 0."""
         zeros, zero = np.zeros((len(tokens), k), np.float32), np.zeros(len(tokens), np.float32)
-        return cls(tokens, ends, zeros.astype(np.int32), zeros, zero, zero, skipped=True)
+        return cls(tokens, byte_ends, zeros.astype(np.int32), zeros, zero, zero, skipped=True)
 
 
 SequencePredictions = Sequence[Mapping[str, Predictions]]

@@ -143,8 +143,8 @@ def fuse(
 
 
 def _reward(predictions: Sequence[Predictions]) -> Tensor:
-    nats = sum(float(r.nats.sum()) for r in predictions)
-    return torch.exp(-torch.tensor(nats / sum(len(r.nats) - 1 for r in predictions), dtype=torch.bfloat16))
+    nats = sum(float(r.nll.sum()) for r in predictions)
+    return torch.exp(-torch.tensor(nats / sum(len(r.nll) - 1 for r in predictions), dtype=torch.bfloat16))
 
 
 def objective(logits: Tensor, gold: Tensor, p: Tensor, lam: float) -> Tensor:

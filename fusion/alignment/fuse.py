@@ -191,18 +191,18 @@ def _check(
             if name not in passage:
                 raise UserError(f"passage {number} of the sequence has no predictions by {name!r}: extract them first.")
             predictions, m = passage[name], len(passage[name].tokens)
-            aligned = (predictions.ends, predictions.ids, predictions.log_p, predictions.tail, predictions.nats)
+            aligned = (predictions.byte_ends, predictions.ids, predictions.log_p, predictions.tail, predictions.nll)
             if m == 0 or any(len(a) != m for a in aligned) or predictions.ids.shape != predictions.log_p.shape:
                 raise UserError(
                     f"the predictions of passage {number} by {name!r} have arrays of different lengths: extract again."
                 )
-            if predictions.ends[0] != 0:
+            if predictions.byte_ends[0] != 0:
                 raise UserError(
                     f"the predictions of passage {number} by {name!r} do not begin at byte 0: extract again."
                 )
-            if name in names and not np.isfinite(predictions.nats).all():
+            if name in names and not np.isfinite(predictions.nll).all():
                 raise UserError(
-                    f"the predictions of passage {number} by {name!r} have nats that are not finite: extract again."
+                    f"the predictions of passage {number} by {name!r} have an nll that is not finite: extract again."
                 )
 
 
@@ -218,7 +218,7 @@ def _project(
     read = [passage[source.name] for passage in passages]
     if switches.true_token == "always" or switches.along_text:
         true_token = np.concatenate([np.append(predictions.tokens[1:], -1) for predictions in read])
-        nats = np.concatenate([predictions.nats for predictions in read])
+        nats = np.concatenate([predictions.nll for predictions in read])
         ids, p = true_token_last(ids, p, true_token, nats if switches.true_token == "always" else None)
     own = [passage[target] for passage in passages]
     source_tokens = TokenSequence.of(read, source.vocabulary)
@@ -277,9 +277,9 @@ def _partners(
         else:
             partner = align(
                 predictions.tokens,
-                predictions.ends,
+                predictions.byte_ends,
                 own.tokens,
-                own.ends,
+                own.byte_ends,
                 source.vocabulary,
                 target_vocabulary,
                 source.map,

@@ -12,7 +12,7 @@ and u the source token that really follows it.
 - Paired (a_j = v): every entry goes to the first target token of its bytes.
 - Inside a source token (a_j < v): with s the bytes between a_j and v, the entries that begin with s and are longer go
   to the first target token of the bytes that they have left, divided by P(s), the mass of all source tokens that begin
-  with s. That is stored (`prefix_nats`): the entries alone would make what really follows too probable.
+  with s. That is stored (`prefix_nll`): the entries alone would make what really follows too probable.
 - One correction, on the true path alone. The source gave g the probability c, by the chain rule over its own tokens:
   the product over tokens that lie wholly in g, and for a last one that goes on beyond g the mass of all tokens that
   begin with what is left of g. Where what u has left is a proper prefix of g, c is moved from the image of u to the
@@ -77,7 +77,7 @@ class SourceEntries(NamedTuple):
     p: np.ndarray
     """float64[M, K] probabilities, 0 where there is no entry."""
     prefix_mass: np.ndarray
-    """float64[Q] exp of minus the `prefix_nats` of all passages. In a passage without them no position inside a source
+    """float64[Q] exp of minus the `prefix_nll` of all passages. In a passage without them no position inside a source
     token has entries: the k that are known would make the true token far too probable."""
     prefix_starts: np.ndarray
     """int64[P + 1]: where each passage's values in `prefix_mass` begin, and Q."""
@@ -85,7 +85,7 @@ class SourceEntries(NamedTuple):
     @classmethod
     def of(cls, ids: np.ndarray, p: np.ndarray, passages: Sequence[Predictions]) -> SourceEntries:
         """These entries with the prefix masses that are stored for the passages."""
-        nats = [np.zeros(0) if r.prefix_nats is None or r.skipped else r.prefix_nats for r in passages]
+        nats = [np.zeros(0) if r.prefix_nll is None or r.skipped else r.prefix_nll for r in passages]
         return cls(
             np.ascontiguousarray(ids, np.int32),
             np.ascontiguousarray(p, np.float64),
@@ -108,7 +108,7 @@ def text_ends(predictions: Predictions, vocabulary: Vocabulary) -> np.ndarray:
     The prefix token ends before the space where the tokenizer wrote one of its own (a dummy prefix), else after it; -1
     where the byte is not known, and everywhere in a passage that was skipped.
     """
-    tokens, ends = predictions.tokens, predictions.ends
+    tokens, ends = predictions.tokens, predictions.byte_ends
     result = np.where((ends >= 0) & (not predictions.skipped), ends + 1, UNKNOWN).astype(np.int32)
     if len(tokens) > 1 and result[1] >= 0:
         result[0] = result[1] - len(vocabulary.token_bytes[tokens[1]] or b"")

@@ -38,8 +38,8 @@ class SourceScores:
 
     names: tuple[str, ...]
     """The sources' names, in their order."""
-    nats: np.ndarray
-    """float64[S, U], summed -log p of the unit's tokens; infinite where the source has not read the unit."""
+    nll: np.ndarray
+    """float64[S, U], negative log-likelihood of the unit in nats; infinite where the source has not read it."""
     tokens: np.ndarray
     """int64[S, U], number of the source's own tokens in the unit."""
     n_bytes: np.ndarray
@@ -55,10 +55,10 @@ class SourceScores:
         A source whose tokens do not spell a unit was not asked for all of its bytes, so its sum is no likelihood of the
         text: it does not compete there, unless no source spells the unit.
         """
-        per_byte: np.ndarray = self.nats / np.maximum(self.n_bytes, 1)
+        per_byte: np.ndarray = self.nll / np.maximum(self.n_bytes, 1)
         if self.spelled is None:
             return per_byte
-        spells = self.spelled & np.isfinite(self.nats)
+        spells = self.spelled & np.isfinite(self.nll)
         return np.where(spells | ~spells.any(axis=0), per_byte, np.inf)
 
     def rewards(self) -> np.ndarray:
@@ -66,7 +66,7 @@ class SourceScores:
 
         CE is rounded as well, as in the published code: sources that differ by less than its spacing are tied.
         """
-        mean = to_bfloat16(self.nats / np.maximum(self.tokens, 1))
+        mean = to_bfloat16(self.nll / np.maximum(self.tokens, 1))
         return to_bfloat16(np.exp(-mean.astype(np.float64)))
 
 
@@ -105,7 +105,7 @@ def avgce(members: Sequence[Sparse], scores: SourceScores, switches: Switches) -
         score = -scores.nats_per_byte() / switches.weight_temperature
     else:
         score = scores.rewards().astype(np.float64)
-    unread = np.isinf(scores.nats_per_byte() if switches.weights == "nats_per_byte" else scores.nats)
+    unread = np.isinf(scores.nats_per_byte() if switches.weights == "nats_per_byte" else scores.nll)
     score = np.where(unread.all(axis=0), 0.0, np.where(unread, -np.inf, score))
     by_name = np.argsort(scores.names)  # sums in one order, so that the result does not depend on the given one
     weight = np.exp(score - score.max(axis=0))[by_name]
@@ -193,7 +193,7 @@ def score_sources(
         n_bytes: bytes of each passage.
     """
     n_sources, first = len(names), 0
-    nats: list[np.ndarray] = []
+    nll: list[np.ndarray] = []
     tokens: list[np.ndarray] = []
     sizes: list[np.ndarray] = []
     units: list[np.ndarray] = []
@@ -209,10 +209,10 @@ def score_sources(
                 sums[s] = np.inf
                 continue
             unit = segment_of(predictions, starts)[:-1]  # the last position has no next token
-            sums[s] = np.bincount(unit, predictions.nats[:-1], count)
+            sums[s] = np.bincount(unit, predictions.nll[:-1], count)
             counts[s] = np.bincount(unit, minlength=count)
-            whole[s, -1] = predictions.ends[-1] == size  # what is not spelled belongs to the last unit
-        nats.append(sums)
+            whole[s, -1] = predictions.byte_ends[-1] == size  # what is not spelled belongs to the last unit
+        nll.append(sums)
         tokens.append(counts)
         spelled.append(whole)
         sizes.append(np.diff(starts, append=size))
@@ -220,7 +220,7 @@ def score_sources(
         first += count
     scores = SourceScores(
         names,
-        np.concatenate(nats, 1),
+        np.concatenate(nll, 1),
         np.concatenate(tokens, 1),
         np.concatenate(sizes),
         np.concatenate(units),
@@ -228,7 +228,7 @@ def score_sources(
     )
     if select_over != "sequence":
         return scores
-    groups, group = np.unique(np.isinf(scores.nats), axis=1, return_inverse=True)
+    groups, group = np.unique(np.isinf(scores.nll), axis=1, return_inverse=True)
     members = group == np.arange(groups.shape[1])[:, None]
 
     def summed(values: np.ndarray) -> np.ndarray:
@@ -238,7 +238,7 @@ def score_sources(
     assert scores.spelled is not None
     return SourceScores(
         names,
-        summed(scores.nats),
+        summed(scores.nll),
         summed(scores.tokens),
         summed(scores.n_bytes),
         group[scores.unit],
@@ -248,13 +248,16 @@ def score_sources(
 
 def segment_starts(passages: Sequence[Predictions], n_bytes: int) -> np.ndarray:
     """Bytes where the segments of a passage begin: the ends that all models share, without the end of the text."""
-    common = reduce(np.intersect1d, [predictions.ends[predictions.ends >= 0] for predictions in passages])
+    common = reduce(np.intersect1d, [predictions.byte_ends[predictions.byte_ends >= 0] for predictions in passages])
     return common[common < n_bytes] if n_bytes else common[:1]
 
 
 def segment_of(predictions: Predictions, starts: np.ndarray) -> np.ndarray:
     """int64[M], the segment of each position."""
-    return np.where(predictions.ends < 0, len(starts), np.searchsorted(starts, predictions.ends, side="right")) - 1
+    return (
+        np.where(predictions.byte_ends < 0, len(starts), np.searchsorted(starts, predictions.byte_ends, side="right"))
+        - 1
+    )
 
 
 def to_bfloat16(x: np.ndarray) -> np.ndarray:

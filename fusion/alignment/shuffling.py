@@ -28,4 +28,4 @@ def shuffled(predictions: Predictions, vocabulary_size: int) -> Predictions:
     rest = tail[:-1] / max(vocabulary_size - ids.shape[1], 1)
     p = np.where(true.any(axis=1), np.exp(np.where(true, log_p[:-1], -np.inf)).sum(axis=1), rest)
     nats = np.append(-np.log(np.maximum(p, np.finfo(np.float32).tiny)), 0).astype(np.float32)
-    return replace(predictions, ids=ids, log_p=log_p, tail=tail, nats=nats, prefix_nats=None)
+    return replace(predictions, ids=ids, log_p=log_p, tail=tail, nll=nats, prefix_nll=None)

@@ -11,7 +11,7 @@ byte ends that the target and all sources share, so that all models predict the 
   the target's token then has the probability of its bytes, which is that of all source tokens that begin so.
 - kept: the same with the entries and the tail that the switches and k leave.
 - selected: only where the fused distribution comes from this source, and with the fused distribution.
-- taught: the same over all positions, those of segments with a gap between partners included.
+- in_loss: the same over all positions that have a partner, those of segments with a gap between partners included.
 
 What is fused is the models' distributions where they have a partner. The one-hot that a training puts elsewhere is the
 text itself, which no model said, so that it is no part of a mixture here.
@@ -37,7 +37,7 @@ from fusion.switches import Switches
 from fusion.types import Predictions, Sparse
 from fusion.vocabulary.token_bytes import Vocabulary
 
-STAGES = ("native", "aligned", "projected", "kept", "selected", "taught")
+STAGES = ("native", "aligned", "projected", "kept", "selected", "in_loss")
 FUSED = "fused"
 """The row of the distribution that the target is trained on."""
 LEAST_TAIL = 1e-6
@@ -51,7 +51,7 @@ class PassageGains:
     nats: Mapping[str, Mapping[str, float]]
     """By stage: nats by which the model is ahead of the target. `FUSED` has up to `kept` those of the model that is
     natively the best of the passage (maybe the target), so that what selection loses is what it leaves of these. Of a
-    source of a mixture (AvgCE) `selected` and `taught` are NaN, since what is mixed is nobody's."""
+    source of a mixture (AvgCE) `selected` and `in_loss` are NaN, since what is mixed is nobody's."""
     positions: Mapping[str, Mapping[str, int]]
     """Positions of the target that have a next token and are `paired` with the model (`inside` one of its tokens
     included), `inside` one, or `chosen` from it; and `no_entry`, of the paired ones where the distribution that is left
@@ -100,7 +100,7 @@ def waterfall(
     starts = segment_starts([passage[name] for name in models], n_bytes)
     shared = np.ones(len(starts), bool)
     # Text that a tokenizer does not spell belongs to the last segment, where models then predict different bytes.
-    shared[-1] = all(passage[name].ends[-1] == n_bytes for name in models)
+    shared[-1] = all(passage[name].byte_ends[-1] == n_bytes for name in models)
     here = segment_of(own, starts)[:-1]
 
     def alone(name: str, changed: Switches, entries: int | None) -> FusedSequence:
@@ -152,25 +152,25 @@ def waterfall(
     paired = np.stack([left[name].paired[0][:-1] for name in names])
     complete = np.stack([whole[name][here] for name in names])
     is_mixture = selected == MIXTURE
-    taught = np.where(is_mixture, paired.any(axis=0), paired[of_one, at])
+    in_loss = np.where(is_mixture, paired.any(axis=0), paired[of_one, at])
     within = np.where(is_mixture, complete.any(axis=0), complete[of_one, at])
     mixed = bool(is_mixture.any())
     for name in models:
-        of_it = taught & (selected == (names.index(name) if name in names else len(names)))
+        of_it = in_loss & (selected == (names.index(name) if name in names else len(names)))
         positions[name]["chosen"] = int(of_it.sum())
         nats[name]["selected"] = np.nan if mixed else float(ahead[of_it & within].sum())
-        nats[name]["taught"] = np.nan if mixed else float(ahead[of_it].sum())
+        nats[name]["in_loss"] = np.nan if mixed else float(ahead[of_it].sum())
     best = max(models, key=lambda name: nats[name]["native"])
     nats[FUSED] = {stage: nats[best][stage] for stage in ("native", "aligned", "projected", "kept")}
-    nats[FUSED] |= {"selected": float(ahead[taught & within].sum()), "taught": float(ahead[taught].sum())}
-    positions[FUSED] = {"paired": int(taught.sum()), "no_entry": int((taught & ~listed).sum())}
+    nats[FUSED] |= {"selected": float(ahead[in_loss & within].sum()), "in_loss": float(ahead[in_loss].sum())}
+    positions[FUSED] = {"paired": int(in_loss.sum()), "no_entry": int((in_loss & ~listed).sum())}
     sizes = np.diff(starts, append=n_bytes)
     return PassageGains(nats, positions, len(own.tokens) - 1, int(sizes[shared].sum()))
 
 
 def _nats(predictions: Predictions, starts: np.ndarray) -> np.ndarray:
     """float64[U], a model's negative log-likelihood of each segment."""
-    return np.bincount(segment_of(predictions, starts)[:-1], predictions.nats[:-1], len(starts))
+    return np.bincount(segment_of(predictions, starts)[:-1], predictions.nll[:-1], len(starts))
 
 
 def _where_paired(fused: FusedSequence) -> Sparse:
@@ -186,7 +186,7 @@ def _ahead(targets: Sparse, own: Predictions, *, has_tail: bool = True) -> tuple
     ids, p, tail = targets.ids[:-1], targets.p[:-1], targets.tail[:-1].astype(np.float64)
     gold = np.where(ids == own.tokens[1:, None], p, 0).sum(axis=1, dtype=np.float64)
     listed = gold > 0
-    ahead = np.log(np.where(listed, gold, 1.0)) + own.nats[:-1]
+    ahead = np.log(np.where(listed, gold, 1.0)) + own.nll[:-1]
     rows = np.flatnonzero(~listed)
     if has_tail:
         in_tail = ~(own.ids[rows, :, None] == ids[rows, None, :]).any(axis=2)

@@ -74,9 +74,9 @@ class TopKPredictions:
     ids: np.ndarray  # int32[M, k] token ids, most probable first
     log_p: np.ndarray  # float32[M, k]
     tail: np.ndarray  # float32[M], 1 - sum of the top k
-    nats: np.ndarray  # float32[M], -log p(next token); 0 at M - 1
+    nll: np.ndarray  # float32[M], -log p(next token) in nats; 0 at M - 1
     log_z: np.ndarray | None = None  # float32[M, n], log sum over all V ids of p^(1/T) at the n temperatures asked for
-    prefix_nats: np.ndarray | None = None  # float32[P], see `fusion.types.Predictions.prefix_nats`
+    prefix_nll: np.ndarray | None = None  # float32[P], see `fusion.types.Predictions.prefix_nll`
 
     @classmethod
     def none(cls, k: int, temperatures: int = 0) -> "TopKPredictions":
@@ -115,7 +115,7 @@ def predict_top_k(
     """Top-k predictions of one batch of sequences (prefix token first, no padding).
 
     `backbone(input_ids[B, L])` gives hidden states [B, L, D] and `project(hidden[N, D])` logits [N, V]; logits exist
-    for `chunk` positions at a time. With `prefixes`, those of the vocabulary, there is `prefix_nats`. Sequences are
+    for `chunk` positions at a time. With `prefixes`, those of the vocabulary, there is `prefix_nll`. Sequences are
     padded on the right, which a causal model cannot attend to.
 
     Raises:
@@ -133,7 +133,7 @@ def predict_top_k(
     hidden = backbone(input_ids.to(device))[real.to(device)]
     gold = following[real].to(device)
 
-    parts, prefix_nats = [], []
+    parts, prefix_nll = [], []
     for hidden_part, gold_part in zip(hidden.split(chunk), gold.split(chunk), strict=True):
         logits = project(hidden_part)
         if k > logits.shape[-1]:
@@ -144,24 +144,24 @@ def predict_top_k(
         for part in zip(logits.split(rows), gold_part.split(rows), strict=True):
             parts.append(_summary(*part, k, temperatures))
             if prefixes is not None:
-                prefix_nats.append(_prefix_nats(*part, prefixes))
+                prefix_nll.append(_prefix_nll(*part, prefixes))
     columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
-    ragged = None if prefixes is None else torch.cat(prefix_nats).cpu().numpy()
+    ragged = None if prefixes is None else torch.cat(prefix_nll).cpu().numpy()
 
     results, first = [], 0
     for end, length, sequence in zip(np.cumsum(lengths), lengths, sequences, strict=True):
         result = TopKPredictions(*(column[end - length : end] for column in columns))
         if prefixes is not None and ragged is not None:
             last = first + sum(len(prefixes.ranges(int(token))) for token in sequence[1:])
-            result, first = replace(result, prefix_nats=ragged[first:last]), last
-        if not (np.isfinite(result.log_p).all() and np.isfinite(result.nats).all()):
+            result, first = replace(result, prefix_nll=ragged[first:last]), last
+        if not (np.isfinite(result.log_p).all() and np.isfinite(result.nll).all()):
             result = TopKPredictions(*(column[:0] for column in columns))
         results.append(result)
     return results
 
 
-def _prefix_nats(logits: Tensor, gold: Tensor, prefixes: BytePrefixes) -> Tensor:
-    """The column `prefix_nats` for logits[N, V] and the next tokens gold[N], -1 for none; in float32."""
+def _prefix_nll(logits: Tensor, gold: Tensor, prefixes: BytePrefixes) -> Tensor:
+    """The column `prefix_nll` for logits[N, V] and the next tokens gold[N], -1 for none; in float32."""
     ranges = [prefixes.ranges(token) for token in gold.tolist()]
     rows = torch.tensor([row for row, some in enumerate(ranges) for _ in some], dtype=torch.long, device=logits.device)
     bounds = torch.tensor([bound for some in ranges for bound in some], dtype=torch.long, device=logits.device)

@@ -49,7 +49,7 @@ class ALMLoss(TeacherLoss):
         """
         teachers = [_chunks(name, resources.target, predictions, n_bytes) for name in self.teachers]
         chunk, nats = zip(*teachers, strict=True)
-        return {"chunk": np.stack(chunk, 1), "nats": np.stack(nats, 1)}
+        return {"chunk": np.stack(chunk, 1), "teacher_nll": np.stack(nats, 1)}
 
     def term(self, batch: Mapping[str, Tensor], teachers: Mapping[str, TeacherModel]) -> Term:
         from torch.nn.functional import pad
@@ -69,13 +69,13 @@ class ALMLoss(TeacherLoss):
     def __call__(self, logits: Tensor, features: Mapping[str, Tensor]) -> Tensor:
         from torch.nn.functional import cross_entropy
 
-        gold, chunk, teacher_nats = features["labels"].clamp(min=-1), features["chunk"], features["nats"]
+        gold, chunk, teacher_nll = features["labels"].clamp(min=-1), features["chunk"], features["teacher_nll"]
         own = cross_entropy(logits, gold, ignore_index=-1, reduction="none")
         nats, n_teachers = own.new_zeros(own.shape), chunk.shape[1]
         for s in range(n_teachers):
             numbers, place, count = chunk[:, s].unique(return_inverse=True, return_counts=True)
             b = own.new_zeros(len(numbers)).index_add(0, place, own)
-            a = own.new_zeros(len(numbers)).index_copy(0, place, teacher_nats[:, s].to(own.dtype))
+            a = own.new_zeros(len(numbers)).index_copy(0, place, teacher_nll[:, s].to(own.dtype))
             divergence = binary_divergence(a, b, self.temperature) / count
             nats = nats + weighted((numbers >= 0).to(own.dtype) / n_teachers, divergence)[place]
         return nats
@@ -90,10 +90,10 @@ def _chunks(
         teacher, own = passage[name], passage[target]
         starts = segment_starts([teacher, own], size)
         of_teacher, of_own = (segment_of(r, starts)[:-1] for r in (teacher, own))
-        nats = np.bincount(of_teacher, teacher.nats[:-1], len(starts))
+        nats = np.bincount(of_teacher, teacher.nll[:-1], len(starts))
         # The last segment is a chunk only if both models' tokens spell the text to its end.
         known = np.ones(len(starts), bool)
-        known[-1] = size > 0 and teacher.ends[-1] == own.ends[-1] == size
+        known[-1] = size > 0 and teacher.byte_ends[-1] == own.byte_ends[-1] == size
         used = known[of_own] & (not teacher.skipped)
         numbers.append(np.append(np.where(used, of_own + first, -1), -1))
         sums.append(np.append(np.where(used, nats[of_own], 0), 0))

@@ -64,7 +64,7 @@ def _aligned(name: str, target: str, predictions: SequencePredictions) -> tuple[
     p, tail, paired = [], [], []
     for passage in predictions:
         teacher, own = passage[name], passage[target]
-        at = same_end(teacher.ends, own.ends)
+        at = same_end(teacher.byte_ends, own.byte_ends)
         paired.append((at >= 0) & has_next([own]) & (not teacher.skipped))
         p.append(np.exp(teacher.log_p)[at])
         tail.append(teacher.tail[at])

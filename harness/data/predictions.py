@@ -93,20 +93,20 @@ class PredictionsReader:
         ends = np.cumsum(steps).astype(np.int32)
         ends[np.maximum.accumulate(steps == int(LOST))] = -1
         log_p, tail = columns["log_p"].astype(np.float32), columns["tail"].astype(np.float32)
-        nats, prefix_nats = columns["nats"], columns["prefix_nats"].astype(np.float32)
+        nll, prefix_nll = columns["nll"], columns["prefix_nll"].astype(np.float32)
         if self._temperature_column is not None:
             log_z = columns["log_z"][:, self._temperature_column]
             log_p = log_p / np.float32(self._temperature) - log_z[:, None]
-            nats = nats / np.float32(self._temperature) + log_z
-            nats[-1] = 0  # no token follows
+            nll = nll / np.float32(self._temperature) + log_z
+            nll[-1] = 0  # no token follows
             tail = np.maximum(1 - np.exp(log_p, dtype=np.float64).sum(axis=1), 0).astype(np.float32)
         predictions = Predictions(
             tokens=tokens,
-            ends=ends,
+            byte_ends=ends,
             ids=columns["ids"].astype(np.int32),
             log_p=log_p,
             tail=tail,
-            nats=nats,
-            prefix_nats=prefix_nats if self._temperature_column is None else None,  # known at temperature 1
+            nll=nll,
+            prefix_nll=prefix_nll if self._temperature_column is None else None,  # known at temperature 1
         )
         return predictions if self._k is None else predictions.top(self._k)

@@ -55,7 +55,7 @@ class PackedSequences(Dataset[dict[str, np.ndarray]]):
     them, `readers` give the predictions that they are computed from, by role, and `target` is the role that is trained.
     Beyond the last sequence there are empty ones without any label or feature, which make up the number where ranks
     share sequences unevenly. Passages that do not fit a sequence or the model's `context` (tokens; None: any length)
-    are left out: their indices are `left_out`. With a `sample` only these passages take part, by their indices.
+    are skipped: their indices are `skipped`. With a `sample` only these passages take part, by their indices.
 
     Raises:
         UserError: no passage fits, or the tokenizer does not fit the model.
@@ -93,7 +93,7 @@ class PackedSequences(Dataset[dict[str, np.ndarray]]):
                 )
             lengths[passage] = 1 + len(ids)
         self.longest = min(sequence_length, context or sequence_length)
-        self.left_out = [passage for passage, length in lengths.items() if length > self.longest]
+        self.skipped = [passage for passage, length in lengths.items() if length > self.longest]
         fitting = [passage for passage, length in lengths.items() if length <= self.longest]
         if not fitting:
             raise UserError(
@@ -113,14 +113,14 @@ class PackedSequences(Dataset[dict[str, np.ndarray]]):
         alone.sequence_length = max(self._lengths[passage] for (passage,) in alone.members)
         return alone
 
-    def left_out_sentence(self) -> str | None:
+    def skipped_sentence(self) -> str | None:
         """One sentence on the passages that are not trained on because they are too long; None where all are."""
-        if not self.left_out:
+        if not self.skipped:
             return None
-        share = self._passages.n_bytes[self.left_out].sum() / self._passages.n_bytes[list(self._lengths)].sum()
+        share = self._passages.n_bytes[self.skipped].sum() / self._passages.n_bytes[list(self._lengths)].sum()
         return (
-            f"{len(self.left_out):,} of {len(self._lengths):,} passages ({share:.2%} of the text) are longer than "
-            f"{self.longest:,} tokens and are not trained on (first {self._passages.name(self.left_out[0])})."
+            f"{len(self.skipped):,} of {len(self._lengths):,} passages ({share:.2%} of the text) are longer than "
+            f"{self.longest:,} tokens and are not trained on (first {self._passages.name(self.skipped[0])})."
         )
 
     def __len__(self) -> int:

@@ -1,8 +1,8 @@
 """The files of stored predictions. A shard holds a model's predictions on some passages and is complete or absent.
 
-A shard is a safetensors file of the columns `ids`, `log_p`, `tail`, `nats` and `steps` (and `log_z` where temperatures
+A shard is a safetensors file of the columns `ids`, `log_p`, `tail`, `nll` and `steps` (and `log_z` where temperatures
 were asked for), with the positions of all passages concatenated, of the passages' `offsets` in them, and of `tokens`, a
-hash of each passage's token ids, which are not stored themselves. `prefix_nats` has several values a token, and
+hash of each passage's token ids, which are not stored themselves. `prefix_nll` has several values a token, and
 `prefix_offsets` the passages' first values. In a compressed shard the columns are empty and only
 give types and shapes; `zstd` holds one frame a passage, so that each is read without its neighbours, and `frames` the
 offsets of the frames.
@@ -31,8 +31,8 @@ LOST = np.uint16(65535)  # a step to where the tokens no longer spell the text
 _PASSAGES_PER_SHARD = (256, 4096)  # a killed process loses a shard, so that it must not be large
 _MOST_SHARDS = 4096  # file servers are slow with folders of many files
 _SHARD = re.compile(r"shard-(\d+)\.safetensors")
-_FLOATS = ("log_p", "tail", "nats", "log_z", "prefix_nats")
-_COLUMNS = ("ids", "log_p", "tail", "nats", "steps", "log_z")
+_FLOATS = ("log_p", "tail", "nll", "log_z", "prefix_nll")
+_COLUMNS = ("ids", "log_p", "tail", "nll", "steps", "log_z")
 
 
 def shard_path(folder: Path, index: int) -> Path:
@@ -60,7 +60,7 @@ def existing_shards(folder: Path) -> set[int]:
 
 
 def position_bytes(k: int, vocabulary: int, dtype: StoreDType = "float16", temperatures: int = 0) -> int:
-    """Bytes of one position: ids, log-probabilities and tail in `dtype`, float32 nats, uint16 step, float32 log_z.
+    """Bytes of one position: ids, log-probabilities and tail in `dtype`, float32 nll, uint16 step, float32 log_z.
 
     Compressed with real models' top 10 in float16, a position takes about 35 of 48 bytes (vocabulary of at most
     65,536) and 37 of 68 bytes (larger vocabularies).
@@ -72,7 +72,7 @@ def write_shard(
     path: Path,
     beside: Path,
     results: "Sequence[TopKPredictions]",
-    ends: Sequence[np.ndarray],
+    byte_ends: Sequence[np.ndarray],
     tokens: Sequence[Sequence[int] | np.ndarray],
     *,
     wide: bool,
@@ -85,7 +85,7 @@ def write_shard(
         path: The shard.
         beside: A temporary file on the same file system.
         results: The predictions of each passage; a skipped passage has none.
-        ends: The `byte_ends` of each passage's tokens.
+        byte_ends: Those of each passage's tokens.
         tokens: The token ids that the model read of each passage.
         wide: Ids are stored as uint32 instead of uint16.
         compression: `zstd` or `none`; the numbers are the same.
@@ -96,7 +96,7 @@ def write_shard(
     """
     from safetensors.numpy import save
 
-    steps = [_steps(passage_ends) for result, passage_ends in zip(results, ends, strict=True) if len(result.nats)]
+    steps = [_steps(ends) for result, ends in zip(results, byte_ends, strict=True) if len(result.nll)]
     ids = np.concatenate([r.ids for r in results])
     width = np.uint32 if wide else np.uint16
     if ids.max(initial=0) > np.iinfo(width).max:  # a cast would wrap around and name other tokens
@@ -107,17 +107,17 @@ def write_shard(
         "ids": ids.astype(width),
         "log_p": np.concatenate([r.log_p for r in results]).astype(dtype),
         "tail": np.concatenate([r.tail for r in results]).astype(dtype),
-        "nats": np.concatenate([r.nats for r in results]).astype(np.float32),
+        "nll": np.concatenate([r.nll for r in results]).astype(np.float32),
         "steps": np.concatenate([np.zeros(0, np.uint16), *steps]),
-        "offsets": np.cumsum([0, *(len(r.nats) for r in results)]).astype(np.int64),
+        "offsets": np.cumsum([0, *(len(r.nll) for r in results)]).astype(np.int64),
         "tokens": np.array([token_digest(ids) for ids in tokens], np.uint64),
     }
     log_z = [r.log_z for r in results if r.log_z is not None]
     if log_z:
         tensors["log_z"] = np.concatenate(log_z).astype(np.float32)
-    prefix_nats = [np.zeros(0, np.float32) if r.prefix_nats is None else r.prefix_nats for r in results]
-    tensors["prefix_nats"] = np.concatenate(prefix_nats).astype(dtype)
-    tensors["prefix_offsets"] = np.cumsum([0, *map(len, prefix_nats)]).astype(np.int64)
+    prefix_nll = [np.zeros(0, np.float32) if r.prefix_nll is None else r.prefix_nll for r in results]
+    tensors["prefix_nll"] = np.concatenate(prefix_nll).astype(dtype)
+    tensors["prefix_offsets"] = np.cumsum([0, *map(len, prefix_nll)]).astype(np.int64)
     if compression == "zstd":
         tensors = _compressed(tensors)
     try:
@@ -145,7 +145,7 @@ def _compressed(tensors: Columns) -> Columns:
     frames: list[bytes] = [
         codec.compress(
             _joined({name: column[start:end] for name, column in columns.items()})
-            + _joined({"prefix_nats": tensors["prefix_nats"][first:last]}),
+            + _joined({"prefix_nll": tensors["prefix_nll"][first:last]}),
             asbytes=True,
         )
         for (start, end), (first, last) in places
@@ -154,7 +154,7 @@ def _compressed(tensors: Columns) -> Columns:
         "offsets": tensors["offsets"],
         "tokens": tensors["tokens"],
         "prefix_offsets": tensors["prefix_offsets"],
-        "prefix_nats": tensors["prefix_nats"][:0],
+        "prefix_nll": tensors["prefix_nll"][:0],
         "frames": np.cumsum([0, *map(len, frames)]).astype(np.int64),
         "zstd": np.frombuffer(b"".join(frames), np.uint8),
         **{name: column[:0] for name, column in columns.items()},
@@ -226,28 +226,28 @@ class Shard:
         if "frames" in there:
             self._frames = self._file.get_tensor("frames")
             self._empty = {name: self._file.get_tensor(name) for name in self._names}
-            self._no_prefixes = {"prefix_nats": self._file.get_tensor("prefix_nats")}
+            self._no_prefixes = {"prefix_nll": self._file.get_tensor("prefix_nll")}
 
     def columns(self, passage: int) -> Columns:
-        """The stored columns of a passage: ids[M, k], log_p[M, k], tail[M], nats[M], steps[M], log_z[M, n],
-        prefix_nats[P].
+        """The stored columns of a passage: ids[M, k], log_p[M, k], tail[M], nll[M], steps[M], log_z[M, n],
+        prefix_nll[P].
         """
         first_prefix, last_prefix = self._prefix_offsets[passage : passage + 2].tolist()
         start, end = self.offsets[passage : passage + 2].tolist()
         if start == end:
-            return {name: self._file.get_tensor(name)[:0] for name in (*self._names, "prefix_nats")}
+            return {name: self._file.get_tensor(name)[:0] for name in (*self._names, "prefix_nll")}
         if self._frames is None or self._empty is None:
             columns = {name: self._file.get_slice(name)[start:end] for name in self._names}
-            columns["prefix_nats"] = np.zeros(0, columns["log_p"].dtype)
+            columns["prefix_nll"] = np.zeros(0, columns["log_p"].dtype)
             if first_prefix < last_prefix:  # a slice of nothing is refused
-                columns["prefix_nats"] = self._file.get_slice("prefix_nats")[first_prefix:last_prefix]
+                columns["prefix_nll"] = self._file.get_slice("prefix_nll")[first_prefix:last_prefix]
             return columns
         import pyarrow as pa
 
         first, last = self._frames[passage : passage + 2].tolist()
         size = (end - start) * sum(int(np.prod(e.shape[1:])) * e.itemsize for e in self._empty.values())
         prefixes = last_prefix - first_prefix
-        whole = size + prefixes * self._no_prefixes["prefix_nats"].itemsize
+        whole = size + prefixes * self._no_prefixes["prefix_nll"].itemsize
         raw = memoryview(pa.decompress(self._file.get_slice("zstd")[first:last], whole, codec="zstd"))
         return _parted(raw[:size], end - start, self._empty) | _parted(raw[size:], prefixes, self._no_prefixes)
 

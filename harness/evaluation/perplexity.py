@@ -257,12 +257,10 @@ def measure_documents(
     tokens = encode_all(tokenizer, [document.text for document in documents])
     before = prefix_id(tokenizer, prefix)
     try:
-        left_out = unreadable(
-            model, tokens, prefix=before, window=config.window, mode=config.mode, stride=config.stride
-        )
+        skipped = unreadable(model, tokens, prefix=before, window=config.window, mode=config.mode, stride=config.stride)
         nats = document_nats(
             model,
-            [[] if n in left_out else ids for n, ids in enumerate(tokens)],
+            [[] if n in skipped else ids for n, ids in enumerate(tokens)],
             prefix=before,
             window=config.window,
             mode=config.mode,
@@ -277,7 +275,7 @@ def measure_documents(
         {
             "example": d.sha256,
             "domain": d.domain,
-            "nats": None if i in left_out else float(n),
+            "nats": None if i in skipped else float(n),
             "bytes": len(raw := d.text.encode("utf-8")),
             "windows": len(windows(len(ids), window=config.window, stride=stride)),
             "lost": lost_bytes(ids, vocabulary, raw),

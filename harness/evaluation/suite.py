@@ -245,7 +245,7 @@ def take_over(
         return
     taken: list[dict[str, Any]] = []
     batch_size = None
-    for path in store.siblings(spec, "limit", "limit_seed", *others):
+    for path in store.variants(spec, "limit", "limit_seed", *others):
         with suppress(UserError):  # it is damaged
             if store.verify(path)["info"].get("batch_tokens") != spec.info.get("batch_tokens"):
                 continue

@@ -44,7 +44,7 @@ _STEPS = {
     "projected": "map and projection",
     "kept": "top k and tail",
     "selected": "the selection among sources",
-    "taught": "positions between partners",
+    "in_loss": "positions between partners",
 }
 _COUNTS = ("passages", "bytes")
 SHOWN = ("source", "domain", "bits_per_byte", *STAGES, "ahead_of_target", "ahead_of_reference")
@@ -81,21 +81,21 @@ def audit(config: Config, root: Path, passages: int = 2000, row: str | None = No
     """
     experiment = open_experiment(config, root)
     start(experiment)
-    teaching = _teaching(config, row)
+    audited_row = _audited_row(config, row)
     with experiment.workspace.store.in_use(command_path(root, config.experiment, config.profile, "audit")):
-        sums, skipped = _sums(experiment, teaching, passages)
+        sums, skipped = _sums(experiment, audited_row, passages)
     run = run_folder(experiment, root)
-    rows = _by_domain(sums, [TARGET, *teaching.sources, FUSED], experiment.models.model(TARGET).name)
+    rows = _by_domain(sums, [TARGET, *audited_row.sources, FUSED], experiment.models.model(TARGET).name)
     finished = open_run(run) if (run / RUN_FILE).exists() else None
     learnt = _learnt(finished) if finished else []
     names = {measured["source"] for measured in rows}
     for measured in learnt:
         measured["source"] += " (row)" if measured["source"] in names else ""
     measures = pd.DataFrame([*rows, *learnt], columns=[*rows[0], "ahead_of_target", "ahead_of_reference"])
-    sentence = _sentence(measures, teaching, config.reference)
+    sentence = _sentence(measures, audited_row, config.reference)
     if skipped:
         sentence += f" {skipped} passages are not counted: a model has no predictions of them (see its extraction)."
-    for warning in _prefix_warnings(experiment, [TARGET, *teaching.sources]):
+    for warning in _prefix_warnings(experiment, [TARGET, *audited_row.sources]):
         sentence += f" {warning}"
     folder = run / "audit" / (safe_name(row) if row else "")
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,8 +126,8 @@ def _prefix_warnings(experiment: Experiment, names: Sequence[str]) -> Iterator[s
 
 
 @dataclass(frozen=True)
-class _Teaching:
-    """What a row's target is taught: whose stored predictions, and what becomes of them."""
+class _AuditedRow:
+    """The row whose loss is audited: whose stored predictions it is computed from, and how."""
 
     label: str
     sources: Sequence[str]
@@ -137,7 +137,7 @@ class _Teaching:
     fusion: FusionFunction | None = None
 
 
-def _teaching(config: Config, row: str | None) -> _Teaching:
+def _audited_row(config: Config, row: str | None) -> _AuditedRow:
     """Of the row, by default the first of FuseLLM."""
     if row is None:
         row = next((label for label, entry in config.methods.items() if entry["method"] == "fusellm"), None)
@@ -149,25 +149,25 @@ def _teaching(config: Config, row: str | None) -> _Teaching:
     if entry["method"] == "fusellm":
         fusellm = method_parameters(row, entry, FuseLLMParameters)
         fusion = fusellm.loss(fusellm.sources or everyone)
-        return _Teaching(row, fusion.sources, fusion.requirements(TARGET), fusion.switches)
+        return _AuditedRow(row, fusion.sources, fusion.requirements(TARGET), fusion.switches)
     if entry["method"] == "distillation":
         distillation = method_parameters(row, entry, DistillationParameters)
         loss = distillation.loss(distillation.teachers or everyone)
         if isinstance(loss, TopKDistillationLoss) and loss.temperature == 1:
             teachers = [name for name in loss.teachers if name != TARGET]
             requirements = replace(loss.requirements(TARGET), predictions=[TARGET, *teachers])
-            return _Teaching(row, teachers, requirements, loss.switches(TARGET in loss.teachers), mean)
+            return _AuditedRow(row, teachers, requirements, loss.switches(TARGET in loss.teachers), mean)
     raise UserError(
         f"There is no audit of {row}: choose a row of FuseLLM, or of distillation from stored predictions at "
         "temperature 1."
     )
 
 
-def _sums(experiment: Experiment, teaching: _Teaching, at_most: int) -> tuple[Sums, int]:
+def _sums(experiment: Experiment, audited_row: _AuditedRow, at_most: int) -> tuple[Sums, int]:
     """The sums over the passages that no model skipped, and the number of the other passages."""
     # All stored entries, whatever k the row uses.
-    resources, readers = loss_resources(experiment, "audit", replace(teaching.requirements, k=None))
-    sources = [resources.source(name) for name in teaching.sources]
+    resources, readers = loss_resources(experiment, "audit", replace(audited_row.requirements, k=None))
+    sources = [resources.source(name) for name in audited_row.sources]
     passages = Passages(experiment.corpora.passages[1])
     drawn = np.arange(len(passages))
     if at_most < len(passages):
@@ -188,9 +188,9 @@ def _sums(experiment: Experiment, teaching: _Teaching, at_most: int) -> tuple[Su
                 target=TARGET,
                 sources=sources,
                 target_vocabulary=resources.vocabularies[TARGET],
-                switches=teaching.switches,
-                k=teaching.requirements.k,
-                fusion=teaching.fusion,
+                switches=audited_row.switches,
+                k=audited_row.requirements.k,
+                fusion=audited_row.fusion,
             )
             of_all = {
                 "passages": 1,
@@ -203,7 +203,7 @@ def _sums(experiment: Experiment, teaching: _Teaching, at_most: int) -> tuple[Su
                 positions = gains.positions[name]
                 values: dict[str, float] = {**of_all, **stages, **positions}
                 if name != FUSED:
-                    values["nats"] = float(predictions[name].nats.sum(dtype=np.float64))
+                    values["nats"] = float(predictions[name].nll.sum(dtype=np.float64))
                     values["share"] = positions["chosen"] / taken if taken else 0.0
                     ids = predictions[name].tokens[1:].tolist()
                     values["lost"] = lost_bytes(ids, readers[name].vocabulary, passages.text(passage).encode())
@@ -284,9 +284,9 @@ def _learnt(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def _sentence(measures: pd.DataFrame, teaching: _Teaching, reference: str | None) -> str:
-    """Sentences that say what there is to learn, how much of it is taught and learnt, and which step loses most: of
-    the best model of each passage first, then of every source.
+def _sentence(measures: pd.DataFrame, audited_row: _AuditedRow, reference: str | None) -> str:
+    """Sentences that say what there is to learn, how much of it reaches the loss and is learnt, and which step loses
+    most: of the best model of each passage first, then of every source.
     """
     rows = [{str(key): value for key, value in row.items()} for row in measures.to_dict("records")]
     overall = {row["kind"] if row["kind"] == FUSED else row["source"]: row for row in rows if row["domain"] == OVERALL}
@@ -297,9 +297,9 @@ def _sentence(measures: pd.DataFrame, teaching: _Teaching, reference: str | None
     else:
         sentences = [
             f"Over all text the best model of each passage is ahead of the target by {fused['native']:.4f} bits per "
-            f"byte{_way(fused, teaching.label, learnt.get(teaching.label, math.nan), reference)}."
+            f"byte{_way(fused, audited_row.label, learnt.get(audited_row.label, math.nan), reference)}."
         ]
-    for name in teaching.sources:
+    for name in audited_row.sources:
         better = [row for row in rows if row["source"] == name and row["domain"] != OVERALL and row["native"] > 0]
         if not better:
             sentences.append(f"{name} reads no domain better than the target.")
@@ -316,9 +316,9 @@ def _sentence(measures: pd.DataFrame, teaching: _Teaching, reference: str | None
                 f"The tokens of {name} do not spell {100 * row['lost']:.2g} % of the text's bytes. Lost text costs "
                 "nothing, so that there are no bits per byte of it in domains with such text."
             )
-    if math.isnan(fused["taught"]):
+    if math.isnan(fused["in_loss"]):
         sentences.append(
-            f"Without a tail {teaching.label} says that the true next token is impossible at "
+            f"Without a tail {audited_row.label} says that the true next token is impossible at "
             f"{fused['no_entry']:.1%} of its positions, so that what is left has no value."
         )
     ahead = [f"{name} {value:+.4f}" for name, value in learnt.items() if name != reference and not math.isnan(value)]
@@ -328,14 +328,15 @@ def _sentence(measures: pd.DataFrame, teaching: _Teaching, reference: str | None
 
 
 def _way(left: Mapping[str, float], label: str = "", learnt: float = math.nan, reference: str | None = None) -> str:
-    """The clauses about what of it is taught (to the row `label`) and learnt, and about the step that loses most."""
+    """The clauses about what of it reaches the loss (of the row `label`) and is learnt, and the worst step."""
     steps = [(left[before] - left[stage], _STEPS[stage]) for before, stage in pairwise(STAGES)]
     clauses = ""
-    if not math.isnan(left["taught"]):
-        clauses = f"; {label} is taught {left['taught']:.4f}" if label else f", of which {left['taught']:.4f} is taught"
+    if not math.isnan(left["in_loss"]):
+        reaches = f"{left['in_loss']:.4f} reaches the loss"
+        clauses = f"; {reaches} of {label}" if label else f", of which {reaches}"
         if not math.isnan(learnt) and label != reference:
-            clauses += f" and has learnt {learnt:.4f} (its lead over {reference} on the suite's documents)"
-            steps.append((left["taught"] - learnt, "the training"))
+            clauses += f", which has learnt {learnt:.4f} (its lead over {reference} on the suite's documents)"
+            steps.append((left["in_loss"] - learnt, "the training"))
     if math.isnan(left["kept"]):
         return f"{clauses}; what loses most is {_STEPS['kept']}, without limit"
     lost, step = max(one for one in steps if not math.isnan(one[0]))  # in a mixture the last two are nobody's

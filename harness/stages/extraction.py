@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fusion.inference.top_k import TopKPredictions
     from harness.models.resolution import ResolvedModel
 
-VERSION = 3
+VERSION = 4
 TOLERANCE: Mapping[str, float] = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
 """By how many nats a position, on average over a passage, a model may differ from its stored predictions.
 
@@ -260,7 +260,7 @@ class _Reader:
             batch = [fitting[i] for i in group]
             for i, result in zip(batch, self._predict([sequences[i] for i in batch]), strict=True):
                 results[i] = result
-                if not len(result.nats):
+                if not len(result.nll):
                     self._skip(members[i])
             advance(sum(int(self._passages.n_bytes[members[i]]) for i in batch))
         ends = []
@@ -277,11 +277,11 @@ class _Reader:
         """Reads one passage of a finished shard again. Raises UserError where its predictions differ."""
         shard, dtype = checked(path), self._spec.params["dtype"]
         longest = int(np.diff(shard.offsets).argmax())
-        before = shard.columns(longest)["nats"]
+        before = shard.columns(longest)["nll"]
         if not len(before):
             return
         (again,) = self._predict([self._tokens(members[longest])])
-        apart = float(np.abs(before - again.nats).mean()) if len(before) == len(again.nats) else np.inf
+        apart = float(np.abs(before - again.nll).mean()) if len(before) == len(again.nll) else np.inf
         if not apart <= TOLERANCE[dtype]:
             raise UserError(
                 f"{self._model.name} reads {self._passages.name(members[longest])} otherwise than when {path} was "

@@ -87,7 +87,7 @@ def train_on_passages(
 
     `share` is the part of the passages that is trained on, drawn by the seed. The random state is set to `seed` before
     `load` is called, so that a model may be initialised there. Called by all ranks. Returns, for the manifest, the
-    names of the passages that are left out because they are too long, with a note for tables, and under `selected`
+    names of the passages that are skipped because they are too long, with a note for tables, and under `selected`
     which checkpoint was taken; nothing where none are, or there was no choice.
     """
     from transformers import set_seed
@@ -108,7 +108,7 @@ def train_on_passages(
         prefix=prefix,
         sample=draw(len(passages), share, seed),
     )
-    note = sequences.left_out_sentence()
+    note = sequences.skipped_sentence()
     if note is not None:
         notify(f"{label}: {note}")
     with redirect_stdout(sys.stderr):  # DeepSpeed prints, and standard output is for tables
@@ -129,8 +129,8 @@ def train_on_passages(
             curve=curve,
             validation=validation,
         )
-    left_out = {} if note is None else {"left_out": [passages.name(p) for p in sequences.left_out], "note": note}
-    return left_out | ({"selected": selected} if selected else {})
+    skipped = {} if note is None else {"skipped": [passages.name(p) for p in sequences.skipped], "note": note}
+    return skipped | ({"selected": selected} if selected else {})
 
 
 @dataclass(frozen=True)

@@ -309,7 +309,7 @@ class Store:
         self._verified.add(path)
         return manifest
 
-    def siblings(self, spec: Spec, *params: str) -> list[Path]:
+    def variants(self, spec: Spec, *params: str) -> list[Path]:
         """Complete artifacts of the spec's label that differ from it in these parameters at most."""
         found = []
         for path in sorted((self.root / spec.kind).glob(f"{glob.escape(safe_name(spec.label))}-*")):

@@ -24,9 +24,9 @@ _STAGES = {
     "projected": "map and projection",
     "kept": "top k and tail",
     "selected": "selection",
-    "taught": "between partners",
+    "in_loss": "between partners",
 }
-_LEFT = "left: what is taught"
+_LEFT = "left: what reaches the loss"
 _AHEAD = "bits per byte ahead of the target"
 _SHARES = {"chosen": "share of passages it is chosen for", "paired": "share of positions paired"}
 
@@ -36,11 +36,11 @@ def audit_figure(measures: pd.DataFrame, path: Path | str, *, title: str = "", b
 
     The first panel is of the best model of each passage, the following ones are of one source each. The first bar of a
     domain is what is known more than the target knows, each further one goes from what was left before a step to what
-    is left after it, and the last is what is taught. The last panel has by how much each row of the experiment is ahead
-    of the target on the suite's text.
+    is left after it, and the last is what reaches the loss. The last panel has by how much each row of the experiment
+    is ahead of the target on the suite's text.
 
     measures has one row a model and domain and the columns source, kind (target, source, fused; row for a row of the
-    experiment), domain; native, aligned, projected, kept, selected and taught, the bits per byte that are left; chosen
+    experiment), domain; native, aligned, projected, kept, selected and in_loss, the bits per byte that are left; chosen
     and paired, shares; ahead_of_target. Missing values (NaN) are marked n/a. Raises UserError for a missing column, an
     empty frame, and a model that has a domain twice.
     """

@@ -65,11 +65,11 @@ def predictions(family: str, text: str, rng: np.random.Generator, k: int) -> Pre
     p = rng.dirichlet(np.full(k + 1, 0.3), m)[:, :k]
     return Predictions(
         tokens=np.array([prefix_id(tokenizer), *tokens], np.int32),
-        ends=np.concatenate([[0], ends]).astype(np.int32),
+        byte_ends=np.concatenate([[0], ends]).astype(np.int32),
         ids=np.array([rng.permutation(len(vocabulary(family)))[:k] for _ in range(m)], np.int32),
         log_p=np.log(np.maximum(p, 1e-30)).astype(np.float16).astype(np.float32),  # as the store keeps them
         tail=np.float32(1 - p.sum(1)),
-        nats=np.append(rng.integers(0, 3, m - 1), 0).astype(np.float32),
+        nll=np.append(rng.integers(0, 3, m - 1), 0).astype(np.float32),
     )
 
 

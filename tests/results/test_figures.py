@@ -175,7 +175,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
 
 def measures() -> pd.DataFrame:
     rng = np.random.default_rng(0)
-    names = ["native", "aligned", "projected", "kept", "selected", "taught", "paired", "chosen", "ahead_of_target"]
+    names = ["native", "aligned", "projected", "kept", "selected", "in_loss", "paired", "chosen", "ahead_of_target"]
     rows = [
         {"source": source, "kind": kind, "domain": domain} | {one: rng.random() for one in names}
         for source, kind in (("Gemma", "source"), ("Qwen", "source"), ("fused", "fused"))
@@ -223,7 +223,7 @@ def test_the_bars_of_a_waterfall_add_up(tmp_path: Path, drawn: list[Any]) -> Non
     code = found[(found["source"] == "Qwen") & (found["domain"] == "code")].iloc[0]
     ends = [bar[0].get_y() + bar[0].get_height() for bar in bars]
     assert ends == pytest.approx(
-        [*code[["native", "aligned", "projected", "kept", "selected", "taught"]], code["taught"]]
+        [*code[["native", "aligned", "projected", "kept", "selected", "in_loss"]], code["in_loss"]]
     )
     assert [bar[0].get_y() for bar in bars] == pytest.approx([0, *ends[:5], 0])
     legend = drawn[0].axes[-1].get_legend_handles_labels()[1]

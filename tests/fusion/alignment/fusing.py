@@ -21,22 +21,24 @@ def predictions(
     vocabulary: Vocabulary,
     tokens: Sequence[str],
     entries: Sequence[Mapping[str, float]],
-    nats: Sequence[float] | float = 1.0,
-    ends: Sequence[int] | None = None,
+    nll: Sequence[float] | float = 1.0,
+    byte_ends: Sequence[int] | None = None,
 ) -> Predictions:
     """Predictions of the text that `tokens` spell; `entries[j]` token -> probability at position j (equally many)."""
     ids = np.array([[vocabulary.tokens.index(t) for t in e] for e in entries], np.int32).reshape(len(entries), -1)
     p = np.array([list(e.values()) for e in entries], np.float64).reshape(ids.shape)
     m = len(tokens) + 1
-    loss = np.array([*([nats] * (m - 1) if isinstance(nats, float) else nats), 0.0], np.float32)
+    loss = np.array([*([nll] * (m - 1) if isinstance(nll, float) else nll), 0.0], np.float32)
     with np.errstate(divide="ignore"):
         return Predictions(
             tokens=np.array([0, *(vocabulary.tokens.index(t) for t in tokens)], np.int32),
-            ends=np.cumsum([0, *map(len, tokens)], dtype=np.int32) if ends is None else np.array(ends, np.int32),
+            byte_ends=np.cumsum([0, *map(len, tokens)], dtype=np.int32)
+            if byte_ends is None
+            else np.array(byte_ends, np.int32),
             ids=ids,
             log_p=np.log(p).astype(np.float32),
             tail=(1 - p.sum(axis=1)).astype(np.float32),
-            nats=loss,
+            nll=loss,
         )
 
 

@@ -33,7 +33,7 @@ def test_alignment_dtw_asks_for_equal_tokens_where_same_end_asks_for_equal_ends(
 
 
 def test_unaligned_positions_take_the_next_or_the_current_token() -> None:
-    whole = predictions(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"cd": 0.5}, {"a": 0.5}], ends=[0, -1, -1])
+    whole = predictions(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"cd": 0.5}, {"a": 0.5}], byte_ends=[0, -1, -1])
     row = fuse(("other", whole))
     assert at(row, 1) == {"cd": 1.0}
     assert row.chosen.tolist() == [0, -1, -1]
@@ -82,7 +82,7 @@ def test_positions_without_a_next_token() -> None:
     assert every.fusion_weight.tolist() == [1, 1, 1]
     assert at(every, 2) == {"a": 0.25, "b": 0.125, "tail": 0.625}
     # Nothing is trained on where a one-hot on the next token is called for and there is none.
-    whole = predictions(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"cd": 0.5}, {"a": 0.5}], ends=[0, -1, -1])
+    whole = predictions(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"cd": 0.5}, {"a": 0.5}], byte_ends=[0, -1, -1])
     assert fuse(("other", whole), loss_positions="all").fusion_weight.tolist() == [1, 1, 0]
     assert fuse(("other", whole), loss_positions="all", unaligned="current").fusion_weight.tolist() == [1, 1, 1]
     # Nor can the tail go to it: it is scaled away.
@@ -92,11 +92,11 @@ def test_positions_without_a_next_token() -> None:
 
 
 def test_the_target_takes_part_or_not() -> None:
-    row = fuse(("other", READ), own=replace(OWN, nats=OWN.nats / 4), include_target=True)
+    row = fuse(("other", READ), own=replace(OWN, nll=OWN.nll / 4), include_target=True)
     assert row.names == ("target", "other")
     assert row.chosen.tolist() == [0, 0, 0]
     assert at(row, 0) == {"ab": 0.5, "a": 0.25, "tail": 0.25}
-    assert fuse(("other", READ), own=replace(OWN, nats=OWN.nats / 4)).names == ("other",)
+    assert fuse(("other", READ), own=replace(OWN, nll=OWN.nll / 4)).names == ("other",)
 
 
 def test_max_entries_keeps_the_most_probable_and_moves_the_rest_to_the_tail() -> None:
@@ -149,9 +149,9 @@ def test_predictions_and_maps_that_do_not_fit_are_refused() -> None:
     refuse("sum to 1.625", replace(READ, log_p=np.log(np.full_like(READ.log_p, 0.5))))
     refuse("sum to 0.875", replace(READ, tail=np.zeros_like(READ.tail)))
     refuse("sum to nan", replace(READ, log_p=np.full_like(READ.log_p, np.nan)))
-    refuse("different lengths", replace(READ, nats=READ.nats[:-1]))
-    refuse("byte 0", replace(READ, ends=READ.ends + 1))
-    refuse("not finite", replace(READ, nats=READ.nats * np.nan))
+    refuse("different lengths", replace(READ, nll=READ.nll[:-1]))
+    refuse("byte 0", replace(READ, byte_ends=READ.byte_ends + 1))
+    refuse("not finite", replace(READ, nll=READ.nll * np.nan))
     refuse("no predictions by 'other'", passages=[{"target": OWN}])
     refuse("no predictions by 'target'", passages=[{"other": READ}])
     refuse("1 passages, 2 byte counts", n_bytes=[4, 4])

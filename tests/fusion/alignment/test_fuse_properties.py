@@ -40,10 +40,10 @@ def random_row(
                 place += len(tokens[-1])
             m = len(tokens) + 1
             p = rng.dirichlet(np.ones(k + 1), m)[:, :k]
-            read = predictions(vocabulary, tokens, [{}] * m, nats=rng.exponential(2, m - 1).round(1).tolist())
+            read = predictions(vocabulary, tokens, [{}] * m, nll=rng.exponential(2, m - 1).round(1).tolist())
             ids = np.array([rng.permutation(len(vocabulary.tokens))[:k] for _ in range(m)], np.int32)
             if rng.random() < 0.2:
-                read.ends[rng.integers(1, m + 1) :] = -1
+                read.byte_ends[rng.integers(1, m + 1) :] = -1
             passage[name] = replace(read, ids=ids, log_p=np.log(p).astype(np.float32), tail=np.float32(1 - p.sum(1)))
         stored.append(passage)
     sources = []
@@ -142,7 +142,7 @@ def test_a_passage_is_fused_without_those_that_left_it_out(
     names = ["target", *(source.name for source in sources)]
     absent = [frozenset(names[s] for s in skipped[number]) for number in range(len(stored))]
     stored = [
-        {n: Predictions.empty(r.tokens, r.ends, r.ids.shape[1]) if n in gone else r for n, r in passage.items()}
+        {n: Predictions.empty(r.tokens, r.byte_ends, r.ids.shape[1]) if n in gone else r for n, r in passage.items()}
         for passage, gone in zip(stored, absent, strict=True)
     ]
     passage_of = np.repeat(np.arange(len(stored)), [len(passage["target"].tokens) for passage in stored])
@@ -189,7 +189,7 @@ def test_a_distribution_projected_onto_its_own_tokenizer_is_unchanged(seed: int,
     switches = Switches(**TOKEN_BY_TOKEN, alignment=alignment, include_target=False)
     twin = Source("twin", vocabulary, np.arange(len(vocabulary.tokens), dtype=np.int32))
     own = [passage["target"] for passage in stored]
-    known = np.concatenate([r.ends >= 0 for r in own]) if alignment == "same_end" else slice(None)
+    known = np.concatenate([r.byte_ends >= 0 for r in own]) if alignment == "same_end" else slice(None)
     row = fuse_sequence(
         stored, n_bytes, target="target", sources=[twin], target_vocabulary=vocabulary, switches=switches
     )
@@ -222,6 +222,6 @@ def test_the_units_share_out_all_bytes_and_nats(seed: int, level: str) -> None:
     assert (scores.n_bytes > 0).all()
     assert (scores.tokens > 0).all()
     assert len(scores.unit) == sum(len(target.tokens) for target in targets)
-    for name, nats, tokens in zip(names, scores.nats, scores.tokens, strict=True):
-        assert nats.sum() == pytest.approx(sum(passage[name].nats.sum() for passage in stored), rel=1e-5)
+    for name, nll, tokens in zip(names, scores.nll, scores.tokens, strict=True):
+        assert nll.sum() == pytest.approx(sum(passage[name].nll.sum() for passage in stored), rel=1e-5)
         assert tokens.sum() == sum(len(passage[name].tokens) - 1 for passage in stored)

@@ -121,7 +121,7 @@ def test_choosing_and_averaging_give_the_published_loss(fusion: str) -> None:
         n = len(own[0])
         scores = SourceScores(
             names=("target", "0", "1"),
-            nats=np.array(losses)[:, None],
+            nll=np.array(losses)[:, None],
             tokens=np.ones((3, 1), np.int64),
             n_bytes=np.ones(1, np.int64),
             unit=np.zeros(n, np.int64),

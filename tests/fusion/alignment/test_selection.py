@@ -17,8 +17,8 @@ from tests.fusion.alignment.fusing import MAP, OTHER, OWN, READ, TARGET, TOKEN_B
 
 def test_selection_per_byte_and_per_own_token_disagree() -> None:
     # Two nats in two tokens against two and a half in four: fewer per byte, more per token.
-    few = predictions(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"cd": 0.5}, {"a": 0.5}], nats=1.0)
-    many = predictions(OTHER, ["a", "b", "c", "d"], [{"a": 0.5}] * 5, nats=0.625)
+    few = predictions(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"cd": 0.5}, {"a": 0.5}], nll=1.0)
+    many = predictions(OTHER, ["a", "b", "c", "d"], [{"a": 0.5}] * 5, nll=0.625)
     assert fuse(("few", few), ("many", many), select_by="nats_per_byte").chosen.tolist() == [0, 0, 0]
     for level in ("passage", "sequence", "token"):
         row = fuse(("few", few), ("many", many), select_by="mean_ce_bfloat16", select_over=level)
@@ -29,13 +29,13 @@ def test_ties_go_by_name_or_by_order() -> None:
     one, two = ("zebra", READ), ("ant", READ)
     assert fuse(one, two).chosen.tolist() == [1, 1, 1]
     # 1 and 1.001 nats a token are one reward in bfloat16; per byte the second is the better.
-    worse = ("zebra", replace(READ, nats=READ.nats * 1.001))
+    worse = ("zebra", replace(READ, nll=READ.nll * 1.001))
     assert fuse(worse, two, select_by="mean_ce_bfloat16", select_over="sequence").chosen.tolist() == [0, 0, 0]
     assert fuse(worse, two, select_by="nats_per_byte", select_over="sequence").chosen.tolist() == [1, 1, 1]
-    tied = fuse(one, own=replace(OWN, nats=np.float32([1, 1, 0])), include_target=True, select_by="mean_ce_bfloat16")
+    tied = fuse(one, own=replace(OWN, nll=np.float32([1, 1, 0])), include_target=True, select_by="mean_ce_bfloat16")
     assert tied.chosen.tolist() == [0, 0, 0]
     # exp(-3.006) and exp(-3) are two numbers in bfloat16, but 3.006 is 3 before it is raised.
-    near = ("zebra", replace(READ, nats=np.float32([3.006] * 3 + [0]))), ("ant", replace(READ, nats=READ.nats * 3))
+    near = ("zebra", replace(READ, nll=np.float32([3.006] * 3 + [0]))), ("ant", replace(READ, nll=READ.nll * 3))
     assert (to_bfloat16(np.exp([-3.006, -3.0])) == to_bfloat16(np.exp(np.float32([-3, -3])))).tolist() == [False, True]
     assert fuse(*near, select_by="mean_ce_bfloat16", select_over="sequence").chosen.tolist() == [0, 0, 0]
 
@@ -70,41 +70,45 @@ def test_select_over_is_the_stretch_that_one_selection_covers() -> None:
 
 def test_token_level_compares_over_common_ends_only() -> None:
     # Common ends are 0, 2, 4: "a", "b" of `fine` count together, and position 1 (byte 1) of it begins no segment.
-    fine = predictions(OTHER, ["a", "b", "c", "d"], [{"a": 0.5}] * 5, nats=[0.25, 1.0, 0.25, 0.5])
-    coarse = predictions(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"cd": 0.5}, {"a": 0.5}], nats=[1.0, 1.0])
+    fine = predictions(OTHER, ["a", "b", "c", "d"], [{"a": 0.5}] * 5, nll=[0.25, 1.0, 0.25, 0.5])
+    coarse = predictions(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"cd": 0.5}, {"a": 0.5}], nll=[1.0, 1.0])
     row = fuse(("fine", fine), ("coarse", coarse), select_over="token")
     assert row.chosen.tolist() == [1, 0, 0]
     # The target's ends count although it takes no part: its own token "ab" is judged whole.
-    even = predictions(OTHER, ["a", "b", "c", "d"], [{"a": 0.5}] * 5, nats=[0.5, 0.5, 0.5, 0.5])
+    even = predictions(OTHER, ["a", "b", "c", "d"], [{"a": 0.5}] * 5, nll=[0.5, 0.5, 0.5, 0.5])
     assert fuse(("fine", fine), ("even", even), select_over="token").chosen.tolist() == [1, 0, 0]
     cut = predictions(TARGET, ["a", "b", "cd"], [{}] * 4)
     assert fuse(("fine", fine), ("even", even), own=cut, select_over="token").chosen.tolist() == [0, 1, 0, 0]
 
 
 def test_token_level_judges_the_rest_after_a_mismatch_as_one_segment() -> None:
-    steady = predictions(OTHER, ["ab", "c", "d"], [{"ab": 0.5}] * 4, nats=[1.0, 1.0, 1.0])
+    steady = predictions(OTHER, ["ab", "c", "d"], [{"ab": 0.5}] * 4, nll=[1.0, 1.0, 1.0])
     # Spells "ab" and nothing after: 0.5 nats in the first segment, 3.5 in the rest though it begins with little.
-    lost = predictions(OTHER, ["ab", "c", "d"], [{"ab": 0.5}] * 4, nats=[0.5, 0.25, 3.25], ends=[0, 2, -1, -1])
+    lost = predictions(OTHER, ["ab", "c", "d"], [{"ab": 0.5}] * 4, nll=[0.5, 0.25, 3.25], byte_ends=[0, 2, -1, -1])
     row = fuse(
         ("steady", steady), ("lost", lost), own=predictions(TARGET, ["ab", "c", "d"], [{}] * 4), select_over="token"
     )
     assert row.chosen.tolist() == [1, 0, 0, 0]
     # The target itself losing its place counts as well: all its positions from there on are in the rest.
-    own = predictions(TARGET, ["ab", "c", "d"], [{}] * 4, ends=[0, -1, -1, -1])
-    lost_own = fuse(("steady", steady), ("lost", replace(lost, ends=steady.ends)), own=own, select_over="token")
+    own = predictions(TARGET, ["ab", "c", "d"], [{}] * 4, byte_ends=[0, -1, -1, -1])
+    lost_own = fuse(
+        ("steady", steady), ("lost", replace(lost, byte_ends=steady.byte_ends)), own=own, select_over="token"
+    )
     assert lost_own.paired.tolist() == [[True, False, False, False]] * 2
     assert lost_own.chosen.tolist() == [0, -1, -1, -1]
 
 
 def test_summed_nats_count_unaligned_tokens_too() -> None:
     # Over its paired positions alone (ab: .5) `patchy` would win; its nats after the mismatch count.
-    patchy = predictions(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"cd": 0.5}, {"a": 0.5}], nats=[0.5, 9.0], ends=[0, -1, -1])
+    patchy = predictions(
+        OTHER, ["ab", "cd"], [{"ab": 0.5}, {"cd": 0.5}, {"a": 0.5}], nll=[0.5, 9.0], byte_ends=[0, -1, -1]
+    )
     assert fuse(("patchy", patchy), ("other", READ)).chosen.tolist() == [1, 1, 1]
 
 
 def test_avgce_weighs_by_nats_per_byte_and_temperature() -> None:
-    one = predictions(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"cd": 0.5}, {"a": 0.5}], nats=[2.0, 2.0])
-    two = predictions(OTHER, ["ab", "cd"], [{"ab": 0.25}, {"c": 0.5}, {"a": 0.5}], nats=[4.0, 4.0])
+    one = predictions(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"cd": 0.5}, {"a": 0.5}], nll=[2.0, 2.0])
+    two = predictions(OTHER, ["ab", "cd"], [{"ab": 0.25}, {"c": 0.5}, {"a": 0.5}], nll=[4.0, 4.0])
     for temperature in (1.0, 0.25):  # 1 against 2 nats a byte
         row = fuse(("one", one), ("two", two), fusion="avgce", weight_temperature=temperature)
         first = 1 / (1 + np.exp(-1 / temperature))
@@ -119,7 +123,7 @@ def test_avgce_weighs_by_nats_per_byte_and_temperature() -> None:
 
 def test_the_default_temperature_tells_sources_apart() -> None:
     reads = {
-        name: predictions(OTHER, ["ab", "cd"], [{"ab": 0.5 if name == letter else 0.25} for letter in "xyz"], nats=nats)
+        name: predictions(OTHER, ["ab", "cd"], [{"ab": 0.5 if name == letter else 0.25} for letter in "xyz"], nll=nats)
         for name, nats in (("x", [1.4, 1.4]), ("y", [1.6, 1.6]), ("z", [1.8, 1.8]))  # 0.70, 0.80, 0.90 a byte
     }
     row = fuse(*reads.items(), fusion="avgce", loss_positions="all")
@@ -129,7 +133,7 @@ def test_the_default_temperature_tells_sources_apart() -> None:
 
 
 def test_avgce_averages_one_hots_where_a_source_is_unaligned() -> None:
-    lost = predictions(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"c": 0.5}, {"a": 0.5}], ends=[0, -1, -1])
+    lost = predictions(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"c": 0.5}, {"a": 0.5}], byte_ends=[0, -1, -1])
     other = predictions(OTHER, ["ab", "cd"], [{"ab": 0.5}, {"c": 0.5}, {"a": 0.5}])
     row = fuse(("lost", lost), ("other", other), fusion="avgce", weights="exp_ce", loss_positions="all")
     assert at(row, 1) == {"cd": 0.5, "c": 0.25, "tail": 0.25}
@@ -166,8 +170,8 @@ def test_fusion_functions_are_registered_with_a_reference() -> None:
 
 def test_a_source_that_does_not_spell_the_text_does_not_compete() -> None:
     """It reads the rest as one unknown token, so that its sum of nats is no likelihood of the text."""
-    lossy = replace(READ, ends=np.array([0, 2, -1, -1], np.int32), nats=np.float32([0.1, 0.1, 0.1, 0]))
-    honest = replace(READ, nats=np.float32([1, 1, 1, 0]))
+    lossy = replace(READ, byte_ends=np.array([0, 2, -1, -1], np.int32), nll=np.float32([0.1, 0.1, 0.1, 0]))
+    honest = replace(READ, nll=np.float32([1, 1, 1, 0]))
     both = ("honest", honest), ("lossy", lossy)
     assert fuse(*both).chosen.tolist()[:2] == [0, 0]
     assert fuse(*both, select_over="sequence").chosen.tolist()[:2] == [0, 0]
@@ -176,5 +180,5 @@ def test_a_source_that_does_not_spell_the_text_does_not_compete() -> None:
     averaged = fuse(*both, fusion="avgce")
     assert averaged.targets.p.tolist() == fuse(("honest", honest)).targets.p.tolist()
     # Where nobody spells the text, all compete; and the published rule knows no such thing.
-    assert fuse(("worse", replace(lossy, nats=lossy.nats * 9)), ("lossy", lossy)).chosen.tolist()[:1] == [1]
+    assert fuse(("worse", replace(lossy, nll=lossy.nll * 9)), ("lossy", lossy)).chosen.tolist()[:1] == [1]
     assert fuse(*both, select_by="mean_ce_bfloat16").chosen.tolist()[:1] == [1]

@@ -24,12 +24,12 @@ def knowing(text: str, k: int = 2) -> Predictions:
     log_p = np.log(np.tile([0.9, 0.06][:k], (m, 1))).astype(np.float32)
     return Predictions(
         tokens=tokens,
-        ends=np.arange(m, dtype=np.int32),
+        byte_ends=np.arange(m, dtype=np.int32),
         ids=ids,
         log_p=log_p,
         tail=(1 - np.exp(log_p).sum(1)).astype(np.float32),
-        nats=np.append(np.full(m - 1, -np.log(0.9)), 0).astype(np.float32),
-        prefix_nats=np.zeros(0, np.float32),
+        nll=np.append(np.full(m - 1, -np.log(0.9)), 0).astype(np.float32),
+        prefix_nll=np.zeros(0, np.float32),
     )
 
 
@@ -44,12 +44,12 @@ def test_the_distributions_are_the_same_at_other_positions(text: str) -> None:
     p = np.exp(control.log_p.astype(float))
     for i, token in enumerate(control.tokens[1:]):
         listed = p[i][control.ids[i] == token]
-        assert np.exp(-control.nats[i]) == pytest.approx(listed.sum() or control.tail[i] / (V - 2), rel=1e-5)
+        assert np.exp(-control.nll[i]) == pytest.approx(listed.sum() or control.tail[i] / (V - 2), rel=1e-5)
 
 
 def test_a_skipped_passage_stays_skipped() -> None:
     one = knowing("abc")
-    assert shuffled(Predictions.empty(one.tokens, one.ends, 2), V).skipped
+    assert shuffled(Predictions.empty(one.tokens, one.byte_ends, 2), V).skipped
 
 
 def test_the_sources_say_no_more_of_the_text_than_of_any_other() -> None:

@@ -45,13 +45,13 @@ def said(words: Sequence[str], read: Sequence[str], p: np.ndarray) -> Prediction
     nats = np.append(-np.log(p[np.arange(len(read)), tokens[1:]]), 0).astype(np.float32)
     ends = np.cumsum([0, *map(len, read)]).astype(np.int32)
     log_p = np.log(np.take_along_axis(p, ids, 1)).astype(np.float32)
-    prefix_nats = [
+    prefix_nll = [
         -math.log(p[j, [n for n, other in enumerate(words, start=1) if other.startswith(word[:length])]].sum())
         for j, word in enumerate(read)
         for length in range(1, len(word))
     ]
     return Predictions(
-        tokens, ends, ids, log_p, np.zeros(len(p), np.float32), nats, prefix_nats=np.array(prefix_nats, np.float32)
+        tokens, ends, ids, log_p, np.zeros(len(p), np.float32), nats, prefix_nll=np.array(prefix_nll, np.float32)
     )
 
 
@@ -120,19 +120,19 @@ def test_a_true_token_without_an_entry_is_an_outcome_of_the_tail(tail: Tail, kep
 
 def test_who_is_not_selected_teaches_nothing() -> None:
     found = measured(better=BETTER, worse=WORSE)
-    assert found.nats["worse"]["native"] < 0 and found.nats["worse"]["taught"] == found.nats["worse"]["selected"] == 0
-    assert found.nats[FUSED]["taught"] == found.nats["better"]["taught"] == pytest.approx(sum(LEAD), abs=1e-6)
+    assert found.nats["worse"]["native"] < 0 and found.nats["worse"]["in_loss"] == found.nats["worse"]["selected"] == 0
+    assert found.nats[FUSED]["in_loss"] == found.nats["better"]["in_loss"] == pytest.approx(sum(LEAD), abs=1e-6)
     found = measured(worse=WORSE)  # but the target itself
-    assert found.nats[FUSED]["taught"] == pytest.approx(0, abs=1e-6)
+    assert found.nats[FUSED]["in_loss"] == pytest.approx(0, abs=1e-6)
     assert found.positions["target"]["chosen"] == 3
 
 
 def test_a_mixture_is_nobodys() -> None:
     found = measured(replace(CORRECTED, fusion="avgce", weight_temperature=1e-3), better=BETTER, worse=WORSE)
-    assert math.isnan(found.nats["better"]["selected"]) and math.isnan(found.nats["better"]["taught"])
+    assert math.isnan(found.nats["better"]["selected"]) and math.isnan(found.nats["better"]["in_loss"])
     assert list(found.nats[FUSED].values()) == pytest.approx([sum(LEAD)] * 6, abs=1e-5)
     found = measured(replace(CORRECTED, fusion="avgce", include_target=False), better=BETTER)
-    assert found.nats[FUSED]["taught"] == pytest.approx(sum(LEAD), abs=1e-5)
+    assert found.nats[FUSED]["in_loss"] == pytest.approx(sum(LEAD), abs=1e-5)
 
 
 def test_a_mixture_has_no_part_of_the_text_itself() -> None:
@@ -140,8 +140,8 @@ def test_a_mixture_has_no_part_of_the_text_itself() -> None:
     switches = replace(CORRECTED, projection="token", inside="none", fusion="avgce", include_target=False)
     found = measured(replace(switches, weight_temperature=1e9), better=BETTER, worse=WORSE)
     assert found.positions[FUSED]["paired"] == 3
-    taught = [(0.625 + 0.4) / 2, 0.2, (0.8 + 0.2) / 2]
-    assert found.nats[FUSED]["taught"] == pytest.approx(sum(math.log(p) + LN4 for p in taught), abs=1e-5)
+    mixed = [(0.625 + 0.4) / 2, 0.2, (0.8 + 0.2) / 2]
+    assert found.nats[FUSED]["in_loss"] == pytest.approx(sum(math.log(p) + LN4 for p in mixed), abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_what_is_selected_is_what_a_training_selects(changed: dict[str, Any]) ->
 
 
 def test_text_that_a_tokenizer_does_not_spell_is_not_shared() -> None:
-    found = measured(better=replace(BETTER, ends=np.array([0, 2, -1], np.int32)))
+    found = measured(better=replace(BETTER, byte_ends=np.array([0, 2, -1], np.int32)))
     assert found.shared_bytes == 2
     assert found.nats["better"]["native"] == pytest.approx(LEAD[0], abs=1e-6)
 

@@ -60,8 +60,8 @@ def test_the_mass_of_all_tokens_that_begin_with_the_first_bytes_of_the_next_one(
             for begin in [(vocabulary.token_bytes[token] or b"")[:n] for n in range(1, len(tokens[token].encode()))]
             if begin and len(begin) < len(vocabulary.token_bytes[token] or b"")
         ]
-        assert got.prefix_nats is not None
-        np.testing.assert_allclose(np.exp(-got.prefix_nats), expected, rtol=1e-5)
+        assert got.prefix_nll is not None
+        np.testing.assert_allclose(np.exp(-got.prefix_nll), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("make", [_llama, _gemma])
@@ -80,8 +80,8 @@ def test_equals_the_models_own_distribution(make: Callable[[], PreTrainedModel],
         np.testing.assert_array_equal(got.ids, top.indices.numpy())
         np.testing.assert_allclose(got.tail, 1 - top.values.exp().sum(-1).numpy(), atol=1e-6)
         following = torch.tensor(sequence[1:])
-        np.testing.assert_allclose(got.nats[:-1], -log_q[:-1].gather(-1, following[:, None])[:, 0].numpy(), atol=1e-5)
-        assert got.nats[-1] == 0
+        np.testing.assert_allclose(got.nll[:-1], -log_q[:-1].gather(-1, following[:, None])[:, 0].numpy(), atol=1e-5)
+        assert got.nll[-1] == 0
 
 
 @given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 100))
@@ -102,7 +102,7 @@ def test_nothing_is_said_of_a_sequence_with_logits_that_are_not_finite() -> None
     with torch.no_grad():
         model.get_input_embeddings().weight[7] = float("nan")
     sound, spoilt = predict_top_k(*reader(model), [[1, 2, 3], [1, 7, 3, 4]], k=5, device=CPU)
-    assert spoilt.ids.shape == (0, 5) and not len(spoilt.nats)
+    assert spoilt.ids.shape == (0, 5) and not len(spoilt.nll)
     (alone,) = predict_top_k(*reader(model), [[1, 2, 3]], k=5, device=CPU)
     np.testing.assert_allclose(sound.log_p, alone.log_p, atol=1e-5)
 
@@ -116,5 +116,5 @@ def test_what_is_summed_up_at_once_changes_no_bit(dtype: torch.dtype, monkeypatc
         monkeypatch.setattr(top_k, "_CACHED", cached)
         found += predict_top_k(backbone, project, sequences, k=5, device=CPU)
     for one, other in zip(whole, apart, strict=True):
-        for field in ("ids", "log_p", "tail", "nats"):
+        for field in ("ids", "log_p", "tail", "nll"):
             np.testing.assert_array_equal(getattr(one, field), getattr(other, field))

@@ -19,8 +19,8 @@ from fusion.types import Predictions
 from fusion.vocabulary.token_bytes import Vocabulary, same_ids
 from tests.fusion.alignment.fusing import MAP, OTHER, OWN, READ, TARGET, predictions
 
-BARE = Predictions.empty(OWN.tokens, OWN.ends, 0)  # the target where nothing of it was extracted
-LEFT_OUT = Predictions.empty(READ.tokens, READ.ends, 3)
+BARE = Predictions.empty(OWN.tokens, OWN.byte_ends, 0)  # the target where nothing of it was extracted
+SKIPPED = Predictions.empty(READ.tokens, READ.byte_ends, 3)
 TWIN = predictions(TARGET, ["ab", "cd"], [{"ab": 0.5, "b": 0.5}, {"cd": 0.25, "d": 0.25}, {"a": 1.0, "b": 0.0}])
 
 token_by_token = partial(TopKDistillationLoss, projection="token", inside="none", true_token="top_k")
@@ -33,7 +33,7 @@ def features(loss: Loss, *passages: Mapping[str, Predictions], size: int = 4) ->
 
 
 def test_a_teacher_is_carried_over_where_it_has_a_partner() -> None:
-    found = features(token_by_token(["other"]), {"other": READ}, {"other": LEFT_OUT})
+    found = features(token_by_token(["other"]), {"other": READ}, {"other": SKIPPED})
     entries = [
         dict(zip(i.tolist(), p.tolist(), strict=True))
         for i, p in zip(found["ids"][:, 0], found["p"][:, 0], strict=True)
@@ -45,9 +45,7 @@ def test_a_teacher_is_carried_over_where_it_has_a_partner() -> None:
 
 
 def test_teachers_share_the_positions_they_have() -> None:
-    found = features(
-        token_by_token(["other", "twin"]), {"other": READ, "twin": TWIN}, {"other": LEFT_OUT, "twin": TWIN}
-    )
+    found = features(token_by_token(["other", "twin"]), {"other": READ, "twin": TWIN}, {"other": SKIPPED, "twin": TWIN})
     assert found["weight"].tolist() == [[0.5, 0.5], [0.5, 0.5], [0, 0], [0, 1], [0, 1], [0, 0]]
     assert found["ids"].shape == found["p"].shape == (6, 2, 2)
 
@@ -78,7 +76,7 @@ def test_who_reads_along_does_so_where_a_token_follows() -> None:
 
 
 def test_sorted_probabilities_stand_at_the_partner() -> None:
-    found = features(ULDLoss(["other", "twin"]), {"other": READ, "twin": TWIN}, {"other": LEFT_OUT, "twin": TWIN})
+    found = features(ULDLoss(["other", "twin"]), {"other": READ, "twin": TWIN}, {"other": SKIPPED, "twin": TWIN})
     np.testing.assert_allclose(found["p"][0], [[0.5, 0.25, 0.125], [0.5, 0.5, 0]], rtol=1e-6)
     np.testing.assert_allclose(found["tail"][0], [0.125, 0], atol=1e-7)
     assert found["weight"].tolist() == [[0.5, 0.5], [0.5, 0.5], [0, 0], [0, 1], [0, 1], [0, 0]]
@@ -87,19 +85,19 @@ def test_sorted_probabilities_stand_at_the_partner() -> None:
 def test_chunks_lie_between_common_ends() -> None:
     # The source reads ab|c|d where the target reads ab|cd.
     read = predictions(OTHER, ["ab", "c", "d"], [{"a": 0.5}] * 4, [1.0, 0.25, 0.5])
-    found = features(ALMLoss(["other"]), {"other": read}, {"other": LEFT_OUT}, {"other": read})
+    found = features(ALMLoss(["other"]), {"other": read}, {"other": SKIPPED}, {"other": read})
     assert found["chunk"][:, 0].tolist() == [0, 1, -1, -1, -1, -1, 4, 5, -1]
-    assert found["nats"][:, 0].tolist() == [1.0, 0.75, 0, 0, 0, 0, 1.0, 0.75, 0]
+    assert found["teacher_nll"][:, 0].tolist() == [1.0, 0.75, 0, 0, 0, 0, 1.0, 0.75, 0]
     # A target token that ends within the source's belongs to the same chunk as the next.
     short = predictions(TARGET, ["ab", "c", "d"], [{"a": 0.5}] * 4)
     whole = predictions(OTHER, ["ab", "cd"], [{"a": 0.5}] * 3, [1.0, 0.5])
     found = features(ALMLoss(["other"]), {"other": whole, "target": short})
     assert found["chunk"][:, 0].tolist() == [0, 1, 1, -1]
-    assert found["nats"][:, 0].tolist() == [1.0, 0.5, 0.5, 0]
+    assert found["teacher_nll"][:, 0].tolist() == [1.0, 0.5, 0.5, 0]
 
 
 def test_text_that_tokens_do_not_spell_is_in_no_chunk() -> None:
-    lost = predictions(OTHER, ["ab", "c", "d"], [{"a": 0.5}] * 4, [1.0, 0.25, 0.5], ends=[0, 2, -1, -1])
+    lost = predictions(OTHER, ["ab", "c", "d"], [{"a": 0.5}] * 4, [1.0, 0.25, 0.5], byte_ends=[0, 2, -1, -1])
     found = features(ALMLoss(["other"]), {"other": lost})
     assert found["chunk"][:, 0].tolist() == [0, -1, -1]
 

@@ -239,7 +239,7 @@ def test_alm(temperature: float, chunk: int) -> None:
             total = total + temperature * kl(*pair) / 2
         return total
 
-    features = {"labels": gold, "chunk": number, "nats": nats}
+    features = {"labels": gold, "chunk": number, "teacher_nll": nats}
     compare(found, term_of(ALMLoss(["a"], temperature), features), reference, g, chunk=chunk)
 
 

@@ -150,7 +150,7 @@ def test_a_source_that_knows_the_first_token_teaches_it(source: str, target: str
     )
     for i in np.flatnonzero(fused.paired[0][:-1]).tolist():
         j = int(fused.partner[0][i])
-        if read["s"].ends[j + 1] == read["t"].ends[i + 1]:  # both next tokens are the same text
+        if read["s"].byte_ends[j + 1] == read["t"].byte_ends[i + 1]:  # both next tokens are the same text
             fused_entries = dict(zip(fused.targets.ids[i].tolist(), fused.targets.p[i].tolist(), strict=True))
             in_target = vocabulary(target).token_bytes[int(read["t"].tokens[i + 1])]
             known = vocabulary(source).token_bytes
@@ -163,11 +163,11 @@ def _sure_of_the_text(name: str, text: str) -> Predictions:
     m = len(ids) + 1
     return Predictions(
         tokens=np.array([0, *ids], np.int32),
-        ends=np.array([0, *byte_ends(ids, vocabulary(name), text.encode())], np.int32),
+        byte_ends=np.array([0, *byte_ends(ids, vocabulary(name), text.encode())], np.int32),
         ids=np.array([*ids, 0], np.int32)[:, None],
         log_p=np.full((m, 1), np.log(0.9), np.float32),
         tail=np.full(m, 0.1, np.float32),
-        nats=np.array([*[-np.log(0.9)] * len(ids), 0], np.float32),
+        nll=np.array([*[-np.log(0.9)] * len(ids), 0], np.float32),
     )
 
 

@@ -30,14 +30,14 @@ def _said(rng: np.random.Generator, m: int, k: int, vocabulary: int) -> TopKPred
         ids=rng.integers(vocabulary, size=(m, k)).astype(np.int32),
         log_p=np.log(p[:, :k] + np.float32(1e-9)),
         tail=p[:, k],
-        nats=rng.exponential(3, m).astype(np.float32),
-        prefix_nats=rng.exponential(3, rng.integers(0, 4 * m + 1)).astype(np.float32) if m else None,
+        nll=rng.exponential(3, m).astype(np.float32),
+        prefix_nll=rng.exponential(3, rng.integers(0, 4 * m + 1)).astype(np.float32) if m else None,
     )
 
 
 def _written(path: Path, results: list[TopKPredictions], *, wide: bool, compression: Compression) -> Shard:
-    ends = [LOSSY[: max(len(r.nats) - 1, 0)] for r in results]
-    tokens = [range(len(r.nats)) for r in results]
+    ends = [LOSSY[: max(len(r.nll) - 1, 0)] for r in results]
+    tokens = [range(len(r.nll)) for r in results]
     write_shard(path, path.with_suffix(".beside"), results, ends, tokens, wide=wide, compression=compression)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     return checked(path)
@@ -52,21 +52,21 @@ def test_what_is_written_is_read(tmp_path: Path, compression: Compression, wide:
     shard = _written(tmp_path / "shard", results, wide=wide, compression=compression)
     steps = np.uint16([0, 2, 0, 698, 65535, 65535])
     for passage, said in enumerate(results):
-        found, m = shard.columns(passage), len(said.nats)
+        found, m = shard.columns(passage), len(said.nll)
         expected = {
             "ids": said.ids.astype(np.uint32 if wide else np.uint16),
             "log_p": said.log_p.astype(np.float16),
             "tail": said.tail.astype(np.float16),
-            "nats": said.nats,
+            "nll": said.nll,
             "steps": steps[:m],
-            "prefix_nats": np.zeros(0, np.float16) if not m else said.prefix_nats.astype(np.float16),
+            "prefix_nll": np.zeros(0, np.float16) if not m else said.prefix_nll.astype(np.float16),
         }
         assert found.keys() == expected.keys()
         for name, column in expected.items():
             assert found[name].dtype == column.dtype
             np.testing.assert_array_equal(found[name], column)
         stored = sum(column.nbytes for column in found.values())
-        assert stored == m * position_bytes(5, 2**17 if wide else 2**16) + found["prefix_nats"].nbytes
+        assert stored == m * position_bytes(5, 2**17 if wide else 2**16) + found["prefix_nll"].nbytes
 
 
 def _real(name: str, rng: np.random.Generator) -> TopKPredictions:
@@ -87,16 +87,16 @@ def test_a_real_position_takes_little(tmp_path: Path, source: str, wide: bool, p
     oracles = {"smol": "smol_to_gemma", "gemma": "gemma_to_smol"}
     said = [_real(f"{oracles[source]}_{number}", rng) for number in (0, 10)]
     passages = [  # as long as passages of 2,000 bytes are
-        TopKPredictions(*(column[start : start + 500] for column in (whole.ids, whole.log_p, whole.tail, whole.nats)))
+        TopKPredictions(*(column[start : start + 500] for column in (whole.ids, whole.log_p, whole.tail, whole.nll)))
         for whole in said
         for start in (0, 500)
     ]
-    n, sizes = sum(len(passage.nats) for passage in passages), {}
+    n, sizes = sum(len(passage.nll) for passage in passages), {}
     for compression in ("zstd", "none"):
         path = tmp_path / compression / "shard"
         path.parent.mkdir()
-        ends = [np.cumsum(rng.integers(1, 8, len(p.nats) - 1)).astype(np.int32) for p in passages]
-        tokens = [range(len(passage.nats)) for passage in passages]
+        ends = [np.cumsum(rng.integers(1, 8, len(p.nll) - 1)).astype(np.int32) for p in passages]
+        tokens = [range(len(passage.nll)) for passage in passages]
         write_shard(path, path.with_suffix(".beside"), passages, ends, tokens, wide=wide, compression=compression)
         sizes[compression] = (path.stat().st_size - 1000) / n  # less the file's header, which a whole shard shares
     assert position_bytes(10, 2**18 if wide else 2**15) == plain

@@ -146,11 +146,13 @@ def test_stored_predictions_are_those_of_the_model(finished: tuple[Config, Path,
         top = log_q.topk(5, -1)
         np.testing.assert_allclose(predictions.log_p, top.values.numpy(), rtol=1e-3)
         np.testing.assert_allclose(
-            predictions.nats[:-1], -log_q[range(len(log_q) - 1), predictions.tokens[1:]], rtol=1e-4
+            predictions.nll[:-1], -log_q[range(len(log_q) - 1), predictions.tokens[1:]], rtol=1e-4
         )
-        assert predictions.ends[0] == 0 and predictions.ends[-1] == passages.n_bytes[passage]
+        assert predictions.byte_ends[0] == 0 and predictions.byte_ends[-1] == passages.n_bytes[passage]
         text = passages.text(passage).encode()
-        for token, start, end in zip(predictions.tokens[1:], predictions.ends[:-1], predictions.ends[1:], strict=True):
+        for token, start, end in zip(
+            predictions.tokens[1:], predictions.byte_ends[:-1], predictions.byte_ends[1:], strict=True
+        ):
             assert reader.vocabulary.token_bytes[token] == text[start:end]
 
 
@@ -257,10 +259,10 @@ def test_audit(finished: tuple[Config, Path, Path]) -> None:
     m = found.measures.set_index(["source", "domain"])
     target, neox, fused = (m.loc[(name, "all domains")] for name in ("llama (target)", "neox", "fused"))
     assert target["paired"] == 1 and 0.2 < neox["paired"] <= 1
-    stages = ["native", "aligned", "projected", "kept", "selected", "taught"]
+    stages = ["native", "aligned", "projected", "kept", "selected", "in_loss"]
     assert target[stages].tolist() == pytest.approx([0] * 6, abs=1e-3)
     assert neox["native"] == pytest.approx(target["bits_per_byte"] - neox["bits_per_byte"], abs=1e-3)
-    assert fused["taught"] == pytest.approx(target["taught"] + neox["taught"])
+    assert fused["in_loss"] == pytest.approx(target["in_loss"] + neox["in_loss"])
     assert target["chosen"] + neox["chosen"] == pytest.approx(1)
     # All domains are the sum of the domains, by their bytes.
     parts = found.measures.query("source == 'neox' and domain != 'all domains'")
@@ -295,7 +297,7 @@ def test_the_audit_of_a_row(finished: tuple[Config, Path, Path], experiment_file
     # Both follow the text, and see the same entries; the teachers' distributions are averaged, which is nobody's.
     before_selection = ["native", "aligned", "projected", "kept"]
     assert whole["KD"].loc["neox", before_selection].tolist() == whole["FuseLLM"].loc["neox", before_selection].tolist()
-    assert np.isnan(whole["KD"].loc["neox", "taught"]) and np.isfinite(whole["KD"].loc["fused", "taught"])
+    assert np.isnan(whole["KD"].loc["neox", "in_loss"]) and np.isfinite(whole["KD"].loc["fused", "in_loss"])
     # Without a tail a true next token may be impossible, and what is left has no value.
     published = whole["FuseLLM published"].loc["fused"]
     assert published["no_entry"] > 0 and np.isnan(published["kept"]) and np.isfinite(published["projected"])

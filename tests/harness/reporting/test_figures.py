@@ -46,7 +46,7 @@ def _ablation(root: Path) -> Path:
 
 
 def _audit(folder: Path) -> None:
-    stages = ["native", "aligned", "projected", "kept", "selected", "taught"]
+    stages = ["native", "aligned", "projected", "kept", "selected", "in_loss"]
     rows = [
         {"source": source, "kind": kind, "domain": domain, "paired": 0.5, "chosen": 0.5, "ahead_of_target": math.nan}
         | dict.fromkeys(stages, 0.25)

@@ -140,8 +140,8 @@ def test_sorted_probabilities_of_another_tokenizer(line: Line) -> None:
     sums = 0.0
     for passage in range(3):
         ours, theirs = (read_predictions(small, name).predictions(passage) for name in ("target", "s"))
-        for i, end in list(enumerate(ours.ends))[:-1]:
-            at = [j for j, other_end in enumerate(theirs.ends) if other_end == end]
+        for i, end in list(enumerate(ours.byte_ends))[:-1]:
+            at = [j for j, other_end in enumerate(theirs.byte_ends) if other_end == end]
             if at:
                 p = _powered(source, source.tokens[theirs.tokens[at[-1]]], 1)
                 q = _powered(TARGET, TARGET.tokens[ours.tokens[i]], 1)
@@ -157,11 +157,11 @@ def test_likelihoods_of_the_same_bytes(line: Line) -> None:
     sums, chunks = 0.0, 0
     for passage in range(3):
         spelled = [(read_predictions(small, n).predictions(passage), m) for n, m in (("s", source), ("target", TARGET))]
-        common = sorted(set(spelled[0][0].ends.tolist()) & set(spelled[1][0].ends.tolist()))
+        common = sorted(set(spelled[0][0].byte_ends.tolist()) & set(spelled[1][0].byte_ends.tolist()))
         for start, end in pairwise(common):
             logs = []
             for predictions, model in spelled:
-                ends = predictions.ends.tolist()
+                ends = predictions.byte_ends.tolist()
                 steps = range(ends.index(start), ends.index(end))
                 tokens = [model.tokens[i] for i in predictions.tokens]
                 p = [_powered(model, tokens[i], 1)[model.tokens.index(tokens[i + 1])] for i in steps]
@@ -214,7 +214,7 @@ def test_a_whole_distribution_is_stored_at_other_temperatures(line: Line) -> Non
         np.testing.assert_allclose(np.exp(predictions.log_p[i]), p[predictions.ids[i]], rtol=1e-5)
         assert predictions.tail[i] == pytest.approx(1 - p[predictions.ids[i]].sum(), abs=1e-6)
         following = predictions.tokens[i + 1 :][:1]
-        assert predictions.nats[i] == pytest.approx(-np.log(p[following[0]]) if len(following) else 0, rel=1e-5)
+        assert predictions.nll[i] == pytest.approx(-np.log(p[following[0]]) if len(following) else 0, rel=1e-5)
 
 
 def test_what_came_later_changes_no_fingerprint_at_its_default(line: Line) -> None:

@@ -158,7 +158,7 @@ def test_both_packings_are_one_artifact_with_the_same_numbers(
     readers = read_predictions(plain, "neox"), read_predictions(packed, "neox")
     for passage in range(len(Passages(plain.corpora.passages[1]))):
         one, other = (vars(reader.predictions(passage)) for reader in readers)
-        for name in ("tokens", "ends", "ids", "log_p", "tail", "nats"):
+        for name in ("tokens", "byte_ends", "ids", "log_p", "tail", "nll"):
             assert one[name].dtype == other[name].dtype
             np.testing.assert_array_equal(one[name], other[name])
     assert sum(map(len, _bytes(alone).values())) < sum(map(len, _bytes(predict(plain, "neox")[1]).values()))

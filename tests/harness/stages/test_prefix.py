@@ -38,7 +38,7 @@ def test_the_prefix_is_put_before_every_passage_and_is_part_of_every_key(tmp_pat
         assert predict(plain, role)[0].fingerprint != predict(other, role)[0].fingerprint
         before, after = (read_predictions(one, role).predictions(0) for one in (plain, other))
         assert (before.tokens[0], after.tokens[0]) == (0, 1)
-        assert after.nats[0] == pytest.approx(-np.log(0.9), abs=1e-5) and before.nats[0] == pytest.approx(np.log(8))
+        assert after.nll[0] == pytest.approx(-np.log(0.9), abs=1e-5) and before.nll[0] == pytest.approx(np.log(8))
     passages = Passages(other.corpora.passages[1])
     sequences = PackedSequences(passages, *other.models.tokenizer(TARGET), 64, prefix="eos")
     assert sequences[0]["input_ids"][0] == 1

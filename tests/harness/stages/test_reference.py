@@ -105,7 +105,7 @@ def read(model: Reader, text: str, stored: Any) -> Read:
     np.testing.assert_allclose(np.take_along_axis(log_q, stored.ids, 1), top, atol=2e-5)
     np.testing.assert_allclose(stored.log_p, top, rtol=2**-11, atol=2e-5)
     nats = -log_q[np.arange(len(tokens) - 1), tokens[1:]]
-    np.testing.assert_allclose(stored.nats, [*nats, 0], atol=2e-5)
+    np.testing.assert_allclose(stored.nll, [*nats, 0], atol=2e-5)
     np.testing.assert_allclose(stored.tail, 1 - np.exp(top.astype(float)).sum(1), rtol=2**-11, atol=2e-5)
     return Read(tokens, stored.ids, stored.log_p.astype(float), stored.tail.astype(float), float(nats.sum()))
 

@@ -43,13 +43,13 @@ def test_passages_that_do_not_fit_are_left_out_and_the_rest_is_trained_on(
 ) -> None:
     """Whether it is the sequence or the model's context that they do not fit."""
     rows = packed(passages, sequence_length, context)
-    assert 0 < len(rows.left_out) < len(passages)
-    assert sorted([*rows.left_out, *(p for members in rows.members for p in members)]) == list(range(len(passages)))
+    assert 0 < len(rows.skipped) < len(passages)
+    assert sorted([*rows.skipped, *(p for members in rows.members for p in members)]) == list(range(len(passages)))
     assert rows.n_tokens == sum(int((row["labels"] >= 0).sum()) for row in rows)
-    sentence = str(rows.left_out_sentence())
-    assert sentence.startswith(f"{len(rows.left_out)} of 6 passages (")
+    sentence = str(rows.skipped_sentence())
+    assert sentence.startswith(f"{len(rows.skipped)} of 6 passages (")
     assert "longer than 100 tokens and are not trained on (first " in sentence
-    assert packed(passages, 400).left_out_sentence() is None
+    assert packed(passages, 400).skipped_sentence() is None
 
 
 def test_text_of_which_nothing_fits_is_refused(passages: Passages) -> None:
@@ -119,6 +119,6 @@ def test_a_target_that_cannot_be_packed_is_trained_and_what_is_too_long_stands_b
     with pytest.warns(UserWarning, match="one passage a sequence, padded on the right"):
         folder = run.run(config, root)
     trained = [read_manifest(path.parent) for path in (root / "artifacts" / "train").glob("*/manifest.json")]
-    assert len(trained) == 2 and trained[0]["info"]["left_out"] == trained[1]["info"]["left_out"] != []
+    assert len(trained) == 2 and trained[0]["info"]["skipped"] == trained[1]["info"]["skipped"] != []
     table = next(folder.glob("table*.md")).read_text(encoding="utf-8")
     assert table.count("are longer than 50 tokens and are not trained on") == 1

@@ -28,7 +28,7 @@ class RealPassage:
     n_bytes: int
 
 
-class Material:
+class Inputs:
     """The reference inputs in `shared`: see its notes/alignment.md. Raises UserError when they are not there."""
 
     def __init__(self, shared: Path) -> None:
@@ -99,20 +99,20 @@ def _predictions(oracle: dict[str, Any], vocabulary: Vocabulary) -> Predictions:
 
 
 def _cut(text: dict[str, Predictions]) -> list[RealPassage]:
-    common = np.intersect1d(text[TARGET].ends, text[SOURCE].ends)
-    middle = int(text[TARGET].ends[PASSAGE])
+    common = np.intersect1d(text[TARGET].byte_ends, text[SOURCE].byte_ends)
+    middle = int(text[TARGET].byte_ends[PASSAGE])
     cuts = [0, int(common[np.abs(common - middle).argmin()]), int(common[-1])]
     passages = []
     for start, stop in pairwise(cuts):
         predictions = {}
         for name, whole in text.items():
-            first = int((whole.ends <= start).sum())
-            last = int((whole.ends <= stop).sum())
+            first = int((whole.byte_ends <= start).sum())
+            last = int((whole.byte_ends <= stop).sum())
             # The position before a token is the one that predicts it; the first token's predecessor is not recorded.
             at = np.arange(first - 1, last).clip(min=0)
-            ends = np.append(start, whole.ends[first:last]) - start
+            ends = np.append(start, whole.byte_ends[first:last]) - start
             tokens = np.append(0, whole.tokens[first:last])
-            nats = whole.nats[at].copy()
+            nats = whole.nll[at].copy()
             nats[-1] = 0
             predictions[name] = Predictions(
                 tokens.astype(np.int32),
