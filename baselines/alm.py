@@ -17,5 +17,5 @@ class ALMParameters(TeacherParameters):
 @method("alm", needs=("training", "teacher"), reference="arXiv 2503.20083")
 def alm(context: Context, parameters: ALMParameters) -> Candidate:
     """The target trained on lambda * CLM + (1 - lambda) * divergence of chunk likelihoods."""
-    loss = ALMLoss(parameters.teacher_roles(context), parameters.temperature)
+    loss = ALMLoss(**parameters.teaching(context), temperature=parameters.temperature)
     return parameters.train_mixed(context, loss)

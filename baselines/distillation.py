@@ -4,7 +4,7 @@ The paper's KD (arXiv 2401.10491, table 6) is a larger model of the target's fam
 `{method: distillation, teachers: [teacher], online: true, lambda: 0.9}`.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,7 +14,7 @@ from baselines.training import MixedParameters
 from fusion.alignment.pairing import ALIGNMENTS
 from fusion.errors import UserError
 from fusion.losses.divergences import DIVERGENCES
-from fusion.losses.loss import Loss
+from fusion.losses.loss import Loss, check_teacher_weights
 from fusion.losses.online_distillation import OnlineDistillationLoss
 from fusion.losses.top_k_distillation import TopKDistillationLoss
 from fusion.registry import PartName, Registered
@@ -28,10 +28,31 @@ class TeacherParameters(MixedParameters):
     """The teachers and the weight of the language-modelling term: what all distillation methods share."""
 
     teachers: list[Role] | None = Field(None, min_length=1, description="roles of the teachers; null: all sources")
+    teacher_weights: Literal["uniform", "mince"] | list[float] = Field(
+        "uniform",
+        description="of several teachers: uniform, their mean; one number a teacher, of which the shares count; mince, "
+        "in each passage the one with the least nats per byte",
+    )
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> "TeacherParameters":
+        check_teacher_weights(self.teacher_weights, self.named_teachers())
+        return self
+
+    def named_teachers(self) -> list[str]:
+        """The teachers as far as the parameters name them, for checks; else names that stand for all sources."""
+        if self.teachers is not None:
+            return self.teachers
+        n = 1 if isinstance(self.teacher_weights, str) else len(self.teacher_weights)
+        return [f"source {i}" for i in range(n)]
 
     def teacher_roles(self, context: Context) -> list[str]:
         """The roles that teach: those named, or every source of the experiment."""
         return list(context.sources) if self.teachers is None else self.teachers
+
+    def teaching(self, context: Context) -> dict[str, Any]:
+        """The arguments `teachers` and `teacher_weights` of a `TeacherLoss`."""
+        return {"teachers": self.teacher_roles(context), "teacher_weights": self.teacher_weights}
 
 
 class DistillationParameters(TeacherParameters):
@@ -80,15 +101,19 @@ class DistillationParameters(TeacherParameters):
     def _check_loss(self) -> "DistillationParameters":
         if self.online and (given := [name for name in _OFFLINE if getattr(self, name) is not None]):
             raise UserError(f"{given[0]} is about stored distributions: leave it out, or set online to false.")
-        self.loss(self.teachers or ["all sources"])
+        self.loss(self.named_teachers())
         return self
 
     def loss(self, teachers: list[str]) -> Loss:
         """The loss of these parameters with the given teachers."""
         if self.online:
-            return OnlineDistillationLoss(teachers, self.divergence, self.temperature)
+            return OnlineDistillationLoss(
+                teachers, self.divergence, self.temperature, teacher_weights=self.teacher_weights
+            )
         given = {name: value for name in _OFFLINE if (value := getattr(self, name)) is not None}
-        return TopKDistillationLoss(teachers, self.divergence, self.temperature, **given)
+        return TopKDistillationLoss(
+            teachers, self.divergence, self.temperature, teacher_weights=self.teacher_weights, **given
+        )
 
 
 @method(

@@ -20,4 +20,4 @@ class ULDParameters(TeacherParameters):
 @method("uld", needs=("training", "teacher"), reference="arXiv 2402.12030")
 def uld(context: Context, parameters: ULDParameters) -> Candidate:
     """The target trained on lambda * CLM + (1 - lambda) * Wasserstein-1 distance of the sorted probabilities."""
-    return parameters.train_mixed(context, ULDLoss(parameters.teacher_roles(context)))
+    return parameters.train_mixed(context, ULDLoss(**parameters.teaching(context)))

@@ -61,6 +61,12 @@ class SourceScores:
         spells = self.spelled & np.isfinite(self.nll)
         return np.where(spells | ~spells.any(axis=0), per_byte, np.inf)
 
+    def best(self) -> np.ndarray:
+        """int64[U]: the source with the least nats per byte, compared in float32; ties by name."""
+        by_name = np.argsort(self.names)
+        found: np.ndarray = by_name[self.nats_per_byte().astype(np.float32)[by_name].argmin(axis=0)]
+        return found
+
     def rewards(self) -> np.ndarray:
         """float32[S, U]: exp(-CE) in bfloat16, CE the mean nats per token of the source's own tokenizer.
 
@@ -83,8 +89,7 @@ def mince(members: Sequence[Sparse], scores: SourceScores, switches: Switches) -
     targets drift towards the gold text and the loss towards that of plain language modelling.
     """
     if switches.select_by == "nats_per_byte":
-        by_name = np.argsort(scores.names)
-        best = by_name[scores.nats_per_byte().astype(np.float32)[by_name].argmin(axis=0)]
+        best = scores.best()
     else:
         best = scores.rewards().argmax(axis=0)
     selected = best[scores.unit]

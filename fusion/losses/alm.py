@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from fusion.losses.term import Term
 
 
-@LOSSES.register("alm", version=1, reference="arXiv 2503.20083, section 3")
+@LOSSES.register("alm", version=2, reference="arXiv 2503.20083, section 3")
 @dataclass(frozen=True)
 class ALMLoss(TeacherLoss):
-    """T KL(p^(1/T) || q^(1/T)) of the binary outcomes "this chunk" and "anything else", the mean over the teachers.
+    """T KL(p^(1/T) || q^(1/T)) of the binary outcomes "this chunk" and "anything else".
 
     A chunk lies between consecutive byte ends that teacher and target share. Its likelihood is p under the teacher
     (from the stored nats of the teacher's tokens) and q under the target (section 3, with f the KL divergence). As T
@@ -45,11 +45,17 @@ class ALMLoss(TeacherLoss):
         self, predictions: SequencePredictions, n_bytes: Sequence[int], resources: LossResources
     ) -> dict[str, np.ndarray]:
         """chunk int32[N, S], the chunk that each position's next token is in, counted over the sequence, -1 for none;
-        nats float32[N, S], that chunk's nats under the teacher.
+        teacher_nll float32[N, S], that chunk's nats under the teacher; weight float32[N, S], the teacher's.
         """
         teachers = [_chunks(name, resources.target, predictions, n_bytes) for name in self.teachers]
-        chunk, nats = zip(*teachers, strict=True)
-        return {"chunk": np.stack(chunk, 1), "teacher_nll": np.stack(nats, 1)}
+        chunk, nll = (np.stack(array, 1) for array in zip(*teachers, strict=True))
+        # One weight for all positions of a chunk: a teacher counts in the passages that it has read.
+        read = [
+            np.concatenate([np.full(len(p[resources.target].tokens), not p[name].skipped) for p in predictions])
+            for name in self.teachers
+        ]
+        weight = self.position_weights(read, predictions, n_bytes, resources.target)
+        return {"chunk": chunk, "teacher_nll": nll, "weight": np.where(chunk >= 0, weight, 0)}
 
     def term(self, batch: Mapping[str, Tensor], teachers: Mapping[str, TeacherModel]) -> Term:
         from torch.nn.functional import pad
@@ -64,20 +70,21 @@ class ALMLoss(TeacherLoss):
         # A chunk of logits may begin where no teacher's chunk goes on from the position before.
         goes_on = (chunk[1:] == chunk[:-1]) & (chunk[1:] >= 0)
         cuts = pad(~goes_on.any(1), (1, 0), value=True)[: len(chunk)]
-        return LossTerm(self, {**flat(batch), "chunk": chunk, "weight": chunk >= 0}, cuts)
+        return LossTerm(self, {**flat(batch), "chunk": chunk}, cuts)
 
     def __call__(self, logits: Tensor, features: Mapping[str, Tensor]) -> Tensor:
         from torch.nn.functional import cross_entropy
 
         gold, chunk, teacher_nll = features["labels"].clamp(min=-1), features["chunk"], features["teacher_nll"]
+        weight = features["weight"]
         own = cross_entropy(logits, gold, ignore_index=-1, reduction="none")
-        nats, n_teachers = own.new_zeros(own.shape), chunk.shape[1]
-        for s in range(n_teachers):
+        nats = own.new_zeros(own.shape)
+        for s in range(chunk.shape[1]):
             numbers, place, count = chunk[:, s].unique(return_inverse=True, return_counts=True)
             b = own.new_zeros(len(numbers)).index_add(0, place, own)
             a = own.new_zeros(len(numbers)).index_copy(0, place, teacher_nll[:, s].to(own.dtype))
             divergence = binary_divergence(a, b, self.temperature) / count
-            nats = nats + weighted((numbers >= 0).to(own.dtype) / n_teachers, divergence)[place]
+            nats = nats + weighted(weight[:, s], divergence[place])
         return nats
 
 

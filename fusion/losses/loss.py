@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from fusion.alignment.fuse import Source
+from fusion.alignment.selection import score_sources
 from fusion.errors import UserError
 from fusion.registry import Choice, Registry
 from fusion.switches import Switches
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 Balance = Literal["none", "rescale"]
 """Whether a term is brought to the size of CLM before lambda weighs them (see `fusion.losses.objective.Objective`)."""
+TeacherWeights = Literal["uniform", "mince"] | Sequence[float]
+"""How several teachers become one: their mean, a choice in every passage, or a mean with these weights."""
 TAIL_FLOOR = 1e-30
 """Least probability outside the kept entries whose logarithm is taken; met only where nothing is left outside them."""
 
@@ -166,21 +169,49 @@ class Loss(ABC):
 class TeacherLoss(Loss):
     """A loss against teachers, from their stored predictions unless `requirements` says otherwise.
 
-    Raises UserError for no teacher, one that is named twice, and a `temperature`, if it has one, that is not positive.
+    Raises UserError for no teacher, one that is named twice, weights that are not one non-negative number a teacher
+    with a positive sum, and a `temperature`, if it has one, that is not positive.
     """
 
     teachers: Sequence[str]
     """Roles of the teachers."""
+    teacher_weights: TeacherWeights = field(default="uniform", kw_only=True)
+    """The loss of a position is the mean over the teachers that are aligned there (`uniform`, or with one number a
+    teacher weighted by their shares), or that of the teacher with the least nats per byte of the passage (`mince`)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.teachers or len(set(self.teachers)) < len(self.teachers):
             raise UserError(f"teachers is {list(self.teachers)}: name at least one, and each once.")
+        check_teacher_weights(self.teacher_weights, self.teachers)
         if not (temperature := getattr(self, "temperature", 1.0)) > 0:
             raise UserError(f"temperature is {temperature}; it must be greater than 0.")
 
     def requirements(self, target: str) -> LossRequirements:
         return LossRequirements(predictions=list(self.teachers))
+
+    def position_weights(
+        self, paired: Sequence[np.ndarray], predictions: SequencePredictions, n_bytes: Sequence[int], target: str
+    ) -> np.ndarray:
+        """float32[N, S]: the weight of each of S teachers at each position, 0 where it is not `paired` (bool[N] each).
+
+        Weights of a position sum to 1 where a teacher is paired; with `mince` only the passage's teacher can be. A
+        teacher that has not read the passage, or whose tokens do not spell it, is not chosen before one that does.
+        """
+        weight = np.stack(paired, 1).astype(np.float64)
+        if self.teacher_weights == "mince":
+            scores = score_sources(
+                [[passage[name] for name in self.teachers] for passage in predictions],
+                [passage[target] for passage in predictions],
+                n_bytes,
+                names=tuple(self.teachers),
+                select_over="passage",
+            )
+            return (weight * (scores.best()[scores.unit][:, None] == np.arange(len(self.teachers)))).astype(np.float32)
+        if not isinstance(self.teacher_weights, str):
+            weight *= self.teacher_weights
+        total = weight.sum(axis=1, keepdims=True)
+        return (weight / np.where(total > 0, total, 1)).astype(np.float32)
 
 
 LOSSES: Registry[type[Loss]] = Registry(
@@ -211,16 +242,24 @@ def check_map(vocabulary_map: str, switches: Switches) -> None:
         )
 
 
+def check_teacher_weights(weights: TeacherWeights, teachers: Sequence[str]) -> None:
+    """Raises UserError unless these are weights of these teachers (see `TeacherLoss`)."""
+    if isinstance(weights, str):
+        if weights not in ("uniform", "mince"):
+            raise UserError(f"teacher_weights is {weights!r}: it is uniform, mince, or one number a teacher.")
+    elif len(weights) != len(teachers):
+        raise UserError(
+            f"teacher_weights has {len(weights)} numbers for {len(teachers)} teachers ({', '.join(teachers)}): give "
+            "one each."
+        )
+    elif not (min(weights) >= 0 and sum(weights) > 0):
+        raise UserError(f"teacher_weights is {list(weights)}: none may be negative, and one must be positive.")
+
+
 def has_next(passages: Sequence[Predictions]) -> np.ndarray:
     """bool[N], true at positions with a next token in their passage."""
     lengths = [len(predictions.tokens) for predictions in passages]
     return np.concatenate([np.arange(length) < length - 1 for length in lengths])
-
-
-def mean_weights(paired: Sequence[np.ndarray]) -> np.ndarray:
-    """float32[N, S]: the weight of each of S teachers in the mean over those that are paired (S arrays bool[N])."""
-    stacked = np.stack(paired, 1)
-    return (stacked / np.maximum(stacked.sum(axis=1, keepdims=True), 1)).astype(np.float32)
 
 
 def weighted(weight: Tensor, nats: Tensor) -> Tensor:

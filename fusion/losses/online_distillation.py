@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusion.errors import UserError
 from fusion.losses.divergences import DIVERGENCES
 from fusion.losses.loss import (
     LOSSES,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 @LOSSES.register("online_distillation", version=2, reference="arXiv 1503.02531")
 @dataclass(frozen=True)
 class OnlineDistillationLoss(TeacherLoss):
-    """T^2 D(p^(1/T) || q^(1/T)), the mean over teachers p with the target's tokenizer, over all tokens.
+    """T^2 D(p^(1/T) || q^(1/T)), the (weighted) mean over teachers p with the target's tokenizer, over all tokens.
 
     It is taken at every position with a next token in its passage, and the sum is divided by the number of CLM labels.
     A teacher's hidden states are computed for the whole batch, its logits for a chunk when the target's are. Entries of
@@ -43,6 +44,13 @@ class OnlineDistillationLoss(TeacherLoss):
     """D, in the registry of divergences."""
     temperature: float = 1.0
     """T."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher_weights == "mince":
+            raise UserError(
+                "teacher_weights: mince chooses by stored predictions: set online to false, or give numbers."
+            )
 
     def requirements(self, target: str) -> LossRequirements:
         return LossRequirements(models=list(self.teachers))
@@ -61,7 +69,6 @@ class OnlineDistillationLoss(TeacherLoss):
 
         models = [teachers[name] for name in self.teachers]
         features = flat(batch)
-        features["weight"] = features["weight"] / len(models)
         for s, model in enumerate(models):
             features[f"hidden{s}"] = model.hidden(batch["input_ids"], batch["position_ids"])
         return LossTerm(partial(self, teachers=models), features)
@@ -69,9 +76,10 @@ class OnlineDistillationLoss(TeacherLoss):
     def __call__(self, logits: Tensor, features: Mapping[str, Tensor], teachers: Sequence[TeacherModel] = ()) -> Tensor:
         divergence = DIVERGENCES.choose(self.divergence).value
         nats = logits.new_zeros(len(logits))
+        weights = [1.0] * len(teachers) if isinstance(self.teacher_weights, str) else self.teacher_weights
         for s, teacher in enumerate(teachers):
             teacher_logits = teacher.logits(features[f"hidden{s}"]).to(logits.dtype)
             size = min(teacher_logits.shape[1], logits.shape[1])
             log_p, log_q = ((z[:, :size] / self.temperature).log_softmax(-1) for z in (teacher_logits, logits))
-            nats = nats + weighted(features["weight"], divergence(log_p, log_q))
+            nats = nats + weights[s] / sum(weights) * weighted(features["weight"], divergence(log_p, log_q))
         return self.temperature**2 * nats

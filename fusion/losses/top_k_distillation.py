@@ -20,7 +20,6 @@ from fusion.losses.loss import (
     LossResources,
     TeacherLoss,
     check_map,
-    mean_weights,
     weighted,
 )
 from fusion.registry import Choice, PartName
@@ -42,10 +41,9 @@ class TopKDistillationLoss(TeacherLoss):
     """T^2 D(p^(1/T) || q^(1/T)) over k + 1 outcomes: a teacher's k most probable tokens, and everything else.
 
     p is a teacher's distribution at the aligned position, projected onto the target's tokens as a source's is for
-    `FusionLoss`; q is the target's. The loss of a position is the mean over the teachers that have an aligned one. The
-    factor T^2 keeps the size of the gradient. The sum over positions is divided by the number of CLM labels, aligned or
-    not, so that its share falls with the part of positions that are aligned. With a `tail` other than `bucket` there is
-    no outcome for the rest.
+    `FusionLoss`; q is the target's. The factor T^2 keeps the size of the gradient. The sum over positions is divided by
+    the number of CLM labels, aligned or not, so that its share falls with the part of positions that are aligned. With
+    a `tail` other than `bucket` there is no outcome for the rest.
 
     The target itself may be a teacher. Raises UserError for names that are not registered, and for a divergence of all
     outcomes without the tail.
@@ -111,11 +109,12 @@ class TopKDistillationLoss(TeacherLoss):
             k = teacher.targets.ids.shape[1]
             ids[:, s, :k], p[:, s, :k] = teacher.targets.ids, teacher.targets.p
         tail = np.stack([teacher.targets.tail for teacher in teachers], 1)
+        paired = [teacher.paired[0] & (teacher.fusion_weight > 0) for teacher in teachers]
         return {
             "ids": ids,
             "p": p,
             "tail": np.maximum(tail, LEAST_TAIL) if self.tail == "bucket" else tail,
-            "weight": mean_weights([teacher.paired[0] & (teacher.fusion_weight > 0) for teacher in teachers]),
+            "weight": self.position_weights(paired, predictions, n_bytes, resources.target),
         }
 
     def _projected(

@@ -14,7 +14,6 @@ from fusion.losses.loss import (
     LossResources,
     TeacherLoss,
     has_next,
-    mean_weights,
     weighted,
 )
 from fusion.types import SequencePredictions
@@ -30,9 +29,9 @@ class ULDLoss(TeacherLoss):
 
     The k stored probabilities of the teacher, its greatest, are compared one by one with the target's k greatest, and
     the mass of the rest with the rest; with k the vocabulary that is the whole distance. Positions are aligned by the
-    byte at which the text before them ends; the published code counts tokens from the start. The loss of a position is
-    the mean over the teachers that have an aligned one. The sum over positions is divided by the number of CLM labels,
-    aligned or not, so that its share falls with the part of positions that are aligned.
+    byte at which the text before them ends; the published code counts tokens from the start. The sum over positions is
+    divided by the number of CLM labels, aligned or not, so that its share falls with the part of positions that are
+    aligned.
     """
 
     def features(
@@ -43,7 +42,8 @@ class ULDLoss(TeacherLoss):
         p, tail, paired = zip(*teachers, strict=True)
         width = max(x.shape[1] for x in p)
         p = [np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in p]
-        return {"p": np.stack(p, 1), "tail": np.stack(tail, 1), "weight": mean_weights(paired)}
+        weight = self.position_weights(paired, predictions, n_bytes, resources.target)
+        return {"p": np.stack(p, 1), "tail": np.stack(tail, 1), "weight": weight}
 
     def __call__(self, logits: Tensor, features: Mapping[str, Tensor]) -> Tensor:
         from torch.nn.functional import pad

@@ -50,6 +50,20 @@ def test_teachers_share_the_positions_they_have() -> None:
     assert found["ids"].shape == found["p"].shape == (6, 2, 2)
 
 
+@pytest.mark.parametrize("kind", [ULDLoss, token_by_token, ALMLoss])
+def test_teachers_are_weighted_or_chosen(kind: Any) -> None:
+    """The first passage is likelier under `other`; the second was not read by it, the third not spelt."""
+    entries = [{"ab": 0.5, "a": 0.25, "b": 0.125}] * 3
+    likely, lost = (predictions(OTHER, ["ab", "cd"], entries, [0.1, 0.1], ends) for ends in (None, [0, 2, -1]))
+    passages = [{"other": likely, "twin": TWIN}, {"other": SKIPPED, "twin": TWIN}, {"other": lost, "twin": TWIN}]
+    weighted = features(kind(["other", "twin"], teacher_weights=[3, 1]), *passages)["weight"]
+    np.testing.assert_allclose(weighted[[0, 3]], [[0.75, 0.25], [0, 1]])
+    chosen = features(kind(["other", "twin"], teacher_weights="mince"), *passages)["weight"]
+    assert chosen[[0, 3, 6]].tolist() == [[1, 0], [0, 1], [0, 1]]
+    only = features(kind(["other", "twin"], teacher_weights=[1, 0]), *passages)["weight"]
+    assert only[[0, 3]].tolist() == [[1, 0], [0, 0]]
+
+
 def test_one_vocabulary_needs_no_map() -> None:
     """The resources hold none for the twin: its ids are the target's."""
     found = features(token_by_token(["twin"]), {"twin": TWIN})
@@ -127,6 +141,10 @@ def test_rows_beyond_the_tokens_do_not_make_another_vocabulary() -> None:
         (OnlineDistillationLoss, {"temperature": 0.0}, "temperature is 0.0"),
         (ULDLoss, {"teachers": []}, "name at least one"),
         (ALMLoss, {"teachers": ["a", "a"]}, "each once"),
+        (ULDLoss, {"teacher_weights": [1.0, 2.0]}, r"2 numbers for 1 teachers \(a\): give one each"),
+        (ULDLoss, {"teacher_weights": [0.0]}, "one must be positive"),
+        (ULDLoss, {"teacher_weights": "mean"}, "uniform, mince, or one number a teacher"),
+        (OnlineDistillationLoss, {"teacher_weights": "mince"}, "set online to false"),
     ],
 )
 def test_what_does_not_hold_is_refused(kind: Any, settings: dict[str, Any], sentence: str) -> None:

@@ -35,6 +35,9 @@ DENSE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "forward_kl": kl,
     "reverse_kl": lambda p, q: kl(q, p),
     "jensen_shannon": lambda p, q: (kl(p, (p + q) / 2) + kl(q, (p + q) / 2)) / 2,
+    "skewed_forward_kl": lambda p, q: kl(p, 0.1 * p + 0.9 * q),
+    "skewed_reverse_kl": lambda p, q: kl(q, 0.1 * q + 0.9 * p),
+    "total_variation": lambda p, q: (p - q).abs().sum() / 2,
 }
 
 
@@ -152,12 +155,31 @@ def test_a_divergence_from_itself_is_nothing(name: str) -> None:
     scores[:, -2:] = -math.inf
     log_p = scores.log_softmax(-1)
     log_q = log_p.clone().requires_grad_()
-    nats = DIVERGENCES.get(name)(log_p, log_q)
+    nats = DIVERGENCES.choose(name).value(log_p, log_q)
     assert nats.detach().abs().max() < 1e-15
     (gradient,) = torch.autograd.grad(nats.sum(), log_q)
     # What a softmax lets through of it: the part that is not the same for all outcomes by their probability.
     through = gradient - log_p.exp() * gradient.sum(-1, keepdim=True)
     assert through.abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("beta", [0.2, 0.5, 0.9])
+def test_parameters_of_divergences(beta: float) -> None:
+    scores = torch.randn(2, 9, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    log_p, log_q = scores.log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    m = beta * p + (1 - beta) * q
+    expected = {
+        "jensen_shannon": (beta * kl(p, m) + (1 - beta) * kl(q, m), {"beta": beta}),
+        "skewed_forward_kl": (kl(p, m), {"alpha": beta}),
+        "skewed_reverse_kl": (kl(q, beta * q + (1 - beta) * p), {"alpha": beta}),
+    }
+    for name, (value, given_settings) in expected.items():
+        found = DIVERGENCES.choose({"name": name, **given_settings}).value(log_p, log_q)
+        assert float(found) == pytest.approx(float(value), rel=1e-12)
+    for name, limit in [("skewed_forward_kl", kl(p, q)), ("skewed_reverse_kl", kl(q, p))]:
+        found = DIVERGENCES.choose({"name": name, "alpha": 0}).value(log_p, log_q)
+        assert float(found) == pytest.approx(float(limit), rel=1e-12)
 
 
 def llama(seed: int, vocabulary: int) -> LlamaForCausalLM:
@@ -239,7 +261,7 @@ def test_alm(temperature: float, chunk: int) -> None:
             total = total + temperature * kl(*pair) / 2
         return total
 
-    features = {"labels": gold, "chunk": number, "teacher_nll": nats}
+    features = {"labels": gold, "chunk": number, "teacher_nll": nats, "weight": (number >= 0) / 2}
     compare(found, term_of(ALMLoss(["a"], temperature), features), reference, g, chunk=chunk)
 
 
