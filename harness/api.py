@@ -89,15 +89,18 @@ def run(config: Config | Folder, *, root: Folder | None = None) -> Run:
     """
     from harness.experiment.run import run as run_experiment
 
-    def release(*written: object) -> None:
+    finished: list[Run] = []
+
+    def show(run: Run, tables: object) -> None:
+        finished.append(run)
         distributed.broadcast(0)
 
     config = _loaded(config)
     make_folder(_root(root), "--root")
-    folder = run_experiment(config, _root(root), show=release)
-    if not distributed.is_main_process():
-        release()  # waits until the first rank has written all
-    return open_run(folder)
+    folder = run_experiment(config, _root(root), show=show)
+    if not finished:
+        distributed.broadcast(0)  # waits until the first rank has written all
+    return finished[0] if finished else open_run(folder)
 
 
 @_explaining()
@@ -169,18 +172,20 @@ def report(
     out: Folder,
     root: Folder | None = None,
     profile: str | None = None,
+    reference: str | None = None,
     examples: int = EXAMPLES,
 ) -> Path:
     """Writes one HTML page about runs and returns its path.
 
     runs: finished ones, their folders, or experiments' names for the newest run of each. Default: the newest run of
-    every experiment. examples: how many examples of a task are shown.
+    every experiment. reference: the row that the others are compared with. Default: that of each experiment. examples:
+    how many examples of a task are shown.
     """
     from harness.reporting.report import report as write
 
     given = [runs] if isinstance(runs, Run | str | Path) else runs
     names = [str(one.folder if isinstance(one, Run) else one) for one in given]
-    return write(_root(root), names, profile, Path(out), examples=examples)
+    return write(_root(root), names, profile, Path(out), examples=examples, reference=reference)[0]
 
 
 def _listed(names: str | Sequence[str]) -> list[str]:

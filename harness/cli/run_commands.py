@@ -114,14 +114,22 @@ def tables(
 def report(
     names: Runs = None,
     profile: NewestProfile = None,
+    reference: Reference = None,
     examples: Annotated[int, typer.Option(min=0, help="Examples of each task to include.")] = EXAMPLES,
     out: Annotated[Path, typer.Option(help="Folder to write report.html to.", rich_help_panel=OUTPUT)] = Path("report"),
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the page and the runs on it as JSON.", rich_help_panel=OUTPUT)
+    ] = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Write one HTML page about finished runs: tables, figures, examples, cost, provenance."""
     from harness.reporting import report
 
-    typer.echo(str(report.report(root, names or [], profile, out, examples=examples)))
+    page, on_it = report.report(root, names or [], profile, out, examples=examples, reference=reference)
+    if json:
+        print_document({"report": str(page), "runs": [str(folder) for folder in on_it]}, "json")
+    else:
+        typer.echo(str(page))
 
 
 def experiment_diff(

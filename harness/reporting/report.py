@@ -30,18 +30,21 @@ if TYPE_CHECKING:
 PAGE = "report.html"
 
 
-def report(root: Path, runs: Sequence[str], profile: str | None, out: Path, *, examples: int) -> Path:
-    """Writes one page about `runs` into the folder `out`, and gives its path.
+def report(
+    root: Path, runs: Sequence[str], profile: str | None, out: Path, *, examples: int, reference: str | None = None
+) -> tuple[Path, list[Path]]:
+    """Writes one page about `runs` into the folder `out`; gives its path and the folders of the runs on it.
 
     runs: names of experiments (the newest run of each) or folders of runs. Default: the newest run of every experiment.
-    examples: how many of each task can be read on the page; those about which methods disagree come first. Raises
-    UserError for a run that is not there.
+    examples: how many of each task can be read on the page; those about which methods disagree come first. reference:
+    the row that the others are compared with. Default: that of each experiment. Raises UserError for a run that is not
+    there.
     """
     folders = [resolve_run(root, name, profile) for name in runs] or newest_runs(root, profile)
-    pages: list[RunPage] = []
+    pages: dict[Path, RunPage] = {}
     for folder in folders:
         try:
-            pages.append(read(open_run(folder), examples=examples))
+            pages[folder] = read(open_run(folder), examples=examples, reference=reference)
         except (UserError, RecordsError) as error:
             if runs or len(folders) == 1:
                 raise
@@ -49,8 +52,9 @@ def report(root: Path, runs: Sequence[str], profile: str | None, out: Path, *, e
     if not pages:
         raise UserError("Every run is damaged, as the lines above say: run the experiments again.")
     make_folder(out, "--out")
-    write_atomically(out / PAGE, page(pages, pages[0].title if len(pages) == 1 else f"{len(pages)} experiments"))
-    return out / PAGE
+    title = next(iter(pages.values())).title if len(pages) == 1 else f"{len(pages)} experiments"
+    write_atomically(out / PAGE, page(list(pages.values()), title))
+    return out / PAGE, list(pages)
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,12 @@ class _Evaluated:
         return self.provenance.get("evaluations") or {self.suite: self.provenance.get("evaluation", "")}
 
 
-def read(run: Run, *, examples: int) -> RunPage:
-    """Everything that the page shows of a run. examples: how many of each task can be read."""
+def read(run: Run, *, examples: int, reference: str | None = None) -> RunPage:
+    """Everything that the page shows of a run. examples, reference: as for `report`."""
     description, configuration = run.description, run.configuration
     artifacts = description.get("artifacts", [])
-    main = run_table(run) if run.reference is not None else None  # the evaluation of one model has none
+    one_model = run.reference is None and reference is None  # its evaluation has no table of methods
+    main = None if one_model else run_table(run, reference=reference)
     manifests = {m["fingerprint"]: (path, m) for path, m in _manifests(run.root, artifacts)}
     order = list(run.methods)
     evaluated = sorted(
@@ -99,7 +104,7 @@ def read(run: Run, *, examples: int) -> RunPage:
         banner=run.banner,
         facts=[(key, str(text)) for key, text in facts.items()],
         findings=[*(findings(main) if main else []), *equal_quality(run.folder)],
-        tables=[*([main] if main else []), *_other_tables(run)],
+        tables=[*([main] if main else []), *_other_tables(run, reference)],
         figures=list(_figures(run, main)) if main else [],
         tasks=list(_tasks(evaluated, manifests, run.suites, examples)),
         costs=costs,
@@ -135,15 +140,15 @@ def _evaluated(folder: Path, files: Mapping[str, str]) -> Iterator[_Evaluated]:
         yield _Evaluated(name, files[name], **first, provenance=provenance)
 
 
-def _other_tables(run: Run) -> "list[Table]":
+def _other_tables(run: Run, reference: str | None) -> "list[Table]":
     from results.paper_layouts import LAYOUTS
 
     layout, tables = LAYOUTS.get(run.experiment), []
     if layout and layout.columns and "perplexity" in set(run.records["suite"]):
-        tables.append(held_out_table(run))  # which the paper's table lacks
+        tables.append(held_out_table(run, reference))  # which the paper's table lacks
     if layout and (layout.methods_across or not layout.columns):
         return tables  # the paper's table shows every task already
-    return [*tables, *suite_tables(run).values()]
+    return [*tables, *suite_tables(run, reference).values()]
 
 
 def _figures(run: Run, table: "Table") -> Iterator[Figure]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import harness
+from harness.store.fingerprint import file_sha256
 from tests.harness.command import answer
 from tests.harness.reporting.test_runs import commonsense
 from tests.harness.reporting.test_runs import finished as finished_run
@@ -65,6 +66,31 @@ def test_one_name_or_several_are_given(tmp_path: Path) -> None:
     assert page == harness.report([str(folder)], out=tmp_path / "report")
     with pytest.raises(harness.UserError, match=r"no reference row 'clm' .did you mean 'CLM'"):
         harness.tables(run, reference="clm")
+
+
+def test_a_run_is_opened_once_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = finished_run(tmp_path, "table2", commonsense())
+    hashed: list[Path] = []
+
+    def counted(path: Path) -> str:
+        hashed.append(path)
+        return file_sha256(path)
+
+    monkeypatch.setattr("harness.reporting.runs.file_sha256", counted)
+    monkeypatch.setattr("harness.experiment.run.make_records", lambda config, root: (folder, []))
+    monkeypatch.setattr("harness.evaluation.standalone.evaluate", lambda *given, **settings: folder)
+    calls = [
+        lambda: harness.run("table2", root=tmp_path),
+        lambda: harness.evaluate("SmolLM2-135M", "commonsense", root=tmp_path, data_root="tiny:"),
+        lambda: harness.tables("table2", root=tmp_path),
+        lambda: harness.report("table2", out=tmp_path, root=tmp_path),
+        lambda: answer("experiment", "run", "table2", "--root", tmp_path),
+        lambda: answer("tables", "table2", "--out", tmp_path, "--root", tmp_path),
+    ]
+    for call in calls:
+        call()
+        assert len(hashed) == 1
+        hashed.clear()
 
 
 @pytest.fixture(scope="module")

@@ -152,6 +152,17 @@ def test_a_report_of_all_runs_leaves_a_damaged_one_out(tmp_path: Path) -> None:
     assert "A run is left out: " in said
 
 
+def test_a_report_compares_with_the_row_asked_for_and_says_what_it_wrote(tmp_path: Path) -> None:
+    folder = finished(tmp_path, "main", main())
+    options = ["--out", str(tmp_path / "out"), "--root", str(tmp_path)]
+    status, printed, _ = answer("report", "main", "--reference", "Gemma", "--json", *options)
+    page = tmp_path / "out" / "report.html"
+    assert status == 0 and json.loads(printed) == {"report": str(page), "runs": [str(folder)]}
+    assert "worse than Gemma" in page.read_text() and "worse than CLM" not in page.read_text()
+    status, _, said = answer("report", "main", "--reference", "Gema", *options)
+    assert status == 2 and "There is no reference row 'Gema' (did you mean 'Gemma'?)" in said
+
+
 @pytest.mark.slow
 def test_the_command_prints_and_writes(tmp_path: Path) -> None:
     finished(tmp_path, "table2", commonsense())
