@@ -1,9 +1,8 @@
 import json
-from typing import ClassVar
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
-from harness.evaluation.suite import Example, SuiteConfig, SuiteResult
+from harness.evaluation.suite import SUITES, Example, SuiteConfig, SuiteResult
 from harness.store.artifacts import Spec
 from harness.store.files import write_atomically
 from harness.store.fingerprint import fingerprint
@@ -13,11 +12,11 @@ class NextCharacterConfig(SuiteConfig):
     texts: list[str] = Field(["the quick brown fox", "to be or not to be"], description="texts to continue")
 
 
+@SUITES.register("next_character", version=1, parameters=NextCharacterConfig)
 class NextCharacter:
     """Is the first character that the model would write the next one of the text?"""
 
     name = "next_character"
-    schema: ClassVar[type[BaseModel]] = NextCharacterConfig
 
     def __init__(self, config, data_root):
         self.config = config

@@ -54,12 +54,12 @@ def suite_show(
 ) -> None:
     """What can be set of a suite: type or choices, default and meaning of each setting."""
     from baselines.listing import settings_of
-    from harness.evaluation.suite import SUITES
+    from harness.evaluation.suite import SUITES, suite_parameters
 
     kind = SUITES.get(name)
     rows: list[list[object]] = []
     standalone: dict[str, object] = getattr(kind, "standalone_config", lambda options: {})({})
-    for setting in settings_of(kind.schema):
+    for setting in settings_of(suite_parameters(name)):
         default = setting.default
         if setting.name in standalone:
             default += f" (eval: {json_text.dumps(standalone[setting.name])})"
@@ -74,11 +74,10 @@ def _tasks(name: str) -> dict[str, str]:
     """The tasks that a suite has when nothing is set, with the metric shown for each; none where they must be named."""
     from pydantic import ValidationError
 
-    from harness.evaluation.suite import SUITES
+    from harness.evaluation.suite import SUITES, suite_parameters
 
-    kind = SUITES.get(name)
     try:
-        return kind(kind.schema.model_validate({}), None).task_metrics()
+        return SUITES.get(name)(suite_parameters(name).model_validate({}), None).task_metrics()
     except ValidationError:
         return {}
 

@@ -10,7 +10,7 @@ from fusion.errors import UserError
 from harness.config.schema import Config
 from harness.config.shipped import names
 from harness.config.validation import parameters_model
-from harness.evaluation.suite import SUITES
+from harness.evaluation.suite import suite_parameters
 
 # OmegaConf resolves `${other.key}`, whatever type the value must have in the end.
 _INTERPOLATION = {"type": "string", "pattern": r"\$\{.+\}"}
@@ -68,7 +68,7 @@ def _models(kind: Any, notes: list[str]) -> Iterator[tuple[str, type[BaseModel]]
     """The registered methods or suites with the models of their parameters; `notes` gets a sentence for the others."""
     for name in names(kind):
         try:
-            yield name, parameters_model(name) if kind == "methods" else SUITES.get(name).schema
+            yield name, parameters_model(name) if kind == "methods" else suite_parameters(name)
         except UserError as error:
             notes.append(str(error))
 

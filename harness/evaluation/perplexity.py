@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from baselines.method import Artifact
 from fusion.errors import UserError
@@ -80,12 +80,11 @@ class HeldOutText:
         return fingerprint([[d.sha256, d.domain, d.text] for d in self.documents])
 
 
-@SUITES.register("perplexity")
+@SUITES.register("perplexity", parameters=PerplexityConfig)
 class Perplexity(Suite):
     """Nats and bytes of every held-out document; its tasks are the documents' domains."""
 
     name = "perplexity"
-    schema: ClassVar[type[BaseModel]] = PerplexityConfig
 
     def __init__(self, config: PerplexityConfig, data_root: Path | None) -> None:
         self.config = config

@@ -8,7 +8,7 @@ from typing import Any
 from fusion.errors import UserError
 from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.evaluation.records import note_suites, write_records
-from harness.evaluation.suite import SUITES, Suite, suite_config
+from harness.evaluation.suite import SUITES, Suite, suite_config, suite_parameters
 from harness.models.resolution import ModelSpec, count_parameters, resolve
 from harness.runtime.device import compute_dtype
 from harness.runtime.environment import ignore_overrides
@@ -48,7 +48,7 @@ def sections(
     used: set[str] = set()
     for name in dict.fromkeys(names):
         kind = SUITES.get(name)
-        fields = kind.schema.model_fields
+        fields = suite_parameters(name).model_fields
         given = {key: value for key, value in common.items() if key in fields}
         used |= given.keys()
         if standalone_config := getattr(kind, "standalone_config", None):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -109,10 +109,11 @@ class SuiteResult:
 
 
 class Suite(Protocol):
-    """Measures candidates. Registered in `SUITES`, or by the entry-point group `fusellm.suites`."""
+    """Measures candidates. Registered by `@SUITES.register(NAME, parameters=MODEL)`, MODEL being that of its settings.
 
-    schema: ClassVar[type[BaseModel]]
-    """The model of its configuration."""
+    Packages offer theirs by the entry-point group `fusellm.suites`.
+    """
+
     config: Any
 
     def __init__(self, config: Any, data_root: Path | None) -> None: ...
@@ -147,13 +148,24 @@ SUITES: Registry[type[Suite]] = Registry(
 )
 
 
+def suite_parameters(name: str) -> type[BaseModel]:
+    """The model of a suite's settings. Raises UserError for an unknown suite and for one registered without a model."""
+    model = SUITES.part(name).parameters
+    if model is None:
+        raise UserError(
+            f"The suite {name!r} says nothing of its settings: decorate its class with @SUITES.register({name!r}, "
+            "parameters=...), or uninstall the package that offers it."
+        )
+    return model
+
+
 def suite_config(name: str, given: Any, where: str | None = None) -> BaseModel:
     """A suite's settings, validated by the suite's own model.
 
     where: what errors call the configuration that they are in. Raises UserError for an unknown suite, and a
     ConfigurationError with every unknown key and wrong value.
     """
-    schema = SUITES.get(name).schema
+    schema = suite_parameters(name)
     try:
         return given if isinstance(given, schema) else schema.model_validate(given)
     except ValidationError as error:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from fusion.errors import UserError, did_you_mean
 from harness.evaluation.lm_eval.examples import mean_metrics
@@ -24,12 +24,11 @@ class BbhConfig(LmEvalConfig):
     )
 
 
-@SUITES.register("bbh", reference="Suzgun et al. 2022, arXiv 2210.09261")
+@SUITES.register("bbh", parameters=BbhConfig, reference="Suzgun et al. 2022, arXiv 2210.09261")
 class Bbh(LmEvalSuite):
     """BIG-bench Hard, 27 tasks, greedy."""
 
     name = "bbh"
-    schema: ClassVar[type[BaseModel]] = BbhConfig
     config: BbhConfig
 
     def _chosen(self) -> dict[str, tuple[str, Path]]:
@@ -46,7 +45,11 @@ class Bbh(LmEvalSuite):
         return "flexible-extract" if "flexible-extract" in filters else filters[0]
 
 
-@SUITES.register("commonsense", reference="section 4.1 of arXiv 2401.10491; the metric of each task is the paper's")
+@SUITES.register(
+    "commonsense",
+    parameters=LmEvalConfig,
+    reference="section 4.1 of arXiv 2401.10491; the metric of each task is the paper's",
+)
 class Commonsense(LmEvalSuite):
     """Five tasks, zero-shot, by likelihood."""
 
@@ -75,7 +78,7 @@ class Commonsense(LmEvalSuite):
         return self._METRICS[task]
 
 
-@SUITES.register("generative", reference="table 8 of arXiv 2401.10491")
+@SUITES.register("generative", parameters=LmEvalConfig, reference="table 8 of arXiv 2401.10491")
 class Generative(LmEvalSuite):
     """TriviaQA, DROP and LAMBADA, or whatever tasks of lm-eval are named."""
 
@@ -115,12 +118,11 @@ class NamedTasksConfig(LmEvalConfig):
     include_path: str | None = Field(None, description="folder with YAML files of tasks of your own, known by name")
 
 
-@SUITES.register("lm_eval", reference="lm-eval's own tasks; each with its own metrics")
+@SUITES.register("lm_eval", parameters=NamedTasksConfig, reference="lm-eval's own tasks; each with its own metrics")
 class NamedTasks(LmEvalSuite):
     """Any tasks of lm-eval by name, and tasks of one's own by name or YAML file."""
 
     name = "lm_eval"
-    schema: ClassVar[type[BaseModel]] = NamedTasksConfig
     config: NamedTasksConfig
 
     def _chosen(self) -> dict[str, tuple[str, Path]]:

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.evaluation.lm_eval.examples import (
@@ -80,7 +80,6 @@ class LmEvalSuite:
     """A suite of lm-eval tasks: one artifact a candidate and task, one line an example."""
 
     name: ClassVar[str]
-    schema: ClassVar[type[BaseModel]] = LmEvalConfig
     example_bytes: ClassVar[float] = 4000.0
     """Bytes of text that are read and written for one example, roughly, for estimates."""
 

@@ -8,9 +8,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
 from fusion.errors import UserError
 from harness.evaluation.evaluated_model import EvaluatedModel
@@ -91,12 +91,11 @@ class MultiplEConfig(LimitedConfig):
         return self
 
 
-@SUITES.register("multipl_e", reference="Cassano et al. 2023, arXiv 2208.08227")
+@SUITES.register("multipl_e", parameters=MultiplEConfig, reference="Cassano et al. 2023, arXiv 2208.08227")
 class MultiplE:
     """HumanEval in ten languages, scored by pass@k (arXiv 2107.03374, equation 1)."""
 
     name = "multipl_e"
-    schema: ClassVar[type[BaseModel]] = MultiplEConfig
 
     def __init__(self, config: MultiplEConfig, data_root: Path | None) -> None:
         self.config = config

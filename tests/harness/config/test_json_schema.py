@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
+from fusion.errors import UserError
 from harness.config.json_schema import json_schema
 from harness.config.shipped import names
+from harness.evaluation.suite import SUITES, Suite, suite_config
 from harness.store.paths import PRESETS
+from tests.registries import restore_after
 
 ROOT = Path(__file__).parents[3]
 TYPES: dict[str, tuple[type, ...]] = {
@@ -139,6 +142,14 @@ def test_every_method_and_suite_completes(checker: Checker) -> None:
     assert {"preset", "lambda", "select_over"} <= methods["fusellm"].keys()
     suites = checker.schema["properties"]["suites"]["anyOf"][0]["properties"]
     assert sorted(suites) == names("suites") and "bbh" in suites and "multipl_e" in suites
+
+
+def test_a_suite_that_does_not_say_its_settings_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    restore_after(monkeypatch, SUITES)
+    SUITES.register("bare")(Suite)
+    with pytest.raises(UserError, match=r"'bare' says nothing of its settings: decorate its class with @SUITES"):
+        suite_config("bare", {})
+    assert "'bare' says nothing" in json_schema()["$comment"]
 
 
 def test_every_section_of_the_schema_is_described() -> None:

@@ -9,7 +9,7 @@ import yaml
 
 from fusion.errors import UserError
 from harness.evaluation import standalone
-from harness.evaluation.suite import SUITES
+from harness.evaluation.suite import SUITES, suite_config
 from results.metrics import measure
 from tests.harness.command import answer
 from tests.harness.evaluation.measuring import evaluated, lines
@@ -94,14 +94,14 @@ def test_tasks_of_ones_own_have_lm_evals_numbers(
             assert line["prompt_hash"] == sample["prompt_hash"]
             if task == "my_answers":
                 assert line["answer"] == sample["resps"][0]
-    made = SUITES.get("lm_eval")(SUITES.get("lm_eval").schema.model_validate(given), None)
+    made = SUITES.get("lm_eval")(suite_config("lm_eval", given), None)
     assert made.task_metrics() == {"my_choices": "acc", "my_answers": "distance:lower"}
     assert not measure("distance:lower").higher_is_better and measure("distance:lower").bounds is None
 
 
 def test_a_changed_definition_is_another_task(own_tasks: Path, models: dict[str, Path]) -> None:
     def identity() -> Any:
-        config = SUITES.get("lm_eval").schema.model_validate({"tasks": [str(own_tasks / "answers.yaml")]})
+        config = suite_config("lm_eval", {"tasks": [str(own_tasks / "answers.yaml")]})
         return SUITES.get("lm_eval")(config, None).identity()
 
     before = identity()
@@ -178,7 +178,7 @@ def test_what_is_no_task_is_refused(given: dict[str, Any], sentence: str, own_ta
     (own_tasks / "many.yaml").write_text(yaml.safe_dump(many))
     given = json.loads(json.dumps(given).replace("FOLDER", str(own_tasks)))
     with pytest.raises(UserError, match=sentence):
-        SUITES.get("lm_eval")(SUITES.get("lm_eval").schema.model_validate(given), None).identity()
+        SUITES.get("lm_eval")(suite_config("lm_eval", given), None).identity()
 
 
 def test_sections_of_a_command_line_take_tasks_by_name(rows: Path) -> None:
