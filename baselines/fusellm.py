@@ -124,12 +124,17 @@ class FuseLLMParameters(_SwitchParameters):
         return FusionLoss(sources=sources, switches=self.switches(), k=self.k, map=self.map, map_on=self.map_on)
 
 
-@method("fusellm", needs=("training",), reference="arXiv 2401.10491")
-def fusellm(context: Context, parameters: FuseLLMParameters) -> Candidate:
-    """The target trained on lambda * CLM + (1 - lambda) * fusion."""
+def source_roles(context: Context, parameters: FuseLLMParameters) -> list[str]:
+    """The sources that take part. Raises UserError for one that the experiment does not have."""
     sources = parameters.sources or list(context.sources)
     if unknown := sorted(set(sources) - set(context.sources)):
         raise UserError(
             f"{context.label} names the source {unknown[0]!r}; the experiment's are {', '.join(context.sources)}."
         )
-    return parameters.train_mixed(context, parameters.loss(sources))
+    return sources
+
+
+@method("fusellm", needs=("training",), reference="arXiv 2401.10491")
+def fusellm(context: Context, parameters: FuseLLMParameters) -> Candidate:
+    """The target trained on lambda * CLM + (1 - lambda) * fusion."""
+    return parameters.train_mixed(context, parameters.loss(source_roles(context, parameters)))

@@ -10,8 +10,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -28,7 +29,8 @@ from baselines.merge_configuration import (
     rename_models,
     with_folders,
 )
-from baselines.method import Candidate, Context, Parameters, Reference, RoleOrRow
+from baselines.merge_methods import MergeStep, register_sce, varm_configuration
+from baselines.method import Candidate, Context, Reference, RoleOrRow
 from baselines.registry import method
 from fusion.errors import UserError
 from fusion.modeling.loading import check_loading
@@ -37,30 +39,20 @@ VERSION = 2
 MODEL_FOLDER = "model"
 SEARCH_FILE = "search.json"
 _SPREAD = 1.5  # distance of the first simplex' corners from equal weights, in nats
-_TASK_VECTORS = ("task_arithmetic", "ties", "dare_ties")
 _RANDOM = ("dare", "della")  # a merge method whose name begins with one of these drops differences at random
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _COPIED = (*_TOKENIZER_FILES, "generation_config.json", "chat_template.jinja")
 
 
-class MergeParameters(Parameters):
-    """An algorithm with the models it merges, or a mergekit configuration in place of all other parameters."""
+class MergeParameters(MergeStep):
+    """A method with the models it merges, or a mergekit configuration in place of all other parameters."""
 
-    merge_method: Literal["linear", "slerp", "task_arithmetic", "ties", "dare_ties"] = Field(
-        "linear", description="linear, slerp (of two models), task_arithmetic, ties or dare_ties"
-    )
     models: list[RoleOrRow] | None = Field(
-        None, min_length=2, description="roles or rows that are merged; null: all sources"
+        None, min_length=1, description="roles or rows that are merged; null: all sources"
     )
     base: RoleOrRow = Field(
-        "target", description="task_arithmetic, ties, dare_ties: role or row whose weights the others change"
+        "target", description="role or row whose weights the others change, of methods that merge changes"
     )
-    weights: Literal["uniform", "tuned"] | list[float] = Field(
-        "uniform", description="uniform; one number a model, of which the shares count; or tuned on validation text"
-    )
-    scale: float = Field(1.0, description="task_arithmetic, ties, dare_ties: factor of the merged change")
-    density: float = Field(0.5, gt=0, le=1, description="ties, dare_ties: share of each change that is kept")
-    trials: int = Field(12, gt=0, description="tuned: merges that are tried")
     mergekit: dict[str, Any] | None = Field(
         None, description="a mergekit configuration or its YAML file, taken as it is; models by role, row or name"
     )
@@ -72,8 +64,6 @@ class MergeParameters(Parameters):
 
     @model_validator(mode="after")
     def _check(self) -> "MergeParameters":
-        if isinstance(self.weights, list) and not sum(self.weights) > 0:
-            raise UserError(f"weights {self.weights} do not sum to a positive number: raise one of them.")
         if isinstance(self.weights, list) and self.models and len(self.weights) != len(self.models):
             raise UserError(f"weights has {len(self.weights)} numbers for {len(self.models)} models: give one each.")
         if self.models and len(set(self.models)) < len(self.models):
@@ -92,27 +82,6 @@ class MergeParameters(Parameters):
         models = models_of(self.mergekit or {})
         return [*super().references(), *((name, Reference(("role", "row", "model"))) for name in models)]
 
-    def configuration(self, models: Sequence[str], weights: Sequence[float]) -> dict[str, Any]:
-        """The merge of `models` with `weights` (as shares of their sum), as mergekit describes it."""
-        shares = [weight / sum(weights) for weight in weights]
-        configuration: dict[str, Any] = {"merge_method": self.merge_method, "dtype": "float32"}
-        if self.merge_method == "slerp":
-            first, second = models
-            return {
-                **configuration,
-                "base_model": first,
-                "models": [{"model": first}, {"model": second}],
-                "parameters": {"t": shares[1]},
-            }
-        density = {} if self.merge_method in ("linear", "task_arithmetic") else {"density": self.density}
-        configuration["models"] = [
-            {"model": model, "parameters": {"weight": share, **density}}
-            for model, share in zip(models, shares, strict=True)
-        ]
-        if self.merge_method in _TASK_VECTORS:
-            configuration |= {"base_model": self.base, "parameters": {"lambda": self.scale}}
-        return configuration
-
 
 @method(
     "merge",
@@ -124,26 +93,29 @@ def merge(context: Context, parameters: MergeParameters) -> Candidate:
     """One model out of the weights of several; nothing is trained."""
     if parameters.mergekit is not None:
         check_configuration(parameters.mergekit, context.label)
-        return _merge_once(context, parameters.mergekit)
+        return _merge_once(context, parameters.mergekit, context.candidate)
     models = parameters.models or list(context.sources)
-    if len(models) < 2 or (parameters.merge_method == "slerp" and len(models) != 2):
-        number = "two models" if parameters.merge_method == "slerp" else "at least two models"
-        raise UserError(
-            f"{context.label} merges {number} with {parameters.merge_method} and not {len(models)} "
-            f"({', '.join(models)}): say which in its `models`."
-        )
-    if parameters.weights == "tuned":
-        return _merge_tuned(context, parameters, models)
-    weights = [1.0] * len(models) if parameters.weights == "uniform" else list(parameters.weights)
-    if len(weights) != len(models):
-        raise UserError(
-            f"{context.label} has {len(weights)} weights for {len(models)} models ({', '.join(models)}): give one each."
-        )
-    return _merge_once(context, parameters.configuration(models, weights))
+    return merge_models(context, parameters, models, parameters.base, context.candidate)
 
 
-def _merge_once(context: Context, configuration: Mapping[str, Any]) -> Candidate:
-    members = _Members.of(context, configuration)
+def merge_models(
+    context: Context, step: MergeStep, models: Sequence[str], base: str, find: Callable[[str], Candidate]
+) -> Candidate:
+    """The merge of the candidates `find(name)` of `models`, as changes of `base` where the method merges changes.
+
+    Raises UserError where the models do not go together, or with the method.
+    """
+    weights = step.check_models(models, context.label)
+    if step.weights == "tuned":
+        return _merge_tuned(context, step, models, base, find)
+    configuration = step.configuration(models, weights, base)
+    if step.merge_method == "varm":
+        return _merge_varm(context, step, configuration, base, find)
+    return _merge_once(context, configuration, find)
+
+
+def _merge_once(context: Context, configuration: Mapping[str, Any], find: Callable[[str], Candidate]) -> Candidate:
+    members = _Members.of(context, configuration, find)
 
     def build(folder: Path) -> None:
         members.merge(context, configuration, folder / MODEL_FOLDER)
@@ -155,23 +127,51 @@ def _merge_once(context: Context, configuration: Mapping[str, Any]) -> Candidate
     return members.merged(artifact.folder / MODEL_FOLDER, artifact.fingerprint, reshaped=reshaped)
 
 
-def _merge_tuned(context: Context, parameters: MergeParameters, models: Sequence[str]) -> Candidate:
+def _merge_varm(
+    context: Context, step: MergeStep, linear: Mapping[str, Any], base: str, find: Callable[[str], Candidate]
+) -> Candidate:
+    """The merge by VaRM, whose weights are known when its models are."""
+    members, origin, parameters = _Members.of(context, linear, find), find(base), step.varm()
+    shapes = {name: one.known_shape for name, one in {**members.candidates, base: origin}.items()}
+    check_mergeable({name: shape for name, shape in shapes.items() if shape is not None}, context.label)
+
+    def build(folder: Path) -> None:
+        folders = {name: candidate.folder for name, candidate in members.candidates.items()}
+        configuration = varm_configuration(parameters, folders, origin.folder, linear)
+        members.merge(context, configuration, folder / MODEL_FOLDER)
+
+    artifact = context.make(
+        "merge",
+        build,
+        version=VERSION,
+        inputs={**members.inputs, "base": origin.fingerprint},
+        params={**members.params(linear), "varm": parameters.model_dump()},
+    )
+    merged = members.merged(artifact.folder / MODEL_FOLDER, artifact.fingerprint, reshaped=False)
+    return replace(merged, seeded=merged.seeded or origin.seeded)
+
+
+def _merge_tuned(
+    context: Context, step: MergeStep, models: Sequence[str], base: str, find: Callable[[str], Candidate]
+) -> Candidate:
     """The merge whose weights give the lowest loss on validation text, of at most `trials` that are tried."""
-    uniform = parameters.configuration(models, [1.0] * len(models))
-    members = _Members.of(context, uniform)
+    if len(models) < 2:
+        raise UserError(f"{context.label} tunes the shares of several models, and merges {models[0]} alone: name more.")
+    uniform = step.configuration(models, [1.0] * len(models), base)
+    members = _Members.of(context, uniform, find)
 
     def build(folder: Path) -> dict[str, str]:
         def evaluate(shares: Sequence[float], number: int) -> float:
-            trial, configuration = folder / "trial", parameters.configuration(models, shares)
+            trial, configuration = folder / "trial", step.configuration(models, shares, base)
             members.merge(context, configuration, trial)
             candidate = Candidate(trial, members.fingerprint(configuration), seeded=members.seeded)
-            nll = context.validation_nll(candidate, f"{context.label}, trial {number} of {parameters.trials}")
+            nll = context.validation_nll(candidate, f"{context.label}, trial {number} of {step.trials}")
             shutil.rmtree(trial)
             return nll
 
-        tried = search_shares(evaluate, len(models), parameters.trials, folder / SEARCH_FILE)
+        tried = search_shares(evaluate, len(models), step.trials, folder / SEARCH_FILE)
         nll, best = min((nll, shares) for shares, nll in tried)
-        members.merge(context, parameters.configuration(models, best), folder / MODEL_FOLDER)
+        members.merge(context, step.configuration(models, best, base), folder / MODEL_FOLDER)
         weights = ", ".join(f"{model} {share:.3f}" for model, share in zip(models, best, strict=True))
         seed = f" (seed {context.seed})" if members.seeded else ""
         return {
@@ -184,8 +184,8 @@ def _merge_tuned(context: Context, parameters: MergeParameters, models: Sequence
         build,
         version=VERSION,
         inputs={**members.inputs, "validation": context.validation_fingerprint},
-        params={**members.params(uniform), "search": {"trials": parameters.trials}},
-        validations=parameters.trials,
+        params={**members.params(uniform), "search": {"trials": step.trials}},
+        validations=step.trials,
     )
     return members.merged(artifact.folder / MODEL_FOLDER, artifact.fingerprint, reshaped=False)
 
@@ -199,9 +199,9 @@ class _Members:
         self.seed = seed
 
     @classmethod
-    def of(cls, context: Context, configuration: Mapping[str, Any]) -> "_Members":
+    def of(cls, context: Context, configuration: Mapping[str, Any], find: Callable[[str], Candidate]) -> "_Members":
         """Raises UserError when the models cannot be merged; a plan compares what is known of them."""
-        candidates = {name: context.candidate(name) for name in models_of(configuration)}
+        candidates = {name: find(name) for name in models_of(configuration)}
         random = str(configuration["merge_method"]).startswith(_RANDOM)
         shapes = {name: shape for name, candidate in candidates.items() if (shape := candidate.known_shape) is not None}
         check_mergeable(
@@ -263,6 +263,7 @@ def run_mergekit(configuration: Mapping[str, Any], folders: Mapping[str, Path], 
 
     disable_progress_bar()
     define_gpt_neox()
+    register_sce()
     renamed = with_folders(configuration, folders)
     LoaderCache().loaders.clear()  # it caches by path, and that folder may hold another model by now
     try:

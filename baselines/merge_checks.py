@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from baselines.merge_configuration import define_gpt_neox, first_line, with_folders
+from baselines.merge_methods import register_sce
 from fusion.errors import UserError
 from fusion.modeling.loading import code_was_refused
 
@@ -99,6 +100,7 @@ def check_plan(configuration: Mapping[str, Any], shapes: Mapping[str, Path | Map
         if len(set(folders.values())) < len(shapes):  # of candidates that are not there yet one shape is known
             folders = {model: _stand_in(Path(name, str(number)), layers[model]) for number, model in enumerate(shapes)}
         define_gpt_neox()
+        register_sce()
         LoaderCache().loaders.clear()  # it caches by path
         try:
             for key in ("dtype", "out_dtype"):

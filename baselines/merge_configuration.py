@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from baselines.merge_methods import register_sce
 from fusion.errors import UserError, did_you_mean
 
 
@@ -29,6 +30,7 @@ def check_configuration(configuration: Mapping[str, Any], label: str) -> None:
     from mergekit.config import MergeConfiguration
     from mergekit.merge_methods.registry import registered_methods
 
+    register_sce()
     try:
         MergeConfiguration.model_validate(configuration)
     except Exception as error:  # pydantic's, or RuntimeError

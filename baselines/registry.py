@@ -31,6 +31,7 @@ METHODS: Registry[Method] = Registry(
         "clm": "baselines.clm",
         "distillation": "baselines.distillation",
         "ensemble": "baselines.ensemble",
+        "fuse_then_merge": "baselines.fuse_then_merge",
         "fusellm": "baselines.fusellm",
         "merge": "baselines.merge",
         "uld": "baselines.uld",

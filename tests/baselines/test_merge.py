@@ -1,11 +1,13 @@
 """Weight merging: what mergekit computes, what it is asked for, and what is refused before anything is loaded."""
 
+import gzip
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,13 +15,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, PreTrainedConfig, Qwen2Config
 
+from baselines.fuse_then_merge import FuseThenMergeParameters, fuse_then_merge
 from baselines.merge import MergeParameters, merge, run_mergekit, search_shares
 from baselines.merge_checks import check_mergeable
+from baselines.merge_methods import MergeMethod, register_sce
 from baselines.method import Artifact, Candidate
 from fusion.errors import UserError
+from fusion.modeling.merging import mean_change, sce, varm_weights
 from harness.models.checkpoints import load_model
 from harness.models.resolution import ModelSpec, resolve
 from tests.harness.tiny_models import save_model
+from tests.shared import shared
 
 KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
@@ -55,6 +61,7 @@ class _Context:
         self.folders = folders
         self.root = root
         self.measured: list[str] = []
+        self.trained: list[tuple[float, list[str]]] = []
         self.made: dict[str, Any] = {}
         self._nll = nll
 
@@ -62,6 +69,14 @@ class _Context:
         return Candidate(self.folders["base" if role == "target" else role], f"fingerprint of {role}", seeded=False)
 
     candidate = model
+
+    def relabelled(self, label: str) -> "_Context":
+        return self
+
+    def train(self, *, lam: float, loss: Any, **given: Any) -> Candidate:
+        """A source's own model in place of the target fused with it."""
+        self.trained.append((lam, list(loss.sources)))
+        return replace(self.model(*loss.sources), seeded=True)
 
     def validation_nll(self, candidate: Candidate, label: str = "") -> float:
         assert self._nll is not None
@@ -192,9 +207,123 @@ def test_the_search_keeps_to_its_budget_and_to_shares(tmp_path: Path) -> None:
     np.testing.assert_allclose(min(tried, key=lambda one: one[1])[0], best, atol=0.05)
 
 
+def oracle(name: str) -> Any:
+    with gzip.open(shared(f"oracle/methods/{name}.json.gz"), "rt") as file:
+        return json.load(file)
+
+
+def _oracle_models() -> dict[str, dict[str, torch.Tensor]]:
+    return {
+        model: {name: torch.tensor(one["values"]).reshape(one["shape"]) for name, one in tensors.items()}
+        for model, tensors in oracle("varm")["tensors"].items()
+    }
+
+
+def test_varm_is_that_of_fusechat() -> None:
+    """Its code gives equal weights where one model did not change; by equation 7 that model has none."""
+    models, compared = _oracle_models(), 0
+    base = models["P"]
+    granularity = {"avg_param": "matrix", "avg_module": "module", "avg_layer": "layer", "avg_model": "model"}
+    for case in oracle("varm")["cases"]:
+        if case["name"] != "one_file_a_target" or case["method"] not in granularity or case.get("use_sfmax"):
+            continue
+        if case["merge_type"] not in ("square", "abs"):  # signed changes cancel
+            continue
+        change: Any = "square" if case["merge_type"] == "square" else "absolute"
+        targets = [models[name] for name in case["targets"]]
+        changes = {name: [mean_change(target[name], base[name], change) for target in targets] for name in base}
+        kind: Any = granularity[case["method"]]
+        weights = varm_weights(changes, {name: tensor.numel() for name, tensor in base.items()}, kind)
+        for name, tensor in base.items():
+            if kind in ("matrix", "module") and 0 in weights[name]:
+                continue
+            merged = sum(w * target[name] for w, target in zip(weights[name], targets, strict=True))
+            published = torch.tensor(case["merged_float32"][name]["values"]).reshape(tensor.shape)
+            torch.testing.assert_close(merged, published, rtol=1e-5, atol=1e-7)
+            compared += 1
+    assert compared > 200
+    assert varm_weights({"m": [0.5, 2.0, 0.0]}, {"m": 4}, "matrix") == {"m": [0.2, 0.8, 0.0]}  # by hand
+    assert varm_weights({"m": [0.0, 0.0]}, {"m": 4}, "matrix") == {"m": [0.5, 0.5]}
+
+
+@pytest.mark.parametrize(("definition", "published"), [("paper", False), ("fuseai", True)])
+def test_sce_is_that_of_its_paper_and_of_its_code(definition: str, published: bool) -> None:
+    models, found = _oracle_models(), oracle("sce")
+    base = models["P"]
+    for case in found["cases"]:
+        factor = 1 / 512 if case["name"] == "small" else 1
+        for name, tensor in base.items():
+            changed = [tensor + factor * (models[one][name] - tensor) for one in case["targets"]]
+            merged = sce(tensor, changed, select_topk=case["select_topk"], published=published)
+            expected = torch.tensor(case[definition]["merged"][name]).reshape(tensor.shape)
+            torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-7)
+    for case in found["small_matrices"]:
+        changes = [torch.tensor(case[name]) for name in ("delta_A", "delta_B")]
+        merged = sce(torch.zeros(4), changes, select_topk=case["select_topk"], published=published)
+        torch.testing.assert_close(merged, torch.tensor(case[definition]["merged_delta"]), rtol=1e-5, atol=1e-6)
+
+
+def test_every_method_of_mergekit_merges_by_its_name(families: dict[str, dict[str, Path]], tmp_path: Path) -> None:
+    from mergekit.merge_methods.registry import registered_methods
+
+    register_sce()
+    names = get_args(MergeMethod)
+    assert {method.spec.name for method in registered_methods()} == set(names) - {"varm"}
+    given: dict[str, dict[str, Any]] = {
+        "nearswap": {"models": ["a"], "parameters": {"t": 0.01}},
+        "arcee_fusion": {"models": ["a"]},
+        "passthrough": {"models": ["a"]},
+        "della": {"parameters": {"epsilon": 0.1}},
+        "della_linear": {"parameters": {"epsilon": 0.1}},
+        "breadcrumbs": {"parameters": {"gamma": 0.1}},
+        "breadcrumbs_ties": {"parameters": {"gamma": 0.1}},
+    }
+    folders = families["llama"]
+    a, base = (load_file(folders[name] / "model.safetensors")["lm_head.weight"] for name in ("a", "base"))
+    for name in names:
+        made = _merged(families, "llama", tmp_path / name, merge_method=name, **given.get(name, {}))
+        assert made["lm_head.weight"].isfinite().all() and not torch.equal(made["lm_head.weight"], base)
+        assert torch.equal(made["lm_head.weight"], a) == (name == "passthrough")
+
+
+def test_fused_targets_are_merged(families: dict[str, dict[str, Path]], tmp_path: Path) -> None:
+    """With each source by itself, then as changes of the target."""
+    base, a, b = (load_file(families["llama"][name] / "model.safetensors")["lm_head.weight"] for name in _NAMES)
+    context: Any = _Context(families["llama"], tmp_path / "sce")
+    candidate = fuse_then_merge(context, FuseThenMergeParameters())
+    assert context.trained == [(0.9, ["a"]), (0.9, ["b"])] and candidate.seeded
+    made = load_file(candidate.folder / "model.safetensors")["lm_head.weight"]
+    torch.testing.assert_close(made, sce(base, [a, b], select_topk=0.1, published=False))
+    context = _Context(families["llama"], tmp_path / "linear")
+    step: Any = {"merge_method": "linear", "weights": [3, 1]}
+    candidate = fuse_then_merge(context, FuseThenMergeParameters(merge=step, sources=["a", "b"]))
+    made = load_file(candidate.folder / "model.safetensors")["lm_head.weight"]
+    torch.testing.assert_close(made, 0.75 * a + 0.25 * b)
+
+
+_NAMES = ("base", "a", "b")
+
+
+@pytest.mark.parametrize("kind", ["llama", "neox", "tied llama"])
+def test_varm_and_sce_through_mergekit(families: dict[str, dict[str, Path]], kind: str, tmp_path: Path) -> None:
+    base, a, b = (load_file(families[kind][name] / "model.safetensors") for name in ("base", "a", "b"))
+    varm = _merged(families, kind, tmp_path / "varm", merge_method="varm")
+    paper = _merged(families, kind, tmp_path / "sce", merge_method="sce_paper", parameters={"select_topk": 0.3})
+    for name, origin in base.items():
+        x, y = (float((model[name] - origin).square().mean()) for model in (a, b))
+        share = x / (x + y) if x + y else 0.5
+        torch.testing.assert_close(varm[name], share * a[name] + (1 - share) * b[name], rtol=1e-5, atol=1e-6)
+        expected = sce(origin, [a[name], b[name]], select_topk=0.3, published=False)
+        torch.testing.assert_close(paper[name], expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("parameters", "expected"),
     [
+        ({"merge_method": "varm", "weights": [1.0, 2.0]}, "Merged: varm takes no weights"),
+        ({"merge_method": "sce", "weights": "tuned"}, "Merged: sce takes no weights"),
+        ({"merge_method": "varm", "parameters": {"granularity": "matrices"}}, "granularity"),
+        ({"merge_method": "ties", "models": ["a"], "weights": "tuned"}, "merges a alone: name more"),
         ({"weights": [1.0, -1.0]}, "do not sum to a positive number"),
         ({"weights": [1.0], "models": ["a", "b"]}, "weights has 1 numbers for 2 models"),
         ({"models": ["a", "a"]}, "names one twice"),

@@ -206,7 +206,9 @@ def test_listing_reads_types_choices_and_defaults_from_the_schema() -> None:
         return {setting.name: setting for setting in describe(name).settings}
 
     merge = settings("merge")
-    assert merge["merge_method"].type == "linear or slerp or task_arithmetic or ties or dare_ties"
+    assert merge["merge_method"].type.startswith(
+        "linear or slerp or task_arithmetic or ties or dare_ties or varm or sce_"
+    )
     assert merge["weights"].type == "uniform or tuned or list of number"
     assert (merge["models"].type, merge["models"].default) == ("list of role or row or null", "null")
     assert (merge["mergekit"].type, merge["scale"].type, merge["scale"].default) == ("mapping or null", "number", "1.0")
