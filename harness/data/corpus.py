@@ -14,7 +14,7 @@ from typing import Any
 from fusion.errors import UserError, did_you_mean
 from harness.config.schema import CorpusConfig
 from harness.data.hub import dataset_commit, dataset_fingerprint, offline_unless_reachable
-from harness.data.standard_library import DOMAINS, SHARES, standard_library
+from harness.data.standard_library import SHARES, standard_library
 from harness.store.files import parse_json, remembered
 from harness.store.fingerprint import file_sha256
 
@@ -47,6 +47,8 @@ class CorpusSummary:
     n_bytes_taken: int = 0
     duplicates: int = 0
     """Documents left out since an earlier one has the same text."""
+    empty: int = 0
+    """Documents left out since they have no text."""
     limits: dict[str, int] = field(default_factory=dict)
 
     def limit(self, setting: str) -> None:
@@ -65,6 +67,8 @@ class CorpusSummary:
         )
         if self.duplicates:
             text += f", {self.duplicates:,} are duplicates"
+        if self.empty:
+            text += f", {self.empty:,} have no text"
         if self.limits:
             text += "; " + ", ".join(
                 f"{setting} {'shortened' if setting == 'first_bytes' else 'left out'} {count:,}"
@@ -118,8 +122,8 @@ def check_corpus(config: CorpusConfig, data_root: Path | None) -> None:
     if not _is_stdlib(config):
         local_path(config, data_root)
         return
-    standard_library(_fold(config))
-    for kind, wanted, known in (("split", [config.split], SHARES), ("domain", config.domains or [], DOMAINS)):
+    domains = standard_library(_fold(config)).domains
+    for kind, wanted, known in (("split", [config.split], SHARES), ("domain", config.domains or [], domains)):
         for name in wanted:
             if name not in known:
                 raise UserError(
@@ -275,10 +279,14 @@ def _value(row: dict[str, Any], column: str) -> Any:
 def _all_documents(
     config: CorpusConfig, data_root: Path | None, summary: CorpusSummary | None = None
 ) -> Iterator[Document]:
-    """The documents of the wanted domains, whole; `summary` counts those of all domains."""
+    """The documents of the wanted domains, whole, but those without text; `summary` counts those of all domains.
+
+    Raises UserError where there are only documents without text.
+    """
     name_column, domain_column = config.name_column or "name", config.domain_column or "domain"
     wanted = dict(config.domains) if isinstance(config.domains, dict) else {d: d for d in config.domains or ()}
     domains: set[str] = set()
+    empty, given = "", False
     for number, row in enumerate(_rows(config, data_root)):
         domain = str(_value(row, domain_column) or config.domain)
         domains.add(domain)
@@ -294,18 +302,26 @@ def _all_documents(
         given_name = _value(row, name_column)
         name = str(number if given_name is None else given_name)
         where = f"Document {name!r} (row {number + 1}) of {config.path} ({config.split})"
-        if not isinstance(text, str) or not text:
+        if not isinstance(text, str):
             raise UserError(f"{where} has no text: remove it.")
+        if not text:
+            empty = empty or where
+            if summary is not None:
+                summary.empty += 1
+            continue
         try:
             raw, *_ = (part.encode("utf-8") for part in (text, name, domain))
         except UnicodeEncodeError:
             raise UserError(f"{where} is not valid Unicode: correct or remove it.") from None
+        given = True
         yield Document(name, domain, text, hashlib.sha256(raw).hexdigest())
     if absent := sorted(wanted.keys() - domains):
         raise UserError(
             f"The corpus {config.path} ({config.split}) has no domain {absent[0]!r}{did_you_mean(absent[0], domains)}: "
             f"it has {', '.join(sorted(domains)) or 'none'}."
         )
+    if empty and not given:
+        raise UserError(f"{empty} has no text: remove it, or choose text of which some has.")
 
 
 def documents(config: CorpusConfig, data_root: Path | None, summary: CorpusSummary | None = None) -> Iterator[Document]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from fusion.errors import UserError, did_you_mean
+from harness.data.awkward_text import awkward_texts, long_line
 
 DOMAINS = ("code", "docstrings", "manual")
 SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
@@ -86,12 +87,18 @@ class StandardLibrary:
     max_bytes: int | None = None
     max_document_bytes: int = MAX_DOCUMENT_BYTES
     min_test: int = 20
+    awkward: bool = False
+    """Whether the documents of `harness.data.awkward_text` follow, in the domains `awkward` and `line`."""
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domains of its documents."""
+        return (*DOMAINS, "awkward", "line") if self.awkward else DOMAINS
 
     def documents(self, split: Split | None = None) -> list[LibraryDocument]:
-        """All documents in order of their names, or those of one split."""
-        documents = library_documents(
-            self.max_bytes, max_document_bytes=self.max_document_bytes, min_test=self.min_test
-        )
+        """All documents in order of their names, awkward ones last, or those of one split."""
+        library = library_documents(self.max_bytes, max_document_bytes=self.max_document_bytes, min_test=self.min_test)
+        documents = [*library, *(_awkward_documents() if self.awkward else ())]
         return [document for document in documents if split in (None, document.split)]
 
 
@@ -100,12 +107,27 @@ CORPORA = {
     for corpus in (
         StandardLibrary("tiny"),
         StandardLibrary("micro", max_bytes=12_000, max_document_bytes=2_000, min_test=1),
+        StandardLibrary("rehearsal", max_bytes=75_000, min_test=1, awkward=True),
     )
 }
 
 
+def _awkward_documents() -> list[LibraryDocument]:
+    """Awkward documents of every split, and the long line, which is training text."""
+    splits: tuple[Split, ...] = ("train", "validation", "test")
+    awkward = [
+        LibraryDocument(f"awkward/{split}/{name}", "awkward", split, text)
+        for split in splits
+        for name, text in awkward_texts(split)
+    ]
+    return [*awkward, LibraryDocument("line/records", "line", "train", long_line())]
+
+
 def standard_library(name: str) -> StandardLibrary:
-    """The corpus `tiny` (all there is) or `micro` (a few documents, for tests). Raises UserError for another name."""
+    """The corpus `tiny` (all there is), `micro` (a few documents, for tests) or `rehearsal` (some, and awkward ones).
+
+    Raises UserError for another name.
+    """
     if name not in CORPORA:
         known = ", ".join(f"stdlib:{corpus}" for corpus in CORPORA)
         raise UserError(f"There is no corpus 'stdlib:{name}'{did_you_mean(name, CORPORA)}: choose one of {known}.")

@@ -122,7 +122,7 @@ class ModelPool:
         """
         if tiny := tiny_name(self.role(name).model):
             recipe = tiny_recipe(self._config.profile).model(tiny)
-            return recipe.vocabulary, recipe.context
+            return recipe.embedded, recipe.context
         base = self.base(name)
         if not base.folder.exists():  # in a plan
             return None, None

@@ -22,7 +22,8 @@ VERSION = 1
 def make_tiny(workspace: Workspace, name: str, profile: str) -> tuple[Spec, Path]:
     """The tiny model `name` of a profile's recipe, as an artifact that holds `model`.
 
-    Raises UserError for a name that the recipe does not have, and under several ranks.
+    Called by all ranks. Raises UserError for a name that the recipe does not have, and for a number of ranks that does
+    not divide the model's batch.
     """
     recipe = tiny_recipe(profile)
     model = recipe.model(name)
@@ -34,23 +35,27 @@ def make_tiny(workspace: Workspace, name: str, profile: str) -> tuple[Spec, Path
     spec = Spec("tiny", name, VERSION, {"python": python}, params)
 
     def build(folder: Path) -> None:
-        if distributed.world_size() > 1:
+        ranks, batch = distributed.world_size(), model.global_batch_size
+        if batch % ranks:
             raise UserError(
-                "Tiny models are made by one process: run the experiment once without torchrun or deepspeed."
+                f"tiny:{name} is trained on {batch} sequences a step, which {ranks} ranks cannot share: start another "
+                "number of ranks, or run the experiment once without torchrun or deepspeed."
             )
         documents = recipe.corpus.documents()
         tokenizer = make_tokenizer(model, documents)
         texts = [Document(d.name, d.domain, d.text, "") for d in training_documents(model, documents)]
         passages = folder / "text"
-        passages.mkdir(exist_ok=True)
-        # A byte is a token at most, and each passage has a prefix.
-        write_passages(passages, texts, model.sequence_length - 1)
+        if distributed.is_main_process():
+            passages.mkdir(exist_ok=True)
+            # A byte is a token at most, and each passage has a prefix, before which a space may be put.
+            write_passages(passages, texts, model.sequence_length - 2)
+        distributed.broadcast(0)  # the others wait for the passages
         train_on_passages(
             folder,
             Passages(passages),
             tokenizer,
-            Vocabulary.from_tokenizer(tokenizer, model.vocabulary),
-            _training(model),
+            Vocabulary.from_tokenizer(tokenizer, model.embedded),
+            _training(model, ranks),
             load=lambda: build_model(model, tokenizer),
             seed=model.seed,
             device=workspace.device,
@@ -60,15 +65,15 @@ def make_tiny(workspace: Workspace, name: str, profile: str) -> tuple[Spec, Path
 
     tokens = model.train_bytes / 3 * model.epochs
     estimate = Estimate(disk=1e7, memory=1e9, seconds=tokens / 10_000)
-    return spec, workspace.store.ensure(spec, build, estimate)
+    return spec, workspace.store.ensure(spec, build, estimate, on_all_ranks=True)
 
 
-def _training(model: TinyModel) -> TrainingConfig:
-    """How a tiny model is trained, by its recipe."""
+def _training(model: TinyModel, ranks: int) -> TrainingConfig:
+    """How a tiny model is trained by so many ranks, by its recipe."""
     return TrainingConfig(
         sequence_length=model.sequence_length,
         global_batch_size=model.global_batch_size,
-        micro_batch_size=model.global_batch_size,
+        micro_batch_size=model.global_batch_size // ranks,
         learning_rate=model.learning_rate,
         warmup_ratio=model.warmup_ratio,
         epochs=model.epochs,

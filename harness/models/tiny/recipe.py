@@ -2,6 +2,9 @@
 
 The three differ in architecture and tokenizer. The teacher is a larger model with the target's tokenizer, trained on
 more of the same text. They show that every stage does its work on real text in minutes; they are no result.
+
+Those of the profile `rehearsal` stand for the models of the profile `paper`: the same architectures, kinds of tokenizer
+and context, so that what the paper's run would meet is met in minutes.
 """
 
 import hashlib
@@ -10,13 +13,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from fusion.errors import UserError
-from harness.data.standard_library import CORPORA, DOMAINS, LibraryDocument, StandardLibrary
+from harness.data.standard_library import CORPORA, LibraryDocument, StandardLibrary
 from harness.models.tiny.tokenizers import TokenizerKind, build_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-Architecture = Literal["llama", "qwen2", "gemma3_text"]
+Architecture = Literal["llama", "qwen2", "gemma3_text", "mpt", "gpt_neox"]
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,14 @@ class TinyModel:
     seed: int = 0
     family: "TinyModel | None" = None
     """The model whose tokenizer it has. Default: a tokenizer of its own."""
+    spare_ids: int | None = None
+    """Ids that the model has beyond its tokenizer's, as models have whose vocabulary is rounded up. Default: none."""
 
     def shape(self) -> dict[str, Any]:
         """What config.json will say of the architecture, and whose tokenizer it is, before the model is made."""
         return {
             "model_type": self.architecture,
-            "vocab_size": self.vocabulary,
+            "vocab_size": self.embedded,
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,
             "num_hidden_layers": self.layers,
@@ -60,9 +65,14 @@ class TinyModel:
         }
 
     @property
+    def embedded(self) -> int:
+        """The size of the model's own vocabulary, which its tokenizer need not fill."""
+        return self.vocabulary + (self.spare_ids or 0)
+
+    @property
     def intermediate(self) -> int:
-        """Width of the gated feed-forward layers."""
-        return self.hidden * 5 // 2
+        """Width of the feed-forward layers, which of MPT is no setting."""
+        return self.hidden * 4 if self.architecture == "mpt" else self.hidden * 5 // 2
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,25 @@ _TINY = TinyRecipe(
 )
 
 
+_AWKWARD_CODE = {"code": 0.6, "awkward": 0.4}
+_AWKWARD_PROSE = {"docstrings": 0.4, "manual": 0.3, "awkward": 0.3}
+_LLAMA = TinyModel(
+    "llama", "llama", "llama", 2_000, 32, 2, 2, {"code": 0.3, "docstrings": 0.2, "manual": 0.2, "awkward": 0.3},
+    train_bytes=150_000, context=2_048, global_batch_size=2, seed=11,
+)  # fmt: skip
+_REHEARSAL = TinyRecipe(
+    name="rehearsal",
+    models=(
+        _LLAMA,
+        replace(_LLAMA, name="open-llama", tokenizer="open_llama", vocabulary=1_800, mix=_AWKWARD_PROSE, seed=12),
+        replace(_LLAMA, name="mpt", architecture="mpt", tokenizer="gpt_neox", mix=_AWKWARD_CODE, spare_ids=48, seed=13),
+        replace(_LLAMA, name="llama-large", hidden=64, layers=3, seed=14, family=_LLAMA),
+        replace(_LLAMA, name="pythia", architecture="gpt_neox", tokenizer="gpt_neox", spare_ids=48, seed=15),
+    ),
+    corpus=CORPORA["rehearsal"],
+)
+
+
 def _micro(model: TinyModel) -> TinyModel:
     """The same model in a size that is trained in a fraction of a second."""
     return replace(
@@ -124,8 +153,11 @@ _MICRO = TinyRecipe(
 
 
 def tiny_recipe(name: str = "tiny") -> TinyRecipe:
-    """The recipe of the profile `tiny` (minutes) or `micro` (seconds, for tests). Raises UserError on another name."""
-    recipes = {recipe.name: recipe for recipe in (_TINY, _MICRO)}
+    """The recipe of the profile `tiny` (minutes), `micro` (seconds, for tests) or `rehearsal` (the paper's kinds).
+
+    Raises UserError on another name.
+    """
+    recipes = {recipe.name: recipe for recipe in (_TINY, _MICRO, _REHEARSAL)}
     if name not in recipes:
         raise UserError(f"there are no tiny models for the profile '{name}': choose one of {', '.join(recipes)}")
     return recipes[name]
@@ -143,8 +175,8 @@ def training_documents(model: TinyModel, documents: Sequence[LibraryDocument]) -
         return hashlib.sha256(f"{model.name}: {document.name}".encode()).digest()
 
     chosen: list[LibraryDocument] = []
-    for domain in DOMAINS:
-        left = model.mix.get(domain, 0.0) * model.train_bytes
+    for domain, fraction in model.mix.items():
+        left = fraction * model.train_bytes
         for document in sorted((d for d in documents if d.domain == domain and d.split == "train"), key=rank):
             if left <= 0:
                 break
@@ -174,23 +206,36 @@ def build_model(model: TinyModel, tokenizer: "PreTrainedTokenizerFast") -> "PreT
 
 
 def _config(model: TinyModel, tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedConfig":
-    from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config
+    from transformers import Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, MptConfig, Qwen2Config
 
     common = {
         # Wider than the usual 0.02, with which so small a model spends most of its few steps on leaving the start.
         "initializer_range": 0.1,
-        "vocab_size": model.vocabulary,
+        "vocab_size": model.embedded,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": model.architecture != "gpt_neox",
+        "use_cache": True,
+    }
+    if model.architecture == "mpt":
+        return MptConfig(
+            **common,
+            d_model=model.hidden,
+            n_layers=model.layers,
+            n_heads=model.heads,
+            max_seq_len=model.context,
+            no_bias=True,
+        )
+    common |= {
         "hidden_size": model.hidden,
         "intermediate_size": model.intermediate,
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,
         "max_position_embeddings": model.context,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "tie_word_embeddings": True,
-        "use_cache": True,
     }
+    if model.architecture == "gpt_neox":
+        return GPTNeoXConfig(**common)
     if model.architecture == "llama":
         return LlamaConfig(**common)
     if model.architecture == "qwen2":
