@@ -20,7 +20,7 @@ _WORDS = (
     "nevertheless organizations participation pharmaceutical photographs predominantly professional "
     "qualifications recommendations representatives responsibility satisfaction significantly sophisticated "
     "specifications straightforward telecommunications transformation transportation understanding unfortunately"
-).split()
+)
 
 
 def awkward_texts(split: str) -> list[tuple[str, str]]:
@@ -40,7 +40,8 @@ def awkward_texts(split: str) -> list[tuple[str, str]]:
         "hexadecimal": digest("hexadecimal", size // 2).hex(),
         "base64": base64.b64encode(digest("base64", size // 4 * 3)).decode(),
         "ideographs": "".join(
-            chr(0x4E00 + (high * 256 + low) % 0x5000) for high, low in zip(ideographs[::2], ideographs[1::2], strict=True)
+            chr(0x4E00 + (high * 256 + low) % 0x5000)
+            for high, low in zip(ideographs[::2], ideographs[1::2], strict=True)
         ),
         "emoji": draw("emoji", _EMOJI, size // 12),
         "indentation": "".join(f"{' ' * (byte % 40)}\tif x[{byte}]:\r\n" for byte in digest("indentation", size // 30)),
@@ -57,12 +58,12 @@ def awkward_texts(split: str) -> list[tuple[str, str]]:
 
 def long_line(n_bytes: int = LINE_BYTES, name: str = "line") -> str:
     """A line of JSON records of `n_bytes` bytes (ASCII) without a line end; another for each name."""
-    record = 60  # words
+    record, words = 60, _WORDS.split()
     records = []
     size = 0
     while size < n_bytes:
         drawn = hashlib.shake_256(f"{name}: record {len(records)}".encode()).digest(record)
-        words = " ".join(_WORDS[byte % len(_WORDS)] for byte in drawn)
-        records.append(f'{{"id":{len(records)},"text":"{words}"}},')
+        text = " ".join(words[byte % len(words)] for byte in drawn)
+        records.append(f'{{"id":{len(records)},"text":"{text}"}},')
         size += len(records[-1])
     return "".join(records)[:n_bytes]

@@ -47,9 +47,9 @@ class CorpusSummary:
     n_bytes_taken: int = 0
     duplicates: int = 0
     """Documents left out since an earlier one has the same text."""
+    limits: dict[str, int] = field(default_factory=dict)
     empty: int = 0
     """Documents left out since they have no text."""
-    limits: dict[str, int] = field(default_factory=dict)
 
     def limit(self, setting: str) -> None:
         """Counts one document that `setting` left out or shortened."""

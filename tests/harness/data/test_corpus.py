@@ -102,8 +102,20 @@ def test_the_summary_of_a_corpus_is_one_line() -> None:
     )
 
 
+def test_documents_without_text_are_left_out_and_counted(tmp_path: Path) -> None:
+    """Of a corpus of a million documents nobody takes them out by hand; where there is no other they are refused."""
+    _parquet(tmp_path / "a.parquet", [{"text": text} for text in ("", "one", "", "two")])
+    config = CorpusConfig(path=str(tmp_path / "a.parquet"))
+    for limits in ({}, {"max_bytes": 100}):
+        summary = CorpusSummary()
+        taken = list(documents(config.model_copy(update=limits), None, summary))
+        assert [document.text for document in taken] == ["one", "two"]
+        assert (summary.documents, summary.documents_taken, summary.empty) == (4, 2, 2)
+    assert summary.sentence("It") == "It: 6 of 6 bytes and 2 of 4 documents are taken, 2 have no text."
+
+
 def _parquet(path: Path, rows: list[dict[str, str]]) -> None:
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), path)
 
 

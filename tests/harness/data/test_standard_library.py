@@ -79,3 +79,15 @@ def test_a_python_without_the_manual_is_refused(monkeypatch: pytest.MonkeyPatch)
 def test_a_corpus_of_another_name_is_refused() -> None:
     with pytest.raises(UserError, match=r"no corpus 'stdlib:mircro' .did you mean 'micro'"):
         standard_library("mircro")
+
+
+def test_the_rehearsals_corpus_has_what_a_large_corpus_has() -> None:
+    corpus = standard_library("rehearsal")
+    for split in ("train", "validation", "test"):
+        awkward = {d.name.split("/")[-1]: d.text for d in corpus.documents(split) if d.domain == "awkward"}
+        assert awkward["nothing"] == "" and awkward["digits"].isdigit()
+        assert any("一" <= character <= "鿿" for character in awkward["ideographs"])
+        assert len({d.text for d in corpus.documents(split)}) == len(corpus.documents(split))
+    (line,) = (d for d in corpus.documents() if d.domain == "line")
+    assert line.split == "train" and len(line.text) == 3_000_000 and "\n" not in line.text
+    assert {d.domain for d in corpus.documents()} == set(corpus.domains)

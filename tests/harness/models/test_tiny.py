@@ -1,5 +1,7 @@
 """Tokenizers and models that are made of the standard library's text."""
 
+import re
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,11 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusion.errors import UserError
+from fusion.modeling.context import context_length
 from fusion.vocabulary.token_bytes import Vocabulary, byte_ends
 from fusion.vocabulary.tokenization import encode, prefix_id
 from harness.data.standard_library import LibraryDocument
 from harness.models.tiny import (
     TinyModel,
+    TinyRecipe,
     build_model,
     build_tokenizer,
     make_tokenizer,
@@ -21,7 +25,9 @@ from harness.models.tiny import (
 )
 
 MICRO = tiny_recipe("micro")
+REHEARSAL = tiny_recipe("rehearsal")
 NAMES = [model.name for model in MICRO.models]
+MODELS = [pytest.param(recipe, model, id=model.name) for recipe in (MICRO, REHEARSAL) for model in recipe.models]
 TEXTS = [
     "def f(x):\n    return {'a': 12345, \"b\": [x] * 7}\n\n\nclass C: pass\n",
     "  spaces at both ends  ",
@@ -55,6 +61,45 @@ def test_training_text_has_the_mix(documents: list[LibraryDocument]) -> None:
         assert sum(model.mix.values()) == pytest.approx(1)
     orders = [[d.name for d in training_documents(model, documents)] for model in MICRO.models]
     assert all(order != sorted(order) for order in orders)  # domains are mixed, not one after another
+
+
+@pytest.fixture(scope="module")
+def rehearsal_documents() -> list[LibraryDocument]:
+    return [document for document in REHEARSAL.corpus.documents() if document.domain != "line"]
+
+
+@pytest.mark.parametrize("name", [model.name for model in REHEARSAL.models])
+def test_tokenizers_of_the_rehearsal_spell_what_the_papers_do(
+    name: str, rehearsal_documents: list[LibraryDocument]
+) -> None:
+    """OpenLLaMA's reads several spaces as one, GPT-NeoX's composes characters; all other text is read back as it is."""
+    model = REHEARSAL.model(name)
+    tokenizer = make_tokenizer(model, rehearsal_documents)
+    assert len(tokenizer) == model.vocabulary <= model.embedded
+    vocabulary = Vocabulary.from_tokenizer(tokenizer, model.embedded)
+    for text in [*TEXTS, DECOMPOSED, *(d.text for d in rehearsal_documents if d.domain == "awkward")]:
+        expected = text
+        if model.tokenizer == "open_llama":
+            expected = re.sub(" {2,}", " ", expected)
+        if model.tokenizer == "gpt_neox":
+            expected = unicodedata.normalize("NFC", expected)
+        else:
+            expected = expected.replace("▁", " ")  # SentencePiece's sign for a space is no other character
+        ids = encode(tokenizer, text)
+        assert not set(ids) & vocabulary.control
+        assert tokenizer.decode(ids) == expected
+
+
+def test_tokenizers_of_the_rehearsal_are_of_the_papers_kinds(rehearsal_documents: list[LibraryDocument]) -> None:
+    llama, open_llama, mpt, large, pythia = (make_tokenizer(m, rehearsal_documents) for m in REHEARSAL.models)
+    assert large.backend_tokenizer.to_str() == llama.backend_tokenizer.to_str()
+    assert llama.pad_token is None and llama("word")["input_ids"][0] == llama.bos_token_id
+    assert llama.tokenize("word")[0].startswith("▁") and llama.tokenize("漢")[1:] == ["<0xE6>", "<0xBC>", "<0xA2>"]
+    assert [token.strip("▁") for token in llama.tokenize("2024") if token != "▁"] == list("2024")
+    assert open_llama.tokenize("a    b") == open_llama.tokenize("a b") != llama.tokenize("a    b")
+    for neox in (mpt, pythia):
+        assert neox.bos_token_id == neox.eos_token_id != neox.pad_token_id
+        assert len(encode(neox, " " * 24)) == 1
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -94,10 +139,12 @@ def test_a_vocabulary_too_large_for_the_text() -> None:
         build_tokenizer("gpt2", ["a few words"], 5_000)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_saved_folders_load_plainly(name: str, documents: list[LibraryDocument], tmp_path: Path) -> None:
-    tiny = MICRO.model(name)
-    tokenizer = make_tokenizer(tiny, documents)
+@pytest.mark.parametrize(("recipe", "tiny"), MODELS)
+def test_saved_folders_load_plainly(
+    recipe: TinyRecipe, tiny: TinyModel, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    of_recipe = "documents" if recipe == MICRO else "rehearsal_documents"
+    tokenizer = make_tokenizer(tiny, request.getfixturevalue(of_recipe))
     model = build_model(tiny, tokenizer).eval()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -106,7 +153,7 @@ def test_saved_folders_load_plainly(name: str, documents: list[LibraryDocument],
     assert reloaded_tokenizer.is_fast
     for text in [*TEXTS, DECOMPOSED]:
         assert encode(reloaded_tokenizer, text) == encode(tokenizer, text)
-    fingerprints = [Vocabulary.from_tokenizer(t).fingerprint() for t in (tokenizer, reloaded_tokenizer)]
+    fingerprints = [Vocabulary.from_tokenizer(t, tiny.embedded).fingerprint() for t in (tokenizer, reloaded_tokenizer)]
     assert fingerprints[0] == fingerprints[1]
     for role in ("bos", "eos", "pad"):
         assert getattr(reloaded_tokenizer, f"{role}_token_id") == getattr(tokenizer, f"{role}_token_id")
@@ -114,6 +161,7 @@ def test_saved_folders_load_plainly(name: str, documents: list[LibraryDocument],
     ids = torch.tensor([encode(tokenizer, TEXTS[0])])
     torch.testing.assert_close(reloaded(ids).logits, model(ids).logits)
     assert reloaded.config.model_type == tiny.architecture
+    assert (reloaded.config.vocab_size, context_length(reloaded.config)) == (tiny.embedded, tiny.context)
 
 
 def test_models_follow_their_seed_and_leave_the_random_state(documents: list[LibraryDocument]) -> None:
@@ -149,6 +197,9 @@ def test_micro_models_learn(name: str, documents: list[LibraryDocument]) -> None
 
 
 def test_recipes() -> None:
+    for recipe in (tiny_recipe(), MICRO, REHEARSAL):
+        assert all(model.sequence_length <= model.context for model in recipe.models)
+        assert all(set(model.mix) <= set(recipe.corpus.domains) for model in recipe.models)
     for recipe in (tiny_recipe(), MICRO):
         assert [model.name for model in recipe.models] == ["target", "coder", "reader", "teacher"]
         target, *sources, teacher = recipe.models
@@ -157,7 +208,6 @@ def test_recipes() -> None:
         assert teacher.family == target and teacher.hidden > target.hidden
         for model in recipe.models:
             assert isinstance(model, TinyModel)
-            assert model.sequence_length <= model.context
     with pytest.raises(UserError, match="no tiny model 'poet': choose one of target, coder, reader, teacher"):
         MICRO.model("poet")
     with pytest.raises(UserError, match="profile 'large': choose one of tiny, micro"):

@@ -1,0 +1,283 @@
+"""The paper's run rehearsed: every table of the profile `rehearsal` by two ranks under ZeRO-2, killed twice on the way.
+
+The run is started by torchrun. When it has begun a third of its stages all of its processes are killed, as by a machine
+that goes down; when it has begun half of the rest one rank is killed, as by a driver that fails. It is started again
+after each. Then it is audited, its tables and its report are written, every table is computed a second time from the
+stored records, and the finished run is started once more, which must make nothing. Writes a page about it.
+
+    python -m benchmarks.rehearsal --root work/rehearsal --output docs/results/rehearsal/README.md
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import psutil
+
+from benchmarks.support import machine
+from results.records import read
+
+PROFILE = ["--profile", "rehearsal"]
+_POLL = 0.2  # seconds between two looks at the log
+_TOLERANCE = 1e-9  # of a table's value, relative
+
+
+@dataclass
+class Step:
+    """One command of the rehearsal and what became of it."""
+
+    name: str
+    command: Sequence[str]
+    seconds: float
+    status: int
+    expected: bool
+    """Whether it ended as it should."""
+    stages: int = 0
+    """Stages that it began, by its own count."""
+    stages_planned: int = 0
+
+
+@dataclass
+class Rehearsal:
+    """Runs commands one after the other, each with a log of its own below `root`."""
+
+    root: Path
+    ranks: int
+    names: Sequence[str]
+    settings: Sequence[str]
+    steps: list[Step] = field(default_factory=list)
+
+    def fusellm(self, name: str, *arguments: str) -> Step:
+        """Runs the command in one process."""
+        return self._run(name, ["fusellm", *arguments, "--root", str(self.root)], None)
+
+    def run(self, name: str, kill: "Kill | None" = None) -> Step:
+        """Runs the experiments by torchrun, and kills it there if asked to."""
+        launcher = ["torchrun", "--standalone", "--no-python", "--nproc_per_node", str(self.ranks)]
+        command = ["fusellm", "experiment", "run", *self.names, *PROFILE, *self.settings, "--root", str(self.root)]
+        return self._run(name, [*launcher, *command], kill)
+
+    def _run(self, name: str, command: Sequence[str], kill: "Kill | None") -> Step:
+        log = self.root / "logs" / f"{len(self.steps) + 1:02d}-{name.replace(' ', '-')}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        print(f"{name}: {' '.join(command)}", file=sys.stderr, flush=True)
+        environment = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+        started, killed = time.monotonic(), False
+        with log.open("wb") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+            while process.poll() is None:
+                time.sleep(_POLL)
+                if kill is not None and not killed and kill.due(*stages(log)):
+                    kill.kill(process)
+                    killed = True
+        status = process.returncode
+        as_expected = status == 0 if kill is None else killed and status != 0
+        step = Step(name, command, time.monotonic() - started, status, as_expected, *stages(log))
+        self.steps.append(step)
+        outcome = "" if step.expected else f": NOT AS EXPECTED, see {log}"
+        print(f"{name}: status {status} after {step.seconds:,.0f} s{outcome}", file=sys.stderr, flush=True)
+        return step
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Kills a run when it has begun the fraction `after` of its stages: all its processes, or its last rank."""
+
+    after: float
+    what: str
+
+    def due(self, begun: int, planned: int) -> bool:
+        """True once enough stages have begun."""
+        return planned > 0 and begun >= max(2, planned * self.after)
+
+    def kill(self, process: "subprocess.Popen[bytes]") -> None:
+        """Sends SIGKILL."""
+        if self.what == "machine":
+            children = psutil.Process(process.pid).children(recursive=True)
+            os.killpg(process.pid, signal.SIGKILL)
+            for child in children:  # ranks are in sessions of their own
+                if child.is_running():
+                    child.kill()
+        else:
+            psutil.Process(process.pid).children()[-1].kill()
+
+
+def stages(log: Path) -> tuple[int, int]:
+    """How many stages a run has begun, and how many it had to do, by the last line that says so."""
+    said = re.findall(rb"stage (\d+) of (\d+)", log.read_bytes())
+    return (int(said[-1][0]), int(said[-1][1])) if said else (0, 0)
+
+
+def recomputed(records: pd.DataFrame) -> dict[tuple[str, str, str, str], float]:
+    """Every value of a table of one seed by row, suite, task and metric, by the plainest computation."""
+    final = records[records["tokens"].isna()]
+    values = {}
+    for key, of_key in final.groupby(["method", "suite", "task", "metric"]):
+        numerator, denominator = of_key["numerator"], of_key["denominator"]
+        if key[3] == "bits_per_byte":
+            values[key] = numerator.sum() / denominator.sum() / math.log(2)
+        else:
+            values[key] = 100 * (numerator / denominator).mean()
+    return values
+
+
+def check_tables(run: Path) -> tuple[int, list[str]]:
+    """Compares every cell of a run's tables with its records; the number of cells, and a sentence for each difference.
+
+    A cell over several tasks is the mean of theirs.
+    """
+    expected = recomputed(read(sorted((run / "records").glob("*.parquet"))))
+    cells, wrong = 0, []
+    for path in sorted(run.glob("table*.json")):
+        table = json.loads(path.read_text(encoding="utf-8"))
+        for row, of_row in zip(table["rows"], table["cells"], strict=True):
+            for column, cell in zip(table["columns"], of_row, strict=True):
+                if cell is None or cell.get("value") is None:
+                    continue
+                cells += 1
+                parts = [expected.get((row, *part), math.nan) for part in column["parts"]]
+                value = sum(parts) / len(parts)
+                if not math.isclose(cell["value"], value, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE):
+                    where = f"{run.parent.parent.name}/{path.name}, {row}, {column['label']}"
+                    wrong.append(f"{where}: the table has {cell['value']}, the records give {value}.")
+    return cells, wrong
+
+
+def runs(root: Path) -> list[Path]:
+    """The folder of every finished run."""
+    return sorted(path.parent for path in root.glob("runs/*/rehearsal/*/run.json"))
+
+
+def artifacts(root: Path) -> dict[str, int]:
+    """The time (ns) at which each artifact was completed."""
+    return {str(path.parent): path.stat().st_mtime_ns for path in (root / "artifacts").glob("*/[!.]*/manifest.json")}
+
+
+def stage_times(root: Path) -> dict[str, tuple[int, float]]:
+    """Number and seconds of the artifacts of each kind, from their manifests."""
+    times: dict[str, tuple[int, float]] = {}
+    for path in artifacts(root):
+        manifest = json.loads((Path(path) / "manifest.json").read_text(encoding="utf-8"))
+        n, seconds = times.get(manifest["kind"], (0, 0.0))
+        times[manifest["kind"]] = n + 1, seconds + manifest["duration_s"]
+    return dict(sorted(times.items(), key=lambda item: -item[1][1]))
+
+
+def rehearse(root: Path, ranks: int, names: Sequence[str], settings: Sequence[str]) -> tuple[Rehearsal, list[str]]:
+    """Runs all steps; the rehearsal, and what went wrong in sentences."""
+    rehearsal, wrong = Rehearsal(root, ranks, names, settings), []
+    rehearsal.run("run, all processes killed", Kill(1 / 3, "machine"))
+    rehearsal.run("run, one rank killed", Kill(1 / 2, "rank"))
+    rehearsal.run("run")
+    before = artifacts(root)
+    rehearsal.run("run again")
+    if artifacts(root) != before:
+        wrong.append("The finished run was started again and made artifacts.")
+    audited = "table1" if "all" in names else names[0]
+    rehearsal.fusellm("audit", "audit", audited, *PROFILE, *settings)
+    with_paper = ["tables", *names, *PROFILE, "--with-paper", "--out", str(root / "tables")]
+    rehearsal.fusellm("tables", *with_paper)
+    rehearsal.fusellm("report", "report", *names, *PROFILE, "--out", str(root / "report"))
+    rehearsal.fusellm("verify", "artifact", "verify")
+    wrong += [f"`{step.name}` ended with status {step.status}." for step in rehearsal.steps if not step.expected]
+    if not (checked := [check_tables(run) for run in runs(root)]):
+        wrong.append("There is no finished run.")
+    print(f"{sum(cells for cells, _ in checked)} cells of {len(checked)} runs compared", file=sys.stderr)
+    return rehearsal, wrong + [sentence for _, sentences in checked for sentence in sentences]
+
+
+def page(rehearsal: Rehearsal, wrong: Sequence[str], facts: Sequence[tuple[str, str]]) -> str:
+    """The page in Markdown."""
+    steps = [
+        f"| {step.name} | `{_short(step.command)}` | {_of(step)} | {step.seconds:,.0f} | "
+        f"{'yes' if step.expected else f'**no: status {step.status}**'} |"
+        for step in rehearsal.steps
+    ]
+    kinds = [f"| {kind} | {n} | {seconds:,.0f} |" for kind, (n, seconds) in stage_times(rehearsal.root).items()]
+    return _PAGE.format(
+        ranks=rehearsal.ranks,
+        facts="\n".join(f"- {name}: {value}" for name, value in facts),
+        steps="\n".join(steps),
+        kinds="\n".join(kinds),
+        outcome="\n".join(["What went wrong:", "", *(f"- {one}" for one in wrong)]) if wrong else _agreement(rehearsal),
+    )
+
+
+_PAGE = """# `rehearsal`: the paper's run in small, killed twice
+
+    make rehearsal
+
+The profile `rehearsal` has the paper's architectures, kinds of tokenizer, context and roles, with models of some
+100,000 parameters, and text that has all that a large corpus has, a line of 3 MB included. Plumbing, not a result: what
+is shown is that every table is made by {ranks} ranks under ZeRO-2, whatever is killed on the way.
+
+{facts}
+
+| step | command | stages begun | seconds | as expected |
+| --- | --- | --- | --- | --- |
+{steps}
+
+{outcome}
+
+| artifacts | number | seconds in all |
+| --- | --- | --- |
+{kinds}
+"""
+
+
+def _short(command: Sequence[str]) -> str:
+    """The command without what depends on the place."""
+    return re.sub(r" --(root|out) \S+", "", " ".join(command))
+
+
+def _of(step: Step) -> str:
+    return f"{step.stages} of {step.stages_planned}" if step.stages_planned else "–"
+
+
+def _agreement(rehearsal: Rehearsal) -> str:
+    finished = runs(rehearsal.root)
+    cells = sum(check_tables(run)[0] for run in finished)
+    return (
+        f"All {cells:,} values of the tables of {len(finished)} experiments are those that the stored records give by "
+        "a plain computation, all artifacts match their manifests, and the finished run, started again, made nothing."
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rehearses and writes the page; exit status 1 where anything went wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.rehearsal", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("names", nargs="*", default=["all"], help="experiments (default: all)")
+    parser.add_argument(
+        "--root", type=Path, default=Path("work/rehearsal"), help="an empty folder (default: %(default)s)"
+    )
+    parser.add_argument("--ranks", type=int, default=2, help="processes of torchrun (default: 2)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of fusellm")
+    parser.add_argument("--output", type=Path, help="file for the page (default: standard output)")
+    options = parser.parse_args(arguments)
+    facts = [fact for fact in machine.facts() if fact[0] != "threads"]
+    settings = [word for setting in options.set for word in ("--set", setting)]
+    rehearsal, wrong = rehearse(options.root, options.ranks, options.names, settings)
+    text = page(rehearsal, wrong, facts)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(text, encoding="utf-8")
+    else:
+        print(text)
+    print("\n".join(wrong) or "The rehearsal passed.", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
