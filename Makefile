@@ -8,11 +8,12 @@ ROOT ?= work
 SHARED ?= ../shared
 DEEPSPEED := deepspeed==0.19.8
 
-.PHONY: help setup quickstart control toolchains test test-fast bench lint docs format lock clean
+.PHONY: help setup quickstart control rehearsal toolchains test test-fast bench lint docs format lock clean
 
 help:
 	@echo 'make quickstart  the main job on tiny models: environment, then about four minutes on two cores'
 	@echo 'make control     whether fusion teaches what the sources know, on three seeds of the quickstart'
+	@echo 'make rehearsal   the paper'"'"'s run in small: every table by two ranks under ZeRO-2, killed twice on the way'
 	@echo 'make toolchains  on Debian: bubblewrap, the compilers of the ten languages of MultiPL-E, Chromium for tests'
 	@echo 'make test        environment, then all tests'
 	@echo 'make test-fast   environment, then the tests that are not marked slow: two minutes'
@@ -38,6 +39,9 @@ quickstart: $(READY)
 
 control: $(READY)
 	FUSELLM_CONTROL_SEEDS=3 $(BIN)/python -m pytest tests/harness/experiment/test_control.py
+
+rehearsal: $(READY)
+	$(BIN)/python -m benchmarks.rehearsal --root $(ROOT)/rehearsal --output docs/results/rehearsal/README.md
 
 toolchains:
 	.ci/toolchains

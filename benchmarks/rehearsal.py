@@ -1,9 +1,9 @@
 """The paper's run rehearsed: every table of the profile `rehearsal` by two ranks under ZeRO-2, killed twice on the way.
 
-The run is started by torchrun. When it has begun a third of its stages all of its processes are killed, as by a machine
-that goes down; when it has begun half of the rest one rank is killed, as by a driver that fails. It is started again
-after each. Then it is audited, its tables and its report are written, every table is computed a second time from the
-stored records, and the finished run is started once more, which must make nothing. Writes a page about it.
+The run is started by torchrun. While it extracts all of its processes are killed, as by a machine that goes down; while
+it trains one rank is killed, as by a driver that fails. It is started again after each. Then it is audited, its tables
+and its report are written, every value of a table is computed a second time from the stored records, and the finished
+run is started once more, which must make nothing. Writes a page about it.
 
     python -m benchmarks.rehearsal --root work/rehearsal --output docs/results/rehearsal/README.md
 """
@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import psutil
@@ -42,9 +43,8 @@ class Step:
     status: int
     expected: bool
     """Whether it ended as it should."""
-    stages: int = 0
-    """Stages that it began, by its own count."""
-    stages_planned: int = 0
+    made: int
+    """Artifacts that it completed."""
 
 
 @dataclass
@@ -68,21 +68,22 @@ class Rehearsal:
         return self._run(name, [*launcher, *command], kill)
 
     def _run(self, name: str, command: Sequence[str], kill: "Kill | None") -> Step:
-        log = self.root / "logs" / f"{len(self.steps) + 1:02d}-{name.replace(' ', '-')}.log"
+        log = self.root / "logs" / f"{len(self.steps) + 1:02d}-{'-'.join(re.findall('[a-z]+', name))}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         print(f"{name}: {' '.join(command)}", file=sys.stderr, flush=True)
         environment = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
-        started, killed = time.monotonic(), False
+        started, before, killed = time.monotonic(), artifacts(self.root).keys(), False
         with log.open("wb") as file:
             process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
             while process.poll() is None:
                 time.sleep(_POLL)
-                if kill is not None and not killed and kill.due(*stages(log)):
+                if kill is not None and not killed and kill.due(self.root):
                     kill.kill(process)
                     killed = True
         status = process.returncode
         as_expected = status == 0 if kill is None else killed and status != 0
-        step = Step(name, command, time.monotonic() - started, status, as_expected, *stages(log))
+        made = len(artifacts(self.root).keys() - before)
+        step = Step(name, command, time.monotonic() - started, status, as_expected, made)
         self.steps.append(step)
         outcome = "" if step.expected else f": NOT AS EXPECTED, see {log}"
         print(f"{name}: status {status} after {step.seconds:,.0f} s{outcome}", file=sys.stderr, flush=True)
@@ -91,18 +92,24 @@ class Rehearsal:
 
 @dataclass(frozen=True)
 class Kill:
-    """Kills a run when it has begun the fraction `after` of its stages: all its processes, or its last rank."""
+    """Kills a run, all its processes or its last rank, in the middle of an artifact."""
 
-    after: float
-    what: str
+    what: Literal["all processes", "one rank"]
+    kind: str
+    """Of the artifact."""
+    after: int
+    """The number of artifacts of the kind that are complete then, at least."""
+    part: str
+    """A file or folder of the artifact, as a pattern, that is there then."""
 
-    def due(self, begun: int, planned: int) -> bool:
-        """True once enough stages have begun."""
-        return planned > 0 and begun >= max(2, planned * self.after)
+    def due(self, root: Path) -> bool:
+        """True once it is time."""
+        folder = root / "artifacts" / self.kind
+        return len(list(folder.glob("[!.]*"))) >= self.after and any(folder.glob(f".*.partial/{self.part}"))
 
     def kill(self, process: "subprocess.Popen[bytes]") -> None:
         """Sends SIGKILL."""
-        if self.what == "machine":
+        if self.what == "all processes":
             children = psutil.Process(process.pid).children(recursive=True)
             os.killpg(process.pid, signal.SIGKILL)
             for child in children:  # ranks are in sessions of their own
@@ -112,22 +119,16 @@ class Kill:
             psutil.Process(process.pid).children()[-1].kill()
 
 
-def stages(log: Path) -> tuple[int, int]:
-    """How many stages a run has begun, and how many it had to do, by the last line that says so."""
-    said = re.findall(rb"stage (\d+) of (\d+)", log.read_bytes())
-    return (int(said[-1][0]), int(said[-1][1])) if said else (0, 0)
-
-
 def recomputed(records: pd.DataFrame) -> dict[tuple[str, str, str, str], float]:
     """Every value of a table of one seed by row, suite, task and metric, by the plainest computation."""
     final = records[records["tokens"].isna()]
     values = {}
-    for key, of_key in final.groupby(["method", "suite", "task", "metric"]):
+    for (method, suite, task, metric), of_key in final.groupby(["method", "suite", "task", "metric"]):
         numerator, denominator = of_key["numerator"], of_key["denominator"]
-        if key[3] == "bits_per_byte":
-            values[key] = numerator.sum() / denominator.sum() / math.log(2)
-        else:
-            values[key] = 100 * (numerator / denominator).mean()
+        value = numerator.sum() / denominator.sum() / math.log(2)
+        if metric != "bits_per_byte":
+            value = 100 * (numerator / denominator).mean()
+        values[str(method), str(suite), str(task), str(metric)] = float(value)
     return values
 
 
@@ -173,11 +174,17 @@ def stage_times(root: Path) -> dict[str, tuple[int, float]]:
     return dict(sorted(times.items(), key=lambda item: -item[1][1]))
 
 
+KILLS = (
+    Kill("all processes", "predictions", 2, "shard-*"),
+    Kill("one rank", "train", 2, "checkpoints/checkpoint-*/*"),
+)
+
+
 def rehearse(root: Path, ranks: int, names: Sequence[str], settings: Sequence[str]) -> tuple[Rehearsal, list[str]]:
     """Runs all steps; the rehearsal, and what went wrong in sentences."""
     rehearsal, wrong = Rehearsal(root, ranks, names, settings), []
-    rehearsal.run("run, all processes killed", Kill(1 / 3, "machine"))
-    rehearsal.run("run, one rank killed", Kill(1 / 2, "rank"))
+    for kill in KILLS:
+        rehearsal.run(f"run, {kill.what} killed", kill)
     rehearsal.run("run")
     before = artifacts(root)
     rehearsal.run("run again")
@@ -199,7 +206,7 @@ def rehearse(root: Path, ranks: int, names: Sequence[str], settings: Sequence[st
 def page(rehearsal: Rehearsal, wrong: Sequence[str], facts: Sequence[tuple[str, str]]) -> str:
     """The page in Markdown."""
     steps = [
-        f"| {step.name} | `{_short(step.command)}` | {_of(step)} | {step.seconds:,.0f} | "
+        f"| {step.name} | `{_short(step.command)}` | {step.made} | {step.seconds:,.0f} | "
         f"{'yes' if step.expected else f'**no: status {step.status}**'} |"
         for step in rehearsal.steps
     ]
@@ -223,7 +230,7 @@ is shown is that every table is made by {ranks} ranks under ZeRO-2, whatever is 
 
 {facts}
 
-| step | command | stages begun | seconds | as expected |
+| step | command | artifacts made | seconds | as expected |
 | --- | --- | --- | --- | --- |
 {steps}
 
@@ -238,10 +245,6 @@ is shown is that every table is made by {ranks} ranks under ZeRO-2, whatever is 
 def _short(command: Sequence[str]) -> str:
     """The command without what depends on the place."""
     return re.sub(r" --(root|out) \S+", "", " ".join(command))
-
-
-def _of(step: Step) -> str:
-    return f"{step.stages} of {step.stages_planned}" if step.stages_planned else "–"
 
 
 def _agreement(rehearsal: Rehearsal) -> str:

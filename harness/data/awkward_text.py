@@ -59,7 +59,7 @@ def awkward_texts(split: str) -> list[tuple[str, str]]:
 def long_line(n_bytes: int = LINE_BYTES, name: str = "line") -> str:
     """A line of JSON records of `n_bytes` bytes (ASCII) without a line end; another for each name."""
     record, words = 60, _WORDS.split()
-    records = []
+    records: list[str] = []
     size = 0
     while size < n_bytes:
         drawn = hashlib.shake_256(f"{name}: record {len(records)}".encode()).digest(record)
