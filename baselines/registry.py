@@ -33,8 +33,12 @@ METHODS: Registry[Method] = Registry(
         "ensemble": "baselines.ensemble",
         "fuse_then_merge": "baselines.fuse_then_merge",
         "fusellm": "baselines.fusellm",
+        "gold": "baselines.gold",
         "merge": "baselines.merge",
+        "simct": "baselines.simct",
+        "strict": "baselines.strict",
         "uld": "baselines.uld",
+        "xtoken": "baselines.xtoken",
     },
 )
 

@@ -214,7 +214,7 @@ def _project(
     switches: Switches,
 ) -> Projected:
     """The source's entries at every position of the target in the sequence."""
-    ids, p = _entries(source.name, passages)
+    ids, p = stored_entries(source.name, passages)
     read = [passage[source.name] for passage in passages]
     if switches.true_token == "always" or switches.along_text:
         true_token = np.concatenate([np.append(predictions.tokens[1:], -1) for predictions in read])
@@ -227,7 +227,7 @@ def _project(
         partner = _partners(source, target, passages, target_vocabulary, switches.alignment)
         # The published pairing is one of strings, and leaves a text's first token as it is.
         if source.name != target and ALIGNMENTS.choose(switches.alignment).part.name != "dtw":
-            ids = _respaced(ids, partner, source_tokens.ends, target_tokens.ends, source.vocabulary)
+            ids = respaced(ids, partner, source_tokens.ends, target_tokens.ends, source.vocabulary)
         ids, p = project_entries(
             ids,
             p,
@@ -289,7 +289,7 @@ def _partners(
     return np.concatenate(partners).astype(np.int32)
 
 
-def _entries(name: str, passages: Sequence[Mapping[str, Predictions]]) -> tuple[np.ndarray, np.ndarray]:
+def stored_entries(name: str, passages: Sequence[Mapping[str, Predictions]]) -> tuple[np.ndarray, np.ndarray]:
     """ids[M, k] and probabilities float64[M, k] of all of a model's positions in the sequence.
 
     Entries and tail are stored rounded, each for itself: they are scaled together to sum to 1, so that a small tail
@@ -320,7 +320,7 @@ def _entries(name: str, passages: Sequence[Mapping[str, Predictions]]) -> tuple[
     return np.concatenate([passage[name].ids for passage in passages]), np.concatenate(columns)
 
 
-def _respaced(
+def respaced(
     ids: np.ndarray, partner: np.ndarray, source_ends: np.ndarray, target_ends: np.ndarray, vocabulary: Vocabulary
 ) -> np.ndarray:
     """The source's entries ids[M, k] with, before a passage's first token, the space that the target would write there.

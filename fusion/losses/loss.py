@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -66,6 +66,18 @@ class LossRequirements:
     """What the map compares."""
     models: Sequence[str] = ()
     """Roles whose models are held in memory and predict every batch with the target; they need its tokenizer."""
+    encodings: Sequence[str] = ()
+    """Roles, among those of `predictions`, whose tokens are encoded by the target's tokenizer, and the other way round.
+    """
+
+
+class Encodings(NamedTuple):
+    """The tokens of two vocabularies in one another's (`fusion.vocabulary.pieces.encode_tokens`)."""
+
+    of_target: np.ndarray
+    """int32[V_target, n]: the first tokens of a role for each of the target's, -1 beyond the last."""
+    of_role: np.ndarray
+    """int32[V_role, n]: the first tokens of the target for each of the role's."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,8 @@ class LossResources:
     """int32[V_source] for each role in `LossRequirements.maps`: target ids, see `fusion.vocabulary.maps`."""
     pieces: Mapping[str, PieceMap] = field(default_factory=dict)
     """For each of them whose map is of a kind in `fusion.vocabulary.pieces.PIECES`, what its tokens begin with."""
+    encodings: Mapping[str, Encodings] = field(default_factory=dict)
+    """For each role in `LossRequirements.encodings`."""
 
     def source(self, name: str) -> Source:
         """The role for `fuse_sequence`: with its map, or the identity where its token ids are the target's."""
@@ -88,6 +102,25 @@ class LossResources:
         vocabulary, size = self.vocabularies[name], len(self.vocabularies[self.target])
         ids = np.arange(len(vocabulary), dtype=np.int32)
         return Source(name, vocabulary, np.where(ids < size, ids, -1))
+
+    def shared(self, name: str) -> np.ndarray:
+        """int32[V_role]: the target's id of each token of the role that both have, one to one; -1 for all others.
+
+        Of several tokens of the role that are mapped to one of the target's an ordinary one is taken before a
+        byte-fallback one, and the lowest id before others.
+        """
+        if name not in self._shared:
+            source = self.source(name)
+            fallback = np.isin(np.arange(len(source.map)), list(source.vocabulary.byte_fallback))
+            order = np.argsort(fallback, kind="stable")
+            target_ids, first = np.unique(source.map[order], return_index=True)
+            self._shared[name] = np.full(len(source.map), -1, np.int32)
+            self._shared[name][order[first]] = target_ids
+        return self._shared[name]
+
+    @cached_property
+    def _shared(self) -> dict[str, np.ndarray]:
+        return {}
 
     @cached_property
     def _with_target_ids(self) -> frozenset[str]:
@@ -139,6 +172,13 @@ class Loss(ABC):
         `features` are those of the N positions, and `labels`[N], the next token of each (negative for none).
         """
         raise NotImplementedError(f"{type(self).__name__} overrides neither __call__ nor term")
+
+    def constants(self, resources: LossResources) -> dict[str, np.ndarray]:
+        """Arrays that are the same at all positions, by names that no feature has; `__call__` gets them with these.
+
+        A loss that overrides `term` as well gives a `fusion.losses.term.LossTerm`.
+        """
+        return {}
 
     def term(self, batch: Mapping[str, Tensor], teachers: Mapping[str, TeacherModel]) -> Term:
         """This loss at the B * L positions of a batch: a term of `fusion.losses.objective.Objective`.
@@ -219,6 +259,10 @@ LOSSES: Registry[type[Loss]] = Registry(
     "fusellm.losses",
     own={
         "fusion": "fusion.losses.fusion_loss",
+        "gold": "fusion.losses.gold",
+        "simct": "fusion.losses.simct",
+        "strict": "fusion.losses.strict",
+        "xtoken": "fusion.losses.xtoken",
         "top_k_distillation": "fusion.losses.top_k_distillation",
         "online_distillation": "fusion.losses.online_distillation",
         "uld": "fusion.losses.uld",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -57,6 +57,8 @@ class LossTerm(Term):
     features: Mapping[str, Tensor]
     """Tensors [N, ...], among them `weight`, which is 0 exactly where the loss is 0 whatever the logits."""
     cuts: Tensor | None = None
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the loss is given beside the features, the same at all positions (`Loss.constants`)."""
 
     in_place: ClassVar[bool] = False
 
@@ -66,7 +68,7 @@ class LossTerm(Term):
 
     def __getitem__(self, index: Any) -> LossTerm:
         features = {name: array[index] for name, array in self.features.items()}
-        return LossTerm(self.loss, features, None if self.cuts is None else self.cuts[index])
+        return replace(self, features=features, cuts=None if self.cuts is None else self.cuts[index])
 
     def values_and_gradient(
         self, logits: Tensor, *, gold: Tensor, clm_weight: Tensor, lam: float, gradient: bool
@@ -76,7 +78,7 @@ class LossTerm(Term):
             clm = torch.where(
                 clm_weight != 0, clm_weight * F.cross_entropy(leaf, gold, ignore_index=-1, reduction="none"), 0
             )
-            nats = self.loss(leaf, self.features)
+            nats = self.loss(leaf, {**self.features, **self.constants})
             if gradient:
                 logits.copy_(torch.autograd.grad(mixed(clm.sum(), nats.sum(), lam), leaf)[0])
         return clm.detach(), nats.detach()

@@ -37,6 +37,32 @@ def longest_prefix(target: Vocabulary, encode_target: EncodeTexts) -> Pieces:
     return lambda texts: np.array([prefix(text) for text in texts], np.int32)
 
 
+def encode_tokens(source: Vocabulary, target: Vocabulary, encode_target: EncodeTexts, n: int = 4) -> np.ndarray:
+    """int32[V_source, n]: the first n target tokens of each source token's bytes, -1 beyond the last.
+
+    They are what the target's tokenizer makes of the bytes in the middle of other text. Bytes that are not whole
+    characters, and text that it does not reproduce, are cut into longest target tokens from the left, up to where there
+    is none. Control tokens have no bytes and so no tokens.
+    """
+    longest = longest_prefix(target, encode_target)
+    spelled = {i: token for i, token in enumerate(source.token_bytes) if token}
+    readable = {}
+    for i, token in spelled.items():
+        with suppress(UnicodeDecodeError):
+            readable[i] = token.decode("utf-8")
+    encoded = dict(zip(readable, encode_after_text(encode_target, target, list(readable.values())), strict=True))
+    result = np.full((len(source), n), NOTHING, np.int32)
+    for i, token in spelled.items():
+        ids = encoded.get(i, [])
+        if b"".join(target.token_bytes[t] or b"" for t in ids if 0 <= t < len(target)) != token:
+            ids, left = [], token
+            while len(ids) < n and left and (piece := int(longest([left])[0])) != NOTHING:
+                ids.append(piece)
+                left = left[len(target.token_bytes[piece] or b"") :]
+        result[i, : len(ids)] = ids[:n]
+    return result
+
+
 def first_piece(target: Vocabulary, encode_target: EncodeTexts) -> Pieces:
     """The first token when the target's tokenizer encodes the bytes; it favours short target tokens.
 

@@ -5,12 +5,15 @@ A plan knows the fingerprints of all of them and opens none; a training then ope
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
-from fusion.losses.loss import LossRequirements, LossResources
+from fusion.losses.loss import Encodings, LossRequirements, LossResources
+from fusion.vocabulary.pieces import encode_tokens
 from fusion.vocabulary.token_bytes import Vocabulary
+from fusion.vocabulary.tokenization import encode_all
 from harness.config.schema import ExtractionConfig
 from harness.data.passages import Passages
 from harness.data.predictions import PredictionsReader
@@ -73,7 +76,17 @@ def load_resources(requirements: LossRequirements, inputs: LossInputs, tokenizer
         vocabularies,
         {name: read_map(folder) for name, (_, folder) in inputs.maps.items()},
         {name: piece_map for name, piece_map in pieces.items() if piece_map is not None},
+        {name: _encodings(tokenizer_of(TARGET), tokenizer_of(name)) for name in requirements.encodings},
     )
+
+
+def _encodings(target: tuple[Any, Vocabulary], role: tuple[Any, Vocabulary]) -> Encodings:
+    """The tokens of the target and of a role in one another's, from their tokenizers and vocabularies."""
+    of_target, of_role = (
+        encode_tokens(one, other, partial(encode_all, tokenizer))
+        for (_, one), (tokenizer, other) in ((target, role), (role, target))
+    )
+    return Encodings(of_target, of_role)
 
 
 def open_predictions(

@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fusion.losses.loss import Balance, Loss, LossRequirements
 from fusion.modeling.context import context_length
 from fusion.vocabulary.token_bytes import Vocabulary
@@ -79,6 +81,7 @@ def train_on_passages(
     predictions: Mapping[str, PredictionsReader] = {},
     prefix: str | None = None,
     load_teachers: Callable[[], "Mapping[str, PreTrainedModel]"] = dict,
+    constants: Mapping[str, np.ndarray] = {},
     curve: "Curve | None" = None,
     validation: "Curve | None" = None,
     share: float = 1.0,
@@ -121,6 +124,7 @@ def train_on_passages(
             loss=loss,
             balance=balance,
             teachers=load_teachers(),
+            constants=constants,
             seed=seed,
             device=device,
             folder=folder,
@@ -241,9 +245,10 @@ def make_training(
     def build(folder: Path) -> dict[str, Any]:
         tokenizer, vocabulary = tokenizer_of(TARGET)
         passages, loss, requirements = Passages(training.passages[1]), training.loss, training.requirements
-        features = None
+        features, constants = None, dict[str, np.ndarray]()
         if loss is not None:
-            features = partial(loss.features, resources=load_resources(requirements, training.inputs, tokenizer_of))
+            resources = load_resources(requirements, training.inputs, tokenizer_of)
+            features, constants = partial(loss.features, resources=resources), loss.constants(resources)
         along = None if curve_spec is None else curve.along(curve_spec.fingerprint[:16], tokenizer)
         train = partial(
             train_on_passages,
@@ -261,6 +266,7 @@ def make_training(
             loss=loss,
             balance=training.balance,
             features=features,
+            constants=constants,
             predictions=open_predictions(requirements, training.inputs, passages, tokenizer_of),
             prefix=training.base.spec.prefix,
             load_teachers=lambda: {

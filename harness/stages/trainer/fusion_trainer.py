@@ -3,6 +3,7 @@
 import shutil
 import types
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, Trainer
 
 from fusion.losses.loss import Loss
 from fusion.losses.objective import Objective
+from fusion.losses.term import LossTerm
 from fusion.modeling.heads import fused_forward
 from fusion.modeling.packing import Packing
 from fusion.modeling.teacher import Teacher
@@ -108,18 +110,29 @@ class FusionTrainer(Trainer):
 
 
 def replace_forward(
-    model: PreTrainedModel, packing: Packing, loss: Loss | None, teachers: Mapping[str, Teacher], **weighing: Any
+    model: PreTrainedModel,
+    packing: Packing,
+    loss: Loss | None,
+    teachers: Mapping[str, Teacher],
+    constants: Mapping[str, Tensor],
+    **weighing: Any,
 ) -> None:
-    """Puts the objective, weighed as given, inside the model's forward, where data parallel wrappers call it."""
+    """Puts the objective, weighed as given, inside the model's forward, where data parallel wrappers call it.
+
+    `constants` are the loss's, on the model's device.
+    """
 
     def forward(self: PreTrainedModel, measure: Callable[..., Any] | None = None, **batch: Tensor) -> Any:
         if measure is not None:
             return measure(self)
         labels = batch["labels"].flatten()
+        term = None if loss is None else loss.term(batch, teachers)
+        if isinstance(term, LossTerm):
+            term = replace(term, constants=constants)
         objective = Objective(
             gold=labels.clamp(min=-1),
             clm_weight=(labels >= 0).float(),
-            term=None if loss is None else loss.term(batch, teachers),
+            term=term,
             **weighing,
         )
         return tuple(fused_forward(self, batch["input_ids"], batch["position_ids"], objective, packing=packing))

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
 from fusion.losses.loss import Balance, Loss
@@ -48,6 +50,7 @@ def train(
     loss: Loss | None = None,
     balance: Balance = "none",
     teachers: Mapping[str, PreTrainedModel] = {},
+    constants: Mapping[str, np.ndarray] = {},
     seed: int,
     device: str,
     folder: Path,
@@ -60,11 +63,12 @@ def train(
 
     Goes on from the last complete checkpoint in `folder`: bit for bit on a CPU, up to rounding on CUDA, where backward
     passes add in no fixed order. `lam` and `balance` are those of `Objective`, the latter over a micro batch; `loss` is
-    the other term, whose features `rows` hold, and `teachers` are the models that it requires, on `device`. Both terms
-    are divided by the labels of the global batch. `curve` is measured along the way. With `validation` the model is the
-    checkpoint, of those that this text is measured with, that it likes best, else the last one; returns which it is
-    (see `selected`), on the main process, or nothing. Called by all ranks. Raises UserError when packed passages would
-    see each other, the loss diverges, or the ranks do not fit the configuration or the checkpoint.
+    the other term, whose features `rows` hold; `teachers` are the models that it requires, on `device`, and `constants`
+    its arrays that are the same at all positions. Both terms are divided by the labels of the global batch. `curve` is
+    measured along the way. With `validation` the model is the checkpoint, of those that this text is measured with,
+    that it likes best, else the last one; returns which it is (see `selected`), on the main process, or nothing. Called
+    by all ranks. Raises UserError when packed passages would see each other, the loss diverges, or the ranks do not fit
+    the configuration or the checkpoint.
     """
     final = folder / MODEL_FOLDER
     if distributed.broadcast(is_sealed(final)):  # killed before the artifact's rename
@@ -79,7 +83,15 @@ def train(
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     arguments = _arguments(config, folder / "checkpoints", seed=seed, device=device)
     distributed.check_world(arguments.world_size, "accelerate")
-    replace_forward(model, packing, loss, {n: Teacher(t) for n, t in teachers.items()}, lam=lam, balance=balance)
+    replace_forward(
+        model,
+        packing,
+        loss,
+        {name: Teacher(teacher) for name, teacher in teachers.items()},
+        {name: torch.from_numpy(array).to(device) for name, array in constants.items()},
+        lam=lam,
+        balance=balance,
+    )
     layout = layout_of(config)
     checkpoint = last_checkpoint(folder / "checkpoints", layout)
     done = 0.0
