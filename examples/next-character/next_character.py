@@ -2,7 +2,7 @@ import json
 
 from pydantic import Field
 
-from harness.evaluation.suite import SUITES, Example, SuiteConfig, SuiteResult
+from harness.evaluation.suite import SUITES, Example, Suite, SuiteConfig, SuiteResult
 from harness.store.artifacts import Spec
 from harness.store.files import write_atomically
 from harness.store.fingerprint import fingerprint
@@ -13,7 +13,7 @@ class NextCharacterConfig(SuiteConfig):
 
 
 @SUITES.register("next_character", version=1, parameters=NextCharacterConfig)
-class NextCharacter:
+class NextCharacter(Suite):
     """Is the first character that the model would write the next one of the text?"""
 
     name = "next_character"

@@ -149,7 +149,8 @@ class Perplexity(Suite):
         def build(folder: Path) -> None:
             if measured is not evaluated:
                 evaluated.release()  # lest the model be in memory twice
-            refuse_too_large(measured.label, measured.parameters, measured.dtype, measured.device)
+            members = [(member.parameters, member.dtype) for member, _ in measured.members]
+            refuse_too_large(measured.label, members, measured.device)
             evaluate(folder, measured, text.documents, self.config)
             if measured is not evaluated:
                 measured.release()
@@ -176,6 +177,16 @@ class Perplexity(Suite):
             notes=notes,
             skipped={domain: some for domain, some in unread.items() if domain not in none},
         )
+
+    def check_context(self, label: str, context: int) -> None:
+        if self.config.window > context:
+            raise UserError(
+                f"suites.perplexity.window = {self.config.window} exceeds the context of {label}, {context}: lower it."
+            )
+
+    def check_memory(self, label: str, members: Sequence[tuple[float, str]], device: str) -> None:
+        own = self.config.dtype
+        refuse_too_large(label, members if own == "role" else [(size, own) for size, _ in members], device)
 
     def with_curve(self, result: SuiteResult, curve: Artifact) -> SuiteResult:
         """A trained candidate's result and the measurements of its training, with the tokens trained on before each."""
@@ -213,13 +224,18 @@ class Perplexity(Suite):
         return {sha256: name for sha256, name in names.items() if times[name] > 1}
 
 
-def refuse_too_large(label: str, parameters: float, dtype: str, device: str) -> None:
-    """Raises UserError where the weights alone exceed the memory of the device."""
-    needed, memory = parameters * (4 if dtype == "float32" else 2), device_memory(device)
+def refuse_too_large(label: str, members: Sequence[tuple[float, str]], device: str) -> None:
+    """Raises UserError where the weights alone exceed the memory of the device.
+
+    members: parameters and precision of each model that is in memory at one time.
+    """
+    needed = sum(parameters * (4 if dtype == "float32" else 2) for parameters, dtype in members)
+    memory, dtypes = device_memory(device), sorted({dtype for _, dtype in members})
     if needed > memory:
+        lower = "set suites.perplexity.dtype to bfloat16, or to role" if "float32" in dtypes else "leave it out"
         raise UserError(
-            f"{label} has {needed / 1e9:.1f} GB of weights in {dtype}, in which perplexity is computed, and {device} "
-            f"has {memory / 1e9:.1f} GB of memory: set suites.perplexity.dtype to bfloat16, or to role."
+            f"{label} has {needed / 1e9:.1f} GB of weights in {' and '.join(dtypes)}, in which perplexity is computed, "
+            f"and {device} has {memory / 1e9:.1f} GB of memory: {lower}."
         )
 
 

@@ -14,9 +14,11 @@ from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from baselines.method import Artifact
 from fusion.errors import UserError, did_you_mean
 from fusion.registry import Registry
 from harness.config.errors import ConfigurationError, problems_of
+from harness.data.corpus import Document
 from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.store.artifacts import Estimate, Spec, Store
 from harness.store.costs import Costs
@@ -109,9 +111,10 @@ class SuiteResult:
 
 
 class Suite(Protocol):
-    """Measures candidates. Registered by `@SUITES.register(NAME, parameters=MODEL)`, MODEL being that of its settings.
+    """Base of the classes that measure candidates.
 
-    Packages offer theirs by the entry-point group `fusellm.suites`.
+    Registered by `@SUITES.register(NAME, parameters=MODEL)`, MODEL being that of its settings. Packages offer theirs by
+    the entry-point group `fusellm.suites`.
     """
 
     config: Any
@@ -126,6 +129,26 @@ class Suite(Protocol):
 
     def measure(self, evaluated: EvaluatedModel, store: Store, costs: Costs) -> SuiteResult:
         """Evaluates what is missing. Under a dry store only plans it, and must not load the candidate."""
+
+    @property
+    def documents(self) -> Sequence[Document]:
+        """Texts that are tested on as a whole, so that no training corpus may hold them. Default: none."""
+        return ()
+
+    def check_context(self, label: str, context: int) -> None:
+        """Raises UserError, before anything is made, where a model with so many positions cannot be measured."""
+        return
+
+    def check_memory(self, label: str, members: Sequence[tuple[float, str]], device: str) -> None:
+        """Raises UserError, before anything is made, where models do not fit the device together.
+
+        members: parameters and precision of each model that is in memory at one time.
+        """
+        return
+
+    def with_curve(self, result: SuiteResult, curve: Artifact) -> SuiteResult:
+        """The result of a trained candidate with what was measured during its training. Default: nothing is added."""
+        return result
 
     @classmethod
     def answers(cls, folder: Path, metric: str) -> Iterator[StoredAnswer]:
@@ -149,14 +172,14 @@ SUITES: Registry[type[Suite]] = Registry(
 
 
 def suite_parameters(name: str) -> type[BaseModel]:
-    """The model of a suite's settings. Raises UserError for an unknown suite and for one registered without a model."""
-    model = SUITES.part(name).parameters
-    if model is None:
+    """The model of a suite's settings. Raises UserError for an unknown suite and for one that is not made as others."""
+    part = SUITES.part(name)
+    if part.parameters is None or Suite not in part.value.__mro__:
         raise UserError(
-            f"The suite {name!r} says nothing of its settings: decorate its class with @SUITES.register({name!r}, "
-            "parameters=...), or uninstall the package that offers it."
+            f"The suite {name!r} is no subclass of Suite that @SUITES.register({name!r}, parameters=...) decorates: "
+            "correct or uninstall the package that offers it."
         )
-    return model
+    return part.parameters
 
 
 def suite_config(name: str, given: Any, where: str | None = None) -> BaseModel:

@@ -11,7 +11,6 @@ from fusion.errors import UserError
 from fusion.vocabulary.tokenization import encode, prefix_id
 from harness.config.validation import method_parameters
 from harness.data.passages import Passages
-from harness.evaluation.perplexity import refuse_too_large
 from harness.experiment.pipeline import TARGET, Experiment
 from harness.models.checkpoints import load_tokenizer
 from harness.runtime import distributed
@@ -48,32 +47,27 @@ def check_validation(dry: Experiment, experiment: Experiment) -> None:
 
 
 def check_sizes(experiment: Experiment) -> None:
-    """Refuses a k above a vocabulary and a window above a context, as far as the models are here."""
-    config = experiment.config
-    k, perplexity = config.extraction.k, experiment.corpora.perplexity
-    window = perplexity.config.window if perplexity is not None else 0
+    """Refuses a k above a vocabulary and contexts that suites cannot use, as far as the models are here."""
+    config, k = experiment.config, experiment.config.extraction.k
     evaluated = {entry.get("role", TARGET) for entry in config.methods.values()}
     for name in experiment.models.names:
         vocabulary, context = experiment.models.limits(name)
         if vocabulary and k > vocabulary:
             raise UserError(f"extraction.k = {k} exceeds the vocabulary of {name}, {vocabulary}: lower it.")
-        if context and window > context and name in evaluated:
-            raise UserError(f"suites.perplexity.window = {window} exceeds the context of {name}, {context}: lower it.")
+        if context and name in evaluated:
+            for suite in experiment.suites.values():
+                suite.check_context(name, context)
 
 
 def check_memory(experiment: Experiment) -> None:
-    """Refuses rows whose model, or ensemble of models, does not fit the device in the precision that perplexity is
-    computed in.
-    """
-    models, perplexity, methods = experiment.models, experiment.corpora.perplexity, experiment.config.methods
-    if perplexity is None:
-        return
+    """Refuses rows whose model, or ensemble of models, does not fit the device in the precision of a suite."""
+    models, methods = experiment.models, experiment.config.methods
     single = {entry.get("role", TARGET) for entry in methods.values() if entry["method"] != "ensemble"}
     together = [(name, [name]) for name in sorted(single)]
     for label, entry in methods.items():
         if entry["method"] == "ensemble":
             ensemble = method_parameters(label, entry, EnsembleParameters)
-            if ensemble.combine != "vote":  # its members are asked one by one, and have no perplexity
+            if ensemble.combine != "vote":  # its members are asked one by one, never together
                 members = ensemble.models or list(experiment.config.roles.sources)
                 weights = ensemble.weights if isinstance(ensemble.weights, list) else [1.0] * len(members)
                 names = [name for name, weight in zip(members, weights, strict=False) if weight > 0]
@@ -81,11 +75,9 @@ def check_memory(experiment: Experiment) -> None:
                 together.append((label, [methods[n].get("role", TARGET) if n in methods else n for n in names]))
     for label, names in together:
         known = [name for name in names if name in models.names]
-        if known:
-            parameters = sum(models.size(name).parameters for name in known)
-            dtypes = {models.dtype(name) for name in known}
-            dtype = "+".join(sorted(dtypes)) if perplexity.config.dtype == "role" else perplexity.config.dtype
-            refuse_too_large(label, parameters, dtype, experiment.workspace.device)
+        sizes = [(models.size(name).parameters, models.dtype(name)) for name in known]
+        for suite in experiment.suites.values():
+            suite.check_memory(label, sizes, experiment.workspace.device)
 
 
 def check_lengths(experiment: Experiment) -> None:

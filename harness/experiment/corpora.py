@@ -1,6 +1,6 @@
 """The texts of an experiment: what is trained on, what is chosen by, what is tested on, and that these are apart."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from harness.data import corpus
 from harness.data.corpus import Document
 from harness.data.passages import Passages, corpus_sentence, make_passages
 from harness.evaluation.perplexity import HeldOutText, Perplexity, PerplexityConfig
+from harness.evaluation.suite import Suite
 from harness.runtime.progress import notify
 from harness.store.artifacts import Spec, Store
 
@@ -20,11 +21,12 @@ class Corpora:
     Held-out documents are compared with the text that is trained on, but not in a plan, which makes no passages.
     """
 
-    def __init__(self, store: Store, config: Config, perplexity: Perplexity | None) -> None:
-        """`perplexity` is the suite that measures the test documents; None where the experiment has no such suite."""
+    def __init__(self, store: Store, config: Config, suites: Mapping[str, Suite]) -> None:
         self.config = config
         self.store = store
-        self.perplexity = perplexity
+        self._suites = suites
+        self.perplexity = next((suite for suite in suites.values() if isinstance(suite, Perplexity)), None)
+        """The suite in whose way text is measured while a model is trained; None where the experiment has none."""
         self.data_root = config.data.folder
         self.requested: set[str] = set()
         """The held-out texts that were asked for: `validation`, where a method chooses by it."""
@@ -67,9 +69,10 @@ class Corpora:
         return self.perplexity.text(dry=self.store.dry, per_domain=per_domain)
 
     def check_test_documents(self) -> None:
-        """Raises UserError when a document of the perplexity suite is in a training corpus."""
-        if self.perplexity is not None:
-            self._check_not_trained(self.perplexity.documents, "suites.perplexity.documents")
+        """Raises UserError when a document that a suite tests on is in a training corpus."""
+        for name, suite in self._suites.items():
+            if suite.documents:
+                self._check_not_trained(suite.documents, f"suites.{name}.documents")
 
     @property
     def validation(self) -> Perplexity:

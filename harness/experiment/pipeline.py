@@ -64,8 +64,7 @@ def open_experiment(config: Config, root: Path, *, dry: bool = False, flops: flo
     info = {"configuration": config.model_dump(mode="json")}
     workspace = open_workspace(root, config.device, dry=dry, info=info, flops=flops)
     suites = {name: SUITES.get(name)(given, config.data.folder) for name, given in config.suites.items()}
-    perplexity = suites.get(Perplexity.name)
-    corpora = Corpora(workspace.store, config, perplexity if isinstance(perplexity, Perplexity) else None)
+    corpora = Corpora(workspace.store, config, suites)
     return Experiment(config, workspace, ModelPool(workspace, config, corpora), corpora, suites)
 
 

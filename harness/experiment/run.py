@@ -227,12 +227,12 @@ def _record(
 ) -> Iterator[dict[str, Any]]:
     """Writes the records of a row, one file a suite, and gives the entries of `run.json` about them.
 
-    Those of the perplexity suite hold the held-out curve of the row's training, too.
+    They hold what a suite has of the held-out curve of the row's training, too.
     """
-    config, curve, perplexity = experiment.config, row.candidate.curve, experiment.corpora.perplexity
+    config, curve = experiment.config, row.candidate.curve
     for name, result in results.items():
-        if perplexity is not None and name == perplexity.name and curve is not None and curve.folder.exists():
-            result = perplexity.with_curve(result, curve)
+        if curve is not None and curve.folder.exists():
+            result = experiment.suites[name].with_curve(result, curve)
         yield write_records(
             folder,
             name,

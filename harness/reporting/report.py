@@ -198,9 +198,7 @@ def _stored_answers(suite: str, folder: Path, metric: str) -> "Iterator[StoredAn
         kind = SUITES.get(suite)
     except UserError:
         return
-    answers = getattr(kind, "answers", None)  # a suite of another package need not have them
-    if answers is not None:
-        yield from answers(folder, metric)
+    yield from kind.answers(folder, metric)
 
 
 def _costs(manifests: Any) -> Iterator[Cost]:

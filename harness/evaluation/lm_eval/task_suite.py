@@ -36,6 +36,7 @@ from harness.evaluation.suite import (
     Example,
     LimitedConfig,
     StoredAnswer,
+    Suite,
     SuiteResult,
     append_line,
     ensure_jointly,
@@ -76,7 +77,7 @@ class LmEvalConfig(LimitedConfig):
     )
 
 
-class LmEvalSuite:
+class LmEvalSuite(Suite):
     """A suite of lm-eval tasks: one artifact a candidate and task, one line an example."""
 
     name: ClassVar[str]

@@ -26,6 +26,7 @@ from harness.evaluation.suite import (
     SUITES,
     LimitedConfig,
     StoredAnswer,
+    Suite,
     SuiteResult,
     append_line,
     chosen,
@@ -92,7 +93,7 @@ class MultiplEConfig(LimitedConfig):
 
 
 @SUITES.register("multipl_e", parameters=MultiplEConfig, reference="Cassano et al. 2023, arXiv 2208.08227")
-class MultiplE:
+class MultiplE(Suite):
     """HumanEval in ten languages, scored by pass@k (arXiv 2107.03374, equation 1)."""
 
     name = "multipl_e"

@@ -12,7 +12,7 @@ import yaml
 from fusion.errors import UserError
 from harness.config.json_schema import json_schema
 from harness.config.shipped import names
-from harness.evaluation.suite import SUITES, Suite, suite_config
+from harness.evaluation.suite import SUITES, Suite, SuiteConfig, suite_config
 from harness.store.paths import PRESETS
 from tests.registries import restore_after
 
@@ -144,12 +144,15 @@ def test_every_method_and_suite_completes(checker: Checker) -> None:
     assert sorted(suites) == names("suites") and "bbh" in suites and "multipl_e" in suites
 
 
-def test_a_suite_that_does_not_say_its_settings_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("made", "model"), [(Suite, None), (dict, SuiteConfig)])
+def test_what_is_not_made_like_a_suite_is_refused_by_name(
+    made: Any, model: type[SuiteConfig] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     restore_after(monkeypatch, SUITES)
-    SUITES.register("bare")(Suite)
-    with pytest.raises(UserError, match=r"'bare' says nothing of its settings: decorate its class with @SUITES"):
+    SUITES.register("bare", parameters=model)(made)
+    with pytest.raises(UserError, match=r"'bare' is no subclass of Suite that @SUITES.register.* decorates"):
         suite_config("bare", {})
-    assert "'bare' says nothing" in json_schema()["$comment"]
+    assert "'bare' is no subclass of Suite" in json_schema()["$comment"]
 
 
 def test_every_section_of_the_schema_is_described() -> None:
