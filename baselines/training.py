@@ -18,7 +18,9 @@ SHARED = (
     "gradient_checkpointing",
     "save_every",
     "workers",
+    "timeout_minutes",
     "deepspeed",
+    "fsdp2",
 )
 """Settings of `training` that all rows share: rows are packed alike, and computed in one precision and way."""
 _Decay = Annotated[float, Field(ge=0, lt=1)]

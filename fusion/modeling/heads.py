@@ -66,6 +66,14 @@ def split(model: nn.Module) -> Split:
     return _splits[model]
 
 
+def split_as(model: nn.Module, proven: nn.Module) -> None:
+    """Takes over for `model` what `split` finds of a model of the same class and configuration.
+
+    For a model whose weights are in parts, so that it cannot be tried itself (see `fusion.modeling.shallow_copy`).
+    """
+    _splits[model] = split(proven)
+
+
 def find_head(model: nn.Module) -> Head | None:
     """The proven output projection of `model`, holding its own parameters; None where `split` found none."""
     found = split(model)
@@ -77,9 +85,8 @@ def float32_logits(model: nn.Module, hidden: Tensor) -> Tensor:
 
     They are not rounded to the model's dtype (see `fusion.losses.objective.float32_logits_of`).
     """
-    output = _output(model)
-    head = _head(output, split(model))
-    with _instead(output, lambda h: float32_logits_of(h, head)):
+    output, found = _output(model), split(model)
+    with _instead(output, lambda h: float32_logits_of(h, _head(output, found))):
         logits: Tensor = output(hidden)
     return logits
 

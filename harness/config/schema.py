@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from harness.runtime.device import DType
 from harness.store.paths import EXAMPLE_ROWS
@@ -189,9 +189,26 @@ class TrainingConfig(StrictModel):
         500, gt=0, description="steps between two checkpoints, from which an interrupted training resumes"
     )
     workers: int = Field(0, ge=0, description="data loader processes; 0: the training process loads by itself")
+    timeout_minutes: float = Field(
+        30,
+        gt=0,
+        description="minutes without progress of any process after which a training on several ends, naming the one "
+        "that hangs",
+    )
     deepspeed: str | None = Field(
         None, description="zero1, zero2, zero3 or a DeepSpeed JSON file. Default: data parallelism without DeepSpeed"
     )
+    fsdp2: bool = Field(
+        False,
+        description="divide weights, gradients and moments among the processes by torch's FSDP2, without DeepSpeed; "
+        "another number of processes can continue the training",
+    )
+
+    @model_validator(mode="after")
+    def _check_one_sharding(self) -> "TrainingConfig":
+        if self.fsdp2 and self.deepspeed is not None:
+            raise ValueError("training.fsdp2 and training.deepspeed exclude each other: set one of them")
+        return self
 
     def with_own(self, own: Mapping[str, Any]) -> "TrainingConfig":
         """These settings with a row's own in their place."""

@@ -15,6 +15,7 @@ from harness.experiment.pipeline import TARGET, Experiment
 from harness.models.checkpoints import load_tokenizer
 from harness.runtime import distributed
 from harness.runtime.progress import notify
+from harness.stages.trainer.fsdp import check_launched
 from harness.stages.trainer.sharding import check_usable
 from harness.store.artifacts import Planned
 
@@ -29,6 +30,8 @@ def check_inputs(experiment: Experiment) -> None:
     training = experiment.config.training
     if training.deepspeed:
         check_usable(training.deepspeed)
+    if training.fsdp2:
+        check_launched()
     for row, size in experiment.config.global_batch_sizes():
         section = "training" if row is None else f"methods.{row}.training"
         distributed.micro_batches(size, training.micro_batch_size, section)

@@ -65,6 +65,29 @@ def load_model(resolved: ResolvedModel, dtype: DType | None = None, device: str 
     return loaded
 
 
+def load_without_weights(resolved: ResolvedModel) -> "PreTrainedModel":
+    """The model in float32 on the CPU, as `load_model` gives it, but with parameters that nothing is written to.
+
+    They take no memory until something is. For a process that another one sends the weights to.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    spec = resolved.spec
+    options = {} if spec.attn_implementation is None else {"attn_implementation": spec.attn_implementation}
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = _load(
+            resolved,
+            lambda: AutoModelForCausalLM.from_config(
+                load_whole_config(resolved), dtype=torch.float32, trust_remote_code=spec.trust_remote_code, **options
+            ),
+        )
+    model._apply(lambda tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
+    model.tie_weights()
+    return model.eval()
+
+
 def control_tokens(resolved: ResolvedModel) -> "GenerationConfig":
     """The ids of bos, eos and pad that the model generates with: those of its generation_config.json if it has one.
 

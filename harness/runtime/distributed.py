@@ -30,6 +30,11 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
+def rank() -> int:
+    """The number of this rank among all."""
+    return int(os.environ["RANK"]) if launched() else 0
+
+
 def local_rank() -> int:
     """The number of this rank among those of this machine, and so of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0")) if launched() else 0
@@ -37,7 +42,7 @@ def local_rank() -> int:
 
 def is_main_process() -> bool:
     """True for rank 0 of all, which makes everything that is not distributed and prints messages."""
-    return not launched() or int(os.environ["RANK"]) == 0
+    return rank() == 0
 
 
 def initialize(device: str) -> None:
@@ -90,6 +95,35 @@ def broadcast(number: int) -> int:
     shared = torch.tensor(int(number))
     torch.distributed.broadcast(shared, src=0, group=_agreement)
     return int(shared)
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, in order of ranks, on all of them; a collective call, which no rank leaves before all came.
+
+    The ranks wait without spinning, and for as long as it takes.
+    """
+    if world_size() == 1:
+        return [value]
+    import torch
+
+    values: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(values, value, group=_agreement)
+    return values
+
+
+def limit_collectives(seconds: float) -> None:
+    """Has collective operations of a training, and those of the groups that a library has made, fail after `seconds`.
+
+    NCCL would end the process after ten minutes in a group that DeepSpeed makes. The groups in which one rank is waited
+    for without limit (`broadcast`, `gather`) stay as they are.
+    """
+    if world_size() == 1:
+        return
+    from torch.distributed import distributed_c10d as c10d
+
+    for group in list(c10d._world.pg_map):
+        if group is not _agreement and isinstance(group, c10d.ProcessGroup):
+            c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def wait_until(there: Callable[[], bool]) -> None:

@@ -9,6 +9,7 @@ import ctypes
 import gc
 import os
 import resource
+import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,9 +34,12 @@ def device_memory(device: str) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def trim_heap() -> None:
-    """Collects garbage (models that only reference cycles hold) and returns free memory to the kernel."""
+def release_memory() -> None:
+    """Collects garbage (models that only reference cycles hold) and returns free memory to the kernel and the GPU."""
     gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)

@@ -6,10 +6,10 @@ from typing import Any
 from fusion.vocabulary.token_bytes import Vocabulary
 from harness.config.schema import TrainingConfig
 from harness.data.passages import Passages
-from harness.models.checkpoints import load_config, load_model, load_tokenizer
+from harness.models.checkpoints import load_config, load_tokenizer
 from harness.models.resolution import ResolvedModel
 from harness.stages import training
-from harness.stages.training import initial_device, settings_identity, train_on_passages
+from harness.stages.training import load_initial, settings_identity, train_on_passages
 from harness.store.artifacts import Spec
 from harness.store.costs import BYTES_PER_TOKEN
 from harness.store.workspace import Workspace
@@ -52,7 +52,7 @@ def make_continued_model(
             tokenizer,
             Vocabulary.from_tokenizer(tokenizer, load_config(base).vocab_size),
             settings,
-            load=lambda: load_model(base, "float32", initial_device(settings, device)),
+            load=lambda: load_initial(base, settings, device),
             seed=SEED,
             prefix=base.spec.prefix,
             device=device,

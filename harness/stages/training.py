@@ -21,10 +21,11 @@ from harness.config.schema import Config, TrainingConfig
 from harness.data.passages import Passages
 from harness.data.predictions import PredictionsReader
 from harness.models.card import card_metadata
-from harness.models.checkpoints import load_model
+from harness.models.checkpoints import load_model, load_without_weights
 from harness.models.resolution import ResolvedModel
 from harness.runtime import distributed
 from harness.runtime.device import compute_dtype
+from harness.runtime.heartbeat import Heartbeat
 from harness.runtime.progress import notify
 from harness.stages.loss_resources import TARGET, LossInputs, TokenizerOf, load_resources, open_predictions
 from harness.stages.trainer.sharding import zero_stage
@@ -42,7 +43,15 @@ if TYPE_CHECKING:
 
 VERSION = 6
 CURVE_VERSION = 1
-NO_EFFECT = {"workers", "micro_batch_size", "save_every", "gradient_checkpointing", "deepspeed"}
+NO_EFFECT = {
+    "workers",
+    "micro_batch_size",
+    "save_every",
+    "gradient_checkpointing",
+    "timeout_minutes",
+    "deepspeed",
+    "fsdp2",
+}
 """Settings that do not change the weights but for rounding: how the work is divided and where it is kept."""
 VALIDATION = "validation"
 """The name of the curve of validation text, which is no artifact."""
@@ -57,9 +66,15 @@ def settings_identity(settings: TrainingConfig, device: str) -> dict[str, Any]:
     return {**params, "dtype": compute_dtype(settings.dtype, device)}
 
 
-def initial_device(settings: TrainingConfig, device: str) -> str:
-    """Where the model is loaded before it is trained: what ZeRO-3 partitions may be more than one GPU holds."""
-    return "cpu" if zero_stage(settings.deepspeed) == 3 else device
+def load_initial(model: ResolvedModel, settings: TrainingConfig, device: str) -> "PreTrainedModel":
+    """The model in float32 as a training with these settings takes it, on all ranks.
+
+    What ZeRO-3 and FSDP2 divide may be more than one GPU holds and is loaded on the CPU; FSDP2 deals it out from the
+    main process, so that the others have its shapes only.
+    """
+    if settings.fsdp2 and not distributed.is_main_process():
+        return load_without_weights(model)
+    return load_model(model, "float32", "cpu" if settings.fsdp2 or zero_stage(settings.deepspeed) == 3 else device)
 
 
 def train_on_passages(
@@ -114,7 +129,9 @@ def train_on_passages(
     note = sequences.skipped_sentence()
     if note is not None:
         notify(f"{label}: {note}")
-    with redirect_stdout(sys.stderr):  # DeepSpeed prints, and standard output is for tables
+    watch = Heartbeat(folder.with_suffix(".ranks"), what=label, patience=60 * settings.timeout_minutes)
+    # DeepSpeed prints, and standard output is for tables.
+    with redirect_stdout(sys.stderr), watch as heartbeat:
         selected = train(
             model,
             tokenizer,
@@ -130,6 +147,7 @@ def train_on_passages(
             folder=folder,
             label=label,
             card=card,
+            beat=heartbeat.beat,
             curve=curve,
             validation=validation,
         )
@@ -257,7 +275,7 @@ def make_training(
             tokenizer,
             vocabulary,
             settings,
-            load=lambda: load_model(training.base, "float32", initial_device(settings, device)),
+            load=lambda: load_initial(training.base, settings, device),
             seed=training.seed,
             device=device,
             label=f"{training.label} (seed {training.seed})",

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from fusion.errors import UserError
 from harness.runtime import distributed
-from harness.runtime.memory import PeakMemory, trim_heap
+from harness.runtime.memory import PeakMemory, release_memory
 from harness.runtime.progress import stage
 from harness.store.files import (
     disk_errors,
@@ -195,6 +195,7 @@ class Store:
                 self._make_parts(spec, make_parts)
             if on_all_ranks and distributed.broadcast(False):
                 build(self._partial_folder(spec))
+            release_memory()  # as rank 0 does before it makes the next
             distributed.wait_until(lambda: self.path(spec).exists())
             return self.path(spec)  # rank 0 has verified it, or is about to and would end the run
         if not path.exists():
@@ -216,7 +217,7 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = self._partial_folder(spec)
         started, resumed = time.time(), folder.exists()
-        trim_heap()  # the memory of the stage before is not charged to this one
+        release_memory()  # the memory of the stage before is not charged to this one
         with stage(spec.fingerprint, f"{spec.kind} {spec.label}"), contextlib.ExitStack() as held:
             with PeakMemory() as peak, disk_errors(folder):
                 if make_parts is not None:
@@ -333,7 +334,8 @@ class Store:
         """Folders that interrupted stages and clean-ups left behind; none that a running process is using."""
         from filelock import FileLock, Timeout
 
-        for folder in sorted(p for end in ("partial", "leases", "removed") for p in self.root.glob(f"*/.*.{end}")):
+        ends = ("partial", "leases", "ranks", "removed")
+        for folder in sorted(p for end in ends for p in self.root.glob(f"*/.*.{end}")):
             if folder.suffix == ".leases" and folder.with_suffix(".partial").exists():
                 continue  # the leases belong to an unfinished artifact, which is listed itself
             try:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from baselines.method import Candidate
 from harness.config.loading import load
@@ -40,6 +41,7 @@ def first_gradients(trainer: FusionTrainer) -> Gradients:
             moment = safe_get_full_optimizer_state(parameter, "exp_avg")
         else:
             moment = trainer.optimizer.state[parameter]["exp_avg"]
+            moment = moment.full_tensor() if isinstance(moment, DTensor) else moment
         found[name] = moment.clone() / (1 - trainer.args.adam_beta1)
     return found
 
@@ -101,23 +103,25 @@ def place(root: Path, zero: str) -> Path:
 
 
 def main(experiment: str, root: Path, *jobs: str) -> None:
-    """Each job is ZERO:ROW, ZERO:ROW:interrupt:STEP (all ranks fail after that step, then start again) or
-    ZERO:ROW:kill:STEP (one rank is killed); ZERO may be -. Artifacts lie in `root` and `root/ZERO`, those of trainings
-    that start again in `root/again` and `root/again/ZERO`.
+    """Each job is ZERO:ROW, ZERO:ROW:interrupt:STEP (all ranks fail after that step, then start again),
+    ZERO:ROW:stop:STEP (they fail and do not) or ZERO:ROW:kill:STEP (one rank is killed); ZERO may be - or fsdp2.
+    Artifacts lie in `root` and `root/ZERO`, those of trainings that start again in `root/again` and `root/again/ZERO`.
     """
     for job in jobs:
         zero, label, *fault = job.split(":")
-        config = load(experiment, overrides=[] if zero == "-" else [f"training.deepspeed={zero}"])
+        setting = {"-": [], "fsdp2": ["training.fsdp2=true"]}.get(zero, [f"training.deepspeed={zero}"])
+        config = load(experiment, overrides=setting)
         if not fault:
             _, gradients = train(config, place(root, zero), label)
             if distributed.is_main_process():
                 save_file(gradients, root / f"{zero}-{label}.safetensors")
             continue
-        act = {"interrupt": _interrupt, "kill": _kill_the_last}[fault[0]]
+        act = _kill_the_last if fault[0] == "kill" else _interrupt
         with suppress(Interrupted):
             train(config, place(root / "again", zero), label, {int(fault[1]): act})
         torch.distributed.barrier()  # the first rank has let the lock go
-        train(config, place(root / "again", zero), label)
+        if fault[0] != "stop":
+            train(config, place(root / "again", zero), label)
 
 
 if __name__ == "__main__":

@@ -54,13 +54,17 @@ class FusionTrainer(Trainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, order: Order, layout: Mapping[str, int | None], **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, order: Order, layout: Mapping[str, int | str], beat: Callable[[str], None], **kwargs: Any
+    ) -> None:
+        """`layout` is that of its checkpoints (see `layout_of`), `beat` is told what it does now (see `Heartbeat`)."""
         super().__init__(*args, **kwargs)
         self.order = order
         self._layout = layout
+        self.beat = beat
         self.model_accepts_loss_kwargs = True  # have the tokens of the accumulated batch counted
         self._loss_shifts_labels = False  # labels stand at the position that predicts them
-        self.sums = {"clm": 0.0, "fusion": 0.0, "tokens": 0.0}
+        self.sums = self._no_sums()
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Order:
         return self.order
@@ -78,18 +82,26 @@ class FusionTrainer(Trainer):
     ) -> Any:
         if num_items_in_batch is None:
             raise RuntimeError("the Trainer did not count the tokens of the batch; the loss would be scaled wrongly")
+        self.beat(f"the forward pass of {self._step}")
         total, clm, fusion = model(**inputs)
-        for name, value in (("clm", clm), ("fusion", fusion), ("tokens", inputs["labels"].ne(-100).sum())):
-            self.sums[name] += float(value)
+        self.sums += torch.stack([clm.double(), fusion.double(), inputs["labels"].ne(-100).sum().double()])
+        self.beat(f"the backward pass of {self._step}")
         # Ranks' gradients are averaged afterwards, so each gives its share of the global sum times their number.
         return total * self.accelerator.num_processes / num_items_in_batch
 
     def global_sums(self) -> dict[str, float]:
         """What all ranks have summed up since the last call."""
-        mine = torch.tensor(list(self.sums.values()), dtype=torch.float64, device=self.args.device)
-        total = dict(zip(self.sums, self.accelerator.reduce(mine, "sum").tolist(), strict=True))
-        self.sums = dict.fromkeys(self.sums, 0.0)
-        return total
+        total = self.accelerator.reduce(self.sums, "sum").tolist()
+        self.sums = self._no_sums()
+        return dict(zip(("clm", "fusion", "tokens"), total, strict=True))
+
+    def _no_sums(self) -> Tensor:
+        """Sums of CLM, of the other loss and of tokens; on the device, which none of them has to be waited for."""
+        return torch.zeros(3, dtype=torch.float64, device=self.args.device)
+
+    @property
+    def _step(self) -> str:
+        return f"step {self.state.global_step + 1}"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # The Trainer's own mean loss is that of the first rank's share; our sums are of all.
@@ -100,13 +112,14 @@ class FusionTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.beat("the writing of a checkpoint")
         super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()  # each rank writes a part
         folder = Path(self.args.output_dir or "") / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             for curve in curve_files(folder.parents[1]):
                 shutil.copy(curve, folder)
-            seal(folder, self._layout)
+        seal(folder, self._layout)
+        self.beat(self._step)
 
 
 def replace_forward(

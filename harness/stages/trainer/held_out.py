@@ -131,6 +131,7 @@ class Follow(TrainerCallback):
         self._tokens = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        distributed.limit_collectives(args.ddp_timeout)
         self._tokens = next((e["tokens"] for e in reversed(state.log_history) if "tokens" in e), 0.0)
         if distributed.is_main_process():
             # What was measured after the checkpoint is measured again; without one the curve starts again, too.
@@ -172,6 +173,7 @@ class Follow(TrainerCallback):
             model = self.trainer.model_wrapped
             training = model.training
             model.eval()
+            self.trainer.beat("the measurement of held-out text")
             # On all ranks, and through what wraps the model: ZeRO-3 gathers weights there, and with all of them.
             with torch.no_grad(), torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
                 records = model(measure=curve.measure)

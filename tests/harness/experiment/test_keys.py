@@ -95,7 +95,9 @@ SETTINGS: dict[str, str] = {
     "training.gradient_checkpointing=true": "",
     "training.save_every=7": "",
     "training.workers=1": "",
+    "training.timeout_minutes=5": "",
     "training.deepspeed=zero2": "",
+    "training.fsdp2=true": "",
     "curve.points=3": "curve",
     "curve.per_domain=2": "curve",
     # Rows.
