@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +27,7 @@ import pandas as pd
 import psutil
 
 from benchmarks.support import machine
+from results.paper_numbers import AVERAGE
 from results.records import read
 
 PROFILE = ["--profile", "rehearsal"]
@@ -135,22 +137,31 @@ def recomputed(records: pd.DataFrame) -> dict[tuple[str, str, str, str], float]:
 def check_tables(run: Path) -> tuple[int, list[str]]:
     """Compares every cell of a run's tables with its records; the number of cells, and a sentence for each difference.
 
-    A cell over several tasks is the mean of theirs.
+    A cell over several tasks is the mean of theirs. Where a table has a row a task, it does not say which metric of the
+    task it shows; the value must be that of one of them.
     """
     expected = recomputed(read(sorted((run / "records").glob("*.parquet"))))
     cells, wrong = 0, []
     for path in sorted(run.glob("table*.json")):
         table = json.loads(path.read_text(encoding="utf-8"))
-        for row, of_row in zip(table["rows"], table["cells"], strict=True):
-            for column, cell in zip(table["columns"], of_row, strict=True):
-                if cell is None or cell.get("value") is None:
+        for j, column in enumerate(table["columns"]):
+            values = {row: of_row[j]["value"] for row, of_row in zip(table["rows"], table["cells"], strict=True)}
+            for row, value in values.items():
+                if value is None:
                     continue
                 cells += 1
-                parts = [expected.get((row, *part), math.nan) for part in column["parts"]]
-                value = sum(parts) / len(parts)
-                if not math.isclose(cell["value"], value, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE):
+                if column["parts"]:
+                    parts = [expected.get((row, *part), math.nan) for part in column["parts"]]
+                    known = [sum(parts) / len(parts)]
+                elif row == AVERAGE:
+                    tasks = [one for task, one in values.items() if task != AVERAGE]
+                    known = [sum(tasks) / len(tasks)]
+                else:
+                    label = column["label"]
+                    known = [v for (method, _, task, _), v in expected.items() if (method, task) == (label, row)]
+                if not any(math.isclose(value, one, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE) for one in known):
                     where = f"{run.parent.parent.name}/{path.name}, {row}, {column['label']}"
-                    wrong.append(f"{where}: the table has {cell['value']}, the records give {value}.")
+                    wrong.append(f"{where}: the table has {value}, the records give {', '.join(map(str, known))}.")
     return cells, wrong
 
 
@@ -165,12 +176,19 @@ def artifacts(root: Path) -> dict[str, int]:
 
 
 def stage_times(root: Path) -> dict[str, tuple[int, float]]:
-    """Number and seconds of the artifacts of each kind, from their manifests."""
-    times: dict[str, tuple[int, float]] = {}
+    """Number of the artifacts of each kind, and the seconds in which one of them or more were being made."""
+    intervals: dict[str, list[tuple[float, float]]] = {}
     for path in artifacts(root):
         manifest = json.loads((Path(path) / "manifest.json").read_text(encoding="utf-8"))
-        n, seconds = times.get(manifest["kind"], (0, 0.0))
-        times[manifest["kind"]] = n + 1, seconds + manifest["duration_s"]
+        began = datetime.fromisoformat(manifest["created"]).timestamp()
+        intervals.setdefault(manifest["kind"], []).append((began, began + manifest["duration_s"]))
+    times = {}
+    for kind, of_kind in intervals.items():
+        seconds, end = 0.0, 0.0
+        for began, ended in sorted(of_kind):  # tasks of one suite are made together
+            seconds += max(0.0, ended - max(began, end))
+            end = max(end, ended)
+        times[kind] = len(of_kind), seconds
     return dict(sorted(times.items(), key=lambda item: -item[1][1]))
 
 
@@ -236,7 +254,7 @@ is shown is that every table is made by {ranks} ranks under ZeRO-2, whatever is 
 
 {outcome}
 
-| artifacts | number | seconds in all |
+| artifacts | number | seconds |
 | --- | --- | --- |
 {kinds}
 """
