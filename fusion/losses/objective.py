@@ -28,6 +28,10 @@ from fusion.losses.term import Term, mixed
 
 CHUNK = 512
 """Positions projected at once: large enough for a full matrix product, small beside a sequence of 2,048."""
+GPU_CHUNK_BYTES = 3 * 2**29
+"""What a chunk's logits take on a GPU, where every chunk also reads and writes the projection's gradient: 1.5 GB."""
+LOGIT_BYTES = 6
+"""Bytes of a logit, in the dtype of the projection and in float32."""
 CACHED = 2**20
 """Logits that a CPU works on at once, in float32: they stay in its cache from one operation to the next."""
 CAST = 2**24
@@ -71,8 +75,8 @@ class Objective:
     """Weight of CLM in [0, 1] (arXiv 2401.10491, section 3.3, equation 5)."""
     term: Term | None = None
     """The other part. Default: none, with `lam` 1."""
-    chunk: int = CHUNK
-    """Maximum number of positions whose logits are held at once."""
+    chunk: int | None = None
+    """Maximum number of positions whose logits are held at once. Default: by the vocabulary's size (`chunk_size`)."""
     balance: Balance = "none"
     """rescale: the objective is lam * CLM + (1 - lam) * r * term with r = CLM / term, their sums over these N positions
     and a constant for the gradient, so that the values weigh as lam says. r is 1 where a sum is not positive.
@@ -82,7 +86,7 @@ class Objective:
         """Raises ValueError unless everything is of `n` positions, lam in [0, 1] and chunk positive."""
         if not 0 <= self.lam <= 1:
             raise ValueError(f"lam must be between 0 and 1, not {self.lam}")
-        if self.chunk < 1:
+        if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"chunk must be at least 1, not {self.chunk}")
         for name, array in {"gold": self.gold, "clm_weight": self.clm_weight}.items():
             if array.shape != (n,):
@@ -242,7 +246,8 @@ class _MixedLoss(torch.autograd.Function):
                     d_weight.add_(product.T @ hidden)
 
             # Functions, so that the buffers of a chunk are gone before the next one's are made.
-            for part in _chunks(len(rows), objective.chunk, term):
+            size = objective.chunk or chunk_size(rows.shape[1] if weight is None else len(weight), rows.device)
+            for part in _chunks(len(rows), size, term):
                 if head is None or w is None:
                     given(part)
                 else:
@@ -256,6 +261,11 @@ class _MixedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         return (*_scaled(ctx, upstream[0]), None, None, None, None)
+
+
+def chunk_size(vocabulary: int, device: torch.device) -> int:
+    """The number of positions that are projected at once: on a GPU as many as keep to `GPU_CHUNK_BYTES`."""
+    return CHUNK if device.type == "cpu" else max(CHUNK, GPU_CHUNK_BYTES // (LOGIT_BYTES * vocabulary))
 
 
 def _chunks(n: int, size: int, term: Term) -> Iterator[slice]:

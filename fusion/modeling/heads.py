@@ -8,7 +8,7 @@ warning, at the cost of memory.
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -92,17 +92,23 @@ def float32_logits(model: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def fused_forward(
-    model: nn.Module, input_ids: Tensor, position_ids: Tensor, objective: Objective, *, packing: Packing = "positions"
+    model: nn.Module,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    objective: Objective,
+    *,
+    packing: Packing = "positions",
+    passage_lengths: Sequence[Sequence[int]] | None = None,
 ) -> MixedLoss:
     """The objective at the B * T positions of input_ids[B, T], packed passages with position_ids[B, T] that restart.
 
     The objective's arrays are [B * T]; gold is the token that follows each position, nothing is shifted here.
-    `packing` is the result of `check_packing`. See `fusion.losses.objective.mixed_loss` for what is raised. To be
-    called inside the model's replaced forward, so that the hooks of whatever wraps the model run: it calls the backbone
-    and the head as modules, never `model` itself.
+    `packing` is the result of `check_packing`; `passage_lengths` are as in `packed_inputs`. See
+    `fusion.losses.objective.mixed_loss` for what is raised. To be called inside the model's replaced forward, so that
+    the hooks of whatever wraps the model run: it calls the backbone and the head as modules, never `model` itself.
     """
     found = split(model)
-    inputs = packed_inputs(packing, input_ids, position_ids, dtype_of(model))
+    inputs = packed_inputs(packing, input_ids, position_ids, dtype_of(model), passage_lengths)
     if not found.fused:
         return mixed_loss_from_logits(own_forward(model, **inputs).logits.flatten(0, 1), objective)
     hidden = _backbone(model)(**inputs).last_hidden_state.flatten(0, 1)

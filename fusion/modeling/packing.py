@@ -34,13 +34,20 @@ PACKINGS: tuple[Packing, ...] = ("passages", "positions", "flat", "mask", "singl
 _BY_PASSAGE = "fusellm_by_passage"  # the name of `attend_by_passage` among the attentions of transformers
 
 
-def packed_inputs(packing: Packing, input_ids: Tensor, position_ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+def packed_inputs(
+    packing: Packing,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    dtype: torch.dtype,
+    passage_lengths: Sequence[Sequence[int]] | None = None,
+) -> dict[str, Any]:
     """The arguments of a model's forward under which the passages of input_ids[B, T] do not attend to each other.
 
-    position_ids[B, T] restart at 0 with each passage. `passages` passes their lengths, for a model with our own
-    attention (`attending_by_passage`); `positions` relies on the model's own detection; `flat` joins the batch to one
-    sequence of B * T, for flash attention; `mask` adds an explicit mask [B, 1, T, T] in `dtype` (the model's); `single`
-    is for sequences of one passage each. The order of the hidden states is the same for all.
+    position_ids[B, T] restart at 0 with each passage; `passage_lengths` are the same in lengths, a list for each
+    sequence. Default: counted, for which the host waits for the device. `passages` passes them, for a model with
+    our own attention (`attending_by_passage`); `positions` relies on the model's own detection; `flat` joins the
+    batch to one sequence of B * T, for flash attention; `mask` adds an explicit mask [B, 1, T, T] in `dtype` (the
+    model's); `single` is for sequences of one passage each. The order of the hidden states is the same for all.
     """
     if packing == "single":
         return {"input_ids": input_ids, "use_cache": False}
@@ -50,7 +57,7 @@ def packed_inputs(packing: Packing, input_ids: Tensor, position_ids: Tensor, dty
     if packing == "mask":
         inputs["attention_mask"] = passage_mask(position_ids, dtype)
     if packing == "passages":
-        inputs["passage_lengths"] = [
+        inputs["passage_lengths"] = passage_lengths or [
             torch.unique_consecutive(p, return_counts=True)[1].tolist() for p in _passage_numbers(position_ids)
         ]
     return inputs

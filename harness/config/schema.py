@@ -182,13 +182,19 @@ class TrainingConfig(StrictModel):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="computing precision of training; auto: bfloat16 where it is native"
     )
-    gradient_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass, which saves memory and costs time"
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        "auto",
+        description="recompute activations in the backward pass, which saves memory and costs a third of the time; "
+        "auto: on a GPU whose memory would not hold them",
     )
     save_every: int = Field(
         500, gt=0, description="steps between two checkpoints, from which an interrupted training resumes"
     )
-    workers: int = Field(0, ge=0, description="data loader processes; 0: the training process loads by itself")
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="data loader processes of each training process; 0: it loads by itself; auto: up to 4 for a GPU, "
+        "0 on a CPU",
+    )
     timeout_minutes: float = Field(
         30,
         gt=0,

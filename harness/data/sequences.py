@@ -184,12 +184,18 @@ def draw(n: int, share: float, seed: int) -> list[int] | None:
     return sorted(chosen.tolist())
 
 
-def collate(sequences: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+def collate(sequences: Sequence[dict[str, np.ndarray]]) -> dict[str, Any]:
     """A batch of sequences [B, L]; features [N, ...] are padded to [B, L, ...], each dimension to the widest.
 
-    Integers become int64, padded with -1; all else becomes float32, padded with 0.
+    Integers become int64, padded with -1; all else becomes float32, padded with 0. `passage_lengths` are lists of the
+    lengths of each sequence's passages, so that nobody has to ask a GPU for them.
     """
-    batch = {}
+    batch: dict[str, Any] = {
+        "passage_lengths": [
+            np.diff(np.append(np.flatnonzero(s["position_ids"] == 0), len(s["position_ids"]))).tolist()
+            for s in sequences
+        ]
+    }
     for name in sequences[0]:
         arrays = [sequence[name] for sequence in sequences]
         shape = (len(arrays), len(sequences[0]["labels"]), *np.max([a.shape[1:] for a in arrays], axis=0).astype(int))

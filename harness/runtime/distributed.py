@@ -40,6 +40,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0")) if launched() else 0
 
 
+def local_world_size() -> int:
+    """The number of ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if launched() else 1
+
+
 def is_main_process() -> bool:
     """True for rank 0 of all, which makes everything that is not distributed and prints messages."""
     return rank() == 0

@@ -21,13 +21,13 @@ def check_launched() -> None:
         raise UserError(f"training.fsdp2 = true needs a process for each GPU: start them with {distributed.COMMAND}.")
 
 
-def fsdp_arguments(*, checkpointing: bool) -> dict[str, Any]:
-    """What the Trainer is told so that it trains with FSDP2, recomputing activations with `checkpointing`."""
+def fsdp_arguments(*, recompute: bool) -> dict[str, Any]:
+    """What the Trainer is told so that it trains with FSDP2, recomputing activations if asked to."""
     settings = {
         "version": 2,
         "state_dict_type": "SHARDED_STATE_DICT",
         "cpu_ram_efficient_loading": True,  # the other ranks' weights are never read
-        "activation_checkpointing": checkpointing,
+        "activation_checkpointing": recompute,
     }
     return {"fsdp": True, "fsdp_config": settings}
 

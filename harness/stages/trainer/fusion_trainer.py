@@ -135,7 +135,7 @@ def replace_forward(
     `constants` are the loss's, on the model's device.
     """
 
-    def forward(self: PreTrainedModel, measure: Callable[..., Any] | None = None, **batch: Tensor) -> Any:
+    def forward(self: PreTrainedModel, measure: Callable[..., Any] | None = None, **batch: Any) -> Any:
         if measure is not None:
             return measure(self)
         labels = batch["labels"].flatten()
@@ -148,6 +148,7 @@ def replace_forward(
             term=term,
             **weighing,
         )
-        return tuple(fused_forward(self, batch["input_ids"], batch["position_ids"], objective, packing=packing))
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids", "passage_lengths")}
+        return tuple(fused_forward(self, **inputs, objective=objective, packing=packing))
 
     model.forward = types.MethodType(forward, model)

@@ -30,6 +30,7 @@ from harness.runtime.progress import notify, track
 from harness.stages.trainer import fsdp
 from harness.stages.trainer.fusion_trainer import FusionTrainer, Order, replace_forward
 from harness.stages.trainer.held_out import BestCheckpoint, Curve, Diverged, Follow, selected
+from harness.stages.trainer.resources import loader_workers, recomputes
 from harness.stages.trainer.sealing import check_seal, is_sealed, last_checkpoint, layout_of, seal
 from harness.stages.trainer.sharding import release, whole_weights, without_own_ops, zero_config
 from harness.stages.training_log import LOG_FILE
@@ -91,7 +92,8 @@ def train(
     split_as(model, proven)  # says before the training starts when the fused objective cannot serve this model
     del proven
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
-    arguments = _arguments(config, folder / "checkpoints", seed=seed, device=device)
+    recompute = recomputes(config, model.config, model.num_parameters(), device)
+    arguments = _arguments(config, folder / "checkpoints", seed=seed, device=device, recompute=recompute)
     distributed.check_world(arguments.world_size, "accelerate")
     replace_forward(
         model,
@@ -165,11 +167,12 @@ def _release(trainer: FusionTrainer, config: TrainingConfig) -> None:
         fsdp.release()
 
 
-def _arguments(config: TrainingConfig, folder: Path, *, seed: int, device: str) -> TrainingArguments:
+def _arguments(config: TrainingConfig, folder: Path, *, seed: int, device: str, recompute: bool) -> TrainingArguments:
     """The settings in the words of the Hugging Face Trainer, which leaves its checkpoints in `folder`."""
+    workers = loader_workers(config, device)
     sharded: dict[str, Any] = {}
     if config.fsdp2:
-        sharded = fsdp.fsdp_arguments(checkpointing=config.gradient_checkpointing)
+        sharded = fsdp.fsdp_arguments(recompute=recompute)
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=config.micro_batch_size,
@@ -184,7 +187,7 @@ def _arguments(config: TrainingConfig, folder: Path, *, seed: int, device: str) 
         num_train_epochs=config.epochs,
         bf16=compute_dtype(config.dtype, device) == "bfloat16",
         use_cpu=device == "cpu",
-        activation_checkpointing=config.gradient_checkpointing and not config.fsdp2,
+        activation_checkpointing=recompute and not config.fsdp2,
         save_strategy="steps",
         save_steps=config.save_every,
         save_total_limit=2,
@@ -195,8 +198,8 @@ def _arguments(config: TrainingConfig, folder: Path, *, seed: int, device: str) 
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
-        dataloader_num_workers=config.workers,
-        dataloader_persistent_workers=config.workers > 0,
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
         ddp_find_unused_parameters=False,
         ddp_timeout=round(60 * config.timeout_minutes) + _MARGIN,
         deepspeed=zero_config(config.deepspeed) if config.deepspeed else None,

@@ -6,11 +6,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM
 
 from fusion.errors import UserError
 from harness.models import resolution
@@ -206,6 +208,22 @@ def test_loads_in_the_dtype_asked_for_and_in_evaluation_mode(tiny: Path, tmp_pat
     tokenizer = load_tokenizer(resolved)
     assert tokenizer.is_fast and (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
     assert tokenizer.decode(tokenizer(" the cat")["input_ids"]) == " the cat"
+
+
+def test_weights_go_straight_to_a_gpu(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def from_pretrained(folder: Path, **options: Any) -> None:
+        asked.update(options)
+        raise UserError("no GPU here")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    resolved = resolve(ModelSpec(name=str(tiny)), tmp_path)
+    for device, expected in (("cuda:3", {"": "cuda:3"}), ("cpu", None)):
+        asked.clear()
+        with pytest.raises(UserError, match="no GPU here"):
+            load_model(resolved, "float32", device)
+        assert asked.get("device_map") == expected
 
 
 def test_auto_is_definite_and_a_named_dtype_stays() -> None:
