@@ -143,7 +143,7 @@ def _is_stdlib(config: CorpusConfig) -> bool:
 def content_fingerprint(config: CorpusConfig, data_root: Path | None, record: Path) -> str:
     """Identifies the text itself: SHA-256 of the files, the Python release for `stdlib`, or the hub id and commit.
 
-    The hash of files is remembered in `record`, until one has another size or time of change.
+    The hash of files is remembered in `record`, until one has another `stamp`.
     """
     if _is_stdlib(config):
         import sys
@@ -276,6 +276,11 @@ def _value(row: dict[str, Any], column: str) -> Any:
     return value
 
 
+def _label(value: Any, default: str) -> str:
+    """A name or domain as text; the default for null, NaN (as some tools write null) and empty text."""
+    return default if value is None or value == "" or value != value else str(value)
+
+
 def _all_documents(
     config: CorpusConfig, data_root: Path | None, summary: CorpusSummary | None = None
 ) -> Iterator[Document]:
@@ -288,7 +293,7 @@ def _all_documents(
     domains: set[str] = set()
     empty, given = "", False
     for number, row in enumerate(_rows(config, data_root)):
-        domain = str(_value(row, domain_column) or config.domain)
+        domain = _label(_value(row, domain_column), config.domain)
         domains.add(domain)
         text = _value(row, config.text_column)
         if summary is not None:
@@ -299,8 +304,7 @@ def _all_documents(
                 summary.limit("domains")
             continue
         domain = wanted.get(domain, domain)
-        given_name = _value(row, name_column)
-        name = str(number if given_name is None else given_name)
+        name = _label(_value(row, name_column), str(number))
         where = f"Document {name!r} (row {number + 1}) of {config.path} ({config.split})"
         if not isinstance(text, str):
             raise UserError(f"{where} has no text: remove it.")

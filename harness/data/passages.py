@@ -20,7 +20,7 @@ from harness.data.corpus import (
 )
 from harness.store.artifacts import Estimate, Spec, Store, read_manifest
 
-VERSION = 2
+VERSION = 3
 PASSAGES_FILE = "passages.arrow"
 _BATCH = 1024  # passages written at once, so that memory stays bounded
 

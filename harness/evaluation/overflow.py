@@ -16,6 +16,11 @@ class WrongRow(Exception):
     """Raised for a row that a task or a model cannot use; the message says what is wrong with it."""
 
 
+def without_token(choice: str, label: str) -> WrongRow:
+    """The error for a choice of a row of which the tokenizer of the model `label` makes no token."""
+    return WrongRow(f"its choice {choice!r} has no token of {label}")
+
+
 @dataclass(frozen=True)
 class Overflow:
     """A request that does not fit, in tokens; nothing of it is read where it cannot be answered."""

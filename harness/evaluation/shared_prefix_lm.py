@@ -26,7 +26,7 @@ from fusion.inference.ensembles import PrefixCachedEnsemble
 from fusion.inference.prefix_cache import PrefixCachedModel, UnsupportedModel
 from fusion.inference.prefix_tree import Branching
 from fusion.vocabulary.tokenization import decode_continuation
-from harness.evaluation.overflow import Overflow, OverflowRule, WrongRow, fit, limited
+from harness.evaluation.overflow import Overflow, OverflowRule, fit, limited, without_token
 from harness.evaluation.quiet import quietly
 from harness.runtime.progress import notify
 
@@ -152,6 +152,13 @@ class SharedPrefixLM(HFLM):
         new = [tokens] if isinstance(tokens, int) else tokens
         return decode_continuation(self.tokenizer, self._prompt, new, skip_special_tokens=skip_special_tokens)
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        for context, continuation in (request.args for request in requests):
+            # HFLM looks at the first token of what follows no text.
+            if not context and not self.tok_encode(continuation, add_special_tokens=False):
+                raise without_token(continuation, self.label)
+        return super().loglikelihood(requests, disable_tqdm)
+
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """As HFLM; a continuation of which no token is left, since it joins the context's, is encoded by itself."""
         before, scored = super()._encode_pair(context, continuation)
@@ -166,7 +173,7 @@ class SharedPrefixLM(HFLM):
     ) -> list[tuple[float, bool]]:
         """Log-probability (nats) of each (_, context, continuation), and True where the continuation is greedy."""
         if empty := [key[1] for key, _, scored in requests if not scored]:
-            raise WrongRow(f"its choice {empty[0]!r} has no token of {self.label}")
+            raise without_token(empty[0], self.label)
         requests = [(key, self._fitted(c, len(scored) - 1, scored=True)[0], scored) for key, c, scored in requests]
         if self.reader is None:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
@@ -337,21 +344,14 @@ class SharedPrefixLM(HFLM):
 
         if self.rows == "auto":
             self.rows = self._room(max(len(row.prompt) + row.limit for row in rows.values()))
-        decode(
-            self.reader,
-            [rows[i].prompt for i in indices],
-            choose,
-            rows=self.rows,
-            batch_tokens=self._batch_tokens,
-        )
+        prompts = [rows[i].prompt for i in indices]
+        decode(self.reader, prompts, choose, rows=self.rows, batch_tokens=self._batch_tokens)
 
     def _room(self, length: int) -> int:
         """The number of sequences of `length` tokens decoded at one time, which use half of the free memory at most."""
         assert self.reader is not None
-        if self.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self.device)[0]
-        else:
-            free = psutil.virtual_memory().available
+        is_cuda = self.device.type == "cuda"
+        free = torch.cuda.mem_get_info(self.device)[0] if is_cuda else psutil.virtual_memory().available
         return max(1, min(ROWS, free // 2 // (self.reader.position_bytes * length)))
 
     def overflow(self, request: Instance) -> Overflow | None:
@@ -362,9 +362,8 @@ class SharedPrefixLM(HFLM):
         text, following = request.args
         new = int(normalize_gen_kwargs(following, self.max_gen_toks)["max_gen_toks"]) if generates else 0
         written = text if generates else text + following
-        if (
-            len(written.encode(errors="surrogatepass")) + 2 + new <= self.max_length
-        ):  # a token is a byte or more, but for those put before
+        # A token is a byte or more, but for those put before.
+        if len(written.encode(errors="surrogatepass")) + 2 + new <= self.max_length:
             return None
         if generates:
             prompt = self.tok_batch_encode([text])[0][0].tolist()

@@ -67,7 +67,7 @@ class ModelPool:
         if name not in self._bases:
             role = self.role(name)
             tiny = tiny_name(role.model)
-            self._bases[name] = self.resolve(self.spec(name)) if tiny is None else self._tiny_model(tiny, role)
+            self._bases[name] = self.resolve(self.spec(name)) if tiny is None else self._tiny_model(tiny, name)
         return self._bases[name]
 
     def fingerprint(self, name: str) -> str:
@@ -162,9 +162,9 @@ class ModelPool:
             "size": load_config(base).vocab_size,
         }
 
-    def _tiny_model(self, tiny: str, role: RoleConfig) -> ResolvedModel:
+    def _tiny_model(self, tiny: str, name: str) -> ResolvedModel:
         spec, path = make_tiny(self._workspace, tiny, self._config.profile)
-        model = ModelSpec(name=str(path / MODEL_FOLDER), dtype=role.dtype, prefix=role.prefix)
+        model = self.spec(name, str(path / MODEL_FOLDER))
         return ResolvedModel(path / MODEL_FOLDER, tiny, spec.fingerprint, model)
 
     def _continued_model_spec(self, name: str) -> Spec:

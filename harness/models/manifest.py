@@ -11,10 +11,10 @@ from harness.store.files import read_json_object, write_atomically
 from harness.store.fingerprint import file_sha256
 
 MANIFEST = "fusellm-model.json"
-CONVERTER = 2
+CONVERTER = 3
 """Version of `harness.models.convert`, raised where it would convert a file otherwise than before.
 
-Version 1 gave models a bos that they were never trained with.
+Version 1 gave models a bos that they were never trained with, and version 2 settings of decoding.
 """
 _CONVERTED = {"gguf", "pickle", "folder", "wheels"}  # kinds of sources that are always converted
 

@@ -39,7 +39,7 @@ def prefix_warning(store: Store, model: ResolvedModel, texts: Sequence[str], *, 
         model.name,
         VERSION,
         {"model": model.fingerprint, "texts": fingerprint(some)},
-        {"dtype": dtype, **model.spec.prefix_identity()},
+        {**model.spec.computing(dtype), **model.spec.prefix_identity()},
     )
 
     def build(folder: Path) -> None:

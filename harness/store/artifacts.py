@@ -26,6 +26,7 @@ from harness.store.files import (
     parse_json,
     read_json,
     rename_durably,
+    stamp,
     write_atomically,
     write_json,
 )
@@ -267,7 +268,7 @@ class Store:
         info: Mapping[str, Any],
     ) -> None:
         """Writes the manifest and gives the folder its final name; its files need not be hashed again."""
-        stamps = {name: stamp for name, stamp in _stamps(folder).items() if name != MANIFEST}
+        stamps = {name: found for name, found in _stamps(folder).items() if name != MANIFEST}
         files = {name: {"sha256": file_sha256(folder / name), "bytes": stamps[name][0]} for name in sorted(stamps)}
         manifest = {
             **spec.identity(),
@@ -282,15 +283,15 @@ class Store:
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         }
         write_json(folder / MANIFEST, dict(sorted(manifest.items())))
-        stamps[MANIFEST] = _stamp(folder / MANIFEST)
+        stamps[MANIFEST] = stamp(folder / MANIFEST)
         rename_durably(folder, path)
         _write_stamps(path, stamps)
 
     def verify(self, path: Path, spec: Spec | None = None, *, anew: bool = False) -> dict[str, Any]:
         """Checks every file of the artifact against its manifest, which it returns.
 
-        Files are hashed once, and again when their size or time of change is another than it was then; `anew` hashes
-        them in any case. Raises UserError naming the first file that is missing, superfluous or changed.
+        Files are hashed once, and again when their `stamp` is another than it was then; `anew` hashes them in any case.
+        Raises UserError naming the first file that is missing, superfluous or changed.
         """
         manifest = read_manifest(path)
         if spec is not None and manifest["fingerprint"] != spec.fingerprint:
@@ -366,16 +367,10 @@ def _leases(partial: Path) -> Path:
     return partial.with_suffix(".leases")
 
 
-def _stamp(file: Path) -> list[int]:
-    """Size (bytes) and time of change (ns) of a file."""
-    stat = file.stat()
-    return [stat.st_size, stat.st_mtime_ns]
-
-
 def _stamps(folder: Path) -> dict[str, list[int]]:
     """The stamp of every file in a folder, by its name relative to it."""
     files = (Path(above, name) for above, _, names in os.walk(folder) for name in names)
-    return {str(file.relative_to(folder)): _stamp(file) for file in files}
+    return {str(file.relative_to(folder)): stamp(file) for file in files}
 
 
 def _write_stamps(path: Path, stamps: Mapping[str, list[int]]) -> None:

@@ -93,9 +93,19 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it has a number of too many digits") from None
 
 
+def stamp(file: Path) -> list[int]:
+    """What is another where a file's bytes are: size (bytes), time of its content and of its inode (ns), and inode.
+
+    A file that is put in the place of one of its size and time (`cp -p`, `rsync --times`) is another inode, or its
+    inode was changed later.
+    """
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
 def remembered(record: Path, files: Iterable[Path], compute: Callable[[], str]) -> str:
-    """What `compute` gives of the bytes of files; remembered in the JSON file `record` by paths, sizes and times."""
-    key = fingerprint([[str(file), (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files])
+    """What `compute` gives of the bytes of files; remembered in the JSON file `record` by paths and `stamp`."""
+    key = fingerprint([[str(file), *stamp(file)] for file in files])
     known: dict[str, str] = {}
     with contextlib.suppress(FileNotFoundError, UserError):
         known = read_json_object(record, "it is made again")

@@ -33,7 +33,7 @@ IN_USE = ".in-use"
 """What running processes use, for clean-ups."""
 
 HASHES = ".hashes.json"
-"""In the folder of models: the SHA-256 of the files of models and texts, by path, size and time of change."""
+"""In the folder of models: the SHA-256 of the files of models and texts, by path and `stamp`."""
 
 # Files and folders of a run or an evaluation.
 RUN_FILE = "run.json"

@@ -2,13 +2,15 @@
 
 import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
 from harness.evaluation.overflow import WrongRow
 from harness.store.files import parse_json
+
+_MARK = "\ue000null\ue000"  # of a private use character, which no row has
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -95,6 +97,42 @@ def wrong_target(task: Any, doc: Mapping[str, Any]) -> str | None:
         if not (one in choices if isinstance(one, str) else isinstance(one, int) and 0 <= one < len(choices)):
             return f"its answer {one!r} is none of its {len(choices)} choices"
     return None
+
+
+def null_as_text(task: Any, doc: Mapping[str, Any]) -> str | None:
+    """Why a question, one of its choices or its answer has the word None in it; None where no null is asked so.
+
+    The templates of most tasks write a null so. One that is not written, or that a task has a case for, is no mistake.
+    """
+    for column in (name for name, value in doc.items() if _null_replaced(value) != value):
+        marked = {**doc, column: _null_replaced(doc[column])}
+        for what, write in (
+            ("question", task.doc_to_text),
+            ("choices", _choices(task)),
+            ("answer", task.doc_to_target),
+        ):
+            with suppress(Exception):  # of a task's own code that expects null, or no text
+                written = _text(write(marked))
+                if _MARK in written and written.replace(_MARK, "None") == _text(write(doc)):
+                    return f"its {column!r} is null, and its {what} would say None"
+    return None
+
+
+def _text(written: Any) -> str:
+    return "\n".join(map(str, written)) if isinstance(written, list) else str(written)
+
+
+def _null_replaced(value: Any) -> Any:
+    """The value with a mark in the place of every null."""
+    if isinstance(value, Mapping):
+        return {key: _null_replaced(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_null_replaced(one) for one in value]
+    return _MARK if value is None else value
+
+
+def _choices(task: Any) -> Callable[[Any], Any]:
+    return task.doc_to_choice if task.config.doc_to_choice is not None else lambda doc: None
 
 
 def refuse_wide_integers(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -25,6 +25,7 @@ from harness.evaluation.lm_eval.rows import (
     first_failing,
     first_line,
     naming_the_row,
+    null_as_text,
     read_rows,
     refuse_cache,
     refuse_wide_integers,
@@ -370,11 +371,9 @@ def _prepared(source: Source, task: Any, config: LimitedConfig) -> Prepared:
     names = list(examples)
     taken = {names[i]: examples[names[i]] for i in config.taken(names)}
     for name, requests in taken.items():
-        if reason := wrong_target(task, requests[0].doc):
+        if reason := wrong_target(task, requests[0].doc) or null_as_text(task, requests[0].doc):
             if source.files:
                 raise WrongRow(f"row {int(name) + 1}: {reason}")
-            notify(
-                f"{source.name}: row {int(name) + 1} of {source.hub} has no score but 0, as lm-eval has it: {reason}."
-            )
+            notify(f"{source.name}: row {int(name) + 1} of {source.hub} is asked as lm-eval has it, though {reason}.")
             break
     return Prepared(source, task, taken)

@@ -1,5 +1,6 @@
 """The Hugging Face Trainer with the objective inside the model's forward and one denominator for the global batch."""
 
+import math
 import shutil
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -65,6 +66,8 @@ class FusionTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # have the tokens of the accumulated batch counted
         self._loss_shifts_labels = False  # labels stand at the position that predicts them
         self.sums = self._no_sums()
+        self.grad_norm: float | None = None
+        """Norm of the last step's gradient before it was clipped, of all ranks; None where it is not known."""
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Order:
         return self.order
@@ -88,6 +91,21 @@ class FusionTrainer(Trainer):
         self.beat(f"the backward pass of {self._step}")
         # Ranks' gradients are averaged afterwards, so each gives its share of the global sum times their number.
         return total * self.accelerator.num_processes / num_items_in_batch
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.grad_norm = None if norm is None else float(norm)
+        return norm
+
+    @property
+    def has_finite_gradient(self) -> bool:
+        """False where the last step's gradient, or its norm, was not finite, so that the step was void or harmful.
+
+        Clipping by an infinite norm makes a gradient zero; DeepSpeed leaves such steps out, and for some of them still
+        has the norm of the step before, or -1. The same on all ranks.
+        """
+        norm_is_finite = self.grad_norm is None or 0 <= self.grad_norm < math.inf
+        return norm_is_finite and not self.accelerator.optimizer_step_was_skipped
 
     def global_sums(self) -> dict[str, float]:
         """What all ranks have summed up since the last call."""

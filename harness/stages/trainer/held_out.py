@@ -21,7 +21,7 @@ from harness.store.files import intact_lines, rename_durably
 
 
 class Diverged(UserError):
-    """A training whose loss, or that of validation text with it, is not finite."""
+    """A training whose loss, its gradient, or the loss of validation text with it, is not finite."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,10 @@ class Follow(TrainerCallback):
         self._tokens += sums["tokens"]
         self._advance(sums["tokens"])
         per_token = {name: sums[name] / sums["tokens"] for name in ("clm", "fusion")}
-        if not all(math.isfinite(value) for value in per_token.values()):  # before a checkpoint keeps it
-            raise Diverged(f"the loss is not finite at step {state.global_step}: lower training.learning_rate.")
+        is_finite = all(math.isfinite(value) for value in per_token.values())
+        if not (is_finite and self.trainer.has_finite_gradient):  # before a checkpoint keeps it
+            what = "gradient" if is_finite else "loss"
+            raise Diverged(f"the {what} is not finite at step {state.global_step}: lower training.learning_rate.")
         self.trainer.log({"tokens": self._tokens, **{f"{n}_nats_per_token": v for n, v in per_token.items()}})
         self._measure(args, state)
 

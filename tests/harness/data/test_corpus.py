@@ -1,6 +1,7 @@
 """Documents and passages."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -186,4 +187,32 @@ def test_a_text_is_hashed_once_and_again_when_it_may_have_changed(
     assert hashed == ["a.txt"] * 2
     text.write_text("two", encoding="utf-8")  # of the same size
     os.utime(text, ns=(0, 0))
-    assert not fingerprints() & before and len(hashed) == 4
+    after = fingerprints()
+    assert not after & before and len(hashed) == 4
+    text.write_text("six", encoding="utf-8")
+    os.utime(text, ns=(0, 0))  # of the same time, too
+    assert not fingerprints() & {*before, *after}
+    other = tmp_path / "other"
+    other.write_text("ten", encoding="utf-8")
+    os.utime(other, ns=(0, 0))
+    other.replace(text)
+    assert not fingerprints() & {*before, *after}
+
+
+def test_a_row_without_a_name_or_domain_has_the_default(tmp_path: Path) -> None:
+    nothing = [None, float("nan"), ""]
+    rows = [{"text": f"text {i}", "name": none, "domain": none} for i, none in enumerate(nothing)]
+    pq.write_table(pa.Table.from_pylist(rows[:1] + rows[2:]), tmp_path / "texts.parquet")
+    pq.write_table(
+        pa.table({"text": ["a", "b"], "name": [math.nan, 0.0], "domain": [math.nan, 0.0]}), tmp_path / "n.parquet"
+    )
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(f"{json.dumps(row)}\n" for row in [*rows, {"text": "0", "name": 0, "domain": 0}])
+    )
+    for file, expected in {
+        "texts.parquet": [("0", "text"), ("1", "text")],
+        "n.parquet": [("0", "text"), ("0.0", "0.0")],
+        "texts.jsonl": [("0", "text"), ("1", "text"), ("2", "text"), ("0", "0")],
+    }.items():
+        config = CorpusConfig(path=str(tmp_path / file), name_column="name", domain_column="domain", domain="text")
+        assert [(d.name, d.domain) for d in documents(config, None)] == expected

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from fusion.errors import UserError
 from harness.evaluation.lm_eval import requests, task_suite
 from harness.evaluation.lm_eval.examples import EXAMPLES
+from harness.evaluation.overflow import WrongRow
 from harness.evaluation.shared_prefix_lm import SharedPrefixLM
 from harness.evaluation.suite import SuiteResult, kept_lines
 from tests.harness.evaluation.measuring import measure
@@ -144,6 +145,15 @@ def test_a_choice_without_a_token_is_named(model: Path, tmp_path: Path) -> None:
         "arc_easy": "1 of 3 examples cannot be scored (first row 2, its choice '   ' has no token of model); correct "
         "that row"
     }
+
+
+def test_a_choice_without_a_token_after_no_prompt_is_named(model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    lm = SharedPrefixLM(AutoModelForCausalLM.from_pretrained(folder).eval(), _spanning(folder), label="one")
+    good, blank = (Instance("loglikelihood", {}, ("", text), 0) for text in ("the dog", "  "))
+    assert lm.loglikelihood([good], disable_tqdm=True)[0][0] < 0
+    with pytest.raises(WrongRow, match="its choice '  ' has no token of one"):
+        lm.loglikelihood([good, blank], disable_tqdm=True)
 
 
 def test_a_log_likelihood_that_is_no_number_has_no_score(

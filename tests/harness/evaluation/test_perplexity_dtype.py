@@ -17,6 +17,7 @@ from harness.evaluation.suite import SuiteResult
 from harness.experiment.checks import check_memory
 from harness.experiment.pipeline import open_experiment
 from harness.models.resolution import ModelSpec
+from harness.reporting.tables import run_table
 from harness.store.artifacts import Store
 from harness.store.costs import Costs
 from tests.harness.tiny_models import save_corpus, save_model
@@ -85,6 +86,13 @@ def test_members_of_an_ensemble_share_the_memory(
     check("methods.Both.weights=[1,0]")
     monkeypatch.setattr(perplexity, "device_memory", lambda device: sum(sizes))
     check()
+    # Of two precisions each member has its own.
+    mixed = ["suites.perplexity.dtype=role", "roles.target.dtype=float32", "roles.sources.neox.dtype=bfloat16"]
+    monkeypatch.setattr(perplexity, "device_memory", lambda device: sizes[0] + sizes[1] / 2)
+    check(*mixed)
+    monkeypatch.setattr(perplexity, "device_memory", lambda device: sizes[0] + sizes[1] / 2 - 1)
+    with pytest.raises(UserError, match=r"Both has .* of weights in bfloat16 and float32"):
+        check(*mixed)
 
 
 @pytest.mark.slow
@@ -98,3 +106,4 @@ def test_curve_and_table_agree_to_every_digit_printed(experiment_file: Path, tmp
     assert len(last)
     np.testing.assert_allclose(last["numerator"], final["numerator"], rtol=2e-6)
     assert "perplexity is computed in float32." in run.suites["perplexity"]["notes"]
+    assert run.precision("perplexity") == run_table(run).precision == "float32"

@@ -26,6 +26,11 @@ TASKS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Rowan/hellaswag/default/validation.jsonl",
         {"activity_label": "B", "ctx_a": "S", "ctx_b": "they", "endings": ["a", "b", "c", "d"], "label": "1"},
     ),
+    "triviaqa": (
+        "triviaqa/default.yaml",
+        "mandarjoshi/trivia_qa/rc.nocontext/validation.jsonl",
+        {"question": "Who?", "answer": {"value": "Fox", "aliases": ["fox"]}, "unread": None},
+    ),
 }
 
 
@@ -43,6 +48,16 @@ TASKS: dict[str, tuple[str, str, dict[str, Any]]] = {
         ("hellaswag", "label", "9", "its answer 9 is none of its 4 choices"),
         ("hellaswag", "label", "x", "invalid literal for int"),
         ("hellaswag", "endings", None, "not iterable"),
+        ("boolq", "passage", None, "its 'passage' is null, and its question would say None"),
+        ("boolq", "question", None, "its 'question' is null, and its question would say None"),
+        ("arc_easy", "question", None, "its 'question' is null, and its question would say None"),
+        (
+            "arc_easy",
+            "choices",
+            {"text": ["a", None], "label": ["A", "B"]},
+            "its 'choices' is null, and its choices would",
+        ),
+        ("triviaqa", "question", None, "its 'question' is null, and its question would say None"),
     ],
 )
 def test_a_wrong_row_is_named(tmp_path: Path, task: str, column: str, value: Any, why: str) -> None:

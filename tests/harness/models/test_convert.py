@@ -18,6 +18,7 @@ from harness.models.checkpoints import load_model, load_tokenizer
 from harness.models.convert import SAMPLES, convert
 from harness.models.manifest import read_model_manifest
 from harness.models.resolution import ModelSpec, resolve
+from harness.store.fingerprint import fingerprint
 from tests.harness.models.test_checkpoints import make_llama
 
 IDS = torch.tensor([[0, 40, 41, 42, 260, 261, 7]])
@@ -148,6 +149,38 @@ def test_a_conversion_of_another_version_is_refused_with_the_remedy(
     del written["converter"]
     (out / manifest.MANIFEST).write_text(json.dumps(written))
     refused()
+
+
+CONVERTED = {3: "374b594159cc1089a78622b6d70546eccaa055f5ab0a73c8ccb88fe1435127cf"}
+"""By version of the converter a hash of what it makes of four small models."""
+
+
+def test_another_conversion_has_another_version(llama: Path, tmp_path: Path) -> None:
+    """Where this fails, models that are converted by now differ from those of the same files from now on: raise
+    CONVERTER, so that they are refused, and put the new hash beside it.
+    """
+    decodes = Path(shutil.copytree(llama, tmp_path / "decodes"))
+    (decodes / "generation_config.json").write_text('{"eos_token_id": [1, 5], "pad_token_id": 7, "temperature": 0.5}')
+    slow = make_pickle(tmp_path / "slow", torch.float16)
+    make_slow(slow, normalization_rule_name="identity", remove_extra_whitespaces=False)
+    makes = []
+    for number, original in enumerate(
+        (make_gguf(tmp_path / "a.gguf", llama), make_gguf(tmp_path / "b.gguf", llama, add_bos=False), decodes, slow)
+    ):
+        out = convert(original, tmp_path / f"out{number}")
+        config, decoding = (json.loads((out / f"{name}.json").read_text()) for name in ("config", "generation_config"))
+        tokenizer = load_tokenizer(resolve(ModelSpec(name=str(out)), tmp_path))
+        makes.append(
+            [
+                {key: value for key, value in decoding.items() if key != "transformers_version"},
+                {key: config[key] for key in ("vocab_size", "hidden_size", "tie_word_embeddings", "dtype")},
+                [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id],
+                [tokenizer(text)["input_ids"] for text in SAMPLES],
+                [tokenizer.decode(tokenizer(text)["input_ids"]) for text in SAMPLES],
+                sorted(file.name for file in out.iterdir()),
+            ]
+        )
+    assert {manifest.CONVERTER: fingerprint(makes)} == CONVERTED
 
 
 def test_weights_that_fit_in_16_bits_are_stored_so(llama: Path, tmp_path: Path) -> None:

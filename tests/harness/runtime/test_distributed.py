@@ -196,8 +196,8 @@ def test_ranks_choose_by_their_pilots_as_one_does(experiment_file: Path, tmp_pat
     assert alone.tuning.chosen == together.tuning.chosen == (0.02,)
     one, two = ([nll for _, nll in tuning.tried] for tuning in (alone.tuning, together.tuning))
     assert two[1:] == pytest.approx(one[1:], rel=1e-2)
-    # DeepSpeed leaves out steps whose gradient is not finite: a model comes out that gives all tokens alike.
-    assert one[0] == float("inf") and two[0] > two[1]
+    # Though DeepSpeed leaves out steps whose gradient is not finite, without a word.
+    assert one[0] == two[0] == float("inf")
 
 
 @pytest.mark.slow

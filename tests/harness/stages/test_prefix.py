@@ -1,6 +1,7 @@
 """The token that precedes every passage: where it is put, what it is a key of, and whether another suits a model."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from harness.experiment.headroom import audit
 from harness.experiment.method_context import MethodContext
 from harness.experiment.pipeline import TARGET, Experiment, evaluated_model, measure, predict, read_predictions
 from harness.models.resolution import ModelSpec, resolve
+from harness.stages import prefix_check
 from harness.stages.prefix_check import prefix_warning
 from harness.store.artifacts import Store
 from harness.store.files import read_json
@@ -71,6 +73,26 @@ def test_a_model_that_reads_better_after_another_token_is_named(tmp_path: Path) 
     }
     assert found[None] and "after the prefix '<s>'" in found[None] and "after '</s>'" in found[None]
     assert found["bos"] and found["eos"] is None
+
+
+def test_an_answer_is_that_of_the_settings_that_it_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, asked = MODEL.save(tmp_path / "model"), list[str]()
+    monkeypatch.setattr(prefix_check, "_bits_per_byte", lambda model, *rest: asked.append(model.name) or {})
+    of_all = {"dtype": "float32", "texts": ["ab"]}
+    settings: list[dict[str, Any]] = [
+        {},
+        {"attn_implementation": "eager"},
+        {"prefix": "eos"},
+        {"dtype": "bfloat16"},
+        {"texts": ["cd"]},
+    ]
+    for number, setting in enumerate(settings * 2):
+        own = {name: setting.get(name, given) for name, given in of_all.items()}
+        spec = ModelSpec(name=folder, **{name: value for name, value in setting.items() if name not in own})
+        prefix_warning(
+            Store(tmp_path / "artifacts"), resolve(spec, tmp_path), own["texts"], dtype=own["dtype"], device="cpu"
+        )
+        assert len(asked) == min(number + 1, len(settings))
 
 
 def test_texts_are_cut_to_the_context_whatever_it_is_called(tmp_path: Path) -> None:

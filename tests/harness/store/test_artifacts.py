@@ -55,7 +55,15 @@ def test_bytes_are_hashed_once_and_again_when_they_may_have_changed(
     (path / "map").write_bytes(raw.replace(b"x", b"y"))
     os.utime(path / "map", ns=(stat.st_atime_ns, stat.st_mtime_ns))
     with pytest.raises(UserError, match="does not match its SHA-256"):
-        Store(tmp_path).verify(path, anew=True)
+        Store(tmp_path).verify(path)
+    (path / "map").write_bytes(raw)
+    Store(tmp_path).verify(path)
+    (tmp_path / "other").write_bytes(raw.replace(b"x", b"y"))
+    os.utime(tmp_path / "other", ns=(stat.st_atime_ns, (path / "map").stat().st_mtime_ns))
+    (tmp_path / "other").replace(path / "map")  # of the same size and time
+    for anew in (False, True):
+        with pytest.raises(UserError, match="does not match its SHA-256"):
+            Store(tmp_path).verify(path, anew=anew)
 
 
 def test_what_a_command_lists_is_in_use(tmp_path: Path) -> None:
