@@ -120,6 +120,11 @@ def _whole(table: Layout) -> dict[str, object]:
     return whole
 
 
+def _caption(table: Layout) -> str:
+    """The title, with unit, direction and precision where the table knows its unit."""
+    return f"{table.title} ({table.measured_in})" if table.values else table.title
+
+
 def _as_latex(table: Layout) -> str:
     """Needs the packages booktabs and amssymb."""
     shown = grid(table)
@@ -131,7 +136,8 @@ def _as_latex(table: Layout) -> str:
         )
 
     lines = [r"\begin{table}", r"\centering"]
-    lines.append(rf"\caption{{{_tex(': '.join(part for part in (table.banner.upper(), table.title) if part))}}}")
+    caption = ": ".join(part for part in (table.banner.upper(), _caption(table)) if part)
+    lines.append(rf"\caption{{{_tex(caption)}}}")
     lines += [rf"\begin{{tabular}}{{l{'r' * (len(shown.header) - 1)}}}", r"\toprule"]
     lines += [" & ".join(map(_tex, shown.header)) + r" \\", r"\midrule"]
     lines += [" & ".join(map(text, row)) + r" \\" for row in shown.rows]
@@ -164,7 +170,7 @@ def _as_html(table: Layout) -> str:
 
     lines = ['<figure class="fusellm-table">', "<figcaption>"]
     lines += [f"<strong>{escape(table.banner.upper())}</strong><br>"] if table.banner else []
-    lines += [escape(table.title), "</figcaption>", "<table>", "<thead>"]
+    lines += [escape(_caption(table)), "</figcaption>", "<table>", "<thead>"]
     lines.append("<tr>" + "".join(f'<th scope="col">{escape(head)}</th>' for head in shown.header) + "</tr>")
     lines += ["</thead>", "<tbody>"]
     for label, *row in shown.rows:

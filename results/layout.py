@@ -96,6 +96,13 @@ class Layout:
     banner: str = ""
     notes: tuple[str, ...] = ()
     values: str = ""  # what the values are, with their unit
+    precision: str = ""  # that they were computed in
+
+    @property
+    def measured_in(self) -> str:
+        """Unit, direction and precision of the values."""
+        better = "higher" if self.higher_is_better else "lower"
+        return ", ".join(part for part in (self.values, f"{better} is better", self.precision) if part)
 
     def best(self, published: bool = False) -> frozenset[tuple[int, int]]:
         """The (row, column) of every best value, or published one; equal ones are all best, unless all are equal."""

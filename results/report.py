@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -233,10 +234,14 @@ def _ranks(table: Table) -> dict[tuple[int, int], int]:
     lines: dict[int, list[tuple[float, tuple[int, int]]]] = {}
     for i, row in enumerate(table.cells):
         for j, cell in enumerate(row):
-            if cell.value is not None:
+            if cell.value is not None and not cell.lossy:
                 value = -cell.value if table.higher_is_better else cell.value
                 lines.setdefault(j if table.best_along == "column" else i, []).append((value, (i, j)))
-    return {at: 1 + sum(other < value for other, _ in line) for line in lines.values() for value, at in line}
+    return {
+        at: 1 + sum(other < value and not isclose(other, value, rel_tol=1e-12) for other, _ in line)
+        for line in lines.values()
+        for value, at in line
+    }
 
 
 def _examples(run: RunPage) -> str:

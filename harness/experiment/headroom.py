@@ -85,7 +85,10 @@ def audit(config: Config, root: Path, passages: int = 2000, row: str | None = No
     with experiment.workspace.store.in_use(command_path(root, config.experiment, config.profile, "audit")):
         sums, skipped = _sums(experiment, audited_row, passages)
     run = run_folder(experiment, root)
-    rows = _by_domain(sums, [TARGET, *audited_row.sources, FUSED], experiment.models.model(TARGET).name)
+    models = experiment.models
+    precisions = {name: models.dtype(name) for name in (TARGET, *audited_row.sources)}
+    precisions[FUSED] = " and ".join(sorted(set(precisions.values())))
+    rows = _by_domain(sums, precisions, models.model(TARGET).name)
     finished = open_run(run) if (run / RUN_FILE).exists() else None
     learnt = _learnt(finished) if finished else []
     names = {measured["source"] for measured in rows}
@@ -215,11 +218,14 @@ def _sums(experiment: Experiment, audited_row: _AuditedRow, at_most: int) -> tup
     return sums, skipped
 
 
-def _by_domain(sums: Sums, order: Sequence[str], target: str) -> list[dict[str, Any]]:
-    """The measures: one row a model and domain, those of all domains last."""
+def _by_domain(sums: Sums, precisions: Mapping[str, str], target: str) -> list[dict[str, Any]]:
+    """The measures: one row a model and domain, those of all domains last.
+
+    precisions: what each model computes in, in the order of the rows.
+    """
     domains = sorted({domain for _, domain in sums} - {OVERALL})
     rows = []
-    for name in order:
+    for name, precision in precisions.items():
         for domain in [*domains, OVERALL]:
             total = sums[name, domain]
             bits = total["bytes"] * math.log(2)
@@ -241,6 +247,7 @@ def _by_domain(sums: Sums, order: Sequence[str], target: str) -> list[dict[str, 
                 "inside": _ratio(total, "inside", "n_positions"),
                 "no_entry": _ratio(total, "no_entry", "paired"),
                 "chosen": _ratio(total, "share", "passages"),
+                "precision": precision,
             }
             rows.append(row)
     return rows
@@ -270,6 +277,7 @@ def _learnt(run: Run) -> list[dict[str, Any]]:
         own = by_document.loc[label]
         for domain in [*sorted(own.index.unique("task")), OVERALL]:
             row: dict[str, Any] = {"source": label, "kind": "row", "domain": domain}
+            row["precision"] = run.precision("perplexity")
             part = own if domain == OVERALL else own.xs(domain, level="task", drop_level=False)
             row["lost"] = float(part["lost"].sum() / part["denominator"].sum())
             bits_per_byte = float(part["numerator"].sum() / part["denominator"].sum() / math.log(2))
@@ -321,6 +329,11 @@ def _sentence(measures: pd.DataFrame, audited_row: _AuditedRow, reference: str |
             f"Without a tail {audited_row.label} says that the true next token is impossible at "
             f"{fused['no_entry']:.1%} of its positions, so that what is left has no value."
         )
+    precisions = " and ".join(sorted({row["precision"] for row in rows if row["kind"] != "row"}))
+    sentences.append(
+        f"Predictions are computed in {precisions}. Leads are in bits per byte, and higher is better; of "
+        "bits_per_byte itself lower is better."
+    )
     ahead = [f"{name} {value:+.4f}" for name, value in learnt.items() if name != reference and not math.isnan(value)]
     if ahead:
         sentences.append(f"On the suite's documents rows are ahead of {reference} by {', '.join(ahead)}.")
@@ -349,7 +362,8 @@ def _write(measures: pd.DataFrame, sentence: str, folder: Path, title: str, bann
     columns = list(measures.columns)
     for form in ("md", "csv", "json"):
         rows = plain_rows(measures, None if form == "json" else 6)
-        write_atomically(folder / f"audit.{form}", plain_table(columns, rows, form))
+        below = f"\n{sentence}\n" if form == "md" else ""
+        write_atomically(folder / f"audit.{form}", plain_table(columns, rows, form) + below)
     write_atomically(folder / "audit.txt", sentence + "\n")
     for drawing in audited(measures, title, banner):
         drawing.draw(folder / drawing.name)

@@ -50,7 +50,7 @@ def write_run(run: Run) -> "dict[str, Table]":
     tables = all_tables(run)
     write_formats(tables, run.folder, list(FORMATS))
     if curves := learning_curves(run, run.folder / "learning_curves"):
-        lines = [result.sentence(curves.metric.digits) for result in curves.equal_quality]
+        lines = [result.sentence(curves.metric) for result in curves.equal_quality]
         write_atomically(run.folder / EQUAL_QUALITY, "\n".join(lines) + "\n")
     return tables
 

@@ -35,9 +35,12 @@ def drawings(run: Run, table: "Table") -> Iterator[Drawing]:
     from results.figures.differences import differences_figure
     from results.figures.quality import quality_figure
 
-    yield Drawing("learning-curves", "Held-out text against training tokens", partial(_curve_files, run))
+    held_out = f"Held-out text against training tokens (bits per byte, lower is better, {_precision_of_curves(run)})"
+    yield Drawing("learning-curves", held_out, partial(_curve_files, run))
     yield Drawing(
-        "differences", f"Differences to {table.reference} in every task", lambda place: differences_figure(table, place)
+        "differences",
+        f"Differences to {table.reference} in every task ({table.measured_in})",
+        lambda place: differences_figure(table, place),
     )
     for along, rows in _series(run.configuration).items():
         for column in _columns(table):
@@ -45,7 +48,7 @@ def drawings(run: Run, table: "Table") -> Iterator[Drawing]:
             if len(shown := _with_difference(table, rows, column)) > 1:
                 yield Drawing(
                     re.sub(r"\W+", "-", f"by {along}{about}"),
-                    f"Quality against {along}{about}",
+                    f"Quality against {along}{about} ({table.measured_in})",
                     partial(quality_figure, table, {along: shown}, along=along, column=column),
                 )
     if (run.folder / AUDIT).exists():
@@ -57,9 +60,14 @@ def audited(measures: "pd.DataFrame", title: str, banner: str) -> Iterator[Drawi
     from results.figures.audit import audit_figure, coverage_figure, selection_figure
 
     for name, caption, draw in (
-        ("audit", "What each source knows more than the target, and what every step leaves of it", audit_figure),
-        ("selection", "Which source is selected where", selection_figure),
-        ("coverage", "How much of the text each source's alignment covers", coverage_figure),
+        (
+            "audit",
+            "What each source knows more than the target, and what every step leaves of it (bits per byte, higher is "
+            "better)",
+            audit_figure,
+        ),
+        ("selection", "Which source is selected where (share of passages)", selection_figure),
+        ("coverage", "How much of the text each source's alignment covers (share of positions)", coverage_figure),
     ):
         yield Drawing(name, caption, partial(draw, measures, title=title, banner=banner))
 
@@ -94,8 +102,15 @@ def learning_curves(run: Run, place: Path) -> "LearningCurves | None":
         metric=str(along["metric"].iloc[0]),
         title=run.configuration["title"],
         banner=run.banner,
+        precision=_precision_of_curves(run),
         selections=chosen,
     )
+
+
+def _precision_of_curves(run: Run) -> str:
+    """Float32, or that of training where another one is set: the model is not converted for a measurement."""
+    settings = run.configuration.get("suites", {}).get("perplexity", {})
+    return "float32" if settings.get("dtype", "float32") == "float32" else "in the precision of training"
 
 
 def _curve_files(run: Run, place: Path) -> Sequence[Path]:

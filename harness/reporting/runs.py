@@ -111,6 +111,11 @@ class Run:
         """Sentences about how these suites were measured, printed below their tables."""
         return [note for name in suites if name in self.suites for note in self.suites[name].get("notes", ())]
 
+    def precision(self, *suites: str) -> str:
+        """What its models computed these suites in, such as `float32`; empty where that is not known."""
+        measured = [entry for entry in self.description.get("measured", []) if entry["suite"] in suites]
+        return " and ".join(sorted({dtype for entry in measured for dtype in entry["dtype"].split("+") if dtype}))
+
     @cached_property
     def seeds(self) -> list[int]:
         """The seeds of its records, which several commands may have made; rows without a seed are left out."""

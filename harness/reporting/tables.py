@@ -110,7 +110,8 @@ def run_table(run: Run, *, reference: str | None = None, with_paper: bool = Fals
             command=f"fusellm experiment run {name} --profile {run.profile}",
             reasons=run.reasons,
         )
-        return replace(table, notes=(*table.notes, *run.suite_notes(*run.suites), *run.notes))
+        notes = (*table.notes, *run.suite_notes(*run.suites), *run.notes)
+        return replace(table, notes=notes, precision=run.precision(*run.suites))
     if with_paper:
         raise UserError(f"The paper has no table {name!r}: those it has are {', '.join(LAYOUTS)}.")
     if run.suites and HELD_OUT not in run.suites:
@@ -136,7 +137,7 @@ def held_out_table(run: Run, reference: str | None = None) -> "Table":
         banner=run.banner,
         untested=untested_rows(list(run.methods), run.roles.values(), reference),
     )
-    return replace(table, notes=(*table.notes, *run.suite_notes(HELD_OUT)))
+    return replace(table, notes=(*table.notes, *run.suite_notes(HELD_OUT)), precision=run.precision(HELD_OUT))
 
 
 def _reference(run: Run) -> str:
@@ -263,5 +264,5 @@ def _tables_of_suite(
             reasons=reasons,
             untested=untested,
         )
-        table = replace(table, notes=(*table.notes, *notes))
+        table = replace(table, notes=(*table.notes, *notes), precision=run.precision(suite))
         yield transposed(table) if len(group) > _MANY else table

@@ -28,6 +28,7 @@ _STAGES = {
 }
 _LEFT = "left: what reaches the loss"
 _AHEAD = "bits per byte ahead of the target"
+_BETTER = "higher is better"
 _SHARES = {"chosen": "share of passages it is chosen for", "paired": "share of positions paired"}
 
 
@@ -41,8 +42,8 @@ def audit_figure(measures: pd.DataFrame, path: Path | str, *, title: str = "", b
 
     measures has one row a model and domain and the columns source, kind (target, source, fused; row for a row of the
     experiment), domain; native, aligned, projected, kept, selected and in_loss, the bits per byte that are left; chosen
-    and paired, shares; ahead_of_target. Missing values (NaN) are marked n/a. Raises UserError for a missing column, an
-    empty frame, and a model that has a domain twice.
+    and paired, shares; ahead_of_target; and, where it is known, precision, what the model computes in. Missing values
+    (NaN) are marked n/a. Raises UserError for a missing column, an empty frame, and a model that has a domain twice.
     """
     domains, by_source = _by_source(measures, [*_STAGES, *_SHARES, "ahead_of_target"])
     kinds = dict(zip(measures["source"], measures["kind"], strict=True))
@@ -55,14 +56,15 @@ def audit_figure(measures: pd.DataFrame, path: Path | str, *, title: str = "", b
         grid = figure.add_gridspec(n_panels, 1)
         for number, (source, caption) in enumerate(panels.items()):
             axes = figure.add_subplot(grid[number])
-            _steps(axes, domains, {stage: by_source[stage][source] for stage in _STAGES})
+            label = _label(_AHEAD, measures[measures["source"] == source], _BETTER)
+            _steps(axes, domains, {stage: by_source[stage][source] for stage in _STAGES}, label)
             axes.set_title(caption, fontsize=9)
             if number == 0:
                 figure.legend(loc="outside lower center", ncols=4, fontsize=8)
         if rows:
             axes = figure.add_subplot(grid[len(panels)])
             learnt = {row: by_source["ahead_of_target"][row] for row in rows}
-            style.bars(axes, domains, learnt, _AHEAD, first=0)
+            style.bars(axes, domains, learnt, _label(_AHEAD, measures[measures["kind"] == "row"], _BETTER), first=0)
             axes.set_title("learnt by the rows, on the suite's text", fontsize=9)
             axes.legend(fontsize=8)
             _number(axes)
@@ -70,7 +72,14 @@ def audit_figure(measures: pd.DataFrame, path: Path | str, *, title: str = "", b
         return style.save(figure, Path(path))
 
 
-def _steps(axes: "Axes", domains: Sequence[str], left: dict[str, list[float]]) -> None:
+def _label(what: str, measures: pd.DataFrame, *about: str) -> str:
+    """What an axis shows, with what is said about it and the precision that it was computed in."""
+    precisions = sorted(set(measures["precision"])) if "precision" in measures.columns else []
+    about = (*about, " and ".join(precisions)) if precisions else about
+    return f"{what} ({', '.join(about)})" if about else what
+
+
+def _steps(axes: "Axes", domains: Sequence[str], left: dict[str, list[float]], label: str) -> None:
     """Bars that add up: each begins where the one before it ends, the first and the last at zero."""
     values = np.array([left[stage] for stage in _STAGES])
     known = ~np.isnan(values[0])  # rows of the experiment have domains of other text
@@ -84,7 +93,7 @@ def _steps(axes: "Axes", domains: Sequence[str], left: dict[str, list[float]]) -
         for place, height in zip(x, tops[k] - bottoms[k], strict=True):
             if np.isnan(height):
                 axes.text(place, 0.01, "n/a", transform=axes.get_xaxis_transform(), ha="center", fontsize=6)
-    style.name_groups(axes, domains, _AHEAD)
+    style.name_groups(axes, domains, label)
     _number(axes)
 
 
@@ -109,7 +118,7 @@ def selection_figure(
     domains, by_source = _by_source(_models(measures), ["chosen"])
     with style.style():
         figure, axes = _domain_axes(len(domains))
-        style.stacked(axes, domains, by_source["chosen"], _SHARES["chosen"])
+        style.stacked(axes, domains, by_source["chosen"], _label(_SHARES["chosen"], _models(measures)))
         figure.legend(loc="outside lower center", ncols=3, fontsize=8)
         style.entitle(figure, title, banner)
         return style.save(figure, Path(path))

@@ -32,7 +32,7 @@ def differences_figure(
     longest = max(map(len, panels.values()))
     across = min(len(panels), _ACROSS)
     down = -(-len(panels) // across)
-    unit = f" ({table.values})" if table.values else ""
+    unit = ", ".join(part for part in (table.values, table.precision) if part)
     with style.style():
         figure = style.new((2.2 + 3.6 * across, 0.8 + (1 + 0.24 * longest) * down))
         for i, (method, panel) in enumerate(panels.items()):
@@ -44,7 +44,7 @@ def differences_figure(
                 axes.plot([low, high], [height, height], color="black", linewidth=1)
             axes.set_yticks(range(len(panel)), [task for task, _ in panel], fontsize=8)
             axes.axvline(0, color="black", linewidth=0.8)
-            axes.set_xlabel(f"{method} − {table.reference}{unit}", fontsize=8)
+            axes.set_xlabel(f"{method} − {table.reference}" + (f" ({unit})" if unit else ""), fontsize=8)
             axes.grid(axis="x", alpha=0.3)
             axes.set_axisbelow(True)
         side = "right is better" if table.higher_is_better else "left is better"

@@ -76,10 +76,12 @@ class EqualQuality:
     interval: tuple[float, float] | None = None
     best: bool = False  # whether validation text chose the checkpoint of `other`; else it is the last
 
-    def sentence(self, digits: int) -> str:
+    def sentence(self, metric: Metric) -> str:
         """The finding in words."""
         which = "best" if self.best else "final"
-        goal = f"{self.other}'s {which} {self.quality:.{digits}f} (at {self.other_tokens:,} tokens)"
+        goal = (
+            f"{self.other}'s {which} {self.quality:.{metric.digits}f} {metric.label} (at {self.other_tokens:,} tokens)"
+        )
         reached = "not reached" if self.tokens is None else f"reached at {self.tokens:,.0f} tokens"
         if self.interval is None:
             return (
@@ -109,6 +111,7 @@ def learning_curves(
     metric: str = "bits_per_byte",
     title: str = "",
     banner: str = "",
+    precision: str = "",
     selections: Sequence[Selection] = (),
 ) -> LearningCurves:
     """Draw `path`.png and `path`.svg: the held-out metric of `methods` against training tokens (the paper's figure 3).
@@ -116,8 +119,8 @@ def learning_curves(
     records: of one experiment and profile; only those with training tokens count. Each other method is set against
     `reference`: the tokens it needs for the quality of the reference's row, and the other way round. `selections` say
     which checkpoints these are, where validation text has chosen them: they are marked, and the curves of that text are
-    dotted. Raises UserError where
-    a method has no curve and where steps were not measured on the same documents. Of more methods than can be told
+    dotted. `precision` is what the metric was computed in. Raises UserError where a method has no curve and where steps
+    were not measured on the same documents. Of more methods than can be told
     apart the reference and the first ones are drawn; what is returned is about all of them.
     """
     if reference not in methods:
@@ -142,7 +145,7 @@ def learning_curves(
     shown = [curve for curve in curves if curve.method in drawn]
     compared = [one for one in equal if {one.method, one.other} <= drawn]
     with style.style():
-        figure = _draw_curves(measured, shown, compared, reference, title, banner, selections)
+        figure = _draw_curves(measured, shown, compared, reference, title, banner, precision, selections)
         files = style.save(figure, Path(path))
     return LearningCurves(measured, curves, tuple(equal), files)
 
@@ -244,6 +247,7 @@ def _draw_curves(
     reference: str,
     title: str,
     banner: str,
+    precision: str,
     selections: Sequence[Selection],
 ) -> "Figure":
     figure = style.new((7.0, 4.6 + 0.22 * len(equal)))
@@ -265,7 +269,8 @@ def _draw_curves(
         if one.other == reference and one.tokens is not None:
             axes.plot([one.tokens], [one.quality], marker="|", markersize=16, color="0.3", zorder=5)
     axes.set_xlabel("training tokens")
-    axes.set_ylabel(f"held-out {metric.label} ({'higher' if metric.higher_is_better else 'lower'} is better)")
+    better = f"{'higher' if metric.higher_is_better else 'lower'} is better"
+    axes.set_ylabel(f"held-out {metric.label} ({', '.join(filter(None, (better, precision)))})")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
     if any(curve.checkpoint is not None for curve in curves):
@@ -274,5 +279,5 @@ def _draw_curves(
         axes.plot([], [], ":", color="0.3", linewidth=0.8, label="validation text, by which it was chosen")
     axes.legend()
     style.entitle(figure, title, banner)
-    figure.supxlabel("\n".join(one.sentence(metric.digits) for one in equal), fontsize=8, x=0.02, ha="left")
+    figure.supxlabel("\n".join(one.sentence(metric) for one in equal), fontsize=8, x=0.02, ha="left")
     return figure

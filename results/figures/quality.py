@@ -29,8 +29,6 @@ def quality_figure(
     labels = [one.label for one in table.columns]
     if column not in labels:
         raise UnknownName("column", column, labels)
-    better = "higher" if table.higher_is_better else "lower"
-    unit = f"{table.values}, " if table.values else ""
     with style.style():
         figure = style.new((6.4, 4.4))
         axes = figure.add_subplot()
@@ -62,7 +60,7 @@ def quality_figure(
         axes.axhline(0, color="0.4", linewidth=0.8)
         axes.set_xticks(sorted(ticks))
         axes.set_xlabel(along)
-        axes.set_ylabel(f"{column} − {table.reference} ({unit}{better} is better)")
+        axes.set_ylabel(f"{column} − {table.reference} ({table.measured_in})")
         axes.grid(alpha=0.3)
         if len(series) > 1:
             axes.legend()

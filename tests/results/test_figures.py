@@ -15,12 +15,14 @@ from results.figures.audit import audit_figure, coverage_figure, selection_figur
 from results.figures.differences import differences_figure
 from results.figures.learning_curves import Curve, Selection, _curves, equal_quality, learning_curves
 from results.figures.quality import quality_figure
+from results.metrics import metric_of
 from results.records import Record, read, write
 from results.table import Table
 from results.tables import main_table
 from tests.results.sample import curve, final
 
 LOG2 = np.log(2)
+BITS_PER_BYTE = metric_of("bits_per_byte")
 
 
 def records(folder: Path, *parts: list[Record]) -> pd.DataFrame:
@@ -51,7 +53,7 @@ def test_curves_and_equal_quality_as_data(tmp_path: Path) -> None:
     assert ahead.tokens == pytest.approx(1500)
     assert ahead.quality == pytest.approx(0.66 / LOG2)
     assert behind.tokens is None and behind.interval is None
-    assert behind.sentence(4).endswith("not reached (no interval: fewer than 20 documents a domain)")
+    assert behind.sentence(BITS_PER_BYTE).endswith("not reached (no interval: fewer than 20 documents a domain)")
     assert [one.name for one in found.files] == ["figure.png", "figure.svg"]
 
 
@@ -70,8 +72,10 @@ def test_rows_are_compared_at_the_checkpoints_that_were_taken(tmp_path: Path) ->
     assert clm.row.at == (1000, 2000) and clm.row.value == pytest.approx((0.6 + 0.62) / 2 / LOG2)
     assert fused.checkpoint is None and fused.row.value == pytest.approx(0.55 / LOG2)
     ahead, behind = found.equal_quality
-    assert ahead.tokens == pytest.approx(1400) and ahead.sentence(4).startswith("FuseLLM: CLM's best 0.8800 (at 1,500")
-    assert behind.tokens is None and "FuseLLM's final" in behind.sentence(4)
+    assert ahead.tokens == pytest.approx(1400) and ahead.sentence(BITS_PER_BYTE).startswith(
+        "FuseLLM: CLM's best 0.8800 bits per byte (at 1,500"
+    )
+    assert behind.tokens is None and "FuseLLM's final" in behind.sentence(BITS_PER_BYTE)
     # Chosen under a seed that the records lack, it is not known where.
     assert next(_curves(parts, ["CLM"], selections[:1])).checkpoint is None
 
@@ -108,9 +112,9 @@ def test_equal_quality_has_the_interval_of_the_documents(tmp_path: Path) -> None
     assert ahead.tokens is not None and ahead.interval is not None
     assert 600 < ahead.interval[0] < ahead.tokens < ahead.interval[1] < 1000
     low, high = (f"{at:,.0f}" for at in ahead.interval)
-    assert ahead.sentence(4).endswith(f"reached at {ahead.tokens:,.0f} tokens [{low}, {high}]")
+    assert ahead.sentence(BITS_PER_BYTE).endswith(f"reached at {ahead.tokens:,.0f} tokens [{low}, {high}]")
     assert behind.tokens is None and behind.interval is not None and behind.interval[1] == np.inf
-    assert behind.sentence(4).endswith("not reached [never, never]")
+    assert behind.sentence(BITS_PER_BYTE).endswith("not reached [never, never]")
 
 
 @pytest.mark.slow
@@ -230,6 +234,18 @@ def test_the_bars_of_a_waterfall_add_up(tmp_path: Path, drawn: list[Any]) -> Non
     assert legend == ["CLM"]
 
 
+def test_an_audit_says_unit_direction_and_precision(tmp_path: Path, drawn: list[Any]) -> None:
+    kinds = {"source": "bfloat16", "fused": "bfloat16 and float32", "row": "float32"}
+    found = measures().assign(precision=measures()["kind"].map(kinds))
+    audit_figure(found.query("source != 'Qwen'"), tmp_path / "f")
+    ahead = "bits per byte ahead of the target (higher is better, "
+    assert [axes.get_ylabel() for axes in drawn[0].axes] == [
+        f"{ahead}bfloat16 and float32)", f"{ahead}bfloat16)", f"{ahead}float32)"
+    ]  # fmt: skip
+    selection_figure(found, tmp_path / "f")
+    assert drawn[1].axes[0].get_ylabel() == "share of passages it is chosen for (bfloat16)"
+
+
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that were drawn."""
@@ -244,7 +260,8 @@ def test_a_curve_has_intervals_where_each_domain_has_twenty_documents(tmp_path: 
         return [replace(one, tokens=at) for at, records in steps.items() for one in records]
 
     whole = records(tmp_path / "whole", along(20))
-    (found,) = learning_curves(whole, ["CLM"], tmp_path / "f").curves
+    (found,) = learning_curves(whole, ["CLM"], tmp_path / "f", precision="float32").curves
+    assert drawn[0].axes[0].get_ylabel() == "held-out bits per byte (lower is better, float32)"
     last = statistics.resample(statistics.group(whole[whole["tokens"] == 10]))
     assert found.intervals is not None and found.intervals.shape == (2, 2)
     assert tuple(found.intervals[1]) == statistics.estimate(list(last.values())).interval
@@ -290,6 +307,8 @@ def test_differences_are_sorted(tmp_path: Path, drawn: list[Any]) -> None:
     differences_figure(table, tmp_path / "f")
     labels = [axes.get_xlabel() for axes in drawn[0].axes]
     assert labels == [f"at {value} − CLM (bits per byte)" for value in ("0.9", "0.7", "0.5")]
+    differences_figure(replace(table, precision="float32"), tmp_path / "f")
+    assert drawn[1].axes[0].get_xlabel() == "at 0.9 − CLM (bits per byte, float32)"
     for row, axes in enumerate(drawn[0].axes, 1):
         widths = [bar.get_width() for bar in axes.containers[0]] if len(axes.containers) == 1 else [
             group[0].get_width() for group in axes.containers
@@ -311,6 +330,8 @@ def test_quality_against_a_setting(tmp_path: Path, drawn: list[Any]) -> None:
     assert list(line.get_xdata()) == [0.5, 0.7, 0.9]
     assert list(line.get_ydata()) == [table.cells[row][3].difference for row in (3, 2, 1)]
     assert drawn[0].axes[0].get_ylabel() == "average − CLM (bits per byte, lower is better)"
+    quality_figure(replace(table, precision="float32"), {"corrected": at}, tmp_path / "f", along="lambda")
+    assert drawn[1].axes[0].get_ylabel() == "average − CLM (bits per byte, lower is better, float32)"
     with pytest.raises(UnknownName, match=r"There is no row .at 0\.6."):
         quality_figure(table, {"corrected": {"at 0.6": 0.6}}, tmp_path / "f", along="lambda")
     with pytest.raises(UnknownName, match="There is no column 'averag'"):

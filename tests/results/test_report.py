@@ -1,6 +1,7 @@
 """What the page says of a table; the page itself is tried in a browser in tests/harness/reporting/test_report.py."""
 
 import json
+from dataclasses import replace
 
 from results.layout import Cell, Column
 from results.report import findings, page_cells
@@ -41,6 +42,8 @@ def test_ranks_are_along_the_methods_and_missing_cells_have_none() -> None:
     table = Table("t", ("a", "b", "c"), (Column("x"), Column("y")), cells, True, 1, reference="a")
     assert [[cell.texts["rank"] for cell in row] for row in page_cells(table)] == [["2", "2"], ["2", "—"], ["1", "1"]]
     assert [[cell.keys["value"] for cell in row] for row in page_cells(table)] == [[3.0, 1.0], [3.0, None], [4.0, 2.0]]
+    lossy = replace(table, cells=((Cell(3.0), Cell(9.0, lossy=True)), (Cell(3.0 + 1e-15), Cell(1.0)), cells[2]))
+    assert [[cell.texts["rank"] for cell in row] for row in page_cells(lossy)] == [["2", "—"], ["2", "2"], ["1", "1"]]
     assert page_cells(table)[0][0].texts["difference"] == "reference"
     assert ["note", "not run"] in json.loads(page_cells(table)[1][1].about)["facts"]
     across = Table("t", ("x", "y"), (Column("a"), Column("b")), (cells[0], cells[2]), False, 1, best_along="row")

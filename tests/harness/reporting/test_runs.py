@@ -1,12 +1,14 @@
 """The tables of finished runs, from run folders as a run leaves them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fusion.errors import UserError
 from harness.reporting import export, runs
+from harness.reporting.runs import open_run
 from harness.reporting.tables import run_table, summary, tables
 from harness.store.files import write_json
 from harness.store.fingerprint import file_sha256
@@ -85,6 +87,21 @@ def test_a_table_of_the_paper_has_its_layout_and_another_the_main_one(tmp_path: 
     run = runs.open_run(folder)
     assert run_table(run).title == "about table6 (table6, small)"
     assert run_table(run, with_paper=True).title.startswith("table6, profile small")
+
+
+def test_captions_say_unit_direction_and_precision(tmp_path: Path) -> None:
+    run = open_run(finished(tmp_path, "main", main()))
+    entries = [("perplexity", "float32"), ("perplexity", "bfloat16+float32"), ("bbh", "bfloat16"), ("vote", "")]
+    measured = [{"suite": suite, "dtype": dtype} for suite, dtype in entries]
+    run = replace(run, description={**run.description, "measured": measured})
+    assert [run.precision(*some) for some in (("bbh", "vote"), ("vote",), ("perplexity", "bbh"))] == [
+        "bfloat16", "", "bfloat16 and float32",
+    ]  # fmt: skip
+    table = run_table(run)
+    expected = f"{table.title} (bits per byte, lower is better, bfloat16 and float32)"
+    assert f"<figcaption>\n{expected}\n</figcaption>" in render(table, "html")
+    assert f"caption{{{expected}}}" in render(table, "latex")
+    assert json.loads(render(table, "json"))["precision"] == "bfloat16 and float32"
 
 
 def test_the_newest_run_counts(tmp_path: Path) -> None:
