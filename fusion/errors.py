@@ -8,6 +8,10 @@ class UserError(ValueError):
     """Something the user can correct: the message says in one sentence what is wrong, where, and what to do."""
 
 
+class NotFinite(UserError):
+    """Logits of a model that are not finite."""
+
+
 class UnknownName(UserError):
     """A name that is not there: `name`, among the `known` ones, of what `noun` says ("map", "method")."""
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fusion.errors import UserError
+from fusion.errors import NotFinite, UserError
 from fusion.inference.decoding import pack_consecutive
 from fusion.inference.ensembles import PrefixCachedEnsemble
 from fusion.inference.prefix_tree import Branching, CachedPrefix
@@ -55,8 +55,8 @@ def document_nats(
     (`ensemble.PrefixCachedEnsemble`) a long window is read in parts, each with the keys and values of those before.
     `progress` is called with the number of tokens scored since the last call.
 
-    Raises UserError for windows the model has no positions for, tokens it has no row for, and logits that are not
-    finite (both name the document's index).
+    Raises UserError for windows the model has no positions for and tokens it has no row for, and NotFinite for logits
+    that are not (both name the document's index).
     """
     stride = window_stride(mode, window, stride)
     if isinstance(model, PrefixCachedEnsemble):
@@ -95,7 +95,7 @@ def document_nats(
     for batch, found in scored:
         for job, nats in zip(batch, found, strict=True):
             if not np.isfinite(nats).all():
-                raise UserError(f"the model's logits on document {jobs[job][0]} are not finite: it cannot be scored")
+                raise NotFinite(f"the model's logits on document {jobs[job][0]} are not finite: it cannot be scored")
             job_nats[job] = nats.sum()
         if progress is not None:
             progress(sum(len(chosen[job].gold) for job in batch))

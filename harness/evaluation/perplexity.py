@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from baselines.method import Artifact
-from fusion.errors import UserError
+from fusion.errors import NotFinite, UserError
 from fusion.inference.windows import window_stride, windows
 from fusion.modeling.context import context_length
 from harness.config.schema import CorpusConfig
@@ -264,7 +264,7 @@ def measure_documents(
     its tokens do not spell.
 
     `prefix` is read before each document (see `prefix_id`). The nats are None where an ensemble cannot read a window of
-    the document (see `unreadable`). Raises UserError for a stride that does not fit.
+    the document (see `unreadable`). Raises UserError for a stride that does not fit, NotFinite for logits that are not.
     """
     from fusion.inference.likelihood import document_nats, unreadable
     from fusion.vocabulary.tokenization import encode_all, lost_bytes, prefix_id
@@ -284,7 +284,8 @@ def measure_documents(
         )
     except UserError as error:
         names = ", ".join(document.name for document in documents[:3])
-        raise UserError(f"perplexity of {names} ...: {error}") from None
+        kind = NotFinite if isinstance(error, NotFinite) else UserError
+        raise kind(f"perplexity of {names} ...: {error}") from None
     vocabulary, stride = _vocabulary(tokenizer), window_stride(config.mode, config.window, config.stride)
     return [
         {

@@ -20,6 +20,7 @@ from fusion.losses.term import LossTerm
 from fusion.modeling.heads import fused_forward
 from fusion.modeling.packing import Packing
 from fusion.modeling.teacher import Teacher
+from harness.data.sequences import collate
 from harness.stages.trainer.sealing import seal
 from harness.stages.training_log import curve_files
 
@@ -106,6 +107,15 @@ class FusionTrainer(Trainer):
         """
         norm_is_finite = self.grad_norm is None or 0 <= self.grad_norm < math.inf
         return norm_is_finite and not self.accelerator.optimizer_step_was_skipped
+
+    def has_finite_loss(self) -> bool:
+        """Whether the loss of the first row is finite with the model as it is; called by all ranks."""
+        model = self.model_wrapped
+        model.eval()
+        with torch.no_grad():
+            total, *_ = model(**self._prepare_inputs(collate([self.train_dataset[0]])))  # type: ignore[index]
+        model.train()
+        return bool(torch.isfinite(total))
 
     def global_sums(self) -> dict[str, float]:
         """What all ranks have summed up since the last call."""

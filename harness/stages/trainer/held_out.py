@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel, TrainerCallback
 
-from fusion.errors import UserError
+from fusion.errors import NotFinite, UserError
 from harness.runtime import distributed
 from harness.stages.trainer.fusion_trainer import FusionTrainer
 from harness.stages.trainer.sealing import check_seal, is_sealed, read_seal
@@ -161,6 +161,9 @@ class Follow(TrainerCallback):
         self._measure(args, state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer is not None
+        if not self.trainer.has_finite_loss():
+            raise Diverged("the loss is not finite after the last step: lower training.learning_rate.")
         if not distributed.is_main_process():
             return
         for curve, steps in self._curves:
@@ -178,7 +181,12 @@ class Follow(TrainerCallback):
             self.trainer.beat("the measurement of held-out text")
             # On all ranks, and through what wraps the model: ZeRO-3 gathers weights there, and with all of them.
             with torch.no_grad(), torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-                records = model(measure=curve.measure)
+                try:
+                    records = model(measure=curve.measure)
+                except NotFinite as error:
+                    if state.global_step == 0:  # of the model as it was given
+                        raise
+                    raise Diverged(f"at step {state.global_step} {error}: lower training.learning_rate.") from None
             model.train(training)
             point = {"step": state.global_step, "tokens": self._tokens, "records": records}
             if distributed.is_main_process():

@@ -45,5 +45,26 @@ def test_a_step_that_is_left_out_is_a_divergence(tmp_path: Path, monkeypatch: py
         list(candidates(_experiment(tmp_path)))
 
 
-def _experiment(folder: Path) -> Any:
-    return experiment(folder, ["abcd"], {"s": Bigrams()}, 'methods.X={"method": "clm"}', f"training.epochs={STEPS}")
+def test_a_last_step_that_leaves_no_finite_loss_is_a_divergence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = torch.optim.AdamW.step
+
+    def explode(self: Any, *args: Any, **kwargs: Any) -> None:
+        step(self, *args, **kwargs)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", explode)
+    with pytest.raises(Diverged, match="the loss is not finite after the last step"):
+        list(candidates(_experiment(tmp_path, "training.epochs=1")))
+    (tmp_path / "validation.txt").write_text("abcdc")
+    validated = ["training.epochs=1", "training.select=best", f"validation.path={tmp_path / 'validation.txt'}"]
+    with pytest.raises(Diverged, match=r"at step 1 perplexity of validation.txt .* are not finite.*: lower training"):
+        list(candidates(_experiment(tmp_path, *validated)))
+
+
+def _experiment(folder: Path, *settings: str) -> Any:
+    clm = 'methods.X={"method": "clm"}'
+    return experiment(folder, ["abcd"], {"s": Bigrams()}, clm, f"training.epochs={STEPS}", *settings)
