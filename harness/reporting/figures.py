@@ -108,9 +108,13 @@ def learning_curves(run: Run, place: Path) -> "LearningCurves | None":
 
 
 def _precision_of_curves(run: Run) -> str:
-    """Float32, or that of training where another one is set: the model is not converted for a measurement."""
+    """Float32, or that of training, where another one is set or DeepSpeed holds the weights: nothing is converted for a
+    measurement.
+    """
     settings = run.configuration.get("suites", {}).get("perplexity", {})
-    return "float32" if settings.get("dtype", "float32") == "float32" else "in the precision of training"
+    sharded = run.configuration.get("training", {}).get("deepspeed")
+    exact = settings.get("dtype", "float32") == "float32" and not sharded
+    return "float32" if exact else "in the precision of training"
 
 
 def _curve_files(run: Run, place: Path) -> Sequence[Path]:

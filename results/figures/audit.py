@@ -79,7 +79,7 @@ def _label(what: str, measures: pd.DataFrame, *about: str) -> str:
     return f"{what} ({', '.join(about)})" if about else what
 
 
-def _steps(axes: "Axes", domains: Sequence[str], left: dict[str, list[float]], label: str) -> None:
+def _steps(axes: "Axes", domains: Sequence[str], left: dict[str, list[float]], ylabel: str) -> None:
     """Bars that add up: each begins where the one before it ends, the first and the last at zero."""
     values = np.array([left[stage] for stage in _STAGES])
     known = ~np.isnan(values[0])  # rows of the experiment have domains of other text
@@ -93,7 +93,7 @@ def _steps(axes: "Axes", domains: Sequence[str], left: dict[str, list[float]], l
         for place, height in zip(x, tops[k] - bottoms[k], strict=True):
             if np.isnan(height):
                 axes.text(place, 0.01, "n/a", transform=axes.get_xaxis_transform(), ha="center", fontsize=6)
-    style.name_groups(axes, domains, label)
+    style.name_groups(axes, domains, ylabel)
     _number(axes)
 
 

@@ -41,6 +41,7 @@ def test_rows_that_lose_text_are_ahead_only_of_those_that_lose_the_same() -> Non
     run: Any = SimpleNamespace(
         records=pd.DataFrame(records, columns=columns),
         roles={"target": "target"},
+        precision=lambda suite: "float32",
         reference="CLM",
         methods={name: {"method": "as_is" if name == "target" else "clm"} for name in ("target", "CLM", "KD")},
     )
