@@ -108,11 +108,12 @@ def learning_curves(run: Run, place: Path) -> "LearningCurves | None":
 
 
 def _precision_of_curves(run: Run) -> str:
-    """Float32, or that of training, where another one is set or DeepSpeed holds the weights: nothing is converted for a
+    """Float32, or that of training, where another one is set or the weights are sharded: nothing is converted for a
     measurement.
     """
     settings = run.configuration.get("suites", {}).get("perplexity", {})
-    sharded = run.configuration.get("training", {}).get("deepspeed")
+    training = run.configuration.get("training", {})
+    sharded = training.get("deepspeed") or training.get("fsdp2")
     exact = settings.get("dtype", "float32") == "float32" and not sharded
     return "float32" if exact else "in the precision of training"
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer
 
@@ -95,7 +96,8 @@ class FusionTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        self.grad_norm = None if norm is None else float(norm)
+        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP2 has it in parts
+        self.grad_norm = None if whole is None else float(whole)
         return norm
 
     @property
