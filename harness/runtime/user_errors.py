@@ -1,6 +1,7 @@
 """The sentence about an error that the user can correct, whether a package or the operating system raised it."""
 
 import errno
+import sys
 
 from fusion.errors import UserError, unknown_name
 from harness.runtime.extras import missing_extra
@@ -24,6 +25,13 @@ def sentence_about(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.errno in _REFUSALS:
         return f"{error.filename or 'A file'} {_REFUSALS[error.errno]}."
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return (
+            "The memory of the GPU is full: lower training.micro_batch_size or a role's batch_tokens, or set "
+            "training.gradient_checkpointing=true, training.deepspeed=zero3 or training.fsdp2=true, and run again; "
+            "what is finished is kept."
+        )
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
         return f"{error.object!r} has bytes that are not UTF-8, which a library here does not take: rename that path."
     return missing_extra(error)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer
@@ -143,7 +144,10 @@ class FusionTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.beat("the writing of a checkpoint")
-        super()._save_checkpoint(model, trial)
+        try:
+            super()._save_checkpoint(model, trial)
+        except CheckpointException as error:  # of FSDP2, and no Exception: what failed on a rank is inside
+            raise next(iter(error.failures.values()))[0] from None
         folder = Path(self.args.output_dir or "") / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             for curve in curve_files(folder.parents[1]):

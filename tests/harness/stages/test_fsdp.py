@@ -1,15 +1,18 @@
 """Two ranks under FSDP2 on the CPU: the training of one process, which another number of ranks can continue."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
+from traceback import StackSummary
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MptConfig
+from torch.distributed.checkpoint.api import CheckpointException
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MptConfig, Trainer
 
 from fusion.errors import UserError
 from fusion.modeling.heads import find_head, split, split_as
@@ -18,6 +21,8 @@ from fusion.modeling.shallow_copy import shallow_copy
 from harness.config.schema import TrainingConfig
 from harness.models.checkpoints import load_model, load_without_weights
 from harness.models.resolution import ModelSpec, resolve
+from harness.runtime.user_errors import sentence_about
+from harness.stages.trainer.fusion_trainer import FusionTrainer
 from harness.stages.trainer.sealing import last_checkpoint, layout_of, seal
 from tests.harness import ranks_worker
 from tests.harness.ranks_worker import place
@@ -125,6 +130,22 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
         return
     with pytest.raises(UserError, match=sentence):
         last_checkpoint(tmp_path, now)
+
+
+def test_a_disk_that_is_full_at_a_checkpoint_is_an_error_like_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(*_: object) -> None:
+        raise CheckpointException("save", {1: (OSError(errno.ENOSPC, "No space left on device"), StackSummary())})
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", save)
+    trainer = object.__new__(FusionTrainer)
+    trainer.beat = lambda doing: None
+    with pytest.raises(OSError, match="No space left") as raised:
+        trainer._save_checkpoint(nn.Linear(1, 1), None)
+    assert "does not fit on the disk" in (sentence_about(raised.value) or "")
+
+
+def test_a_full_gpu_is_one_sentence() -> None:
+    assert "training.micro_batch_size" in (sentence_about(torch.OutOfMemoryError("CUDA out of memory")) or "")
 
 
 def test_the_layout_says_how_a_checkpoint_is_divided() -> None:
