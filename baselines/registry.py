@@ -34,6 +34,7 @@ METHODS: Registry[Method] = Registry(
         "fuse_then_merge": "baselines.fuse_then_merge",
         "fusellm": "baselines.fusellm",
         "gold": "baselines.gold",
+        "infifusion": "baselines.infifusion",
         "merge": "baselines.merge",
         "simct": "baselines.simct",
         "strict": "baselines.strict",

@@ -13,6 +13,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+LEAST_STD = 1e-3
+"""Least standard deviation that logits are divided by: of equal ones it is 0, and all differences are rounding."""
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -34,6 +37,10 @@ class Predictions:
     prefix_nll: np.ndarray | None = None
     """float32[P], for every next token of the passage, of n bytes, n - 1 values in nats: -log of the probability
     that the next token begins with its first byte, its first two, and so on. None where that is not known."""
+    spread: np.ndarray | None = None
+    """float32[M, 2], the standard deviation s of the logits over the vocabulary, `LEAST_STD` at least, and the
+    logarithm of the sum of p^(1/s) over it: p^(1/s) divided by that sum is the softmax of the standardised logits. None
+    where that is not known."""
     skipped: bool = False
     """True if only `tokens` and `byte_ends` are known: the logits were not finite, or nothing was extracted."""
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fusion.errors import UserError
 from fusion.modeling.heads import find_head, float32_logits
 from fusion.modeling.packing import own_forward
+from fusion.types import LEAST_STD
 from fusion.vocabulary.token_bytes import Vocabulary
 
 Backbone = Callable[[Tensor], Tensor]
@@ -77,6 +78,7 @@ class TopKPredictions:
     nll: np.ndarray  # float32[M], -log p(next token) in nats; 0 at M - 1
     log_z: np.ndarray | None = None  # float32[M, n], log sum over all V ids of p^(1/T) at the n temperatures asked for
     prefix_nll: np.ndarray | None = None  # float32[P], see `fusion.types.Predictions.prefix_nll`
+    spread: np.ndarray | None = None  # float32[M, 2], see `fusion.types.Predictions.spread`
 
     @classmethod
     def none(cls, k: int, temperatures: int = 0) -> "TopKPredictions":
@@ -133,7 +135,7 @@ def predict_top_k(
     hidden = backbone(input_ids.to(device))[real.to(device)]
     gold = following[real].to(device)
 
-    parts, prefix_nll = [], []
+    parts, prefix_nll, spread = [], [], []
     for hidden_part, gold_part in zip(hidden.split(chunk), gold.split(chunk), strict=True):
         logits = project(hidden_part)
         if k > logits.shape[-1]:
@@ -143,19 +145,22 @@ def predict_top_k(
             rows = max(1, _CACHED // logits.shape[-1]) * torch.get_num_threads()
         for part in zip(logits.split(rows), gold_part.split(rows), strict=True):
             parts.append(_summary(*part, k, temperatures))
+            spread.append(_spread(part[0]))
             if prefixes is not None:
                 prefix_nll.append(_prefix_nll(*part, prefixes))
     columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
+    spreads = torch.cat(spread).cpu().numpy()
     ragged = None if prefixes is None else torch.cat(prefix_nll).cpu().numpy()
 
     results, first = [], 0
     for end, length, sequence in zip(np.cumsum(lengths), lengths, sequences, strict=True):
-        result = TopKPredictions(*(column[end - length : end] for column in columns))
+        here = slice(end - length, end)
+        result = replace(TopKPredictions(*(column[here] for column in columns)), spread=spreads[here])
         if prefixes is not None and ragged is not None:
             last = first + sum(len(prefixes.ranges(int(token))) for token in sequence[1:])
             result, first = replace(result, prefix_nll=ragged[first:last]), last
         if not (np.isfinite(result.log_p).all() and np.isfinite(result.nll).all()):
-            result = TopKPredictions(*(column[:0] for column in columns))
+            result = replace(TopKPredictions(*(column[:0] for column in columns)), spread=spreads[:0])
         results.append(result)
     return results
 
@@ -172,6 +177,14 @@ def _prefix_nll(logits: Tensor, gold: Tensor, prefixes: BytePrefixes) -> Tensor:
     running = torch.nn.functional.pad(p.cumsum(-1, dtype=torch.float64), (1, 0))
     mass = running[rows, bounds[:, 1]] - running[rows, bounds[:, 0]]
     return -mass.clamp(min=torch.finfo(torch.float32).tiny, max=1.0).log().float()
+
+
+def _spread(logits: Tensor) -> Tensor:
+    """The column `spread` for logits[N, V], in float32."""
+    logits = logits.float()
+    std = logits.std(-1, unbiased=False).clamp(min=LEAST_STD)
+    standardised = (logits - logits.logsumexp(-1, keepdim=True)) / std[:, None]
+    return torch.stack([std, standardised.logsumexp(-1)], -1)
 
 
 def _summary(logits: Tensor, gold: Tensor, k: int, temperatures: Sequence[float]) -> tuple[Tensor, ...]:

@@ -267,6 +267,7 @@ LOSSES: Registry[type[Loss]] = Registry(
         "online_distillation": "fusion.losses.online_distillation",
         "uld": "fusion.losses.uld",
         "alm": "fusion.losses.alm",
+        "infifusion": "fusion.losses.infifusion",
     },
 )
 

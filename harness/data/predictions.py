@@ -108,5 +108,6 @@ class PredictionsReader:
             tail=tail,
             nll=nll,
             prefix_nll=prefix_nll if self._temperature_column is None else None,  # known at temperature 1
+            spread=columns["spread"] if self._temperature_column is None else None,
         )
         return predictions if self._k is None else predictions.top(self._k)

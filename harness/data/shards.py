@@ -1,9 +1,9 @@
 """The files of stored predictions. A shard holds a model's predictions on some passages and is complete or absent.
 
-A shard is a safetensors file of the columns `ids`, `log_p`, `tail`, `nll` and `steps` (and `log_z` where temperatures
-were asked for), with the positions of all passages concatenated, of the passages' `offsets` in them, and of `tokens`, a
-hash of each passage's token ids, which are not stored themselves. `prefix_nll` has several values a token, and
-`prefix_offsets` the passages' first values. In a compressed shard the columns are empty and only
+A shard is a safetensors file of the columns `ids`, `log_p`, `tail`, `nll`, `steps` and `spread` (and `log_z` where
+temperatures were asked for), with the positions of all passages concatenated, of the passages' `offsets` in them, and
+of `tokens`, a hash of each passage's token ids, which are not stored themselves. `prefix_nll` has several values a
+token, and `prefix_offsets` the passages' first values. In a compressed shard the columns are empty and only
 give types and shapes; `zstd` holds one frame a passage, so that each is read without its neighbours, and `frames` the
 offsets of the frames.
 """
@@ -31,8 +31,8 @@ LOST = np.uint16(65535)  # a step to where the tokens no longer spell the text
 _PASSAGES_PER_SHARD = (256, 4096)  # a killed process loses a shard, so that it must not be large
 _MOST_SHARDS = 4096  # file servers are slow with folders of many files
 _SHARD = re.compile(r"shard-(\d+)\.safetensors")
-_FLOATS = ("log_p", "tail", "nll", "log_z", "prefix_nll")
-_COLUMNS = ("ids", "log_p", "tail", "nll", "steps", "log_z")
+_FLOATS = ("log_p", "tail", "nll", "log_z", "spread", "prefix_nll")
+_COLUMNS = ("ids", "log_p", "tail", "nll", "steps", "log_z", "spread")
 
 
 def shard_path(folder: Path, index: int) -> Path:
@@ -60,12 +60,12 @@ def existing_shards(folder: Path) -> set[int]:
 
 
 def position_bytes(k: int, vocabulary: int, dtype: StoreDType = "float16", temperatures: int = 0) -> int:
-    """Bytes of one position: ids, log-probabilities and tail in `dtype`, float32 nll, uint16 step, float32 log_z.
+    """Bytes of one position: ids, log-probabilities and tail in `dtype`, nll, spread and log_z in float32, uint16 step.
 
-    Compressed with real models' top 10 in float16, a position takes about 35 of 48 bytes (vocabulary of at most
-    65,536) and 37 of 68 bytes (larger vocabularies).
+    Compressed with real models' top 10 in float16, a position takes about 43 of 56 bytes (vocabulary of at most
+    65,536) and 45 of 76 bytes (larger vocabularies).
     """
-    return k * (2 if vocabulary <= 65536 else 4) + np.dtype(dtype).itemsize * (k + 1) + 4 + 2 + 4 * temperatures
+    return k * (2 if vocabulary <= 65536 else 4) + np.dtype(dtype).itemsize * (k + 1) + 4 + 8 + 2 + 4 * temperatures
 
 
 def write_shard(
@@ -115,6 +115,8 @@ def write_shard(
     log_z = [r.log_z for r in results if r.log_z is not None]
     if log_z:
         tensors["log_z"] = np.concatenate(log_z).astype(np.float32)
+    spread = [np.zeros((len(r.nll), 2), np.float32) if r.spread is None else r.spread for r in results]
+    tensors["spread"] = np.concatenate(spread).astype(np.float32)
     prefix_nll = [np.zeros(0, np.float32) if r.prefix_nll is None else r.prefix_nll for r in results]
     tensors["prefix_nll"] = np.concatenate(prefix_nll).astype(dtype)
     tensors["prefix_offsets"] = np.cumsum([0, *map(len, prefix_nll)]).astype(np.int64)
@@ -230,7 +232,7 @@ class Shard:
 
     def columns(self, passage: int) -> Columns:
         """The stored columns of a passage: ids[M, k], log_p[M, k], tail[M], nll[M], steps[M], log_z[M, n],
-        prefix_nll[P].
+        spread[M, 2], prefix_nll[P].
         """
         first_prefix, last_prefix = self._prefix_offsets[passage : passage + 2].tolist()
         start, end = self.offsets[passage : passage + 2].tolist()

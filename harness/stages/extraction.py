@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fusion.inference.top_k import TopKPredictions
     from harness.models.resolution import ResolvedModel
 
-VERSION = 4
+VERSION = 5
 TOLERANCE: Mapping[str, float] = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
 """By how many nats a position, on average over a passage, a model may differ from its stored predictions.
 

@@ -32,6 +32,7 @@ def _said(rng: np.random.Generator, m: int, k: int, vocabulary: int) -> TopKPred
         tail=p[:, k],
         nll=rng.exponential(3, m).astype(np.float32),
         prefix_nll=rng.exponential(3, rng.integers(0, 4 * m + 1)).astype(np.float32) if m else None,
+        spread=rng.normal(3, 1, (m, 2)).astype(np.float32),
     )
 
 
@@ -59,6 +60,7 @@ def test_what_is_written_is_read(tmp_path: Path, compression: Compression, wide:
             "tail": said.tail.astype(np.float16),
             "nll": said.nll,
             "steps": steps[:m],
+            "spread": said.spread,
             "prefix_nll": np.zeros(0, np.float16) if not m else said.prefix_nll.astype(np.float16),
         }
         assert found.keys() == expected.keys()
@@ -81,7 +83,7 @@ def _real(name: str, rng: np.random.Generator) -> TopKPredictions:
     return TopKPredictions(ids, log_p.astype(np.float32), tail.astype(np.float32), nats.astype(np.float32))
 
 
-@pytest.mark.parametrize(("source", "wide", "plain", "packed"), [("smol", False, 48, 36), ("gemma", True, 68, 50)])
+@pytest.mark.parametrize(("source", "wide", "plain", "packed"), [("smol", False, 56, 36), ("gemma", True, 76, 50)])
 def test_a_real_position_takes_little(tmp_path: Path, source: str, wide: bool, plain: int, packed: int) -> None:
     rng = np.random.default_rng(0)
     oracles = {"smol": "smol_to_gemma", "gemma": "gemma_to_smol"}

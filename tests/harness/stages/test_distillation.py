@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fusion.errors import UserError
+from fusion.types import LEAST_STD
 from harness.data.passages import Passages
 from harness.experiment import run as running
 from harness.experiment.candidates import candidates
@@ -147,6 +148,35 @@ def test_sorted_probabilities_of_another_tokenizer(line: Line) -> None:
                 q = _powered(TARGET, TARGET.tokens[ours.tokens[i]], 1)
                 sums += np.abs(np.sort(p)[::-1] - np.append(np.sort(q)[::-1], [0, 0, 0])).sum()
     assert nats == pytest.approx(sums / _tokens(small), rel=1e-4)
+
+
+def test_standardised_probabilities_of_another_tokenizer(line: Line) -> None:
+    """From the stored standard deviations; a step follows the gradient."""
+    source = other({"<s>": {"x": 0.5, "ab": 0.2}, "ab": {"a": 0.6}})
+    nats, gradient = line.learns(
+        {"method": "infifusion", "lambda": 0.5, "top_k": 3}, "extraction.k=11", FLOAT32, teacher=source
+    )
+    small = line.experiment({"method": "infifusion"}, teacher=source)
+    sums = 0.0
+    for passage in range(3):
+        ours, theirs = (read_predictions(small, name).predictions(passage) for name in ("target", "s"))
+        for i, end in list(enumerate(ours.byte_ends))[:-1]:
+            at = [j for j, other_end in enumerate(theirs.byte_ends) if other_end == end]
+            if at:
+                p, q = (
+                    _standardised(_powered(model, model.tokens[token], 1))
+                    for model, token in ((source, theirs.tokens[at[-1]]), (TARGET, ours.tokens[i]))
+                )
+                sums += np.abs(p[:3] - q[:3]).sum()
+    assert nats == pytest.approx(sums / _tokens(small), rel=1e-4)
+    assert max(float(g.abs().max()) for g in gradient.values()) > 0
+
+
+def _standardised(p: np.ndarray) -> np.ndarray:
+    """The softmax of the logits divided by their standard deviation, sorted."""
+    log_p = np.log(p / p.max())
+    scaled = np.exp(log_p / max(log_p.std(), LEAST_STD))
+    return np.sort(scaled / scaled.sum())[::-1]
 
 
 def test_likelihoods_of_the_same_bytes(line: Line) -> None:
