@@ -28,6 +28,7 @@ METHODS: Registry[Method] = Registry(
     own={
         "alm": "baselines.alm",
         "as_is": "baselines.as_is",
+        "bpm": "baselines.bpm",
         "clm": "baselines.clm",
         "distillation": "baselines.distillation",
         "ensemble": "baselines.ensemble",

@@ -18,10 +18,10 @@ Nothing here imports torch, and modules of losses import it where logits are: a 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from fusion.losses.term import Term
 
+Made = TypeVar("Made")
 Balance = Literal["none", "rescale"]
 """Whether a term is brought to the size of CLM before lambda weighs them (see `fusion.losses.objective.Objective`)."""
 TeacherWeights = Literal["uniform", "mince"] | Sequence[float]
@@ -109,17 +110,27 @@ class LossResources:
         Of several tokens of the role that are mapped to one of the target's an ordinary one is taken before a
         byte-fallback one, and the lowest id before others.
         """
-        if name not in self._shared:
+
+        def make() -> np.ndarray:
             source = self.source(name)
             fallback = np.isin(np.arange(len(source.map)), list(source.vocabulary.byte_fallback))
             order = np.argsort(fallback, kind="stable")
             target_ids, first = np.unique(source.map[order], return_index=True)
-            self._shared[name] = np.full(len(source.map), -1, np.int32)
-            self._shared[name][order[first]] = target_ids
-        return self._shared[name]
+            shared = np.full(len(source.map), -1, np.int32)
+            shared[order[first]] = target_ids
+            return shared
+
+        return self.cached(("shared", name), make)
+
+    def cached(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` gives, which depends on the vocabularies, the maps and `key` alone: made once in a process."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: Made = self._made[key]
+        return made
 
     @cached_property
-    def _shared(self) -> dict[str, np.ndarray]:
+    def _made(self) -> dict[Hashable, Any]:
         return {}
 
     @cached_property
@@ -258,6 +269,7 @@ LOSSES: Registry[type[Loss]] = Registry(
     "loss",
     "fusellm.losses",
     own={
+        "bpm": "fusion.losses.bpm",
         "fusion": "fusion.losses.fusion_loss",
         "gold": "fusion.losses.gold",
         "simct": "fusion.losses.simct",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -115,7 +116,8 @@ class XTokenLoss(TeacherLoss):
             partner[chunks.target[:, 0]] = chunks.teacher[:, 0]
             image = np.arange(len(resources.vocabularies[name]), dtype=np.int32)
             if self.objective == "h_kl":
-                image = self.matrix(resources, name).pairs(self.least_weight)
+                key = ("pairs", name, self.projection, self.least_weight)
+                image = resources.cached(key, partial(self._pairs, resources, name))
             entries.append(split_entries(name, predictions, resources, partner, image))
             paired.append(partner >= 0)
         return {
@@ -125,6 +127,9 @@ class XTokenLoss(TeacherLoss):
             "tail": np.stack([read.tail for read in entries], 1).astype(np.float32),
             "weight": self.position_weights(paired, predictions, n_bytes, resources.target),
         }
+
+    def _pairs(self, resources: LossResources, name: str) -> np.ndarray:
+        return self.matrix(resources, name).pairs(self.least_weight)
 
     def __call__(self, logits: Tensor, features: Mapping[str, Tensor]) -> Tensor:
         part = self._projected if self.objective == "p_kl" else self._hybrid

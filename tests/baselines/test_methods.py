@@ -119,7 +119,7 @@ def test_clm_is_lambda_one_without_fusion() -> None:
 
 def test_every_trained_method_has_its_own_settings_start_and_balance() -> None:
     own = {"training": {"learning_rate": 1e-4, "epochs": 4}, "warm_start": "CLM"}
-    for name in ("clm", "fusellm", "distillation", "uld", "alm", "gold", "simct", "strict", "xtoken"):
+    for name in ("clm", "fusellm", "distillation", "uld", "alm", "bpm", "gold", "simct", "strict", "xtoken"):
         context: Any = _Context()
         part = get_method(name)
         more = {} if name == "clm" else {"balance": "rescale"}

@@ -22,6 +22,7 @@ TEACHER = other(
 ROWS: dict[str, dict[str, Any]] = {
     "gold": {"method": "gold"},
     "gold, observed": {"method": "gold", "merge": "observed"},
+    "bpm": {"method": "bpm"},
     "simct": {"method": "simct"},
     "strict": {"method": "strict", "span_weight": 0.1},
     "xtoken, P-KL": {"method": "xtoken", "lambda": 0, "balance": "none"},
