@@ -172,6 +172,7 @@ def replace_forward(
     def forward(self: PreTrainedModel, measure: Callable[..., Any] | None = None, **batch: Any) -> Any:
         if measure is not None:
             return measure(self)
+        passage_lengths = batch.pop("passage_lengths")  # lists, where a loss is given tensors
         labels = batch["labels"].flatten()
         term = None if loss is None else loss.term(batch, teachers)
         if isinstance(term, LossTerm):
@@ -182,7 +183,15 @@ def replace_forward(
             term=term,
             **weighing,
         )
-        inputs = {name: batch[name] for name in ("input_ids", "position_ids", "passage_lengths")}
-        return tuple(fused_forward(self, **inputs, objective=objective, packing=packing))
+        return tuple(
+            fused_forward(
+                self,
+                batch["input_ids"],
+                batch["position_ids"],
+                objective,
+                packing=packing,
+                passage_lengths=passage_lengths,
+            )
+        )
 
     model.forward = types.MethodType(forward, model)
