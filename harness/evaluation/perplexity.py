@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -25,6 +25,7 @@ from harness.store.artifacts import Spec, Store
 from harness.store.costs import Costs
 from harness.store.files import read_json, write_json
 from harness.store.fingerprint import fingerprint
+from harness.store.leases import Leases
 from results.metrics import LOST_BYTES
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class Perplexity(Suite):
     """Nats and bytes of every held-out document; its tasks are the documents' domains."""
 
     name = "perplexity"
+    in_parts: ClassVar[bool] = True
 
     def __init__(self, config: PerplexityConfig, data_root: Path | None) -> None:
         self.config = config
@@ -146,18 +148,19 @@ class Perplexity(Suite):
         measured = evaluated if self.config.dtype == "role" else evaluated.in_dtype(self.config.dtype)
         spec = evaluation_spec(measured, text, self.config)
 
-        def build(folder: Path) -> None:
+        def make_parts(folder: Path, leases: Leases) -> None:
             if measured is not evaluated:
                 evaluated.release()  # lest the model be in memory twice
             members = [(member.parameters, member.dtype) for member, _ in measured.members]
             refuse_too_large(measured.label, members, measured.device)
-            evaluate(folder, measured, text.documents, self.config)
+            evaluate(folder, leases, measured, text.documents, self.config)
             if measured is not evaluated:
                 measured.release()
 
-        path = store.ensure(spec, build, costs.forward(evaluated.parameters, text.n_bytes))
+        estimate = costs.forward(evaluated.parameters, text.n_bytes)
+        path = store.ensure(spec, lambda folder: None, estimate, make_parts=make_parts)
         notes = []
-        rows = [] if store.dry else read_evaluation(path)
+        rows = [] if store.deferred else read_evaluation(path)
         if self.config.mode == "rolling" and any(row["windows"] > 1 for row in rows):
             notes.append(ROLLING_NOTE.format(window=self.config.window))
         sizes, unread = Counter(row["domain"] for row in rows), dict[str, list[str]]()
@@ -307,8 +310,10 @@ def _vocabulary(tokenizer: Any) -> "Vocabulary":
     return Vocabulary.from_tokenizer(tokenizer)
 
 
-def evaluate(folder: Path, evaluated: EvaluatedModel, documents: Sequence[Document], config: PerplexityConfig) -> None:
-    """Measures the documents part by part; parts that an interrupted run finished are kept.
+def evaluate(
+    folder: Path, leases: Leases, evaluated: EvaluatedModel, documents: Sequence[Document], config: PerplexityConfig
+) -> None:
+    """Measures the documents in parts, those that no other process measures; finished parts are kept.
 
     Raises UserError for a window that exceeds the model's context, and where a finished part is damaged.
     """
@@ -316,32 +321,34 @@ def evaluate(folder: Path, evaluated: EvaluatedModel, documents: Sequence[Docume
 
     parts = [documents[start : start + _PART] for start in range(0, len(documents), _PART)]
     paths = [folder / f"part-{number:05d}.json" for number in range(len(parts))]
-    missing = [i for i, path in enumerate(paths) if not path.exists()]
-    for path in set(paths) - {paths[i] for i in missing}:
-        read_json(path, "remove that file to have it made again")
-    if not missing:
-        return
-    model, tokenizer = evaluated.predictor, evaluated.tokenizer
-    context = _context(model)
-    if context and config.window > context:
-        raise UserError(
-            f"perplexity window {config.window} exceeds the context of {evaluated.label}, {context}: lower it."
-        )
     sizes = [sum(len(document.text.encode("utf-8")) for document in part) for part in parts]
-    done = sum(sizes) - sum(sizes[i] for i in missing)
+    done = 0
+    for path, size in zip(paths, sizes, strict=True):
+        if path.exists():
+            read_json(path, "remove that file to have it made again")
+            done += size
+
+    def measure(number: int) -> bool:
+        context = _context(evaluated.predictor)
+        if context and config.window > context:
+            raise UserError(
+                f"perplexity window {config.window} exceeds the context of {evaluated.label}, {context}: lower it."
+            )
+        with torch.inference_mode():
+            rows = measure_documents(
+                evaluated.predictor,
+                evaluated.tokenizer,
+                parts[number],
+                config,
+                batch_tokens=evaluated.batch_tokens,
+                prefix=evaluated.spec.prefix,
+            )
+        write_json(paths[number], {"rows": rows})
+        advance(sizes[number])
+        return True
+
     with track(f"perplexity {evaluated.label}", sum(sizes), "bytes", done=done) as advance:
-        for i in missing:
-            with torch.inference_mode():
-                rows = measure_documents(
-                    model,
-                    tokenizer,
-                    parts[i],
-                    config,
-                    batch_tokens=evaluated.batch_tokens,
-                    prefix=evaluated.spec.prefix,
-                )
-            write_json(paths[i], {"rows": rows})
-            advance(sizes[i])
+        leases.make_missing(paths, measure)
 
 
 def _context(model: Any) -> int | None:

@@ -5,9 +5,11 @@ printed and HFLM's own methods are used.
 """
 
 import hashlib
+import heapq
 import random
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -33,6 +35,7 @@ from harness.runtime.progress import notify
 ROWS = 64  # sequences decoded at one time, if memory allows
 _HFLM_BATCH = 4  # prompts that HFLM reads at one time, where it must: it holds the logits of every position
 _LOGITS = 2**26  # numbers of logits that exist at one time: 256 MB
+_LONGEST = 16  # requests with the most characters, among which the one with the most tokens is looked for
 _CACHED = 16  # rows of logits that are summed at one time: what fits a processor's cache
 # How transformers may draw otherwise, and the values under which it does not.
 _WARPERS = {
@@ -131,6 +134,7 @@ class SharedPrefixLM(HFLM):
                 pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=own, max_length=context
             )
         self.label = label
+        self._batch_size = batch_size
         self.rows: BatchSize = batch_size
         """Sequences decoded at one time; `auto` becomes what memory allows when it is first needed."""
         self._batch_tokens = batch_tokens
@@ -346,6 +350,18 @@ class SharedPrefixLM(HFLM):
             self.rows = self._room(max(len(row.prompt) + row.limit for row in rows.values()))
         prompts = [rows[i].prompt for i in indices]
         decode(self.reader, prompts, choose, rows=self.rows, batch_tokens=self._batch_tokens)
+
+    def fitting_rows(self, requests: Sequence[Instance]) -> int:
+        """The number of answers to generate at one time: as it is set, else as many of the longest as memory allows."""
+        if self._batch_size != "auto":
+            return self._batch_size
+        lengths = [1]
+        for request in heapq.nlargest(_LONGEST, requests, key=lambda request: len(request.args[0])):
+            context, given = request.args
+            with suppress(Exception):  # a text that the tokenizer does not take is named when it is asked
+                new = normalize_gen_kwargs(given, self.max_gen_toks)["max_gen_toks"]
+                lengths.append(len(self.tok_batch_encode([context])[0][0]) + int(new))
+        return self._room(min(max(lengths), self.max_length))
 
     def _room(self, length: int) -> int:
         """The number of sequences of `length` tokens decoded at one time, which use half of the free memory at most."""

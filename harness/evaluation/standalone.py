@@ -82,7 +82,10 @@ def sections(
 def evaluate(
     spec: ModelSpec, suites: Mapping[str, Suite], root: Path, *, device: str, batch_tokens: int = 2048
 ) -> Path:
-    """Measures one model on the suites; the folder with records and tables. What is there is not computed again."""
+    """Measures one model on the suites; the folder with records and tables. What is there is not computed again.
+
+    Of several ranks all make parts, and the first one completes and writes; the others may return before it has.
+    """
     ignore_overrides()
     if spec.dtype != "auto":  # asked for of the model, and so of suites that do not ask for another
         for one in suites.values():
@@ -103,15 +106,23 @@ def evaluate(
     parts = {name: {"config": one.config.model_dump(mode="json"), **one.identity()} for name, one in suites.items()}
     identity = {"model": resolved.fingerprint, "dtype": dtype, "suites": parts, **spec.prefix_identity()}
     folder = evaluation_path(root, resolved.name, fingerprint(identity))
-    (folder / RECORDS).mkdir(parents=True, exist_ok=True)
     costs = Costs(device)
+    store = Store(root / ARTIFACTS, info={"configuration": identity})
+    if distributed.world_size() > 1:
+        with store.in_use():
+            for one in suites.values():
+                if one.in_parts:
+                    with nullcontext() if distributed.is_main_process() else suppress(UserError):  # which it says
+                        one.measure(evaluated, store.sharing(), costs)
+        if not distributed.is_main_process():
+            return folder
+    (folder / RECORDS).mkdir(parents=True, exist_ok=True)
     plan = Store(root / ARTIFACTS, dry=True)
     for one in suites.values():
         one.measure(evaluated, plan, costs)
     # Known from the beginning, so that cleaning up spares what is under way.
     write_json(folder / PLAN_FILE, {"artifacts": _artifacts(plan, root)})
     before = read_run_file(folder / RUN_FILE)  # refused now if it is damaged, not when all is done
-    store = Store(root / ARTIFACTS, info={"configuration": identity})
     with store.in_use():
         measured = [
             write_records(

@@ -6,11 +6,11 @@ store the same code only plans.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -20,9 +20,9 @@ from fusion.registry import Registry
 from harness.config.errors import ConfigurationError, problems_of
 from harness.data.corpus import Document
 from harness.evaluation.evaluated_model import EvaluatedModel
-from harness.store.artifacts import Estimate, Spec, Store
+from harness.store.artifacts import Spec, Store
 from harness.store.costs import Costs
-from harness.store.files import intact_lines, parse_json, read_json, write_atomically, write_json
+from harness.store.files import parse_json, read_json, write_atomically, write_json
 from harness.store.fingerprint import fingerprint
 
 BATCH_SIZE = "batch_size.json"
@@ -127,8 +127,15 @@ class Suite(Protocol):
     def identity(self) -> dict[str, Any]:
         """What the numbers come from beside the configuration and the candidate: versions, hashes of the data."""
 
+    in_parts: ClassVar[bool] = False
+    """Whether several processes can measure a candidate together (see `measure`)."""
+
     def measure(self, evaluated: EvaluatedModel, store: Store, costs: Costs) -> SuiteResult:
-        """Evaluates what is missing. Under a dry store only plans it, and must not load the candidate."""
+        """Evaluates what is missing. Under a dry store only plans it, and must not load the candidate.
+
+        A suite `in_parts` is also called with `store.sharing()`, on all ranks: it then makes what parts it can, prints
+        nothing, and its result is not used.
+        """
 
     @property
     def documents(self) -> Sequence[Document]:
@@ -196,60 +203,17 @@ def suite_config(name: str, given: Any, where: str | None = None) -> BaseModel:
         raise ConfigurationError(where, problems_of(error, schema, given, where, above)) from None
 
 
-class _Unfinished(UserError):
+class Unfinished(UserError):
     """Keeps an artifact that could not be finished from getting its name."""
 
 
-def ensure_jointly(
-    store: Store,
-    wanted: Sequence[tuple[str, Spec, Estimate]],
-    run: Callable[[dict[str, Path]], Mapping[str, str] | None],
-) -> tuple[dict[str, Path], dict[str, str]]:
-    """The artifacts by name, and by name the reasons why others could not be finished.
-
-    Those that are not there are made by one call, `run(their folders by name)`, which gives the reasons. So several
-    tasks share the batches of one model, and each has an artifact of its own all the same. What an unfinished one has
-    in its folder is kept, and the next call goes on from it.
-    """
-    paths: dict[str, Path] = {}
-    unfinished: dict[str, str] = {}
-
-    def enter(rest: Sequence[tuple[str, Spec, Estimate]], folders: dict[str, Path]) -> None:
-        if not rest:
-            if folders:
-                unfinished.update(run(folders) or {})
-            return
-        (name, spec, estimate), *others = rest
-        entered = False
-
-        def build(folder: Path) -> None:
-            nonlocal entered
-            entered = True
-            enter(others, {**folders, name: folder})
-            if name in unfinished:
-                raise _Unfinished(unfinished[name])
-
-        try:
-            paths[name] = store.ensure(spec, build, estimate)
-        except _Unfinished:
-            return
-        if not entered:
-            enter(others, folders)
-
-    # Each is made under a lock of its own, and all are held at once: two processes that took them in different orders
-    # would wait for one another for ever.
-    enter(sorted(wanted, key=lambda one: one[1].fingerprint), {})
-    return {name: paths[name] for name, _, _ in wanted if name in paths}, unfinished
-
-
-def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Adds one JSON line, in ASCII."""
-    with path.open("a", encoding="ascii") as file:
-        file.write(json.dumps(value, allow_nan=False) + "\n")
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Writes one JSON line each, in ASCII."""
+    write_atomically(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All lines of a finished file that `append_line` wrote. Raises UserError naming one that is damaged."""
+    """All lines of a finished file that `write_lines` wrote. Raises UserError naming one that is damaged."""
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
@@ -260,24 +224,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def kept_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines that an interrupted run finished, to go on after them; torn and damaged ones are removed."""
-    lines = intact_lines(path)
-    write_atomically(path, "".join(lines))
-    return [json.loads(line) for line in lines]
-
-
 def take_over(
     store: Store, spec: Spec, folder: Path, file: str, usable: Callable[[Mapping[str, Any]], bool], *others: str
-) -> None:
-    """Begins the artifact of `spec` with answers of another one, which took fewer or more examples.
+) -> list[dict[str, Any]]:
+    """Answers for the artifact of `spec` from another one, which took fewer or more examples.
 
-    `file` holds an answer a line, of which those that are `usable` are copied to `folder`. `others` are more parameters
-    that change no answer. Of several artifacts the one with the most is taken, with its batch size, so that all answers
-    have one. Nothing is done where there are answers.
+    `file` holds an answer a line, of which those that are `usable` are given. `others` are more parameters that change
+    no answer. Of several artifacts the one with the most is taken, and its batch size is noted in `folder`, so that all
+    answers have one.
     """
-    if (folder / file).exists():
-        return
     taken: list[dict[str, Any]] = []
     batch_size = None
     for path in store.variants(spec, "limit", "limit_seed", *others):
@@ -290,8 +245,7 @@ def take_over(
                 taken, batch_size = lines, made_with
     if batch_size is not None:
         write_json(folder / BATCH_SIZE, {"batch_size": batch_size})
-    if taken:
-        write_atomically(folder / file, "".join(json.dumps(line) + "\n" for line in taken))
+    return taken
 
 
 def chosen(wanted: Sequence[str] | None, known: Sequence[str], suite_name: str) -> list[str]:

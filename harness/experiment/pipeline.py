@@ -4,7 +4,7 @@ Everything goes through the store, so that nothing is made twice. With a dry wor
 """
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -285,3 +285,15 @@ def measure(experiment: Experiment, evaluated: EvaluatedModel) -> dict[str, Suit
     return {
         name: suite.measure(evaluated, workspace.store, workspace.costs) for name, suite in experiment.suites.items()
     }
+
+
+def share(experiment: Experiment, evaluated: EvaluatedModel) -> None:
+    """Makes parts of what suites measure of a candidate that no other rank makes, and waits for none.
+
+    What cannot be measured is left to `measure` on the main process, which says why.
+    """
+    workspace = experiment.workspace
+    for suite in experiment.suites.values():
+        if suite.in_parts:
+            with suppress(UserError):
+                suite.measure(evaluated, workspace.store.sharing(), workspace.costs)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from harness.evaluation.suite import SuiteResult
 from harness.experiment.candidates import FailedRow, Row, candidates, failure_sentence
 from harness.experiment.checks import check_inputs, check_lengths, check_space, check_validation
 from harness.experiment.identity import model_sources, named, run_fingerprint
-from harness.experiment.pipeline import Experiment, evaluated_model, measure, open_experiment, start
+from harness.experiment.pipeline import Experiment, evaluated_model, measure, open_experiment, share, start
 from harness.experiment.plan import plan_stages
 from harness.reporting.export import write_run
 from harness.reporting.runs import Run, open_run
@@ -70,8 +70,8 @@ def make_records(config: Config, root: Path) -> tuple[Path, Sequence[FailedRow]]
     """Makes what is missing, then writes records and the description of the run; returns the run's folder.
 
     A row that cannot be made or measured is noted in the description, returned beside the folder, and the others are
-    finished. All ranks walk through the stages; the first one evaluates and writes. With several ranks a row that fails
-    ends the run, unless the plan has found it out. Raises UserError where no row can be made.
+    finished. All ranks walk through the stages and divide the parts of suites; the first one writes. With several ranks a
+    row that cannot be made ends the run, unless the plan has found it out. Raises UserError where no row can be made.
     """
     experiment = open_experiment(config, root)
     start(experiment)
@@ -101,8 +101,8 @@ def _make(
     """Makes the rows but the impossible ones, measures them, and writes the run's folder; that, and all that failed."""
     config, folder = experiment.config, run_folder(experiment, root)
     if not distributed.is_main_process():
-        for _ in candidates(experiment, impossible=impossible):
-            pass  # the first rank evaluates
+        for _ in _shared(experiment, candidates(experiment, impossible=impossible)):
+            pass  # the first rank completes and writes
         return folder, impossible
     (folder / RECORDS).mkdir(parents=True, exist_ok=True)
     # What the plan has not asked for, naming the run has (the passages, where nothing is trained).
@@ -118,13 +118,12 @@ def _make(
     failures = list(impossible)
     # Of several ranks the others wait for what this one makes: there the first row that fails ends the run.
     alone = distributed.world_size() == 1
-    for row in candidates(experiment, failures=failures if alone else None, impossible=impossible):
+    rows = candidates(experiment, failures=failures if alone else None, impossible=impossible)
+    for row in rows if alone else _shared(experiment, rows):
         evaluated = evaluated_model(experiment, row.label, row.candidate)
         try:
             of_row = measure(experiment, evaluated)
         except UserError as error:
-            if not alone:
-                raise
             failures.append(FailedRow(row.label, row.seed, error))
             continue
         finally:
@@ -165,6 +164,23 @@ def _make(
         }
         write_json(folder / RUN_FILE, description)
     return folder, failures
+
+
+def _shared(experiment: Experiment, rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows, each when all parts of its suites are made or under way on some rank, and those of the next row, too.
+
+    So no rank waits for the last parts of a row.
+    """
+    before: Row | None = None
+    for row in rows:
+        evaluated = evaluated_model(experiment, row.label, row.candidate)
+        share(experiment, evaluated)
+        evaluated.release()  # before the next row is trained
+        if before is not None:
+            yield before
+        before = row
+    if before is not None:
+        yield before
 
 
 def _failures(

@@ -6,14 +6,14 @@ a killed stage had finished stay in the hidden folder, and the next start goes o
 """
 
 import contextlib
+import copy
 import glob
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from fusion.errors import UserError
 from harness.runtime import distributed
@@ -23,15 +23,17 @@ from harness.store.files import (
     disk_errors,
     exclusive_lock,
     make_folder,
-    parse_json,
     read_json,
+    read_stamps,
     rename_durably,
+    seconds_since_change,
     stamp,
-    write_atomically,
+    stamps_of,
     write_json,
+    write_stamps,
 )
 from harness.store.fingerprint import canonical, file_sha256, fingerprint
-from harness.store.leases import InUse, Leases, in_use, names_in_use
+from harness.store.leases import InUse, Leases, MakeParts, names_in_use
 from harness.store.paths import HASHES, IN_USE, MANIFEST, MODELS, place_of_artifact, safe_name
 from harness.store.provenance import made_by
 from harness.store.run_files import note_artifacts
@@ -89,6 +91,15 @@ class Planned:
     estimate: Estimate
 
 
+@dataclass
+class _Work:
+    """What this process has done for an artifact: since when (seconds), whether it resumed it, its peak of memory."""
+
+    started: float
+    resumed: bool
+    peak_memory: int = 0
+
+
 class Store:
     """All artifacts below one folder. With `dry=True` nothing is made: `ensure` only adds to `planned`."""
 
@@ -98,6 +109,9 @@ class Store:
         self._info = info or {}
         self.dry = dry
         self.planned: dict[str, Planned] = {}
+        self.shares_only = False
+        """True if `ensure` makes parts without waiting for those of other processes, and completes no artifact."""
+        self._begun: dict[str, _Work] = {}
         self._verified: set[Path] = set()
         self._in_use: InUse | None = None
         self._plan: Path | None = None
@@ -106,6 +120,20 @@ class Store:
     def hashes(self) -> Path:
         """The file that remembers the hashes of what artifacts are made from (see `remembered`)."""
         return self.root.parent / MODELS / HASHES
+
+    @property
+    def deferred(self) -> bool:
+        """True if `ensure` may give the folder of an artifact that is not there yet."""
+        return self.dry or self.shares_only
+
+    def sharing(self) -> Self:
+        """The same store, whose `ensure` makes parts that no other process makes and leaves the rest to a later call.
+
+        So several ranks divide the parts of many artifacts without waiting for one another at the end of each.
+        """
+        shared = copy.copy(self)
+        shared.shares_only = True
+        return shared
 
     @contextlib.contextmanager
     def in_use(self, plan: Path | None = None) -> Iterator[None]:
@@ -161,7 +189,7 @@ class Store:
         build: Callable[[Path], Mapping[str, Any] | None],
         estimate: Estimate | None = None,
         *,
-        make_parts: Callable[[Path, Leases], None] | None = None,
+        make_parts: MakeParts | None = None,
         on_all_ranks: bool = False,
     ) -> Path:
         """Returns the artifact's folder, which `build(folder)` makes when it does not exist; a dry store only plans.
@@ -172,7 +200,8 @@ class Store:
                 is added to the manifest's `info`. It runs in one process (rank 0), and the others wait for it.
             estimate: The expected cost, for plans.
             make_parts: `make_parts(folder, leases)` runs before `build`, concurrently in every process that asks for
-                this artifact: it makes each part whose lease it gets and returns when all parts exist.
+                this artifact: it makes each part whose lease it gets and returns when all parts exist, or, where
+                `leases.wait` is False, when others are at work on the rest.
             on_all_ranks: `build` runs on all ranks, on one folder.
 
         Raises:
@@ -190,6 +219,11 @@ class Store:
         )
         self.planned.setdefault(spec.fingerprint, Planned(spec, path, state, estimate or Estimate()))
         if self.dry:
+            return path
+        if self.shares_only:
+            if make_parts is not None and not path.exists():
+                with stage(spec.fingerprint, f"{spec.kind} {spec.label}"):
+                    self._make_parts(spec, make_parts, wait=False)
             return path
         if not distributed.is_main_process():
             if make_parts is not None and not path.exists():
@@ -212,22 +246,21 @@ class Store:
         spec: Spec,
         path: Path,
         build: Callable[[Path], Mapping[str, Any] | None],
-        make_parts: Callable[[Path, Leases], None] | None,
+        make_parts: MakeParts | None,
         on_all_ranks: bool,
     ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = self._partial_folder(spec)
-        started, resumed = time.time(), folder.exists()
         release_memory()  # the memory of the stage before is not charged to this one
         with stage(spec.fingerprint, f"{spec.kind} {spec.label}"), contextlib.ExitStack() as held:
+            if make_parts is not None:
+                self._make_parts(spec, make_parts)
             with PeakMemory() as peak, disk_errors(folder):
-                if make_parts is not None:
-                    self._make_parts(spec, make_parts)
                 # Rank 0 holds the lock for all ranks.
                 held.enter_context(exclusive_lock(folder.with_suffix(".lock"), f"{spec.kind} {spec.label}"))
                 missing = not self.path(spec).exists()  # another process may have finished it while we waited
-                if make_parts is None:
-                    started, resumed = time.time(), folder.exists()
+                work = self._begun.pop(spec.fingerprint, None) or _Work(time.time(), folder.exists())
+                idle = seconds_since_change(folder) if make_parts is not None else 0.0
                 if missing:
                     folder.mkdir(exist_ok=True)
                     for unfinished in folder.rglob(".*"):  # temporary files of a killed `write_atomically`
@@ -237,12 +270,14 @@ class Store:
                     distributed.broadcast(missing)
                 info = build(folder) if missing else None
             if missing:
-                self._complete(spec, folder, path, started, resumed, peak.bytes, info or {})
-            shutil.rmtree(_leases(folder), ignore_errors=True)
+                work.peak_memory = max(work.peak_memory, peak.bytes)
+                self._complete(spec, folder, path, work, idle, info or {})
+            shutil.rmtree(leases_of(folder), ignore_errors=True)
 
-    def _make_parts(self, spec: Spec, make_parts: Callable[[Path, Leases], None]) -> None:
+    def _make_parts(self, spec: Spec, make_parts: MakeParts, *, wait: bool = True) -> None:
         folder = self._partial_folder(spec)
-        leases = _leases(folder)
+        leases = leases_of(folder)
+        work = self._begun.setdefault(spec.fingerprint, _Work(time.time(), folder.exists()))
         folder.mkdir(parents=True, exist_ok=True)
         leases.mkdir(exist_ok=True)
         if self.path(spec).exists():  # completed before our folder was created, which is superfluous now
@@ -250,8 +285,9 @@ class Store:
                 folder.rmdir()
             return
         try:
-            with Leases(leases) as own_leases:
+            with PeakMemory() as peak, disk_errors(folder), Leases(leases, wait=wait) as own_leases:
                 make_parts(folder, own_leases)
+            work.peak_memory = max(work.peak_memory, peak.bytes)
         except FileNotFoundError:
             if not self.path(spec).exists():
                 raise
@@ -262,13 +298,15 @@ class Store:
         spec: Spec,
         folder: Path,
         path: Path,
-        started: float,
-        resumed: bool,
-        peak_memory: int,
+        work: _Work,
+        idle: float,
         info: Mapping[str, Any],
     ) -> None:
-        """Writes the manifest and gives the folder its final name; its files need not be hashed again."""
-        stamps = {name: found for name, found in _stamps(folder).items() if name != MANIFEST}
+        """Writes the manifest and gives the folder its final name; its files need not be hashed again.
+
+        idle: seconds for which nobody worked on it.
+        """
+        stamps = {name: found for name, found in stamps_of(folder).items() if name != MANIFEST}
         files = {name: {"sha256": file_sha256(folder / name), "bytes": stamps[name][0]} for name in sorted(stamps)}
         manifest = {
             **spec.identity(),
@@ -277,15 +315,15 @@ class Store:
             "info": {**self._info, **spec.info, **info},
             **made_by(),
             "files": files,
-            "duration_s": round(time.time() - started, 2),
-            "resumed": resumed,
-            "peak_memory_bytes": peak_memory,
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+            "duration_s": round(max(time.time() - work.started - idle, 0.0), 2),
+            "resumed": work.resumed,
+            "peak_memory_bytes": work.peak_memory,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(work.started)),
         }
         write_json(folder / MANIFEST, dict(sorted(manifest.items())))
         stamps[MANIFEST] = stamp(folder / MANIFEST)
         rename_durably(folder, path)
-        _write_stamps(path, stamps)
+        write_stamps(_beside(path, "verified"), stamps)
 
     def verify(self, path: Path, spec: Spec | None = None, *, anew: bool = False) -> dict[str, Any]:
         """Checks every file of the artifact against its manifest, which it returns.
@@ -299,15 +337,15 @@ class Store:
         if path in self._verified and not anew:
             return manifest
         remedy = "remove that artifact's folder to have it made again"
-        stamps = _stamps(path)
+        stamps = stamps_of(path)
         if different := sorted(stamps.keys() ^ {MANIFEST, *manifest["files"]}):
             raise UserError(f"{path / different[0]} is not as the artifact's manifest lists it: {remedy}.")
-        if anew or stamps != _read_stamps(path):
+        if anew or stamps != read_stamps(_beside(path, "verified")):
             for name, expected in manifest["files"].items():
                 file = path / name
                 if expected != {"bytes": stamps[name][0], "sha256": file_sha256(file)}:
                     raise UserError(f"{file} does not match its SHA-256 in the manifest: {remedy}.")
-            _write_stamps(path, stamps)
+            write_stamps(_beside(path, "verified"), stamps)
         self._verified.add(path)
         return manifest
 
@@ -331,22 +369,6 @@ class Store:
             if not manifest.parent.name.startswith("."):
                 yield manifest.parent
 
-    def leftovers(self) -> Iterator[Path]:
-        """Folders that interrupted stages and clean-ups left behind; none that a running process is using."""
-        from filelock import FileLock, Timeout
-
-        ends = ("partial", "leases", "ranks", "removed")
-        for folder in sorted(p for end in ends for p in self.root.glob(f"*/.*.{end}")):
-            if folder.suffix == ".leases" and folder.with_suffix(".partial").exists():
-                continue  # the leases belong to an unfinished artifact, which is listed itself
-            try:
-                with FileLock(folder.with_suffix(".lock"), timeout=0):
-                    pass
-            except Timeout:
-                continue
-            if not in_use(_leases(folder)):
-                yield folder
-
 
 def key_of(folder: Path) -> str:
     """What identifies an artifact below the store: its kind and the beginning of its fingerprint.
@@ -362,27 +384,9 @@ def _beside(path: Path, what: str) -> Path:
     return path.with_name(f".{key_of(path).partition('/')[2]}.{what}")
 
 
-def _leases(partial: Path) -> Path:
+def leases_of(partial: Path) -> Path:
     """The folder of the leases by which several processes divide the parts of an unfinished artifact."""
     return partial.with_suffix(".leases")
-
-
-def _stamps(folder: Path) -> dict[str, list[int]]:
-    """The stamp of every file in a folder, by its name relative to it."""
-    files = (Path(above, name) for above, _, names in os.walk(folder) for name in names)
-    return {str(file.relative_to(folder)): stamp(file) for file in files}
-
-
-def _write_stamps(path: Path, stamps: Mapping[str, list[int]]) -> None:
-    with contextlib.suppress(OSError):  # a read-only folder: it is hashed by every process
-        write_atomically(_beside(path, "verified"), canonical(stamps))
-
-
-def _read_stamps(path: Path) -> Any:
-    """The stamps that the files of an artifact had when they were last hashed; None where that is not known."""
-    with contextlib.suppress(OSError, ValueError):
-        return parse_json(_beside(path, "verified").read_bytes())
-    return None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -157,6 +158,31 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     if not whole:
         raise UserError(f"{path} is damaged or of another version: {remedy}.")
     return value
+
+
+def stamps_of(folder: Path) -> dict[str, list[int]]:
+    """The stamp of every file in a folder, by its name relative to it."""
+    files = (Path(above, name) for above, _, names in os.walk(folder) for name in names)
+    return {str(file.relative_to(folder)): stamp(file) for file in files}
+
+
+def write_stamps(path: Path, stamps: Mapping[str, list[int]]) -> None:
+    """Notes the stamps of files that were hashed."""
+    with contextlib.suppress(OSError):  # a read-only folder: they are hashed by every process
+        write_atomically(path, canonical(stamps))
+
+
+def read_stamps(path: Path) -> Any:
+    """The stamps that files had when they were last hashed; None where that is not known."""
+    with contextlib.suppress(OSError, ValueError):
+        return parse_json(path.read_bytes())
+    return None
+
+
+def seconds_since_change(folder: Path) -> float:
+    """How long ago the last file of a folder was written; 0 where there is none."""
+    last = max((changed / 1e9 for _, changed, *_ in stamps_of(folder).values()), default=time.time())
+    return max(time.time() - last, 0.0)
 
 
 @contextlib.contextmanager

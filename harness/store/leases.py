@@ -13,7 +13,9 @@ import json
 import os
 import socket
 import threading
+import time
 import uuid
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Self
 
 HEARTBEAT_S = 10.0
 LEASE_TIMEOUT_S = 180.0  # clients of a file server may see a state that is a minute old
+POLL_S = 0.5
 
 
 @cache
@@ -77,8 +80,10 @@ class Leases:
     finished parts are kept, so that no process that does not see the part yet makes it again.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, wait: bool = True) -> None:
+        """wait: whether `make_missing` waits for the parts that other processes are making."""
         self.folder = folder
+        self.wait = wait
         self._taken: list[Path] = []
         self._ended = threading.Event()
 
@@ -111,6 +116,28 @@ class Leases:
         except FileExistsError:
             return False
         return True
+
+    def make_missing(self, files: Sequence[Path], make: Callable[[int], bool], *, wait: bool | None = None) -> None:
+        """Makes files that no other process makes, in turn: `make(i)` writes `files[i]`, or gives False if it cannot.
+
+        Returns when there are all files but those that cannot be made, which are tried once; without `wait` (default:
+        as these leases wait) already when other processes are at work on all that are missing.
+        """
+        missing = list(range(len(files)))
+        while missing := [i for i in missing if not files[i].exists()]:
+            refused = set[int]()
+            for i in missing:
+                if not files[i].exists() and self.take(files[i].stem) and not files[i].exists() and not make(i):
+                    refused.add(i)
+            missing = [i for i in missing if i not in refused and not files[i].exists()]
+            if missing:
+                if not (self.wait if wait is None else wait):
+                    return
+                time.sleep(POLL_S)
+
+
+MakeParts = Callable[[Path, Leases], None]
+"""make_parts(folder, leases) makes the parts in a folder whose leases it gets (see `Leases.make_missing`)."""
 
 
 class InUse(Leases):

@@ -1,6 +1,6 @@
 """Requests of lm-eval's tasks: whether they leave room for answers, and answering them so that a kill costs little."""
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,11 +11,12 @@ from harness.evaluation.lm_eval.tasks import Prepared
 from harness.evaluation.overflow import Overflow, OverflowRule
 from harness.evaluation.suite import BATCH_SIZE
 from harness.store.files import read_json, write_json
+from harness.store.leases import Leases
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-    from harness.evaluation.shared_prefix_lm import BatchSize, SharedPrefixLM
+    from harness.evaluation.shared_prefix_lm import SharedPrefixLM
 
 _DEFAULT_NEW_TOKENS = 256  # of HFLM, where a task sets no limit
 _MOST_FAILURES = 8  # examples that cannot be answered; with more the model is to blame, or the machine
@@ -42,30 +43,20 @@ def no_room(prepared: Prepared, context: int, rule: OverflowRule) -> str | None:
     )
 
 
-def by_batch_size(
-    folders: Mapping[str, Path], batch_size: "BatchSize"
-) -> "Iterator[tuple[BatchSize, dict[str, Path]]]":
-    """Batch sizes, and the folders of tasks whose answers are generated with each.
+def settled_batch_size(folder: Path, leases: Leases, measure: Callable[[], int]) -> int:
+    """The number of answers of an artifact that are generated at one time; the first process that asks measures it.
 
-    With `auto` a task that was interrupted goes on with the size that was measured when it began, since in bfloat16
-    another one may change an answer's last digits. Tasks that have not begun join the first of the others.
+    All others take the same, also after an interruption, since in bfloat16 another one may change an answer's last
+    digits.
     """
-    groups: dict[BatchSize, dict[str, Path]] = {}
-    fresh = dict(folders)
-    for name, folder in folders.items():
-        if batch_size == "auto" and (path := folder / BATCH_SIZE).exists():
-            size = read_json(path, f"remove {folder} to have it made again")["batch_size"]
-            groups.setdefault(size, {})[name] = fresh.pop(name)
-    if fresh:
-        first = next(iter(groups), batch_size)
-        groups[first] = {**groups.get(first, {}), **fresh}
-    yield from groups.items()
+    path = folder / BATCH_SIZE
 
+    def note(_: int) -> bool:
+        write_json(path, {"batch_size": measure()})
+        return True
 
-def note_batch_size(folder: Path, lm: "SharedPrefixLM") -> None:
-    """Writes down with which batch size answers are generated, unless it is there or none have been."""
-    if lm.rows != "auto" and not (folder / BATCH_SIZE).exists():
-        write_json(folder / BATCH_SIZE, {"batch_size": lm.rows})
+    leases.make_missing([path], note, wait=True)
+    return int(read_json(path, f"remove {folder} to have it made again")["batch_size"])
 
 
 def worst_overflow(lm: "SharedPrefixLM", requests: Sequence["Instance"]) -> Overflow | None:

@@ -1,13 +1,10 @@
-"""A suite that is made of lm-eval's tasks: what all such suites have in common.
-
-Every example is written as soon as all its requests are answered, so that a kill costs only the examples under way.
-"""
+"""A suite that is made of lm-eval's tasks: what all such suites have in common."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -20,13 +17,8 @@ from harness.evaluation.lm_eval.examples import (
     scored_line,
     stored_answers,
 )
-from harness.evaluation.lm_eval.requests import (
-    answer_requests,
-    by_batch_size,
-    drop_unanswerable,
-    no_room,
-    note_batch_size,
-)
+from harness.evaluation.lm_eval.parts import AnswerParts, Lines
+from harness.evaluation.lm_eval.requests import answer_requests, drop_unanswerable, no_room, settled_batch_size
 from harness.evaluation.lm_eval.rows import first_line
 from harness.evaluation.lm_eval.tasks import Overrides, Prepared, Source, find_source, prepare
 from harness.evaluation.overflow import SKIPPED, OverflowRule, WrongRow, overflow_result
@@ -38,22 +30,16 @@ from harness.evaluation.suite import (
     StoredAnswer,
     Suite,
     SuiteResult,
-    append_line,
-    ensure_jointly,
-    kept_lines,
+    Unfinished,
     read_lines,
     take_over,
 )
 from harness.evaluation.vote import Answers, chosen_indices, voted
-from harness.runtime.progress import notify, track
+from harness.runtime.progress import notify
 from harness.store.artifacts import Spec, Store
 from harness.store.costs import Costs
 from harness.store.fingerprint import fingerprint
-
-if TYPE_CHECKING:
-    from lm_eval.api.instance import Instance
-
-    from harness.evaluation.shared_prefix_lm import BatchSize
+from harness.store.leases import Leases
 
 VERSION = 4
 _DEFAULT_METRICS = {"multiple_choice": "acc", "loglikelihood": "acc", "generate_until": "exact_match"}
@@ -81,6 +67,7 @@ class LmEvalSuite(Suite):
     """A suite of lm-eval tasks: one artifact a candidate and task, one line an example."""
 
     name: ClassVar[str]
+    in_parts: ClassVar[bool] = True
     example_bytes: ClassVar[float] = 4000.0
     """Bytes of text that are read and written for one example, roughly, for estimates."""
 
@@ -133,26 +120,28 @@ class LmEvalSuite(Suite):
             return self._counted(evaluated, store, costs)
         specs = {task: self._spec(evaluated, task) for task in self._sources}
         missing = {} if store.dry else self._missing(evaluated, [t for t in specs if not store.path(specs[t]).exists()])
-        for task, reason in missing.items():
-            notify(f"{self.name} {evaluated.label}: {task} is left out, {reason}.")
-        wanted = [
-            (task, spec, costs.forward(evaluated.parameters, self._rows(task) * self.example_bytes))
-            for task, spec in specs.items()
-            if task not in missing
-        ]
-
-        def run(folders: Mapping[str, Path]) -> dict[str, str]:
-            for task, folder in folders.items():
-                take_over(store, specs[task], folder, EXAMPLES, self._prepared[0][self._sources[task].name].asks)
-            return self._run(evaluated, folders)
-
-        paths, unfinished = ensure_jointly(store, wanted, run)
-        overflows = {} if store.dry else {task: read_overflows(path, EXAMPLES) for task, path in paths.items()}
+        paths: dict[str, Path] = {}
+        for task, spec in specs.items():
+            if task not in missing:
+                answers = self._answers_to(task, evaluated, store)
+                try:
+                    paths[task] = store.ensure(
+                        spec,
+                        partial(self._finish, task, answers),
+                        costs.forward(evaluated.parameters, self._rows(task) * self.example_bytes),
+                        make_parts=answers.make,
+                    )
+                except Unfinished as error:
+                    missing[task] = str(error)
+        if not store.shares_only:
+            for task, reason in missing.items():
+                notify(f"{self.name} {evaluated.label}: {task} is left out, {reason}.")
+        overflows = {} if store.deferred else {task: read_overflows(path, EXAMPLES) for task, path in paths.items()}
         return SuiteResult(
             examples=lambda: (e for task, path in paths.items() for e in read_examples(task, path)),
             artifacts=paths,
             fingerprints={task: specs[task].fingerprint for task in paths},
-            missing={**missing, **unfinished} | {task: NONE_FITS for task, one in overflows.items() if one.asked == 0},
+            missing=missing | {task: NONE_FITS for task, one in overflows.items() if one.asked == 0},
             dtype=evaluated.dtype,
             **overflow_result(evaluated.label, self.config.overflow, overflows),
         )
@@ -247,69 +236,69 @@ class LmEvalSuite(Suite):
                 reasons[task] = reason
         return reasons
 
-    def _run(self, evaluated: EvaluatedModel, folders: Mapping[str, Path]) -> dict[str, str]:
-        """Writes the missing examples of several tasks, each into its task's folder.
+    def _answers_to(self, task: str, evaluated: EvaluatedModel, store: Store) -> AnswerParts:
+        """The answers of a model to a task, in parts."""
+        spec = self._spec(evaluated, task)
 
-        Gives the reason for every task of which examples could not be answered or scored.
-        """
-        groups = by_batch_size(folders, self.config.batch_size)
-        return {task: why for size, some in groups for task, why in self._run_alike(evaluated, some, size).items()}
+        def sizes() -> dict[str, int]:
+            return {example: len(requests) for example, requests in self._prepared_task(task).examples.items()}
 
-    def _run_alike(
-        self, evaluated: EvaluatedModel, folders: Mapping[str, Path], batch_size: "BatchSize"
-    ) -> dict[str, str]:
-        """As `_run`, with one batch size for all tasks."""
-        prepared = {task: self._prepared[0][self._sources[task].name] for task in folders}
-        pending: dict[tuple[str, str], list[Instance]] = {}
-        for task, folder in folders.items():
-            done = {line["example"] for name in (EXAMPLES, SKIPPED) for line in kept_lines(folder / name)}
-            pending |= {(task, e): requests for e, requests in prepared[task].examples.items() if e not in done}
-        total = sum(len(one.examples) for one in prepared.values())
-        with track(f"{self.name} {evaluated.label}", total, "examples", done=total - len(pending)) as advance:
-            if not pending:
-                return {}
-            config = self.config
-            lm = evaluated.lm(batch_size=config.batch_size, seed=config.seed, overflow=config.overflow)
-            lm.rows = batch_size
-            failures: dict[str, dict[str, str]] = {}
+        def known(folder: Path) -> dict[str, Lines]:
+            lines = take_over(store, spec, folder, EXAMPLES, self._prepared_task(task).asks)
+            return {line["example"]: {EXAMPLES: [line]} for line in lines}
 
-            def failed(key: tuple[str, str], error: Exception) -> None:
-                task, example = key
-                if isinstance(error, WrongRow):
-                    reason = f"row {int(example) + 1}, {error}); correct that row"
-                else:
-                    reason = (
-                        f"{example}, {first_line(error)}); the others are kept, and the same command tries these again"
-                    )
-                failures.setdefault(task, {})[example] = reason
-                advance(1)
+        description = f"{self.name} {evaluated.label} {task}"
+        return AnswerParts(description, sizes, partial(self._answer, task, evaluated), known, (EXAMPLES, SKIPPED))
 
-            def dropped(key: tuple[str, str], overflow: dict[str, int]) -> None:
-                task, example = key
-                append_line(folders[task] / SKIPPED, {"example": example, "overflow": overflow})
-                advance(1)
+    def _prepared_task(self, task: str) -> Prepared:
+        return self._prepared[0][self._sources[task].name]
 
-            overflows = drop_unanswerable(lm, pending, dropped)
+    def _finish(self, task: str, answers: AnswerParts, folder: Path) -> None:
+        """Joins the parts of the answers to a task. Raises Unfinished where some could not be made."""
+        if failures := answers.failures:
+            n, rows = len(failures), sum(map(len, answers.parts))
+            raise Unfinished(f"{n} of {rows} examples cannot be scored (first {failures[min(failures)]}")
+        answers.join(folder)
 
-            def finished(key: tuple[str, str]) -> None:
-                task, example = key
-                try:
-                    name = partial(self.recorded_name, task)
-                    line = scored_line(prepared[task], example, self.main_filter, name, lm.end_tokens)
-                except Exception as error:  # whatever a task's own code raises about this answer
-                    failed(key, error)
-                    return
-                note_batch_size(folders[task], lm)
-                append_line(folders[task] / EXAMPLES, {**line, "overflow": overflows.get(key)})
-                advance(1)
+    def _answer(
+        self, task: str, evaluated: EvaluatedModel, folder: Path, leases: Leases, examples: Sequence[str], known: Lines
+    ) -> tuple[Lines, dict[str, str]]:
+        """The lines of examples of a task, and the reason for every one that could not be answered or scored."""
+        prepared, config = self._prepared_task(task), self.config
+        lines = {file: {line["example"]: line for line in known.get(file, [])} for file in (EXAMPLES, SKIPPED)}
+        pending = {e: prepared.examples[e] for e in examples if not any(e in some for some in lines.values())}
+        if not pending:
+            return known, {}
+        lm = evaluated.lm(batch_size=config.batch_size, seed=config.seed, overflow=config.overflow)
+        if generating := [r for some in prepared.examples.values() for r in some if r.request_type == "generate_until"]:
+            lm.rows = settled_batch_size(folder, leases, lambda: lm.fitting_rows(generating))
+        failures: dict[str, str] = {}
 
-            answer_requests(lm, pending, finished, failed)
-        reasons = {}
-        for task, of_task in failures.items():
-            n, rows = len(of_task), len(prepared[task].examples)
-            reasons[task] = f"{n} of {rows} examples cannot be scored (first {of_task[min(of_task)]}"
-            notify(f"{self.name} {evaluated.label}: {task} is left out, {reasons[task]}.")
-        return reasons
+        def failed(example: str, error: Exception) -> None:
+            if isinstance(error, WrongRow):
+                failures[example] = f"row {int(example) + 1}, {error}); correct that row"
+            else:
+                failures[example] = (
+                    f"{example}, {first_line(error)}); the others are kept, and the same command tries these again"
+                )
+
+        def dropped(example: str, overflow: dict[str, int]) -> None:
+            lines[SKIPPED][example] = {"example": example, "overflow": overflow}
+
+        overflows = drop_unanswerable(lm, pending, dropped)
+
+        def finished(example: str) -> None:
+            try:
+                line = scored_line(
+                    prepared, example, self.main_filter, partial(self.recorded_name, task), lm.end_tokens
+                )
+            except Exception as error:  # whatever a task's own code raises about this answer
+                failed(example, error)
+                return
+            lines[EXAMPLES][example] = {**line, "overflow": overflows.get(example)}
+
+        answer_requests(lm, pending, finished, failed)
+        return {file: [some[e] for e in examples if e in some] for file, some in lines.items()}, failures
 
 
 def function_name(metric: str) -> str:

@@ -4,18 +4,18 @@ Samples are an artifact of their own, separate from their execution (`execute`),
 another execute them. They are stored in the format of MultiPL-E's own tools.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from fusion.errors import UserError
 from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.evaluation.lm_eval.examples import read_overflows
-from harness.evaluation.lm_eval.requests import answer_requests, by_batch_size, drop_unanswerable, note_batch_size
+from harness.evaluation.lm_eval.parts import AnswerParts, Lines
+from harness.evaluation.lm_eval.requests import answer_requests, drop_unanswerable, settled_batch_size
 from harness.evaluation.lm_eval.rows import first_line
 from harness.evaluation.multipl_e.languages import LANGUAGES, cut
 from harness.evaluation.multipl_e.problems import asked, data_identity, file_of, read_problems
@@ -28,23 +28,20 @@ from harness.evaluation.suite import (
     StoredAnswer,
     Suite,
     SuiteResult,
-    append_line,
+    Unfinished,
     chosen,
-    ensure_jointly,
-    kept_lines,
     read_lines,
     take_over,
+    write_lines,
 )
-from harness.runtime.progress import notify, track
+from harness.runtime.progress import notify
 from harness.store.artifacts import Estimate, Spec, Store
 from harness.store.costs import BYTES_PER_TOKEN, Costs
-from harness.store.files import write_atomically
+from harness.store.leases import Leases
 from harness.store.paths import TOOLCHAINS
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
-
-    from harness.evaluation.shared_prefix_lm import BatchSize
 
 VERSION = 3
 SAMPLES = "samples.jsonl"
@@ -55,8 +52,8 @@ _RUN_SECONDS = 0.5  # of one program, for estimates
 TEMPERATURE, TOP_P = 0.2, 0.95  # section 4.1 of arXiv 2401.10491
 
 
-Sample = tuple[str, str, int]
-"""A language, a problem's name, and the sample's number."""
+Sample = tuple[str, int]
+"""A problem's name, and the sample's number."""
 
 
 class MultiplEConfig(LimitedConfig):
@@ -97,6 +94,7 @@ class MultiplE(Suite):
     """HumanEval in ten languages, scored by pass@k (arXiv 2107.03374, equation 1)."""
 
     name = "multipl_e"
+    in_parts: ClassVar[bool] = True
 
     def __init__(self, config: MultiplEConfig, data_root: Path | None) -> None:
         self.config = config
@@ -138,6 +136,9 @@ class MultiplE(Suite):
     def measure(self, evaluated: EvaluatedModel, store: Store, costs: Costs) -> SuiteResult:
         if evaluated.votes:
             return SuiteResult(lambda: iter(()), missing=dict.fromkeys(self._languages, NO_VOTE))
+        if store.shares_only:
+            self._generate(evaluated, store, costs)
+            return SuiteResult(lambda: iter(()))
         execute = self.config.execute and not store.dry
         todo = [n for n in self._languages if execute and not store.path(self._results(evaluated, n)).exists()]
         if todo and self.config.sandbox:
@@ -220,24 +221,41 @@ class MultiplE(Suite):
         self, evaluated: EvaluatedModel, store: Store, costs: Costs
     ) -> tuple[dict[str, Path], dict[str, str]]:
         """The samples by language, and the reason for every language whose problems are unavailable or do not fit."""
-        specs = {language: self._spec(evaluated, language) for language in self._languages}
-        missing: dict[str, str] = {}
-        if not store.dry:
-            for language, spec in specs.items():
-                if not store.path(spec).exists() and (reason := self._obstacle(language, evaluated)):
-                    missing[language] = reason
-                    notify(f"{self.name} {evaluated.label}: {language} is left out, {reason}.")
         tokens = (self.config.limit or _PROBLEMS) * self.config.n * min(self.config.max_new_tokens, 256)
         estimate = costs.forward(evaluated.parameters, BYTES_PER_TOKEN * tokens)
-        wanted = [(language, spec, estimate) for language, spec in specs.items() if language not in missing]
+        paths: dict[str, Path] = {}
+        missing: dict[str, str] = {}
+        for language in self._languages:
+            spec = self._spec(evaluated, language)
+            if not (store.dry or store.path(spec).exists()) and (reason := self._obstacle(language, evaluated)):
+                missing[language] = reason
+                continue
+            samples = self._samples(language, evaluated, store)
+            try:
+                build = partial(self._finish, language, samples)
+                paths[language] = store.ensure(spec, build, estimate, make_parts=samples.make)
+            except Unfinished as error:
+                missing[language] = str(error)
+        if not store.shares_only:
+            for language, reason in missing.items():
+                notify(f"{self.name} {evaluated.label}: {language} is left out, {reason}.")
+        return paths, missing
 
-        def write(folders: Mapping[str, Path]) -> dict[str, str]:
-            for language, folder in folders.items():
-                take_over(store, specs[language], folder, SAMPLES, partial(self._asks, language), "samples")
-            return self._write(evaluated, folders)
+    def _samples(self, language: str, evaluated: EvaluatedModel, store: Store) -> AnswerParts:
+        """The samples of a language, in parts of whole problems."""
+        spec = self._spec(evaluated, language)
 
-        paths, unfinished = ensure_jointly(store, wanted, write)
-        return paths, {**missing, **unfinished}
+        def known(folder: Path) -> dict[str, Lines]:
+            lines: dict[str, Lines] = {}
+            for line in take_over(store, spec, folder, SAMPLES, partial(self._asks, language), "samples"):
+                lines.setdefault(line["name"], {SAMPLES: []})[SAMPLES].append(line)
+            return lines
+
+        def sizes() -> dict[str, int]:
+            return {str(problem["name"]): self.config.n for problem in self.problems(language)}
+
+        description = f"{self.name} {evaluated.label} {language}"
+        return AnswerParts(description, sizes, partial(self._answer, language, evaluated), known, (SAMPLES, SKIPPED))
 
     def _asks(self, language: str, line: Mapping[str, Any]) -> bool:
         """Whether a sample, stored before, is one of those that are wanted."""
@@ -284,80 +302,66 @@ class MultiplE(Suite):
             f"up to {new} tokens are to be generated, which do not fit the context of {context}; lower max_new_tokens"
         )
 
-    def _write(self, evaluated: EvaluatedModel, folders: Mapping[str, Path]) -> dict[str, str]:
-        """Generates the missing samples of several languages, then writes each file in MultiPL-E's format.
+    def _answer(
+        self, language: str, evaluated: EvaluatedModel, folder: Path, leases: Leases, names: Sequence[str], known: Lines
+    ) -> tuple[Lines, dict[str, str]]:
+        """The samples of some problems, and the reason for every problem of which one could not be generated."""
+        config = self.config
+        problems = {str(problem["name"]): problem for problem in self.problems(language)}
+        done = {(line["name"], line["sample"]): line for line in known.get(SAMPLES, [])}
+        skipped = {line["example"]: line for line in known.get(SKIPPED, [])}
+        samples = [(name, sample) for name in names for sample in range(config.n)]
+        pending = {
+            (name, sample): [self._request(problems[name], sample)]
+            for name, sample in samples
+            if name not in skipped and (name, sample) not in done
+        }
+        if not pending:
+            return known, {}
+        lm = evaluated.lm(batch_size=config.batch_size, seed=config.seed, after_prompt=True, overflow=config.overflow)
+        every = [self._request(problem, 0) for problem in problems.values()]
+        lm.rows = settled_batch_size(folder, leases, lambda: lm.fitting_rows(every))
+        failures: dict[str, str] = {}
 
-        Gives the reason for every language of which samples could not be generated.
-        """
-        groups = by_batch_size(folders, self.config.batch_size)
-        return {name: why for size, some in groups for name, why in self._write_alike(evaluated, some, size).items()}
+        def finished(key: Sample) -> None:
+            request = pending[key][0]
+            completion = cut(request.resps[0], request.doc["stop_tokens"])
+            done[key] = {"name": key[0], "sample": key[1], "completion": completion, "overflow": overflows.get(key)}
 
-    def _write_alike(
-        self, evaluated: EvaluatedModel, folders: Mapping[str, Path], batch_size: "BatchSize"
-    ) -> dict[str, str]:
-        """As `_write`, with one batch size for all languages."""
-        done: dict[Sample, dict[str, Any]] = {}
-        pending: dict[Sample, list[Instance]] = {}
-        skipped: dict[str, set[str]] = {}
-        for language, folder in folders.items():
-            done |= {(language, line["name"], line["sample"]): line for line in kept_lines(folder / SAMPLES)}
-            skipped[language] = {line["example"] for line in kept_lines(folder / SKIPPED)}
-            for problem in self.problems(language):
-                if problem["name"] not in skipped[language]:
-                    pending |= self._requests(language, problem, done)
-        total = len(done) + len(pending)
-        with track(f"{self.name} {evaluated.label}", total, "samples", done=len(done)) as advance:
+        def dropped(key: Sample, overflow: dict[str, int]) -> None:
+            skipped.setdefault(key[0], {"example": key[0], "overflow": overflow})
 
-            def finished(key: Sample) -> None:
-                language, name, sample = key
-                request = pending[key][0]
-                completion = cut(request.resps[0], request.doc["stop_tokens"])
-                done[key] = {"name": name, "sample": sample, "completion": completion, "overflow": overflows.get(key)}
-                note_batch_size(folders[language], lm)
-                append_line(folders[language] / SAMPLES, done[key])
-                advance(1)
+        def failed(key: Sample, error: Exception) -> None:
+            name, sample = key
+            failures.setdefault(
+                name,
+                f"sample {sample} of {name} cannot be generated ({first_line(error)}); the others are kept, and the "
+                "same command tries it again",
+            )
 
-            reasons: dict[str, str] = {}
-            overflows: dict[Sample, dict[str, int]] = {}
+        overflows = drop_unanswerable(lm, pending, dropped)
+        answer_requests(lm, pending, finished, failed)
+        lines = {
+            SAMPLES: [done[key] for key in samples if key in done],
+            SKIPPED: [skipped[name] for name in names if name in skipped],
+        }
+        return lines, failures
 
-            def dropped(key: Sample, overflow: dict[str, int]) -> None:
-                language, name, _ = key
-                if name not in skipped[language]:
-                    append_line(folders[language] / SKIPPED, {"example": name, "overflow": overflow})
-                    skipped[language].add(name)
-                advance(1)
-
-            def failed(key: Sample, error: Exception) -> None:
-                language, name, sample = key
-                reasons.setdefault(
-                    language,
-                    f"sample {sample} of {name} cannot be generated ({first_line(error)}); the others are kept, and "
-                    "the same command tries it again",
-                )
-
-            if pending:
-                config = self.config
-                lm = evaluated.lm(
-                    batch_size=config.batch_size, seed=config.seed, after_prompt=True, overflow=config.overflow
-                )
-                lm.rows = batch_size
-                overflows |= drop_unanswerable(lm, pending, dropped)
-                answer_requests(lm, pending, finished, failed)
-        for language, reason in reasons.items():
-            notify(f"{self.name} {evaluated.label}: {language} is left out, {reason}.")
-        for language, folder in folders.items():
-            if language in reasons:
-                continue
-            answered = [problem for problem in self.problems(language) if problem["name"] not in skipped[language]]
-            lines = [self._completions(language, problem, done) for problem in answered]
-            write_atomically(folder / COMPLETIONS, "".join(json.dumps(line) + "\n" for line in lines))
-        return reasons
+    def _finish(self, language: str, samples: AnswerParts, folder: Path) -> None:
+        """Joins the samples and writes them in MultiPL-E's format. Raises Unfinished where some could not be made."""
+        if samples.failures:
+            raise Unfinished(next(iter(samples.failures.values())))
+        samples.join(folder)
+        done: dict[str, list[dict[str, Any]]] = {}
+        for line in read_lines(folder / SAMPLES):
+            done.setdefault(line["name"], []).append(line)
+        problems = [problem for problem in self.problems(language) if problem["name"] in done]
+        write_lines(folder / COMPLETIONS, [self._completions(language, p, done[p["name"]]) for p in problems])
 
     def _completions(
-        self, language: str, problem: Mapping[str, Any], done: Mapping[Sample, Mapping[str, Any]]
+        self, language: str, problem: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
     ) -> dict[str, Any]:
         """The line of a problem in the format of MultiPL-E's tools; with `overflow` where its prompt does not fit."""
-        samples = [done[language, problem["name"], sample] for sample in range(self.config.n)]
         return {
             **problem,
             "language": language,
@@ -368,10 +372,8 @@ class MultiplE(Suite):
             **({"overflow": overflow} if (overflow := samples[0]["overflow"]) else {}),
         }
 
-    def _requests(
-        self, language: str, problem: Mapping[str, Any], done: Mapping[Sample, Any]
-    ) -> "dict[Sample, list[Instance]]":
-        """The requests to lm-eval's LM for those samples of the problems that do not exist yet."""
+    def _request(self, problem: Mapping[str, Any], sample: int) -> "Instance":
+        """The request to lm-eval's LM for one sample of a problem."""
         from lm_eval.api.instance import Instance
 
         kwargs = {
@@ -381,12 +383,7 @@ class MultiplE(Suite):
         }
         if not self.config.greedy:
             kwargs |= {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0}
-        keys = [(language, str(problem["name"]), sample) for sample in range(self.config.n)]
-        return {
-            key: [Instance("generate_until", dict(problem), (asked(problem), kwargs), key[2])]
-            for key in keys
-            if key not in done
-        }
+        return Instance("generate_until", dict(problem), (asked(problem), kwargs), sample)
 
 
 def _toolchains(store: Store) -> Path:

@@ -7,11 +7,11 @@ import pytest
 
 from fusion.errors import UserError
 from harness.evaluation import standalone
-from harness.evaluation.multipl_e import code_suite
-from harness.evaluation.suite import append_line
+from harness.evaluation.lm_eval import parts
 from harness.models.resolution import ModelSpec
 from harness.reporting.export import write_run
 from harness.reporting.runs import open_run
+from harness.store.files import write_json
 from tests.harness.evaluation.measuring import completions, measure
 from tests.shared import needed
 
@@ -39,18 +39,20 @@ def test_samples_are_in_multipl_es_form_and_independent(
 
     def until_killed(path: Path, value: dict[str, Any]) -> None:
         nonlocal written
-        if written == 3:
-            raise KeyboardInterrupt
-        append_line(path, value)
-        written += 1
+        if path.name.startswith("part-"):
+            if written == 1:
+                raise KeyboardInterrupt
+            written += 1
+        write_json(path, value)
 
+    monkeypatch.setattr(parts, "REQUESTS", 2)
     with monkeypatch.context() as patch:
-        patch.setattr(code_suite, "append_line", until_killed)
+        patch.setattr(parts, "write_json", until_killed)
         with pytest.raises(KeyboardInterrupt):
             measure("multipl_e", other, models["one"], tmp_path / "c", rows)
     asked.clear()
     (resumed,) = measure("multipl_e", other, models["one"], tmp_path / "c", rows).artifacts.values()
-    assert len(asked) == 1 and completions(resumed) == fewer
+    assert len(asked) == 2 and completions(resumed) == fewer
     greedy = {**other, "greedy": True}
     (path,) = measure("multipl_e", greedy, models["one"], tmp_path / "b", rows).artifacts.values()
     assert all(len(p["completions"]) == 1 and p["temperature"] == 0 for p in completions(path))

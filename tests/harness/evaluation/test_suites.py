@@ -8,7 +8,7 @@ import pytest
 from fusion.errors import UserError
 from harness.config.validation import suite_config
 from harness.evaluation import evaluated_model, standalone
-from harness.evaluation.lm_eval import task_suite
+from harness.evaluation.lm_eval import parts
 from harness.evaluation.lm_eval.requests import answer_requests
 from harness.evaluation.suite import SUITES
 from harness.models.resolution import ModelSpec
@@ -36,20 +36,22 @@ def test_a_kill_costs_only_what_was_under_way(
 ) -> None:
     section = {**BBH, "tasks": ["navigate"], "batch_size": 1}
     whole = lines(measure("bbh", section, models["one"], tmp_path / "whole", rows))
-    own, written = task_suite.append_line, 0
+    monkeypatch.setattr(parts, "REQUESTS", 1)
+    own, written = parts.write_json, 0
 
     def until_killed(path: Path, value: dict[str, Any]) -> None:
         nonlocal written
-        if written == 2:
-            path.open("a").write('{"example": "0000')  # the line that was being written
-            raise KeyboardInterrupt
+        if path.name.startswith("part-"):
+            if written == 2:
+                path.with_name(f".{path.name}.1").write_text("{")  # what was being written
+                raise KeyboardInterrupt
+            written += 1
         own(path, value)
-        written += 1
 
-    monkeypatch.setattr(task_suite, "append_line", until_killed)
+    monkeypatch.setattr(parts, "write_json", until_killed)
     with pytest.raises(KeyboardInterrupt):
         measure("bbh", section, models["one"], tmp_path / "killed", rows)
-    monkeypatch.setattr(task_suite, "append_line", own)
+    monkeypatch.setattr(parts, "write_json", own)
     asked.clear()
     resumed = measure("bbh", section, models["one"], tmp_path / "killed", rows)
     assert len(asked) == 3

@@ -27,7 +27,7 @@ from filelock import FileLock
 from harness import cli
 from harness.runtime import progress
 from harness.store.artifacts import Store
-from harness.store.cleanup import unused
+from harness.store.cleanup import leftovers, unused
 from harness.store.files import exclusive_lock
 from tests.harness.command import answer, assert_whole, results, sentence, start
 from tests.shared import needed
@@ -67,7 +67,7 @@ def test_a_run_killed_between_two_files_ends_in_the_same_table(
     status, _, said = answer(*RUN, experiment_file, "--root", root)
     assert status == 0, said
     assert results(root) == results(undisturbed)
-    assert not list(Store(root / "artifacts").leftovers())
+    assert not list(leftovers(Store(root / "artifacts")))
 
 
 @pytest.mark.slow

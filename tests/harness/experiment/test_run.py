@@ -18,7 +18,7 @@ from harness.experiment.pipeline import open_experiment, predict, read_predictio
 from harness.experiment.plan import plan
 from harness.stages import extraction
 from harness.store.artifacts import Store
-from harness.store.cleanup import unused
+from harness.store.cleanup import leftovers, unused
 from results.records import read
 
 pytestmark = pytest.mark.slow
@@ -179,7 +179,7 @@ def _interrupted_extraction(config: Config, root: Path, monkeypatch: pytest.Monk
         _interrupt(patch, extraction, "write_shard", 2)
         with pytest.raises(_Killed):
             predict(open_experiment(config, root), "neox")
-    (begun,) = Store(root / "artifacts").leftovers()
+    (begun,) = leftovers(Store(root / "artifacts"))
     return begun
 
 
@@ -225,7 +225,7 @@ def test_a_resumed_training_is_bit_identical(
         _interrupt(patch, FusionTrainer, "compute_loss", 7)  # in the middle of the fourth step of the CLM row
         with pytest.raises(_Killed):
             run.run(only, tmp_path)
-    (begun,) = Store(tmp_path / "artifacts").leftovers()
+    (begun,) = leftovers(Store(tmp_path / "artifacts"))
     assert (begun / "checkpoints" / "checkpoint-2" / "complete").exists()
     run.run(only, tmp_path)
     for trained in (tmp_path / "artifacts" / "train").glob("*-seed0-*"):

@@ -18,6 +18,7 @@ from harness.experiment.plan import plan
 from harness.reporting.runs import open_run
 from harness.stages.trainer.fusion_trainer import FusionTrainer
 from harness.store.artifacts import Store, read_manifest
+from harness.store.cleanup import leftovers
 from tests.harness.command import answer, sentence
 from tests.harness.tiny_models import save_corpus
 
@@ -101,7 +102,7 @@ def test_a_kill_does_not_lose_it(
     of_chosen, found = (read_manifest(trained(root)) for root in (chosen[0], tmp_path))
     assert found["resumed"] and found["info"]["selected"] == of_chosen["info"]["selected"]
     kept = [{name for name in one["files"] if not name.startswith("tensorboard")} for one in (found, of_chosen)]
-    assert kept[0] == kept[1] and not list(Store(tmp_path / "artifacts").leftovers())
+    assert kept[0] == kept[1] and not list(leftovers(Store(tmp_path / "artifacts")))
 
 
 @pytest.mark.slow

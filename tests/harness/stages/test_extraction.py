@@ -26,6 +26,7 @@ from harness.experiment.identity import run_fingerprint
 from harness.experiment.pipeline import loss_resources, open_experiment, predict, read_predictions
 from harness.stages import extraction
 from harness.store.artifacts import Spec, Store
+from harness.store.cleanup import leftovers
 from harness.store.leases import Leases
 from tests.harness.experiment.test_run import _bytes, _interrupted_extraction
 
@@ -69,7 +70,7 @@ def test_two_processes_share_an_extraction_and_one_is_killed(
                 made = {other.stdout.readline().strip() for _ in range(count - 1)}
                 (begun,) = (tmp_path / "artifacts" / "predictions").glob(".*.partial")
                 assert held not in made and not (begun / held).exists()
-                assert not list(Store(tmp_path / "artifacts").leftovers())
+                assert not list(leftovers(Store(tmp_path / "artifacts")))
                 stuck.kill()
                 assert other.stdout.readline().strip() == held
                 said = other.stdout.readline().strip()

@@ -2,10 +2,8 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import shutil
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,58 +11,12 @@ import pytest
 
 from fusion.errors import UserError
 from harness.evaluation import suite
-from harness.evaluation.suite import append_line, ensure_jointly, kept_lines, read_lines
-from harness.store import artifacts, files
-from harness.store.artifacts import Estimate, Spec, Store
+from harness.evaluation.suite import read_lines, write_lines
+from harness.store import files
+from harness.store.artifacts import Spec, Store
 from harness.store.files import disk_errors, intact_lines, parse_json, write_atomically
 
 SPECS = [Spec("task", name, 1, {}, {"name": name}) for name in ("one", "two", "three")]
-
-
-def _measure(root: Path, names: list[str]) -> None:
-    """Asks for several artifacts at once, slow enough for another process to come between any two of them."""
-    lock = artifacts.exclusive_lock
-
-    def slow(*arguments: object) -> object:
-        time.sleep(0.4)
-        return lock(*arguments)  # type: ignore[arg-type]
-
-    artifacts.exclusive_lock = slow  # type: ignore[assignment]
-    wanted = [(spec.label, spec, Estimate()) for name in names for spec in SPECS if spec.label == name]
-    ensure_jointly(Store(root), wanted, lambda folders: time.sleep(0.2))
-
-
-@pytest.mark.slow
-def test_the_order_of_tasks_is_no_deadlock(tmp_path: Path) -> None:
-    orders = [["one", "two", "three"], ["three", "two", "one"]]
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_measure, args=(tmp_path, order)) for order in orders]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(30)
-    alive = [process for process in processes if process.is_alive()]
-    for process in alive:
-        process.kill()
-    assert not alive and [process.exitcode for process in processes] == [0, 0]
-    assert len(list(Store(tmp_path).artifacts())) == len(SPECS)
-
-
-def test_what_cannot_be_finished_stops_nothing_else(tmp_path: Path) -> None:
-    asked: list[list[str]] = []
-
-    def run(folders: dict[str, Path]) -> dict[str, str]:
-        asked.append(sorted(folders))
-        for folder in folders.values():
-            (folder / "lines").write_text("kept")
-        return {"two": "1 of 9 examples"} if len(asked) == 1 else {}
-
-    wanted = [(spec.label, spec, Estimate()) for spec in SPECS]
-    paths, unfinished = ensure_jointly(Store(tmp_path), wanted, run)
-    assert (list(paths), unfinished) == (["one", "three"], {"two": "1 of 9 examples"})
-    assert [folder.name for folder in tmp_path.glob("task/.*.partial/lines")] == ["lines"]
-    paths, unfinished = ensure_jointly(Store(tmp_path), wanted, run)
-    assert (list(paths), unfinished) == (["one", "two", "three"], {}) and asked[1] == ["two"]
 
 
 @pytest.mark.parametrize(
@@ -72,15 +24,13 @@ def test_what_cannot_be_finished_stops_nothing_else(tmp_path: Path) -> None:
 )
 def test_damaged_lines_are_made_again_and_never_read(damage: bytes, tmp_path: Path) -> None:
     path = tmp_path / "examples.jsonl"
-    append_line(path, {"example": "1"})
+    write_lines(path, [{"example": "1"}])
     with path.open("ab") as file:
         file.write(damage)
     if damage not in (b"[1]\n", b'{"a": 1}'):
         with pytest.raises(UserError, match=r"examples.jsonl, line 2 is damaged \(.+\): remove "):
             read_lines(path)
-    assert kept_lines(path) == [{"example": "1"}]
-    append_line(path, {"example": "2"})
-    assert read_lines(path) == [{"example": "1"}, {"example": "2"}]
+    assert [parse_json(line) for line in intact_lines(path)] == [{"example": "1"}]
     assert intact_lines(tmp_path / "absent") == []
 
 
@@ -175,6 +125,6 @@ def test_an_infinite_log_likelihood_is_kept(tmp_path: Path) -> None:
     from harness.evaluation.lm_eval.examples import plain
     from harness.evaluation.vote import chosen_indices
 
-    append_line(tmp_path / "a", plain({"choices": ["x", "y"], "answer": [[-float("inf"), False], [-3.5, True]]}))
+    write_lines(tmp_path / "a", [plain({"choices": ["x", "y"], "answer": [[-float("inf"), False], [-3.5, True]]})])
     (line,) = suite.read_lines(tmp_path / "a")
     assert chosen_indices(line) == {"acc": 1, "acc_norm": 1}
