@@ -134,7 +134,9 @@ def evaluate(
     measured = {name: SUITES.get(name)(suite_config(name, given), folder) for name, given in settings.items()}
     spec = model_spec(name=str(model), dtype=dtype, trust_remote_code=trust_remote_code, prefix=prefix)
     make_folder(_root(root), "--root")
-    finished = open_run(standalone.evaluate(spec, measured, _root(root), device=usable_device(device, dry=False)))
+    finished = open_run(
+        standalone.evaluate(spec, measured, _root(root), device=usable_device(device, dry=False, one_gpu=True))
+    )
     write_run(finished)
     return finished
 

@@ -113,6 +113,8 @@ def _global(
         "baseline",
         "quickstart",
         "extract",
+        "audit",
+        "eval",
     ):
         raise UserError(f"fusellm {context.invoked_subcommand} is one process: start it without torchrun or deepspeed.")
 

@@ -114,7 +114,7 @@ def _prefix(name: str, root: Path) -> Row:
     from harness.stages.prefix_check import TEXTS, prefix_warning
     from harness.store.artifacts import Store
 
-    model, device = resolve(ModelSpec(name=name), root / MODELS), usable_device("auto", dry=False)
+    model, device = resolve(ModelSpec(name=name), root / MODELS), usable_device("auto", dry=False, one_gpu=True)
     documents = standard_library("tiny").documents()
     texts = [documents[i * len(documents) // TEXTS].text for i in range(TEXTS)]
     store, dtype = Store(root / ARTIFACTS), compute_dtype("auto", device)

@@ -260,13 +260,19 @@ def audit(
     json: Json = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Show what the sources know more than the target, and what every step of the fusion leaves of it."""
+    """Show what the sources know more than the target, and what every step of the fusion leaves of it.
+
+    Only the passages that are measured are extracted, by all ranks under torchrun.
+    """
     from harness.config.loading import load
 
     config = load(name, profile=profile, overrides=settings)
     prepare(root, config.device)
     from harness.experiment import headroom as auditing
 
+    if not distributed.is_main_process():
+        auditing.contribute(config, root, passages, row)
+        return
     result = auditing.audit(config, root, passages, row)
     shown = result.measures if form else result.measures[list(auditing.SHOWN)]
     print_rows(list(shown.columns), auditing.plain_rows(shown, None if form == "json" else 4), form)

@@ -21,6 +21,7 @@ from harness.cli.options import (
     complete_suites,
     completed,
 )
+from harness.runtime import distributed
 from harness.store.files import make_folder
 from harness.store.paths import TOOLCHAINS
 
@@ -174,9 +175,11 @@ def evaluate(
 ) -> None:
     """Measure one model on suites; what an earlier call finished is not computed again.
 
-    The exit status is 1 where nothing could be measured.
+    Under torchrun all ranks make parts of it. The exit status is 1 where nothing could be measured.
     """
     if execute is not None:
+        if not distributed.is_main_process():
+            raise typer.Exit
         multipl_e_execute(execute, unsafe=unsafe, form=form, root=root)
         return
     if model is None or not suites:
@@ -194,7 +197,9 @@ def evaluate(
     common |= {"execute": False if generate_only else None, "sandbox": False if unsafe else None}
     chosen = standalone.sections(names, tasks=tasks, common=common, settings=own, data_root=data)
     spec = ModelSpec(name=model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code, prefix=prefix)
-    folder = standalone.evaluate(spec, chosen, root, device=usable_device(device, dry=False))
+    folder = standalone.evaluate(spec, chosen, root, device=usable_device(device, dry=False, one_gpu=True))
+    if not distributed.is_main_process():
+        return
     _print_evaluation(folder, standalone.generated(folder) if generate_only else [], form)
 
 

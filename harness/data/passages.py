@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from harness.config.schema import CorpusConfig
 from harness.data.corpus import (
     CorpusSummary,
@@ -155,6 +157,38 @@ def make_passages(store: Store, config: CorpusConfig, max_bytes: int, data_root:
         if not config.expected_bytes:  # else a plan needs no text
             check_readable(config, data_root)
     return spec, store.ensure(spec, build, Estimate(disk=1.2 * size, seconds=size / 5e6))
+
+
+def sample_of(n_passages: int, n: int) -> list[int]:
+    """The indices of at most `n` passages, drawn by seed 0, in order."""
+    if n >= n_passages:
+        return list(range(n_passages))
+    indices: list[int] = np.sort(np.random.default_rng(0).choice(n_passages, n, replace=False)).tolist()
+    return indices
+
+
+def sample_passages(store: Store, passages: Spec, folder: Path, n: int) -> tuple[Spec, Path]:
+    """`n` of the passages in `folder`, drawn by seed 0, as an artifact of the same form."""
+    spec = Spec(
+        "passages",
+        f"{passages.label}-sample",
+        VERSION,
+        {"passages": passages.fingerprint},
+        {"n": n, "seed": 0},
+        passages.info,
+    )
+
+    def build(sample: Path) -> dict[str, Any]:
+        import pyarrow as pa
+
+        table = Passages(folder)._table
+        # Row by row: `take` joins all text first, which in one Arrow array must not exceed 2 GB.
+        some = pa.concat_tables([table.slice(i, 1) for i in sample_of(len(table), n)]).combine_chunks()
+        with pa.OSFile(str(sample / PASSAGES_FILE), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(some)
+        return {"corpus": corpus_summary(folder).to_json()}
+
+    return spec, store.ensure(spec, build)
 
 
 def corpus_summary(folder: Path) -> CorpusSummary:

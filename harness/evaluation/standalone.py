@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.evaluation.records import note_suites, write_records
 from harness.evaluation.suite import SUITES, Suite, suite_config, suite_parameters
 from harness.models.resolution import ModelSpec, count_parameters, resolve
+from harness.runtime import distributed
 from harness.runtime.device import compute_dtype
 from harness.runtime.environment import ignore_overrides
 from harness.runtime.progress import notify
@@ -110,10 +112,7 @@ def evaluate(
     store = Store(root / ARTIFACTS, info={"configuration": identity})
     if distributed.world_size() > 1:
         with store.in_use():
-            for one in suites.values():
-                if one.in_parts:
-                    with nullcontext() if distributed.is_main_process() else suppress(UserError):  # which it says
-                        one.measure(evaluated, store.sharing(), costs)
+            _share(evaluated, suites, store.sharing(), costs)
         if not distributed.is_main_process():
             return folder
     (folder / RECORDS).mkdir(parents=True, exist_ok=True)
@@ -157,6 +156,15 @@ def evaluate(
     }
     write_json(folder / RUN_FILE, description)
     return folder
+
+
+def _share(evaluated: EvaluatedModel, suites: Mapping[str, Suite], store: Store, costs: Costs) -> None:
+    """Makes the parts of suites that no other rank makes."""
+    for one in suites.values():
+        if one.in_parts:
+            # What cannot be measured the main process says.
+            with nullcontext() if distributed.is_main_process() else suppress(UserError):
+                one.measure(evaluated, store, costs)
 
 
 def _artifacts(store: Store, root: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """The texts of an experiment: what is trained on, what is chosen by, what is tested on, and that these are apart."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -8,7 +9,7 @@ from fusion.errors import UserError
 from harness.config.schema import Config, CorpusConfig
 from harness.data import corpus
 from harness.data.corpus import Document
-from harness.data.passages import Passages, corpus_sentence, make_passages
+from harness.data.passages import Passages, corpus_sentence, make_passages, sample_passages
 from harness.evaluation.perplexity import HeldOutText, Perplexity, PerplexityConfig
 from harness.evaluation.suite import Suite
 from harness.runtime.progress import notify
@@ -38,6 +39,15 @@ class Corpora:
         if not self.store.dry:
             notify(corpus_sentence(self.config.corpus, folder))
         return spec, folder
+
+    def sampled(self, n: int) -> "Corpora":
+        """The same texts, but of the training corpus only `n` passages, drawn by seed 0; itself if it has no more."""
+        spec, folder = self.passages
+        if self.store.dry or n >= len(Passages(folder)):
+            return self
+        sample = copy.copy(self)
+        sample.passages = sample_passages(self.store, spec, folder, n)
+        return sample
 
     def passages_of(self, role: str) -> tuple[Spec, Path]:
         """The artifact of the text that a role's model is continued on."""

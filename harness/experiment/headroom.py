@@ -21,14 +21,15 @@ from baselines.fusellm import FuseLLMParameters
 from fusion.alignment.selection import FusionFunction, mean
 from fusion.alignment.waterfall import FUSED, STAGES, waterfall
 from fusion.errors import UnknownName, UserError
-from fusion.losses.loss import LossRequirements
+from fusion.losses.loss import LossRequirements, LossResources
 from fusion.losses.top_k_distillation import TopKDistillationLoss
 from fusion.switches import Switches
 from fusion.vocabulary.tokenization import lost_bytes
 from harness.config.schema import Config
 from harness.config.validation import method_parameters
-from harness.data.passages import Passages
-from harness.experiment.pipeline import TARGET, Experiment, loss_resources, open_experiment, start
+from harness.data.passages import Passages, sample_of
+from harness.data.predictions import PredictionsReader
+from harness.experiment.pipeline import TARGET, Experiment, loss_resources, open_experiment, predictions_spec, start
 from harness.experiment.run import run_folder
 from harness.reporting.figures import audited
 from harness.reporting.runs import Run, open_run
@@ -63,8 +64,19 @@ class Audit:
     folder: Path
 
 
+def contribute(config: Config, root: Path, passages: int = 2000, row: str | None = None) -> None:
+    """Makes, on a rank that is not the main process, its part of what an audit there needs."""
+    experiment = open_experiment(config, root, one_gpu=True)
+    start(experiment)
+    with experiment.workspace.store.in_use(command_path(root, config.experiment, config.profile, "audit")):
+        _inputs(experiment, _audited_row(config, row), passages)
+
+
 def audit(config: Config, root: Path, passages: int = 2000, row: str | None = None) -> Audit:
     """Measures the sources on the training corpus; makes extractions and maps where they are missing.
+
+    Where there are more passages than are measured, and predictions of all of them are not there, only those that are
+    measured are extracted.
 
     The sources, the map and the switches are those of a row of FuseLLM or distillation. Each passage is fused by
     itself, so that under `select_over: sequence` a selection can differ from the training's. The measures of a row that
@@ -79,11 +91,11 @@ def audit(config: Config, root: Path, passages: int = 2000, row: str | None = No
     Raises:
         UserError: the experiment has no FuseLLM row, or `row` is none whose sources can be followed.
     """
-    experiment = open_experiment(config, root)
+    experiment = open_experiment(config, root, one_gpu=True)
     start(experiment)
     audited_row = _audited_row(config, row)
     with experiment.workspace.store.in_use(command_path(root, config.experiment, config.profile, "audit")):
-        sums, skipped = _sums(experiment, audited_row, passages)
+        sums, skipped = _sums(audited_row, passages, *_inputs(experiment, audited_row, passages))
     run = run_folder(experiment, root)
     models = experiment.models
     precisions = {name: models.dtype(name) for name in (TARGET, *audited_row.sources)}
@@ -166,19 +178,34 @@ def _audited_row(config: Config, row: str | None) -> _AuditedRow:
     )
 
 
-def _sums(experiment: Experiment, audited_row: _AuditedRow, at_most: int) -> tuple[Sums, int]:
-    """The sums over the passages that no model skipped, and the number of the other passages."""
+def _inputs(
+    experiment: Experiment, audited_row: _AuditedRow, at_most: int
+) -> tuple[LossResources, dict[str, PredictionsReader], Passages]:
+    """Vocabularies and maps, the stored predictions, and the passages that they are about: all of them where that is
+    there already, else a sample.
+    """
     # All stored entries, whatever k the row uses.
-    resources, readers = loss_resources(experiment, "audit", replace(audited_row.requirements, k=None))
+    requirements = replace(audited_row.requirements, k=None)
+    store = experiment.workspace.store
+    if not all(store.path(predictions_spec(experiment, name)).exists() for name in requirements.predictions):
+        experiment = replace(experiment, corpora=experiment.corpora.sampled(at_most))
+    return *loss_resources(experiment, "audit", requirements), Passages(experiment.corpora.passages[1])
+
+
+def _sums(
+    audited_row: _AuditedRow,
+    at_most: int,
+    resources: LossResources,
+    readers: Mapping[str, PredictionsReader],
+    passages: Passages,
+) -> tuple[Sums, int]:
+    """The sums over the passages that no model skipped, and the number of the other passages."""
     sources = [resources.source(name) for name in audited_row.sources]
-    passages = Passages(experiment.corpora.passages[1])
-    drawn = np.arange(len(passages))
-    if at_most < len(passages):
-        drawn = np.sort(np.random.default_rng(0).choice(len(passages), at_most, replace=False))
+    drawn = sample_of(len(passages), at_most)
     sums: Sums = defaultdict(lambda: defaultdict(float))
     skipped = 0
     with track("audit", len(drawn), "passages") as advance:
-        for passage in drawn.tolist():
+        for passage in drawn:
             predictions = {name: reader.predictions(passage) for name, reader in readers.items()}
             advance(1)
             if any(one.skipped for one in predictions.values()):

@@ -56,13 +56,16 @@ class Experiment:
     """By name; their data are prepared once for all candidates."""
 
 
-def open_experiment(config: Config, root: Path, *, dry: bool = False, flops: float | None = None) -> Experiment:
+def open_experiment(
+    config: Config, root: Path, *, dry: bool = False, flops: float | None = None, one_gpu: bool = False
+) -> Experiment:
     """The parts of an experiment below `root`. Makes nothing: models and texts are looked at when they are needed.
 
     `dry` is for a plan; `flops` are the operations a second that it estimates with (default: measured when needed).
+    With `one_gpu` a process without a launcher takes the first of several GPUs.
     """
     info = {"configuration": config.model_dump(mode="json")}
-    workspace = open_workspace(root, config.device, dry=dry, info=info, flops=flops)
+    workspace = open_workspace(root, config.device, dry=dry, info=info, flops=flops, one_gpu=one_gpu)
     suites = {name: SUITES.get(name)(given, config.data.folder) for name, given in config.suites.items()}
     corpora = Corpora(workspace.store, config, suites)
     return Experiment(config, workspace, ModelPool(workspace, config, corpora), corpora, suites)
@@ -79,14 +82,23 @@ def start(experiment: Experiment) -> None:
         torch.set_num_threads(experiment.config.threads)
 
 
+def predictions_spec(experiment: Experiment, role: str) -> Spec:
+    """What the predictions that a role's model makes about the training corpus are made of."""
+    models = experiment.models
+    return extraction_spec(
+        models.model(role),
+        experiment.corpora.passages[0],
+        experiment.config.extraction,
+        dtype=models.dtype(role),
+        batch_tokens=models.role(role).batch_tokens,
+    )
+
+
 def predict(experiment: Experiment, role: str) -> tuple[Spec, Path]:
     """The artifact of the predictions that a role's model makes about the training corpus."""
     models, corpora, settings = experiment.models, experiment.corpora, experiment.config.extraction
     model, size, workspace = models.model(role), models.size(role), experiment.workspace
-    passages, folder = corpora.passages
-    spec = extraction_spec(
-        model, passages, settings, dtype=models.dtype(role), batch_tokens=models.role(role).batch_tokens
-    )
+    spec, folder = predictions_spec(experiment, role), corpora.passages[1]
     entries = position_bytes(settings.k, size.vocabulary, settings.store_dtype, len(settings.temperatures))
     per_token = entries + np.dtype(settings.store_dtype).itemsize * (BYTES_PER_TOKEN - 1)  # the first bytes of tokens
     estimate = workspace.costs.forward(size.parameters, corpora.n_bytes, disk_per_token=per_token)

@@ -70,8 +70,8 @@ def make_records(config: Config, root: Path) -> tuple[Path, Sequence[FailedRow]]
     """Makes what is missing, then writes records and the description of the run; returns the run's folder.
 
     A row that cannot be made or measured is noted in the description, returned beside the folder, and the others are
-    finished. All ranks walk through the stages and divide the parts of suites; the first one writes. With several ranks a
-    row that cannot be made ends the run, unless the plan has found it out. Raises UserError where no row can be made.
+    finished. All ranks walk through the stages and divide the parts of suites; the first one writes. With several ranks
+    a row that cannot be made ends the run, unless the plan has found it out. Raises UserError where no row can be made.
     """
     experiment = open_experiment(config, root)
     start(experiment)

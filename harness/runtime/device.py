@@ -8,6 +8,7 @@ from typing import Literal
 from fusion.errors import UnknownName, UserError
 from harness.runtime.distributed import COMMAND, launched, local_rank
 from harness.runtime.memory import retain_heap
+from harness.runtime.progress import notify
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -33,10 +34,11 @@ def refuse_missing_device(device: str) -> None:
         raise UserError(_NO_CUDA)
 
 
-def usable_device(device: str, *, dry: bool) -> str:
+def usable_device(device: str, *, dry: bool, one_gpu: bool = False) -> str:
     """The device of this process (`cpu`, `cuda`, or `cuda:RANK` under a launcher) for `auto`, `cpu` or `cuda`.
 
-    Raises UserError where there is none, and where several GPUs are visible to one process that is not `dry`.
+    Where several GPUs are visible to one process it takes the first and says so if `one_gpu`; no library of it sees the
+    others then. Otherwise, and unless it is `dry`, UserError is raised, as it is where there is no device.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise UnknownName("device", device, ("auto", "cpu", "cuda"))
@@ -46,7 +48,10 @@ def usable_device(device: str, *, dry: bool) -> str:
         n, own = torch.cuda.device_count(), local_rank()
         if own >= n:
             raise UserError(f"This machine has {n} CUDA devices, but its rank {own} needs one more: start {n} ranks.")
-        if n > 1 and not launched() and not dry:
+        if n > 1 and not launched() and one_gpu:
+            os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+            notify(f"{n} GPUs are visible, of which one process uses the first: torchrun starts one for each.")
+        elif n > 1 and not launched() and not dry:
             raise UserError(
                 f"A process uses one GPU and {n} are visible: start one for each with {COMMAND}, or set "
                 "CUDA_VISIBLE_DEVICES to one of them."

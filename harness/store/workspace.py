@@ -31,15 +31,21 @@ class Workspace:
 
 
 def open_workspace(
-    root: Path, device: str, *, dry: bool = False, info: Mapping[str, Any] | None = None, flops: float | None = None
+    root: Path,
+    device: str,
+    *,
+    dry: bool = False,
+    info: Mapping[str, Any] | None = None,
+    flops: float | None = None,
+    one_gpu: bool = False,
 ) -> Workspace:
     """The workspace below `root` on the device that `device` (`auto`, `cpu` or `cuda`) stands for.
 
     `dry` makes a workspace that only plans, `info` is written to every manifest, and `flops` are the floating-point
-    operations a second to estimate with (default: measured on this machine when first needed). Creates no files. Raises
-    UserError where the machine has no such device.
+    operations a second to estimate with (default: measured on this machine when first needed). With `one_gpu` a process
+    takes the first of several GPUs. Creates no files. Raises UserError where the machine has no such device.
     """
-    usable = usable_device(device, dry=dry)
+    usable = usable_device(device, dry=dry, one_gpu=one_gpu)
     costs = Costs(usable)
     if flops is not None:
         costs.flops = flops

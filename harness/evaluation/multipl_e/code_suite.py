@@ -136,9 +136,6 @@ class MultiplE(Suite):
     def measure(self, evaluated: EvaluatedModel, store: Store, costs: Costs) -> SuiteResult:
         if evaluated.votes:
             return SuiteResult(lambda: iter(()), missing=dict.fromkeys(self._languages, NO_VOTE))
-        if store.shares_only:
-            self._generate(evaluated, store, costs)
-            return SuiteResult(lambda: iter(()))
         execute = self.config.execute and not store.dry
         todo = [n for n in self._languages if execute and not store.path(self._results(evaluated, n)).exists()]
         if todo and self.config.sandbox:
@@ -146,6 +143,9 @@ class MultiplE(Suite):
 
             if why := refusal():  # before hours are spent on samples
                 raise UserError(f"{why} Without it write samples only (--generate-only) and run them elsewhere.")
+        if store.shares_only:
+            self._generate(evaluated, store, costs)
+            return SuiteResult(lambda: iter(()))
         from harness.evaluation.multipl_e.execute import OutOfTime
         from harness.evaluation.multipl_e.scores import examples, unsolvable_notes
 

@@ -195,8 +195,8 @@ def test_another_run_makes_the_same_bytes(quickstart: Path, tmp_path: Path) -> N
 def test_commands_of_one_process_refuse_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    status, _, said = answer("audit", "quickstart")
-    assert status == 2 and said == "fusellm: fusellm audit is one process: start it without torchrun or deepspeed.\n"
+    status, _, said = answer("report", "quickstart")
+    assert status == 2 and said == "fusellm: fusellm report is one process: start it without torchrun or deepspeed.\n"
 
 
 def test_show_prints_what_was_set() -> None:
