@@ -161,7 +161,7 @@ def evaluate(
 def _share(evaluated: EvaluatedModel, suites: Mapping[str, Suite], store: Store, costs: Costs) -> None:
     """Makes the parts of suites that no other rank makes."""
     for one in suites.values():
-        if one.in_parts:
+        if getattr(one, "in_parts", False):
             # What cannot be measured the main process says.
             with nullcontext() if distributed.is_main_process() else suppress(UserError):
                 one.measure(evaluated, store, costs)

@@ -306,6 +306,6 @@ def share(experiment: Experiment, evaluated: EvaluatedModel) -> None:
     """
     workspace = experiment.workspace
     for suite in experiment.suites.values():
-        if suite.in_parts:
+        if getattr(suite, "in_parts", False):
             with suppress(UserError):
                 suite.measure(evaluated, workspace.store.sharing(), workspace.costs)
