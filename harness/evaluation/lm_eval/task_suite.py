@@ -41,7 +41,7 @@ from harness.store.costs import Costs
 from harness.store.fingerprint import fingerprint
 from harness.store.leases import Leases
 
-VERSION = 4
+VERSION = 5
 _DEFAULT_METRICS = {"multiple_choice": "acc", "loglikelihood": "acc", "generate_until": "exact_match"}
 _UNKNOWN_ROWS = 1000  # of a task whose rows are not on this machine, for estimates
 

@@ -43,7 +43,7 @@ from harness.store.paths import TOOLCHAINS
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-VERSION = 3
+VERSION = 4
 SAMPLES = "samples.jsonl"
 COMPLETIONS = "completions.jsonl"
 RESULTS = "results.jsonl"
