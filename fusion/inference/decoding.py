@@ -11,6 +11,7 @@ from torch import Tensor
 from fusion.inference.prefix_cache import DecodingBatch, PrefixCachedModel
 from fusion.inference.prefix_tree import Branching, common_prefix_length
 
+_TOP = 64  # of the likeliest tokens that a draw looks at first
 MIN_SHARED_TOKENS = 16  # a shorter common prefix is not worth caching
 
 Choose = Callable[[Sequence[int], Tensor], Sequence[int | None]]
@@ -144,29 +145,58 @@ def _admit(
                 family.tokens.append(token)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn; 0 as `top_k` and 1 as `top_p` leave nothing out."""
+    """How the tokens of a sequence are drawn; 0 as `top_k` and 1 as `top_p` leave nothing out."""
 
     temperature: float
     top_k: int
     top_p: float
-    random: random.Random
+    generator: random.Random = field(compare=False)
+    """The sequence's own generator, so that what is drawn depends on no other sequence."""
 
-    def draw(self, logits: Tensor) -> int:
-        """Draws one token from logits[V]: temperature, then top k, then top p, in the order of transformers."""
-        n = self.top_k or 64
-        while True:
-            top = logits.topk(min(n, len(logits)))
-            scaled = top.values.double() / self.temperature
-            # The rest is at most as likely as the last of these; where that is nothing it needs not be summed.
-            rest = (len(logits) - n) * float((scaled[-1] - scaled[0]).exp())
-            whole = scaled if self.top_k or rest < 1e-9 else logits.double() / self.temperature
-            p = (scaled - whole.logsumexp(-1)).exp()
-            if self.top_k or n >= len(logits) or float(p.sum()) >= self.top_p:
-                break
-            n *= 8  # few are needed where the model is sure
-        kept = p[p.cumsum(-1) - p < self.top_p].cumsum(-1)
-        # The likeliest first: rounding in the sum of the unlikely ones moves no draw.
-        drawn = int(torch.searchsorted(kept, self.random.random() * float(kept[-1]), right=True))
-        return int(top.indices[min(drawn, len(kept) - 1)])
+
+def draw(sequences: Sequence[Sampling], logits: Tensor) -> list[int]:
+    """One token for each of n sequences from logits[n, V]: temperature, then top k, then top p, as transformers do."""
+    chances = [sequence.generator.random() for sequence in sequences]
+    by_settings: dict[Sampling, list[int]] = {}
+    for number, sequence in enumerate(sequences):
+        by_settings.setdefault(sequence, []).append(number)
+    tokens = [0] * len(sequences)
+    for settings, numbers in by_settings.items():
+        uniform = torch.tensor([chances[n] for n in numbers], dtype=torch.float64, device=logits.device)
+        n_top = settings.top_k or _TOP
+        while numbers:  # few tokens are needed where the model is sure
+            found, enough = _draw(settings, logits[numbers], uniform, n_top)
+            for number, token, known in zip(numbers, found, enough, strict=True):
+                if known:
+                    tokens[number] = token
+            uniform = uniform[[i for i, known in enumerate(enough) if not known]]
+            numbers = [number for number, known in zip(numbers, enough, strict=True) if not known]
+            n_top *= 8
+    return tokens
+
+
+def _draw(settings: Sampling, logits: Tensor, uniform: Tensor, n_top: int) -> tuple[list[int], list[bool]]:
+    """The tokens that float64 uniform[n] in [0, 1) picks among the `n_top` likeliest of logits[n, V].
+
+    The second list is False where these do not suffice for top p.
+    """
+    vocabulary = logits.shape[1]
+    top = logits.topk(min(n_top, vocabulary))
+    scaled = top.values.double() / settings.temperature
+    whole = scaled.logsumexp(-1)
+    n_rest = 0 if settings.top_k else max(vocabulary - n_top, 0)
+    # The rest is at most as likely as the last of these; where that is nothing it needs not be summed.
+    summed = n_rest * (scaled[:, -1] - scaled[:, 0]).exp() >= 1e-9
+    if bool(summed.any()):
+        whole = torch.where(summed, (logits.double() / settings.temperature).logsumexp(-1), whole)
+    p = (scaled - whole[:, None]).exp()
+    before = p.cumsum(-1) - p
+    kept = torch.where(before < settings.top_p, p, 0).cumsum(-1)
+    # The likeliest first: rounding in the sum of the unlikely ones moves no draw.
+    drawn = torch.searchsorted(kept, uniform[:, None] * kept[:, -1:], right=True)
+    drawn = drawn.minimum((before < settings.top_p).sum(-1, keepdim=True) - 1)
+    enough = torch.full_like(uniform, not n_rest, dtype=torch.bool) | (p.sum(-1) >= settings.top_p)
+    tokens, known = torch.stack([top.indices.gather(1, drawn)[:, 0], enough.long()]).tolist()
+    return tokens, [bool(one) for one in known]

@@ -25,6 +25,7 @@ from fusion.modeling.sliding_windows import LONGEST_TRIAL, longest_window, wrong
 ATTENTION = "fusellm_prefixes"  # what the attention function is called in transformers' registry
 _HARMLESS = {"dropout", "position_ids", "use_cache", "is_causal", "sliding_window"}
 _TRIAL = 24  # tokens of the prefix that the trial caches
+_COPIED = 2**22  # numbers of keys that exist in float32 at one time on a processor: 16 MB
 _GROWTH = 128  # positions by which a row's memory grows
 
 
@@ -161,15 +162,13 @@ class _DecodeAttention:
         at = torch.arange(n, device=lengths.device), slice(None), lengths
         keys[at], values[at] = k.transpose(0, 1), v.transpose(0, 1)
         heads, group = k.shape[0], q.shape[0] // k.shape[0]
-        # As in flash attention scores are float32: there are models whose scores are in the hundreds.
-        exact = torch.promote_types(q.dtype, torch.float32)
-        q = q.reshape(heads, group, n, -1).to(exact) * scale
-        own = q.permute(2, 0, 1, 3) @ keys[:n, :, :end].transpose(2, 3).to(exact)  # [n, H, group, end]
-        scores = own.permute(1, 2, 0, 3)
+        q = q.reshape(heads, group, n, -1)
+        own = _scores(q.permute(2, 0, 1, 3).flatten(0, 1), keys[:n, :, :end].flatten(0, 1))  # [n * H, group, end]
+        scores = own.unflatten(0, (n, heads)).permute(1, 2, 0, 3)
         if rows.cached is not None:
-            cached = q.flatten(1, 2) @ rows.cached.keys[layer].transpose(1, 2).to(exact)
+            cached = _scores(q.flatten(1, 2), rows.cached.keys[layer])
             scores = torch.cat([cached.unflatten(1, (group, n)), scores], 3)
-        scores = scores.masked_fill(self._hides(number, end, window), -torch.inf)
+        scores = (scores * scale).masked_fill(self._hides(number, end, window), -torch.inf)
         p = scores.softmax(-1).to(v.dtype)
         own_p = p[..., rows.start :].permute(2, 0, 1, 3)
         out = (own_p @ values[:n, :, :end]).permute(1, 2, 0, 3)
@@ -188,6 +187,20 @@ class _DecodeAttention:
                 hidden |= start + last - at >= window
             self._hidden[number, window] = hidden
         return self._hidden[number, window]
+
+
+def _scores(q: Tensor, keys: Tensor) -> Tensor:
+    """The products [B, M, N] of q[B, M, D] and keys[B, N, D], in float32 where these are shorter.
+
+    As in flash attention: there are models whose scores are in the hundreds. The keys are never all copied to float32.
+    """
+    if torch.finfo(keys.dtype).bits >= 32:
+        return q @ keys.transpose(1, 2)
+    if keys.is_cuda:
+        return torch.bmm(q.to(keys.dtype), keys.transpose(1, 2), out_dtype=torch.float32)
+    some = max(1, _COPIED // keys[0].numel())
+    pairs = zip(q.split(some), keys.split(some), strict=True)
+    return torch.cat([part.float() @ of_part.float().transpose(1, 2) for part, of_part in pairs])
 
 
 def _attend(

@@ -1,7 +1,7 @@
 """lm-eval's HFLM with cached prompt prefixes: in float32 the same answers, in less time.
 
 lm-eval's tasks use it like any other LM. For a model whose attention cache cannot be shared this way, a notice is
-printed and HFLM's own methods are used.
+printed; answers are then decoded in padded batches, and log-likelihoods computed by HFLM's own method.
 """
 
 import hashlib
@@ -10,7 +10,6 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import psutil
@@ -19,21 +18,23 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.generation import GenerationMode
 
 from fusion.errors import UserError
+from fusion.inference.answer_row import AnswerRow, next_tokens
 from fusion.inference.decoding import Sampling, decode, group_by_prefix, pack_consecutive
 from fusion.inference.ensembles import PrefixCachedEnsemble
+from fusion.inference.padded_decoding import decode_padded, padded_row_bytes
 from fusion.inference.prefix_cache import PrefixCachedModel, UnsupportedModel
 from fusion.inference.prefix_tree import Branching
 from fusion.vocabulary.tokenization import decode_continuation
 from harness.evaluation.overflow import Overflow, OverflowRule, fit, limited, without_token
 from harness.evaluation.quiet import quietly
+from harness.runtime.memory import device_memory
 from harness.runtime.progress import notify
 
 ROWS = 64  # sequences decoded at one time, if memory allows
-_HFLM_BATCH = 4  # prompts that HFLM reads at one time, where it must: it holds the logits of every position
 _LOGITS = 2**26  # numbers of logits that exist at one time: 256 MB
 _LONGEST = 16  # requests with the most characters, among which the one with the most tokens is looked for
 _CACHED = 16  # rows of logits that are summed at one time: what fits a processor's cache
@@ -62,35 +63,6 @@ def _totals(logits: Tensor) -> tuple[Tensor, Tensor]:
         totals.append(best + (part.float() - best[:, None]).exp_().sum(-1).log())
         greedy.append(part.log_softmax(-1).argmax(-1))
     return torch.cat(totals), torch.cat(greedy)
-
-
-@dataclass
-class _Row:
-    """One answer that is being generated."""
-
-    request: Instance
-    prompt: list[int]
-    until: list[str]
-    ends: frozenset[int]
-    limit: int
-    lookback: int
-    """Tokens in which a stop string that has just been completed must lie: each is a byte or more."""
-    processors: LogitsProcessorList
-    sampling: Sampling | None
-    new: list[int] = field(default_factory=list)
-
-    def choose(self, logits: Tensor, greedy: int) -> int:
-        """The next token by logits[V], whose maximum is at `greedy`."""
-        if self.processors:
-            read = torch.tensor([[*self.prompt, *self.new]], device=logits.device)
-            logits = self.processors(read, logits[None].float())[0]  # type: ignore[arg-type]  # declared a LongTensor
-            greedy = int(logits.argmax())
-        return greedy if self.sampling is None else self.sampling.draw(logits)
-
-    def ended(self, tail: str) -> bool:
-        """True if the answer is complete; `tail` is the text of its last `lookback` tokens."""
-        over = self.new[-1] in self.ends or len(self.new) >= self.limit
-        return over or any(stop in tail for stop in self.until)
 
 
 class SharedPrefixLM(HFLM):
@@ -128,7 +100,7 @@ class SharedPrefixLM(HFLM):
                 f"The tokenizer of {label} has no end-of-text token, so that no answer would ever end: name it as "
                 "eos_token in tokenizer_config.json."
             )
-        own = _HFLM_BATCH if batch_size == "auto" else batch_size
+        own = 1 if batch_size == "auto" else batch_size
         with quietly():
             super().__init__(
                 pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=own, max_length=context
@@ -148,7 +120,7 @@ class SharedPrefixLM(HFLM):
             self.reader: PrefixCachedModel | None = joint or PrefixCachedModel(model)
         except UnsupportedModel as reason:
             self.reader = None
-            notify(f"{label}: common prefixes are read again for every prompt, by lm-eval's own HFLM ({reason}).")
+            notify(f"{label}: common prefixes are read again for every prompt ({reason}).")
 
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
         if self._prompt is None:
@@ -180,7 +152,7 @@ class SharedPrefixLM(HFLM):
             raise without_token(empty[0], self.label)
         requests = [(key, self._fitted(c, len(scored) - 1, scored=True)[0], scored) for key, c, scored in requests]
         if self.reader is None:
-            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs or self._padded_rows(requests))
         of_context: dict[tuple[int, ...], list[int]] = {}
         for index, (_, context, _) in enumerate(requests):
             of_context.setdefault(tuple(context), []).append(index)
@@ -242,7 +214,7 @@ class SharedPrefixLM(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The answer to every request, cut before its first stop string."""
         answers = [""] * len(requests)
-        rows: dict[int, _Row] = {}
+        rows: dict[int, AnswerRow] = {}
         copies: Counter[int] = Counter()
         slow: list[tuple[int, Instance]] = []
         for index, request in enumerate(requests):
@@ -261,7 +233,7 @@ class SharedPrefixLM(HFLM):
                     f"{self.label} answers greedily or by sampling with temperature, top_k and top_p, but a task asks "
                     f"for {', '.join(sorted(kwargs))}: leave that task out."
                 )
-            if self.reader is not None and config is not None:
+            if config is not None:
                 rows[index] = self._row(request, prompt, [u for u in until if u], limit, config, seed)
             elif kwargs["do_sample"] or self._after_prompt:
                 # One by one: the answer must not depend on its neighbours, and is decoded after its own prompt.
@@ -301,7 +273,7 @@ class SharedPrefixLM(HFLM):
 
     def _row(
         self, request: Instance, prompt: list[int], until: list[str], limit: int, config: GenerationConfig, seed: str
-    ) -> _Row:
+    ) -> AnswerRow:
         sampling = None
         if config.do_sample:
             top_p = 1.0 if config.top_p is None else config.top_p
@@ -310,7 +282,7 @@ class SharedPrefixLM(HFLM):
         config.max_length = len(prompt) + limit
         self.model._prepare_special_tokens(config, True, device=self.device)
         processors = self.model._get_logits_processor(config, input_ids_seq_length=len(prompt), device=self.device)
-        return _Row(
+        return AnswerRow(
             request,
             prompt,
             until,
@@ -321,18 +293,16 @@ class SharedPrefixLM(HFLM):
             sampling,
         )
 
-    def _decode(self, rows: dict[int, _Row], answers: list[str]) -> None:
+    def _decode(self, rows: dict[int, AnswerRow], answers: list[str]) -> None:
         """Fills in the answers of the rows, each under the index of its request."""
-        assert self.reader is not None
         indices = list(rows)
 
         def choose(numbers: Sequence[int], logits: Tensor) -> list[int | None]:
             some = [rows[indices[n]] for n in numbers]
-            best = logits.max(-1)
-            if not torch.isfinite(best.values).all():
+            if not torch.isfinite(logits.amax(-1)).all():
                 raise UserError(f"The logits of {self.label} are not finite: it cannot be evaluated.")
-            for row, scores, greedy in zip(some, logits, best.indices.tolist(), strict=True):
-                row.new.append(row.choose(scores, greedy))
+            for row, token in zip(some, next_tokens(some, logits), strict=True):
+                row.new.append(token)
             tails = self.tokenizer.batch_decode([row.new[-row.lookback :] for row in some])
             chosen: list[int | None] = []
             for n, row, tail in zip(numbers, some, tails, strict=True):
@@ -349,7 +319,11 @@ class SharedPrefixLM(HFLM):
         if self.rows == "auto":
             self.rows = self._room(max(len(row.prompt) + row.limit for row in rows.values()))
         prompts = [rows[i].prompt for i in indices]
-        decode(self.reader, prompts, choose, rows=self.rows, batch_tokens=self._batch_tokens)
+        if self.reader is not None:
+            decode(self.reader, prompts, choose, rows=self.rows, batch_tokens=self._batch_tokens)
+        else:
+            limit, pad = max(row.limit for row in rows.values()), self.tokenizer.pad_token_id
+            decode_padded(self.model, prompts, choose, rows=self.rows, limit=limit, pad=pad)
 
     def fitting_rows(self, requests: Sequence[Instance]) -> int:
         """The number of answers to generate at one time: as it is set, else as many of the longest as memory allows."""
@@ -365,10 +339,23 @@ class SharedPrefixLM(HFLM):
 
     def _room(self, length: int) -> int:
         """The number of sequences of `length` tokens decoded at one time, which use half of the free memory at most."""
-        assert self.reader is not None
-        is_cuda = self.device.type == "cuda"
-        free = torch.cuda.mem_get_info(self.device)[0] if is_cuda else psutil.virtual_memory().available
-        return max(1, min(ROWS, free // 2 // (self.reader.position_bytes * length)))
+        if self.device.type == "cuda":  # with what torch keeps for later
+            free = torch.cuda.mem_get_info(self.device)[0]
+            free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        else:
+            free = psutil.virtual_memory().available
+        of_row = padded_row_bytes(self.model, length) if self.reader is None else self.reader.position_bytes * length
+        return max(1, min(ROWS, free // 2 // of_row))
+
+    def _padded_rows(self, requests: Sequence[tuple[Any, list[int], list[int]]]) -> int:
+        """Sequences that HFLM scores at one time: as many as fit a quarter of the memory that the weights leave of the
+        device's, whoever uses it, so that answers do not depend on the moment.
+        """
+        if self._batch_size != "auto":
+            return self._batch_size
+        room = device_memory(str(self.device)) - sum(weight.nbytes for weight in self.model.parameters())
+        longest = max(len(context) + len(scored) for _, context, scored in requests)
+        return max(1, min(ROWS, room // 4 // padded_row_bytes(self.model, longest)))
 
     def overflow(self, request: Instance) -> Overflow | None:
         """How a request exceeds the context, and what is read of it by the rule; None where it fits."""

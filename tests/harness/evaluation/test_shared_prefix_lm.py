@@ -183,7 +183,7 @@ def test_a_sample_depends_on_itself_alone(parts: tuple[Any, Any], monkeypatch: p
 def test_sampling_is_transformers_distribution() -> None:
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    from fusion.inference.decoding import Sampling
+    from fusion.inference.decoding import Sampling, draw
 
     logits = torch.randn(300, generator=torch.Generator().manual_seed(0)) * 2
     for temperature, top_k, top_p in [(1.0, 0, 0.9), (0.5, 5, 0.8), (2.0, 0, 1.0), (3.0, 100, 0.99)]:
@@ -193,9 +193,9 @@ def test_sampling_is_transformers_distribution() -> None:
         if top_p < 1:
             warpers.append(TopPLogitsWarper(top_p))
         expected = warpers(None, logits[None])[0].softmax(-1)  # type: ignore[arg-type]
-        drawing = Sampling(temperature, top_k, top_p, random.Random(0))
         n = 2000
-        counts = torch.bincount(torch.tensor([drawing.draw(logits) for _ in range(n)]), minlength=300)
+        rows = [Sampling(temperature, top_k, top_p, random.Random(seed)) for seed in range(n)]
+        counts = torch.bincount(torch.tensor(draw(rows, logits.expand(n, -1))), minlength=300)
         assert not counts[expected == 0].any()
         error = (counts / n - expected).abs() / (expected * (1 - expected) / n).sqrt().clamp(min=1 / n)
         assert error.max() < 5  # standard deviations
