@@ -74,7 +74,7 @@ class _Forced(LogitsProcessor):
     def __init__(self, batch: _Batch) -> None:
         self._batch = batch
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         batch = self._batch
         chosen = batch.choose([batch.numbers[row] for row in batch.under_way], scores[batch.under_way])
         tokens = [0] * len(scores)  # of a row that has ended any will do
