@@ -194,8 +194,8 @@ def test_sampling_is_transformers_distribution() -> None:
             warpers.append(TopPLogitsWarper(top_p))
         expected = warpers(None, logits[None])[0].softmax(-1)  # type: ignore[arg-type]
         n = 2000
-        rows = [Sampling(temperature, top_k, top_p, random.Random(seed)) for seed in range(n)]
-        counts = torch.bincount(torch.tensor(draw(rows, logits.expand(n, -1))), minlength=300)
+        drawing = [Sampling(temperature, top_k, top_p, random.Random(0))] * n
+        counts = torch.bincount(torch.tensor(draw(drawing, logits.expand(n, -1))), minlength=300)
         assert not counts[expected == 0].any()
         error = (counts / n - expected).abs() / (expected * (1 - expected) / n).sqrt().clamp(min=1 / n)
         assert error.max() < 5  # standard deviations
