@@ -339,11 +339,10 @@ class SharedPrefixLM(HFLM):
 
     def _room(self, length: int) -> int:
         """The number of sequences of `length` tokens decoded at one time, which use half of the free memory at most."""
+        free = psutil.virtual_memory().available
         if self.device.type == "cuda":  # with what torch keeps for later
-            free = torch.cuda.mem_get_info(self.device)[0]
-            free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        else:
-            free = psutil.virtual_memory().available
+            kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            free = torch.cuda.mem_get_info(self.device)[0] + kept
         of_row = padded_row_bytes(self.model, length) if self.reader is None else self.reader.position_bytes * length
         return max(1, min(ROWS, free // 2 // of_row))
 
