@@ -1,15 +1,53 @@
-"""The profile `rehearsal`, and the rehearsal itself."""
+"""The profile `rehearsal`: one table of each kind by two ranks under ZeRO-2, killed on the way."""
 
 import json
 import shutil
 from pathlib import Path
 
+import pytest
 import yaml
 
 from benchmarks import rehearsal
-from benchmarks.rehearsal import Kill, check_tables, recomputed
+from benchmarks.rehearsal import Kill, Rehearsal, check_tables, recomputed
+from harness.config.loading import load
 from harness.store.paths import PRESETS
 from results.records import Record, write
+
+# Less text (no line of 3 MB), fewer tasks, and the paper's precision.
+SMALL = [
+    "corpus.domains=[code,awkward]",
+    "corpus.domain_bytes=20000",
+    "protocols.bbh.tasks=[boolean_expressions,date_understanding]",
+    "protocols.commonsense.tasks=[boolq]",
+    "protocols.multipl_e.tasks=[python]",
+    "training.dtype=bfloat16",
+    "training.global_batch_size=4",
+    "training.save_every=1",
+    "curve.points=2",
+]
+NAMES = ("table1", "table5", "table6", "figure3")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a rehearsal of one table of each kind."""
+    root: Path = tmp_path_factory.mktemp("rehearsal")
+    small = Rehearsal(root, 2, NAMES, [word for setting in SMALL for word in ("--set", setting)])
+    steps = [small.run(f"killed {kill.what}", kill) for kill in rehearsal.KILLS]
+    steps.append(small.run("run"))
+    assert all(step.expected for step in steps), (root / "logs", [step for step in steps if not step.expected])
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_table_of_each_kind_by_two_ranks(root: Path, name: str) -> None:
+    (run,) = (path for path in rehearsal.runs(root) if path.parent.parent.name == name)
+    description = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert description["failures"] == []
+    assert {entry["row"] for entry in description["measured"]} == set(load(name, profile="rehearsal").methods)
+    cells, wrong = check_tables(run)
+    assert cells > len(description["configuration"]["methods"]) and not wrong
 
 
 def test_the_profile_is_the_papers_in_small() -> None:
