@@ -23,11 +23,12 @@ from fusion.losses.objective import CHUNK, Head, Objective, mixed_loss
 from fusion.losses.sparse_cross_entropy import SparseCrossEntropy
 from fusion.modeling.heads import fused_forward
 from fusion.modeling.packing import Packing, attending_by_passage, check_packing, own_forward, packed_inputs
-from fusion.vocabulary.tokenization import encode, prefix_id
+from fusion.vocabulary.tokenization import prefix_id
 from harness.data.passages import Passages
 from harness.data.predictions import PredictionsReader
 from harness.data.sequences import IGNORED, PackedSequences, collate
-from harness.experiment.pipeline import TARGET, Experiment, loss_resources
+from harness.data.tokens import Tokens
+from harness.experiment.pipeline import TARGET, Experiment, loss_resources, tokenise
 from harness.models.checkpoints import load_model
 from harness.models.resolution import ResolvedModel
 from harness.runtime.device import compute_dtype
@@ -143,7 +144,8 @@ def prepare(experiment: Experiment) -> Prepared:
     tokenizer, vocabulary = experiment.models.tokenizer(TARGET)
     features = partial(loss.features, resources=resources)
     length = experiment.config.training.sequence_length
-    rows = PackedSequences(passages, tokenizer, vocabulary, length, features, extractions)
+    tokens = Tokens(tokenise(experiment, TARGET))
+    rows = PackedSequences(passages, tokens, tokenizer, vocabulary, length, features, extractions)
     return Prepared(experiment, passages, loss, resources, extractions, rows)
 
 
@@ -281,12 +283,12 @@ def _step_peak(kind: str, model: ResolvedModel, batch: dict[str, np.ndarray]) ->
 
 
 def _loader(prepared: Prepared, step_seconds: float) -> Result:
-    """Predictions, encoding, aligning, fusing and collating a row beside the step on it."""
+    """Predictions, aligning, fusing and collating a row beside the step on it."""
     rows, target, extractions = prepared.rows, prepared.resources.target, prepared.extractions
     sources = [prepared.resources.source(name) for name in prepared.loss.sources]
     each = [machine.seconds(partial(_load, rows, i), repeat=5) for i in range(min(len(rows), 8))]
     taken = statistics.median(each)
-    members = rows.members[0]
+    members = rows.members(0)
     predictions = [{name: e.predictions(p) for name, e in extractions.items()} for p in members]
     pairs = {
         s.name: [
@@ -300,20 +302,18 @@ def _loader(prepared: Prepared, step_seconds: float) -> Result:
     reference = machine.seconds(
         lambda: reference_implementation.fuse(predictions, pairs, images, target, size), repeat=1, warm=False
     )
-    texts = [prepared.passages.text(p) for p in members]
-    tokenizers = [prepared.experiment.models.tokenizer(name)[0] for name in extractions]
-    encoding = machine.seconds(lambda: [encode(t, text) for t in tokenizers for text in texts], repeat=5)
+    reading = machine.seconds(lambda: [e.predictions(p) for e in extractions.values() for p in members], repeat=5)
     return Result(
         f"the data loader, a sequence of {rows.sequence_length:,} positions",
         "% of the step on it",
         100 * taken / step_seconds,
         100.0,
         reference=100 * reference / step_seconds,
-        roofline=100 * encoding / step_seconds,
+        roofline=100 * reading / step_seconds,
         note=f"{1e3 * taken:.0f} ms a row: below 100 % one worker is always ahead of the trainer, until a device takes "
         f"{rows.sequence_length / taken:,.0f} positions a second; without a worker its share is added to the step. "
-        "Reference: projection and the dense collator, without reading the shards. Roofline: encoding the row's text "
-        "once with each model's tokenizer.",
+        "Reference: projection and the dense collator, without reading the shards. Roofline: reading the row's "
+        "predictions.",
     )
 
 
@@ -329,12 +329,12 @@ def extraction(prepared: Prepared, *, quick: bool) -> list[Result]:
 def _extraction(prepared: Prepared, name: str, quick: bool) -> Result:
     experiment = prepared.experiment
     role = experiment.models.role(name)
-    tokenizer, _ = experiment.models.tokenizer(name)
+    stored = Tokens(tokenise(experiment, name))
     model = load_model(experiment.models.model(name), compute_dtype(role.dtype, "cpu"))
     backbone, project = reader(model)
-    prefix, k = prefix_id(tokenizer), experiment.config.extraction.k
+    prefix, k = prefix_id(experiment.models.tokenizer(name)[0]), experiment.config.extraction.k
     count = min(len(prepared.passages), 3 if quick else 6)
-    sequences = [[prefix, *encode(tokenizer, prepared.passages.text(p))] for p in range(count)]
+    sequences = [[prefix, *stored.ids(p).tolist()] for p in range(count)]
     batches = [
         [sequences[i] for i in batch] for batch in batches_by_length(list(map(len, sequences)), role.batch_tokens)
     ]

@@ -280,9 +280,11 @@ def byte_ends(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary, text: byt
     may or may not be part of the text: the interpretation that spells the whole text is taken, else the one that spells
     more tokens; where both spell equally many, or no text at all, every offset is -1.
     """
-    size = len(vocabulary)
-    known_ids = np.asarray(ids, dtype=np.int64).tolist()
-    token_bytes = [vocabulary.token_bytes[i] if 0 <= i < size else None for i in known_ids]
+    size, known_ids = len(vocabulary), np.asarray(ids, dtype=np.int64)
+    if known_ids.min(initial=0) >= 0 and known_ids.max(initial=-1) < size:
+        token_bytes = list(map(vocabulary.token_bytes.__getitem__, known_ids.tolist()))
+    else:
+        token_bytes = [vocabulary.token_bytes[i] if 0 <= i < size else None for i in known_ids.tolist()]
     direct = _ends(token_bytes, text)
     if not vocabulary.dummy_prefix or not token_bytes or not (token_bytes[0] or b"").startswith(b" "):
         return direct
@@ -302,9 +304,10 @@ def byte_ends(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary, text: byt
 
 def _ends(token_bytes: Sequence[bytes | None], text: bytes) -> np.ndarray:
     known = len(token_bytes) if None not in token_bytes else token_bytes.index(None)
-    spelled = b"".join(part for part in token_bytes[:known] if part is not None)
+    parts: list[bytes] = token_bytes[:known]  # type: ignore[assignment]  # there is no None before `known`
+    spelled = b"".join(parts)
     ends = np.full(len(token_bytes), -1, dtype=np.int32)
-    ends[:known] = np.cumsum([len(part) for part in token_bytes[:known] if part is not None], dtype=np.int64)
+    ends[:known] = np.cumsum(np.fromiter(map(len, parts), np.int64, known))
     if not text.startswith(spelled):
         common = min(len(spelled), len(text))
         left, right = np.frombuffer(spelled, np.uint8, common), np.frombuffer(text, np.uint8, common)

@@ -4,7 +4,7 @@ A passage is a document or a part of it, of at most so many bytes whatever the t
 document join to its text byte for byte.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +60,21 @@ class Passages:
     def __init__(self, folder: Path) -> None:
         import pyarrow as pa
 
+        self._folder = folder
         self._table: pa.Table = pa.ipc.open_file(pa.memory_map(str(folder / PASSAGES_FILE))).read_all()
+        self._text = self._table["text"]  # looking up a column takes longer than a value of it
         self.n_bytes = self._table["n_bytes"].to_numpy()
         self.last = self._table["last"].to_numpy()
+
+    def __reduce__(self) -> "tuple[type[Passages], tuple[Path]]":
+        return Passages, (self._folder,)  # another process maps the file itself
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
     def text(self, passage: int) -> str:
         """The text of a passage, by its index."""
-        return str(self._table["text"][passage].as_py())
+        return str(self._text[passage].as_py())
 
     def domain(self, passage: int) -> str:
         """The domain of the passage's document."""
@@ -79,9 +84,15 @@ class Passages:
         """The name of the passage's document and the byte at which it starts there, for messages."""
         return f"{self._table['name'][passage].as_py()} (bytes from {self._table['start'][passage].as_py()})"
 
-    def document_hashes(self) -> set[str]:
-        """SHA-256 of the whole text of each document that a passage is of."""
-        return set(self._table["sha256"].to_pylist())
+    def holds_any(self, hashes: Collection[str]) -> set[str]:
+        """Those of some SHA-256 that are of the whole text of a document that a passage is of."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        column, wanted = self._table["sha256"], pa.array(hashes, pa.string())
+        return {
+            sha256 for chunk in column.chunks for sha256 in chunk.filter(pc.is_in(chunk, value_set=wanted)).to_pylist()
+        }
 
 
 def write_passages(folder: Path, texts: Iterable[Document], max_bytes: int) -> None:

@@ -8,10 +8,11 @@ import numpy as np
 
 from fusion.errors import UserError
 from fusion.types import Predictions
-from fusion.vocabulary.token_bytes import Vocabulary, byte_ends
-from fusion.vocabulary.tokenization import encode, prefix_id
+from fusion.vocabulary.token_bytes import Vocabulary
+from fusion.vocabulary.tokenization import prefix_id
 from harness.data.passages import Passages
 from harness.data.shards import LOST, Shard, shard_path, shard_size, token_digest
+from harness.data.tokens import Tokens
 from harness.store.artifacts import read_manifest
 
 _OPEN_SHARDS = 128  # file handles kept open; they hold no memory, since passages are read from the map
@@ -20,14 +21,15 @@ _OPEN_SHARDS = 128  # file handles kept open; they hold no memory, since passage
 class PredictionsReader:
     """The predictions of one model on all passages, as the extraction stage stored them.
 
-    Token ids are not stored but computed by the tokenizer, and a passage is refused whose ids do not have the stored
-    hash.
+    Token ids are those of the passages' stored tokens, and a passage is refused whose ids do not have the hash that is
+    stored with the predictions.
     """
 
     def __init__(
         self,
         folder: Path,
         passages: Passages,
+        tokens: Tokens,
         tokenizer: Any,
         vocabulary: Vocabulary,
         temperature: float = 1.0,
@@ -38,6 +40,7 @@ class PredictionsReader:
         Args:
             folder: The artifact of the predictions.
             passages: The passages that it was made of.
+            tokens: The tokens of the passages.
             tokenizer: The tokenizer of the model that predicted.
             vocabulary: The vocabulary of that model.
             temperature: 1, or one of the temperatures of the extraction: distributions are taken to the power 1/T.
@@ -45,7 +48,7 @@ class PredictionsReader:
         """
         self._folder = folder
         self._passages = passages
-        self._tokenizer = tokenizer
+        self._stored_tokens = tokens
         self.vocabulary = vocabulary
         params = read_manifest(folder)["params"]
         self._prefix = prefix_id(tokenizer, params.get("prefix"))
@@ -54,6 +57,9 @@ class PredictionsReader:
         self._k = k
         self._temperature_column = None if temperature == 1 else params["temperatures"].index(temperature)
         self._open: OrderedDict[int, Shard] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}  # another process opens the shards itself
 
     def _shard(self, passage: int) -> Shard:
         """The shard that holds a passage; the most recently used ones stay open."""
@@ -70,24 +76,24 @@ class PredictionsReader:
 
     def _tokens(self, passage: int) -> np.ndarray:
         """The token ids int32[M] of a passage, prefix included. Raises UserError where the model read others."""
-        tokens = np.array([self._prefix, *encode(self._tokenizer, self._passages.text(passage))], np.int32)
+        tokens = np.concatenate([np.array([self._prefix], np.int32), self._stored_tokens.ids(passage)])
         if token_digest(tokens) != int(self._shard(passage).tokens[passage % self._shard_size]):
             raise UserError(
-                f"{self._folder} was made of certain tokens of {self._passages.name(passage)}, but the tokenizer now "
-                "gives others: the tokenizer's library has changed; remove that folder to have it made again."
+                f"{self._folder} was made of other tokens of {self._passages.name(passage)} than "
+                f"{self._stored_tokens.folder} holds: the tokenizer's library has changed between them; remove both "
+                "folders to have them made again."
             )
         return tokens
 
     def predictions(self, passage: int) -> Predictions:
         """The predictions of a passage, without positions where the passage was skipped.
 
-        Raises UserError when the tokenizer gives other tokens than the model read.
+        Raises UserError when the stored tokens are not those that the model read.
         """
         columns, tokens = self._columns(passage), self._tokens(passage)
         m, k = columns["ids"].shape
         if not m:
-            text = self._passages.text(passage)
-            ends = np.append(0, byte_ends(tokens[1:], self.vocabulary, text.encode("utf-8"))).astype(np.int32)
+            ends = np.append(0, self._stored_tokens.byte_ends(passage)).astype(np.int32)
             return Predictions.empty(tokens, ends, self._k or k)
         steps = columns["steps"].astype(np.int64)
         ends = np.cumsum(steps).astype(np.int32)

@@ -6,6 +6,7 @@ is built.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ from torch.utils.data import Dataset
 
 from fusion.errors import UserError
 from fusion.types import Predictions, SequencePredictions
-from fusion.vocabulary.token_bytes import Vocabulary, byte_ends
-from fusion.vocabulary.tokenization import encode, prefix_id
+from fusion.vocabulary.token_bytes import Vocabulary
+from fusion.vocabulary.tokenization import prefix_id
 from harness.data.passages import Passages
 from harness.data.predictions import PredictionsReader
+from harness.data.tokens import Tokens
 
 IGNORED = -100
 """Label of a position without a next token, which the Trainer does not count as a token."""
@@ -50,12 +52,13 @@ def pack(lengths: Sequence[int], sequence_length: int, *, window: int = 512) -> 
 class PackedSequences(Dataset[dict[str, np.ndarray]]):
     """Sequences of `sequence_length` positions, ready for `fusion.modeling.heads.fused_forward`.
 
-    Every passage is `[prefix] + tokens` (see `prefix_id`). The gold token of its last position is the end of text where
-    the passage is its document's last, and none otherwise. Without `features` this is plain continued training; with
-    them, `readers` give the predictions that they are computed from, by role, and `target` is the role that is trained.
-    Beyond the last sequence there are empty ones without any label or feature, which make up the number where ranks
-    share sequences unevenly. Passages that do not fit a sequence or the model's `context` (tokens; None: any length)
-    are skipped: their indices are `skipped`. With a `sample` only these passages take part, by their indices.
+    Every passage is `[prefix] + tokens` (see `prefix_id`), where `tokens` are stored. The gold token of its last
+    position is the end of text where the passage is its document's last, and none otherwise. Without `features` this
+    is plain continued training; with them, `readers` give the predictions that they are computed from, by role, and
+    `target` is the role that is trained. Beyond the last sequence there are empty ones without any label or feature,
+    which make up the number where ranks share sequences unevenly. Passages that do not fit a sequence or the model's
+    `context` (tokens; None: any length) are skipped: their indices are `skipped`. With a `sample` only these passages
+    take part, by their indices.
 
     Raises:
         UserError: no passage fits, or the tokenizer does not fit the model.
@@ -64,6 +67,7 @@ class PackedSequences(Dataset[dict[str, np.ndarray]]):
     def __init__(
         self,
         passages: Passages,
+        tokens: Tokens,
         tokenizer: Any,
         vocabulary: Vocabulary,
         sequence_length: int,
@@ -75,76 +79,79 @@ class PackedSequences(Dataset[dict[str, np.ndarray]]):
         sample: Sequence[int] | None = None,
     ) -> None:
         self._passages = passages
-        self._tokenizer = tokenizer
+        self._tokens = tokens
         self._prefix = prefix_id(tokenizer, prefix)
         self._eos = tokenizer.eos_token_id
-        self._vocabulary = vocabulary
         self._features = features
         self._readers = readers
         self._target = target
         self.sequence_length = sequence_length
-        self._lengths = lengths = dict[int, int]()
-        for passage in range(len(passages)) if sample is None else sample:
-            ids = encode(tokenizer, passages.text(passage))
-            if max(ids, default=0) >= len(vocabulary):
-                raise UserError(
-                    f"the target's tokenizer gives token {max(ids)}, but its config.json has a vocabulary of "
-                    f"{len(vocabulary)}: put the model's own tokenizer.json beside its weights."
-                )
-            lengths[passage] = 1 + len(ids)
+        if tokens.largest_id >= len(vocabulary):
+            raise UserError(
+                f"the target's tokenizer gives token {tokens.largest_id}, but its config.json has a vocabulary of "
+                f"{len(vocabulary)}: put the model's own tokenizer.json beside its weights."
+            )
+        taken = np.arange(len(passages)) if sample is None else np.asarray(sample)
+        lengths = 1 + tokens.counts[taken]
         self.longest = min(sequence_length, context or sequence_length)
-        self.skipped = [passage for passage, length in lengths.items() if length > self.longest]
-        fitting = [passage for passage, length in lengths.items() if length <= self.longest]
-        if not fitting:
+        self._taken = taken
+        self.skipped: list[int] = taken[lengths > self.longest].tolist()
+        fitting = taken[lengths <= self.longest]
+        if not len(fitting):
             raise UserError(
                 f"every passage is longer than {self.longest} tokens, the least of training.sequence_length and the "
                 "model's context: lower passages.max_bytes or raise training.sequence_length."
             )
-        self.members = [
-            [fitting[i] for i in members] for members in pack([lengths[p] for p in fitting], sequence_length)
-        ]
-        ends_text = sum(bool(passages.last[p]) for p in fitting) if self._eos is not None else 0
-        self.n_tokens = sum(lengths[p] for p in fitting) - len(fitting) + ends_text
+        packed = pack(lengths[lengths <= self.longest].tolist(), sequence_length)
+        # Flat arrays: lists of millions of passages would take a hundred bytes each, in every process of the loader.
+        self._packed = fitting[np.fromiter(chain.from_iterable(packed), np.int64, len(fitting))]
+        self._starts = np.cumsum([0, *map(len, packed)])
+        ends_text = int(passages.last[fitting].sum()) if self._eos is not None else 0
+        self.n_tokens = int(tokens.counts[fitting].sum(dtype=np.int64)) + ends_text
 
     def one_passage_each(self) -> "PackedSequences":
         """The same passages, each in a sequence of its own that is as long as the longest of them."""
         alone = copy(self)
-        alone.members = [[passage] for members in self.members for passage in members]
-        alone.sequence_length = max(self._lengths[passage] for (passage,) in alone.members)
+        alone._starts = np.arange(len(self._packed) + 1)
+        alone.sequence_length = 1 + int(self._tokens.counts[self._packed].max())
         return alone
+
+    def members(self, index: int) -> list[int]:
+        """The passages of a sequence, by their indices."""
+        members: list[int] = self._packed[self._starts[index] : self._starts[index + 1]].tolist()
+        return members
 
     def skipped_sentence(self) -> str | None:
         """One sentence on the passages that are not trained on because they are too long; None where all are."""
         if not self.skipped:
             return None
-        share = self._passages.n_bytes[self.skipped].sum() / self._passages.n_bytes[list(self._lengths)].sum()
+        share = self._passages.n_bytes[self.skipped].sum() / self._passages.n_bytes[self._taken].sum()
         return (
-            f"{len(self.skipped):,} of {len(self._lengths):,} passages ({share:.2%} of the text) are longer than "
+            f"{len(self.skipped):,} of {len(self._taken):,} passages ({share:.2%} of the text) are longer than "
             f"{self.longest:,} tokens and are not trained on (first {self._passages.name(self.skipped[0])})."
         )
 
     def __len__(self) -> int:
-        return len(self.members)
+        return len(self._starts) - 1
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return (self[index] for index in range(len(self)))  # by default iteration would go on with empty sequences
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """One sequence: input_ids, position_ids, labels [sequence_length], and features [N, ...] of its N positions."""
-        members = self.members[index] if index < len(self.members) else []
+        members = self.members(index) if index < len(self) else []
         features: Mapping[str, np.ndarray] = {}
         if self._features is None:
-            tokens = [self._tokens(p) for p in members]
+            tokens = [self._ids(p) for p in members]
         else:
             # An empty sequence has features of no positions, whose names, types and widths are those of another's.
-            like = members or self.members[0]
+            like = members or self.members(0)
             predictions = [self._predictions(p) for p in like]
             features = self._features(predictions, [int(self._passages.n_bytes[p]) for p in like])
             if not members:
                 predictions, features = [], {name: array[:0] for name, array in features.items()}
-            # Encoding the text takes longer than fusing; the target's own predictions hold its tokens already.
             tokens = [passage[self._target].tokens for passage in predictions]
-            if [len(t) for t in tokens] != [self._lengths[p] for p in members]:
+            if [len(t) for t in tokens] != (1 + self._tokens.counts[members]).tolist():
                 raise UserError(
                     f"the extraction of {self._target} was made with another tokenizer than the target's own."
                 )
@@ -159,16 +166,15 @@ class PackedSequences(Dataset[dict[str, np.ndarray]]):
             **features,
         }
 
-    def _tokens(self, passage: int) -> np.ndarray:
-        return np.array([self._prefix, *encode(self._tokenizer, self._passages.text(passage))])
+    def _ids(self, passage: int) -> np.ndarray:
+        return np.concatenate([[self._prefix], self._tokens.ids(passage)])
 
     def _predictions(self, passage: int) -> dict[str, Predictions]:
         """The stored predictions of a passage, and the target's tokens and byte ends if its own are not stored."""
         predictions = {name: reader.predictions(passage) for name, reader in self._readers.items()}
         if self._target not in predictions:
-            tokens = self._tokens(passage)
-            ends = byte_ends(tokens[1:], self._vocabulary, self._passages.text(passage).encode("utf-8"))
-            predictions[self._target] = Predictions.empty(tokens, np.append(0, ends).astype(np.int32), 0)
+            ends = np.append(0, self._tokens.byte_ends(passage)).astype(np.int32)
+            predictions[self._target] = Predictions.empty(self._ids(passage), ends, 0)
         return predictions
 
     def _gold(self, tokens: np.ndarray, last: bool) -> np.ndarray:

@@ -94,8 +94,6 @@ def write_shard(
     Raises:
         UserError: A token id does not fit, or a token stands for more than 65,534 bytes of text.
     """
-    from safetensors.numpy import save
-
     steps = [_steps(ends) for result, ends in zip(results, byte_ends, strict=True) if len(result.nll)]
     ids = np.concatenate([r.ids for r in results])
     width = np.uint32 if wide else np.uint16
@@ -122,6 +120,13 @@ def write_shard(
     tensors["prefix_offsets"] = np.cumsum([0, *map(len, prefix_nll)]).astype(np.int64)
     if compression == "zstd":
         tensors = _compressed(tensors)
+    write_tensors(path, beside, tensors)
+
+
+def write_tensors(path: Path, beside: Path, tensors: Columns) -> None:
+    """Writes a safetensors file with its checksum (see `checked_tensors`) to `beside` and renames it to `path`."""
+    from safetensors.numpy import save
+
     try:
         beside.write_bytes(save(tensors, {"sha256": _digest(tensors)}))
         rename_durably(beside, path)
@@ -256,6 +261,12 @@ class Shard:
 
 def checked(path: Path) -> Shard:
     """An open shard, after its bytes were compared with their checksum. Raises UserError where they differ."""
+    checked_tensors(path)
+    return Shard(path)
+
+
+def checked_tensors(path: Path) -> Columns:
+    """What `write_tensors` wrote. Raises UserError where the bytes differ from their checksum."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -266,4 +277,4 @@ def checked(path: Path) -> Shard:
         tensors, sha256 = {}, "damaged"
     if _digest(tensors) != sha256:
         raise UserError(f"{path} does not match its checksum: remove that file to have it made again.")
-    return Shard(path)
+    return tensors

@@ -135,10 +135,11 @@ def build(config: Config, labels: Sequence[str], root: Path) -> Iterator[Row]:
     start(experiment)
     with experiment.workspace.store.in_use(command_path(root, config.experiment, config.profile, "build")):
         check_inputs(experiment)
-        check_lengths(experiment)
         dry = open_experiment(config, root, dry=True)
         for _ in candidates(dry, labels):
             pass
         check_validation(dry, experiment)
-        check_space(list(dry.workspace.store.planned.values()), root)
+        planned = list(dry.workspace.store.planned.values())
+        check_space(planned, root)
+        check_lengths(experiment, planned)
         yield from candidates(experiment, labels)

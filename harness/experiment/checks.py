@@ -8,10 +8,11 @@ import numpy as np
 
 from baselines.ensemble import EnsembleParameters
 from fusion.errors import UserError
-from fusion.vocabulary.tokenization import encode, prefix_id
+from fusion.vocabulary.tokenization import prefix_id
 from harness.config.validation import method_parameters
 from harness.data.passages import Passages
-from harness.experiment.pipeline import TARGET, Experiment
+from harness.data.tokens import Tokens
+from harness.experiment.pipeline import TARGET, Experiment, tokenise
 from harness.models.checkpoints import load_tokenizer
 from harness.runtime import distributed
 from harness.runtime.progress import notify
@@ -20,7 +21,6 @@ from harness.stages.trainer.sharding import check_usable
 from harness.store.artifacts import Planned
 
 _MOST = 0.1  # of the text may be left out because it is too long; above, shorter passages are the better remedy
-_SAMPLE = 256  # passages that are encoded to find out how many are too long
 
 
 def check_inputs(experiment: Experiment) -> None:
@@ -83,34 +83,34 @@ def check_memory(experiment: Experiment) -> None:
             suite.check_memory(label, sizes, experiment.workspace.device)
 
 
-def check_lengths(experiment: Experiment) -> None:
-    """Refuses text of which most exceeds a context or a sequence, and says how much of it will be left out.
+def check_lengths(experiment: Experiment, planned: Sequence[Planned]) -> None:
+    """Refuses text of which most exceeds a context or a sequence, and says how much of it will be skipped.
 
-    Encodes a sample only, as all would take hours.
+    Looks at the tokens that are planned, and makes them where they are not there.
     """
-    passages = Passages(experiment.corpora.passages[1])
-    sample = np.unique(np.linspace(0, len(passages) - 1, _SAMPLE).astype(int)).tolist()
-    n_bytes, models = passages.n_bytes[sample], experiment.models
+    passages, models = Passages(experiment.corpora.passages[1]), experiment.models
+    keys = {stage.spec.fingerprint for stage in planned}
     for name in models.names:
         if models.is_tiny(name):  # not made yet, and its recipe fits its text
             continue
-        tokenizer = load_tokenizer(models.base(name))
-        prefix_id(tokenizer, models.role(name).prefix)
-        lengths = np.array([1 + len(encode(tokenizer, passages.text(passage))) for passage in sample])
+        prefix_id(load_tokenizer(models.base(name)), models.role(name).prefix)
+        if models.tokens_spec(name, experiment.corpora.passages[0]).fingerprint not in keys:
+            continue  # the model reads no passage
+        lengths = 1 + Tokens(tokenise(experiment, name)).counts
         limits = {f"the context of {name}": models.limits(name)[1]}
         if name == TARGET:
             limits["training.sequence_length"] = experiment.config.training.sequence_length
         for what, limit in limits.items():
             if not limit or lengths.max() <= limit:
                 continue
-            share = n_bytes[lengths > limit].sum() / n_bytes.sum()
+            share = passages.n_bytes[lengths > limit].sum() / passages.n_bytes.sum()
             sentence = (
-                f"{passages.name(sample[int(np.argmax(lengths))])} is {lengths.max()} tokens for {name} and exceeds "
+                f"{passages.name(int(np.argmax(lengths)))} is {lengths.max()} tokens for {name} and exceeds "
                 f"{what}, {limit}"
             )
             if share > _MOST:
                 raise UserError(f"{sentence}, as {share:.0%} of the text does: lower passages.max_bytes.")
-            notify(f"{sentence}. About {share:.1%} of the text is too long and is left out: lower passages.max_bytes.")
+            notify(f"{sentence}. {share:.1%} of the text is too long and is skipped: lower passages.max_bytes.")
 
 
 def check_space(planned: Sequence[Planned], root: Path) -> None:

@@ -122,8 +122,9 @@ class Corpora:
             return
         roles = self.config.roles.by_name()
         trained = [self.passages, *(self.passages_of(name) for name, role in roles.items() if role.corpus)]
-        hashes = set[str]().union(*(Passages(folder).document_hashes() for _, folder in trained))
-        if shared := [document for document in documents if document.sha256 in hashes]:
+        hashes = {document.sha256 for document in documents}
+        seen = set[str]().union(*(Passages(folder).holds_any(hashes) for _, folder in trained))
+        if shared := [document for document in documents if document.sha256 in seen]:
             raise UserError(
                 f"{len(shared)} held-out documents are in the training corpus (first {shared[0].name}): "
                 f"choose another split in {section}."

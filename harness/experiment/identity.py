@@ -7,11 +7,12 @@ from harness.data import corpus, passages
 from harness.evaluation.suite import SUITES
 from harness.experiment.pipeline import Experiment
 from harness.models.manifest import read_model_manifest
-from harness.stages import extraction, training, vocabulary_maps
+from harness.stages import extraction, tokenization, training, vocabulary_maps
 from harness.store.fingerprint import fingerprint
 
 VERSIONS = {
     "passages": passages.VERSION,
+    "tokens": tokenization.VERSION,
     "predictions": extraction.VERSION,
     "map": vocabulary_maps.VERSION,
     "train": training.VERSION,

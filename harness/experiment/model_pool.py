@@ -17,6 +17,7 @@ from harness.models.tiny import tiny_recipe
 from harness.runtime.device import compute_dtype
 from harness.stages.continued_models import continued_model_spec, make_continued_model
 from harness.stages.tiny_models import make_tiny
+from harness.stages.tokenization import make_tokens, tokens_spec
 from harness.store.artifacts import Spec
 from harness.store.paths import MODEL_FOLDER
 from harness.store.workspace import Workspace
@@ -154,13 +155,24 @@ class ModelPool:
 
         The same in a plan, but for a model of the catalogue that is not fetched yet.
         """
+        base, key = self.base(name), self.tokenizer_key(name)
+        return {**key, "size": load_config(base).vocab_size} if "tokenizer" in key else key
+
+    def tokenizer_key(self, name: str) -> Mapping[str, Any]:
+        """What the role's tokenizer is read from, for keys; as `vocabulary_key`."""
         base = self.base(name)
         if self.is_tiny(name) or not base.folder.exists():
             return {"model": base.fingerprint}
-        return {
-            "tokenizer": tokenizer_fingerprint(base.folder, self._workspace.models),
-            "size": load_config(base).vocab_size,
-        }
+        return {"tokenizer": tokenizer_fingerprint(base.folder, self._workspace.models)}
+
+    def tokens(self, name: str, passages: tuple[Spec, Path], n_bytes: float) -> Path:
+        """The artifact of passages, of so many bytes, as tokens of the role's tokenizer."""
+        base, spec = self.base(name), self.tokens_spec(name, passages[0])
+        return make_tokens(self._workspace.store, spec, passages[1], lambda: load_tokenizer(base), n_bytes=n_bytes)
+
+    def tokens_spec(self, name: str, passages: Spec) -> Spec:
+        """The key of passages as tokens of the role's tokenizer."""
+        return tokens_spec(self.base(name).name, passages, self.tokenizer_key(name))
 
     def _tiny_model(self, tiny: str, name: str) -> ResolvedModel:
         spec, path = make_tiny(self._workspace, tiny, self._config.profile)
@@ -174,15 +186,17 @@ class ModelPool:
 
     def _continued_model(self, name: str, role: RoleConfig) -> ResolvedModel:
         assert role.corpus is not None
-        spec = self._continued_model_spec(name)
+        spec, passages = self._continued_model_spec(name), self._corpora.passages_of(name)
+        n_bytes = self._corpora.expected_bytes(role.corpus)
         path = make_continued_model(
             self._workspace,
             spec,
             self.base(name),
-            self._corpora.passages_of(name)[1],
+            passages[1],
+            self.tokens(name, passages, n_bytes),
             self._config.training,
             parameters=self.size(name).parameters,
-            corpus_bytes=self._corpora.expected_bytes(role.corpus),
+            corpus_bytes=n_bytes,
         )
         model = self.spec(name, str(path / MODEL_FOLDER))
         return ResolvedModel(path / MODEL_FOLDER, name, spec.fingerprint, model)

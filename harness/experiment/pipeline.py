@@ -21,6 +21,7 @@ from harness.config.schema import Config
 from harness.data.passages import Passages
 from harness.data.predictions import PredictionsReader
 from harness.data.shards import position_bytes
+from harness.data.tokens import Tokens
 from harness.evaluation.evaluated_model import EvaluatedModel
 from harness.evaluation.joint_model import make_joint_model
 from harness.evaluation.perplexity import HeldOutText, Perplexity, measure_documents
@@ -94,6 +95,12 @@ def predictions_spec(experiment: Experiment, role: str) -> Spec:
     )
 
 
+def tokenise(experiment: Experiment, role: str) -> Path:
+    """The artifact of the training corpus' passages as tokens of a role's model."""
+    corpora = experiment.corpora
+    return experiment.models.tokens(role, corpora.passages, corpora.n_bytes)
+
+
 def predict(experiment: Experiment, role: str) -> tuple[Spec, Path]:
     """The artifact of the predictions that a role's model makes about the training corpus."""
     models, corpora, settings = experiment.models, experiment.corpora, experiment.config.extraction
@@ -102,14 +109,24 @@ def predict(experiment: Experiment, role: str) -> tuple[Spec, Path]:
     entries = position_bytes(settings.k, size.vocabulary, settings.store_dtype, len(settings.temperatures))
     per_token = entries + np.dtype(settings.store_dtype).itemsize * (BYTES_PER_TOKEN - 1)  # the first bytes of tokens
     estimate = workspace.costs.forward(size.parameters, corpora.n_bytes, disk_per_token=per_token)
-    path = make_extraction(workspace.store, spec, model, folder, settings, device=workspace.device, estimate=estimate)
+    path = make_extraction(
+        workspace.store,
+        spec,
+        model,
+        folder,
+        tokenise(experiment, role),
+        settings,
+        device=workspace.device,
+        estimate=estimate,
+    )
     return spec, path
 
 
 def read_predictions(experiment: Experiment, role: str, temperature: float = 1.0) -> PredictionsReader:
     """The predictions of a role's model, passage by passage; made where they are not there."""
-    passages = Passages(experiment.corpora.passages[1])
-    return PredictionsReader(predict(experiment, role)[1], passages, *experiment.models.tokenizer(role), temperature)
+    passages, tokens = Passages(experiment.corpora.passages[1]), Tokens(tokenise(experiment, role))
+    folder, (tokenizer, vocabulary) = predict(experiment, role)[1], experiment.models.tokenizer(role)
+    return PredictionsReader(folder, passages, tokens, tokenizer, vocabulary, temperature)
 
 
 def vocabulary_map(
@@ -152,6 +169,7 @@ def loss_inputs(experiment: Experiment, label: str, requirements: LossRequiremen
             )
     return LossInputs(
         {name: predict(experiment, name) for name in requirements.predictions},
+        {name: tokenise(experiment, name) for name in requirements.predictions},
         {name: vocabulary_map(experiment, name, requirements.map, requirements.map_on) for name in requirements.maps},
         {name: (models.model(name), models.dtype(name)) for name in requirements.models},
     )
@@ -196,6 +214,7 @@ def train(
         seed,
         models.model(TARGET) if start is None else _checkpoint(experiment, label, start),
         corpora.passages,
+        tokenise(experiment, TARGET),
         settings,
         _curve(experiment) if share == 1 else HeldOutCurve(config.curve.points, {}, 0.0, None),
         lam,

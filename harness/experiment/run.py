@@ -91,7 +91,7 @@ def _plan_and_make(experiment: Experiment, root: Path) -> tuple[Path, Sequence[F
         check_validation(dry, experiment)
         if missing:
             check_space(planned, root)
-            check_lengths(experiment)
+            check_lengths(experiment, planned)
         return _make(experiment, planned, impossible, root)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from fusion.vocabulary.token_bytes import Vocabulary
 from harness.config.schema import TrainingConfig
 from harness.data.passages import Passages
+from harness.data.tokens import Tokens
 from harness.models.checkpoints import load_config, load_tokenizer
 from harness.models.resolution import ResolvedModel
 from harness.stages import training
@@ -33,6 +34,7 @@ def make_continued_model(
     spec: Spec,
     base: ResolvedModel,
     passages_folder: Path,
+    tokens_folder: Path,
     settings: TrainingConfig,
     *,
     parameters: float,
@@ -40,7 +42,8 @@ def make_continued_model(
 ) -> Path:
     """`base` continued on the passages, as an artifact that holds `model`.
 
-    `parameters` of the model and `corpus_bytes` of the text are for the estimate. Called by all ranks.
+    `tokens_folder` holds the passages' tokens. `parameters` of the model and `corpus_bytes` of the text are for the
+    estimate. Called by all ranks.
     """
     device = workspace.device
 
@@ -49,6 +52,7 @@ def make_continued_model(
         return train_on_passages(
             folder,
             Passages(passages_folder),
+            Tokens(tokens_folder),
             tokenizer,
             Vocabulary.from_tokenizer(tokenizer, load_config(base).vocab_size),
             settings,

@@ -13,11 +13,12 @@ import numpy as np
 
 from fusion.errors import UserError
 from fusion.modeling.context import context_length
-from fusion.vocabulary.token_bytes import Vocabulary, byte_ends
-from fusion.vocabulary.tokenization import encode, prefix_id
+from fusion.vocabulary.token_bytes import Vocabulary
+from fusion.vocabulary.tokenization import prefix_id
 from harness.config.schema import ExtractionConfig
 from harness.data.passages import Passages
 from harness.data.shards import LOST, checked, existing_shards, shard_path, shard_size, write_shard
+from harness.data.tokens import Tokens
 from harness.models.checkpoints import load_config, load_model, load_tokenizer
 from harness.runtime.progress import Advance, notify, track
 from harness.store.artifacts import Estimate, Spec, Store
@@ -62,6 +63,7 @@ def make_extraction(
     spec: Spec,
     model: "ResolvedModel",
     passages_folder: Path,
+    tokens_folder: Path,
     settings: ExtractionConfig,
     *,
     device: str,
@@ -80,10 +82,10 @@ def make_extraction(
     """
 
     def make_parts(folder: Path, leases: Leases) -> None:
-        _extract(folder, leases, spec, model, Passages(passages_folder), settings, device)
+        _extract(folder, leases, spec, model, Passages(passages_folder), Tokens(tokens_folder), settings, device)
 
     def build(folder: Path) -> dict[str, Any]:
-        return _summary(folder, spec, model, Passages(passages_folder), settings)
+        return _summary(folder, spec, model, Passages(passages_folder), Tokens(tokens_folder), settings)
 
     return store.ensure(spec, build, estimate, make_parts=make_parts)
 
@@ -100,6 +102,7 @@ def _extract(
     spec: Spec,
     model: "ResolvedModel",
     passages: Passages,
+    tokens: Tokens,
     settings: ExtractionConfig,
     device: str,
 ) -> None:
@@ -110,7 +113,7 @@ def _extract(
     finished = existing_shards(folder)
     if len(finished) == len(shards):
         return
-    reader = _Reader(spec, model, passages, settings, device)
+    reader = _Reader(spec, model, passages, tokens, settings, device)
     own: set[int] = set()
     compared = waiting = False
     with track(f"extract {model.name}", sum(n_bytes), "bytes", done=sum(n_bytes[i] for i in finished)) as advance:
@@ -144,7 +147,12 @@ def _extract(
 
 
 def _summary(
-    folder: Path, spec: Spec, model: "ResolvedModel", passages: Passages, settings: ExtractionConfig
+    folder: Path,
+    spec: Spec,
+    model: "ResolvedModel",
+    passages: Passages,
+    stored_tokens: Tokens,
+    settings: ExtractionConfig,
 ) -> dict[str, Any]:
     """Checks the bytes of all shards; returns, for the manifest, their number of tokens, the skipped passages: those
     with logits that are not finite (`skipped`), and those longer than the model's context (`too_long`), and the number
@@ -169,8 +177,8 @@ def _summary(
         info["unspelled"] = unspelled
     if not empty:
         return info
-    tokenizer, context = load_tokenizer(model), context_length(load_config(model))
-    long = [p for p in empty if context and 1 + len(encode(tokenizer, passages.text(p))) > context]
+    context = context_length(load_config(model))
+    long = [p for p in empty if context and 1 + stored_tokens.counts[p] > context]
     names = {
         "skipped": [passages.name(p) for p in sorted(set(empty) - set(long))],
         "too_long": [passages.name(p) for p in long],
@@ -204,14 +212,22 @@ class _Reader:
     """A loaded model that reads passages."""
 
     def __init__(
-        self, spec: Spec, model: "ResolvedModel", passages: Passages, settings: ExtractionConfig, device: str
+        self,
+        spec: Spec,
+        model: "ResolvedModel",
+        passages: Passages,
+        tokens: Tokens,
+        settings: ExtractionConfig,
+        device: str,
     ) -> None:
         from fusion.inference.top_k import BytePrefixes, reader
 
-        self._spec, self._model, self._passages, self._settings, self._device = spec, model, passages, settings, device
-        self._tokenizer = load_tokenizer(model)
+        self._spec, self._model, self._settings, self._device = spec, model, settings, device
+        self._passages, self._stored_tokens = passages, tokens
+        tokenizer = load_tokenizer(model)
+        self._prefix = prefix_id(tokenizer, model.spec.prefix)
         loaded = load_model(model, dtype=spec.params["dtype"], device=device)
-        self._vocabulary = Vocabulary.from_tokenizer(self._tokenizer, loaded.config.get_text_config().vocab_size)
+        self._vocabulary = Vocabulary.from_tokenizer(tokenizer, loaded.config.get_text_config().vocab_size)
         self._backbone, self._project = reader(loaded)
         self._prefixes = BytePrefixes(self._vocabulary)
         self._context = context_length(loaded.config)
@@ -234,10 +250,7 @@ class _Reader:
         )
 
     def _tokens(self, passage: int) -> list[int]:
-        tokens = [
-            prefix_id(self._tokenizer, self._model.spec.prefix),
-            *encode(self._tokenizer, self._passages.text(passage)),
-        ]
+        tokens = [self._prefix, *self._stored_tokens.ids(passage).tolist()]
         if max(tokens) >= len(self._vocabulary):
             raise UserError(
                 f"The tokenizer of {self._model.name} gives token {max(tokens)}, but its config.json has a vocabulary "
@@ -263,10 +276,7 @@ class _Reader:
                 if not len(result.nll):
                     self._skip(members[i])
             advance(sum(int(self._passages.n_bytes[members[i]]) for i in batch))
-        ends = []
-        for passage, tokens in zip(members, sequences, strict=True):
-            ends.append(byte_ends(tokens[1:], self._vocabulary, self._passages.text(passage).encode("utf-8")))
-        return results, ends, sequences
+        return results, [self._stored_tokens.byte_ends(passage) for passage in members], sequences
 
     def _skip(self, passage: int) -> None:
         self._skipped.append(self._passages.name(passage))

@@ -17,6 +17,7 @@ from fusion.vocabulary.tokenization import encode_all
 from harness.config.schema import ExtractionConfig
 from harness.data.passages import Passages
 from harness.data.predictions import PredictionsReader
+from harness.data.tokens import Tokens
 from harness.models.resolution import ResolvedModel
 from harness.stages.vocabulary_maps import read_map, read_pieces
 from harness.store.artifacts import Spec
@@ -32,6 +33,8 @@ class LossInputs:
     """The artifacts and models that a loss is computed from, by role. In a plan they need not exist yet."""
 
     predictions: Mapping[str, tuple[Spec, Path]] = field(default_factory=dict)
+    tokens: Mapping[str, Path] = field(default_factory=dict)
+    """Of the predictions' models; no part of a key, since they follow from the models and the passages."""
     maps: Mapping[str, tuple[Spec, Path]] = field(default_factory=dict)
     teachers: Mapping[str, tuple[ResolvedModel, str]] = field(default_factory=dict)
     """Models in memory that predict every batch, and their computing precision."""
@@ -95,6 +98,6 @@ def open_predictions(
     """Readers of the stored predictions that a loss requires, by role, at its temperature and k."""
     temperature, k = requirements.temperature, requirements.k
     return {
-        name: PredictionsReader(folder, passages, *tokenizer_of(name), temperature, k)
+        name: PredictionsReader(folder, passages, Tokens(inputs.tokens[name]), *tokenizer_of(name), temperature, k)
         for name, (_, folder) in inputs.predictions.items()
     }

@@ -9,6 +9,7 @@ from fusion.vocabulary.token_bytes import Vocabulary
 from harness.config.schema import TrainingConfig
 from harness.data.corpus import Document
 from harness.data.passages import Passages, write_passages
+from harness.data.tokens import Tokens, write_tokens
 from harness.models.tiny.recipe import TinyModel, build_model, make_tokenizer, tiny_recipe, training_documents
 from harness.runtime import distributed
 from harness.stages import training
@@ -44,15 +45,17 @@ def make_tiny(workspace: Workspace, name: str, profile: str) -> tuple[Spec, Path
         documents = recipe.corpus.documents()
         tokenizer = make_tokenizer(model, documents)
         texts = [Document(d.name, d.domain, d.text, "") for d in training_documents(model, documents)]
-        passages = folder / "text"
+        text = folder / "text"
         if distributed.is_main_process():
-            passages.mkdir(exist_ok=True)
+            text.mkdir(exist_ok=True)
             # A byte is a token at most, and each passage has a prefix, before which a space may be put.
-            write_passages(passages, texts, model.sequence_length - 2)
+            write_passages(text, texts, model.sequence_length - 2)
+            write_tokens(text, Passages(text), tokenizer)
         distributed.broadcast(0)  # the others wait for the passages
         train_on_passages(
             folder,
-            Passages(passages),
+            Passages(text),
+            Tokens(text),
             tokenizer,
             Vocabulary.from_tokenizer(tokenizer, model.embedded),
             _training(model, ranks),

@@ -20,6 +20,7 @@ from fusion.vocabulary.token_bytes import Vocabulary
 from harness.config.schema import Config, TrainingConfig
 from harness.data.passages import Passages
 from harness.data.predictions import PredictionsReader
+from harness.data.tokens import Tokens
 from harness.models.card import card_metadata
 from harness.models.checkpoints import load_model, load_without_weights
 from harness.models.resolution import ResolvedModel
@@ -80,6 +81,7 @@ def load_initial(model: ResolvedModel, settings: TrainingConfig, device: str) ->
 def train_on_passages(
     folder: Path,
     passages: Passages,
+    tokens: Tokens,
     tokenizer: Any,
     vocabulary: Vocabulary,
     settings: TrainingConfig,
@@ -117,6 +119,7 @@ def train_on_passages(
     model = load()
     sequences = PackedSequences(
         passages,
+        tokens,
         tokenizer,
         vocabulary,
         settings.sequence_length,
@@ -194,6 +197,8 @@ class Training:
     base: ResolvedModel
     """The model that it starts from: the target, or the candidate of another row."""
     passages: tuple[Spec, Path]
+    tokens: Path
+    """The passages' tokens for the target."""
     settings: TrainingConfig
     curve: HeldOutCurve
     lam: float = 1.0
@@ -272,6 +277,7 @@ def make_training(
             train_on_passages,
             folder,
             passages,
+            Tokens(training.tokens),
             tokenizer,
             vocabulary,
             settings,

@@ -6,17 +6,18 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fusion.errors import UserError
-from fusion.vocabulary.tokenization import encode
+from fusion.vocabulary.tokenization import encode_all
 from harness.config.loading import load
-from harness.data import predictions
+from harness.data import tokens
 from harness.evaluation import perplexity
 from harness.experiment import run
 from harness.experiment.identity import VERSIONS
-from harness.experiment.pipeline import open_experiment, read_predictions
+from harness.experiment.pipeline import open_experiment, read_predictions, tokenise
 from harness.experiment.plan import plan
 from harness.stages.trainer.fusion_trainer import FusionTrainer
 from harness.stages.trainer.sealing import last_checkpoint, layout_of
@@ -198,7 +199,7 @@ def test_a_damaged_part_of_an_evaluation_is_not_continued(
 def test_a_tokenizer_changed_after_the_extraction_is_noticed(
     again: Path, made: Path, experiment_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its file makes another model of it; its library, where it splits otherwise, is refused."""
+    """Its file makes another model of it; its library, where tokens made anew are others, is refused."""
     folder = Path(shutil.copytree(made / "llama", tmp_path / "llama"))
     config = load(str(experiment_file), overrides=[f"roles.target.model={folder}"])
     assert {p.state for p in plan(config, again)} == {"ready"}
@@ -206,10 +207,13 @@ def test_a_tokenizer_changed_after_the_extraction_is_noticed(
         file.write("\n")
     todo = {p.spec.label for p in plan(config, again) if p.state == "missing"}
     assert todo >= {"llama", "CLM-seed0", "FuseLLM-seed0"} and "neox" not in todo
-    reader = read_predictions(open_experiment(load(str(experiment_file)), again), "neox")
+    experiment = open_experiment(load(str(experiment_file)), again)
     for otherwise in (lambda ids: ids[:-1], lambda ids: ids[::-1]):  # fewer tokens, and as many
-        monkeypatch.setattr(
-            predictions, "encode", lambda tokenizer, text, other=otherwise: other(encode(tokenizer, text))
-        )
-        with pytest.raises(UserError, match="but the tokenizer now gives"):
-            reader.predictions(0)
+
+        def encode_otherwise(tokenizer: object, texts: list[str], other: Any = otherwise) -> list[list[int]]:
+            return [other(ids) for ids in encode_all(tokenizer, texts)]
+
+        monkeypatch.setattr(tokens, "encode_all", encode_otherwise)
+        shutil.rmtree(tokenise(experiment, "neox"))
+        with pytest.raises(UserError, match=r"was made of other tokens of .* than .*: the tokenizer's library"):
+            read_predictions(experiment, "neox").predictions(0)

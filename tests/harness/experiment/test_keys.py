@@ -32,7 +32,7 @@ from harness.evaluation.perplexity import PerplexityConfig
 from harness.experiment.identity import run_fingerprint
 from harness.experiment.pipeline import open_experiment
 from harness.experiment.plan import plan_stages
-from harness.stages import extraction, training, vocabulary_maps
+from harness.stages import extraction, tokenization, training, vocabulary_maps
 from tests.harness.suite_rows import make_data_root
 
 SUITES = ("perplexity", "bbh", "multipl_e_samples", "multipl_e")
@@ -41,7 +41,7 @@ TRAINED = "train curve measured:CLM measured:FuseLLM"
 FUSED = "train:FuseLLM curve:FuseLLM measured:FuseLLM"
 OF_SOURCE = f"predictions:neox measured:neox measured:Both {FUSED}"
 OF_TARGET = f"predictions:llama measured:llama measured:Both {TRAINED}"
-ALL_TEXT = f"passages predictions {TRAINED}"
+ALL_TEXT = f"passages tokens predictions {TRAINED}"
 PERPLEXITY = "perplexity curve"
 BBH, SAMPLES = "bbh", "multipl_e_samples multipl_e"
 
@@ -288,7 +288,7 @@ def test_files_of_a_model(
 ) -> None:
     change(restored / model / file)
     if file.startswith(VOCABULARY):
-        expected += " map"
+        expected += f" map tokens:{model}"
     check(before, keys(restored), expected if counts else "")
 
 
@@ -328,6 +328,7 @@ def test_inputs(restored: Path, before: dict[str, str], path: str, expected: str
 
 VERSIONS: list[tuple[Any, str, str]] = [
     (passages, "VERSION", ALL_TEXT),
+    (tokenization, "VERSION", "tokens"),
     (extraction, "VERSION", f"predictions {FUSED}"),
     (vocabulary_maps, "VERSION", f"map {FUSED}"),
     (training, "VERSION", TRAINED),

@@ -370,7 +370,7 @@ def test_every_manifest_tells_how_it_was_made(finished: tuple[Config, Path, Path
     config, root, _ = finished
     manifests = [json.loads(p.read_text()) for p in (root / "artifacts").glob("*/*/manifest.json")]
     assert {m["kind"] for m in manifests} == {
-        "passages", "predictions", "prefix_check", "map", "train", "curve", "perplexity",
+        "passages", "tokens", "predictions", "prefix_check", "map", "train", "curve", "perplexity",
     }  # fmt: skip
     for manifest in manifests:
         assert manifest["info"]["configuration"]["training"] == config.model_dump(mode="json")["training"]

@@ -21,9 +21,10 @@ from fusion.errors import UserError
 from harness.config.loading import load
 from harness.data.passages import Passages
 from harness.data.sequences import PackedSequences
+from harness.data.tokens import Tokens
 from harness.experiment.headroom import audit
 from harness.experiment.identity import run_fingerprint
-from harness.experiment.pipeline import loss_resources, open_experiment, predict, read_predictions
+from harness.experiment.pipeline import loss_resources, open_experiment, predict, read_predictions, tokenise
 from harness.stages import extraction
 from harness.store.artifacts import Spec, Store
 from harness.store.cleanup import leftovers
@@ -252,6 +253,7 @@ def test_passages_without_finite_logits_are_named_counted_and_fused_without(
     assert chosen["100"] == {"target"}
     assert chosen["101"] == {-1}
     features = partial(fusion.features, resources=resources)
-    for row in PackedSequences(passages, tokenizer, vocabulary, 200, features, readers):
+    tokens = Tokens(tokenise(small, "target"))
+    for row in PackedSequences(passages, tokens, tokenizer, vocabulary, 200, features, readers):
         assert all(np.isfinite(row[name]).all() for name in ("p", "tail", "weight"))
     assert "2 passages are not counted" in audit(config, tmp_path).sentence

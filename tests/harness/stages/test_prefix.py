@@ -11,10 +11,19 @@ from fusion.errors import UserError
 from harness.cli.doctor import check
 from harness.data.passages import Passages
 from harness.data.sequences import PackedSequences
+from harness.data.tokens import Tokens
 from harness.experiment.candidates import candidates
 from harness.experiment.headroom import audit
 from harness.experiment.method_context import MethodContext
-from harness.experiment.pipeline import TARGET, Experiment, evaluated_model, measure, predict, read_predictions
+from harness.experiment.pipeline import (
+    TARGET,
+    Experiment,
+    evaluated_model,
+    measure,
+    predict,
+    read_predictions,
+    tokenise,
+)
 from harness.models.resolution import ModelSpec, resolve
 from harness.stages import prefix_check
 from harness.stages.prefix_check import prefix_warning
@@ -42,7 +51,9 @@ def test_the_prefix_is_put_before_every_passage_and_is_part_of_every_key(tmp_pat
         assert (before.tokens[0], after.tokens[0]) == (0, 1)
         assert after.nll[0] == pytest.approx(-np.log(0.9), abs=1e-5) and before.nll[0] == pytest.approx(np.log(8))
     passages = Passages(other.corpora.passages[1])
-    sequences = PackedSequences(passages, *other.models.tokenizer(TARGET), 64, prefix="eos")
+    tokens = Tokens(tokenise(other, TARGET))
+    assert tokenise(other, TARGET).name == tokenise(plain, TARGET).name  # they hold no prefix
+    sequences = PackedSequences(passages, tokens, *other.models.tokenizer(TARGET), 64, prefix="eos")
     assert sequences[0]["input_ids"][0] == 1
     rows = [next(iter(candidates(one))) for one in (plain, other)]
     assert rows[0].candidate.fingerprint != rows[1].candidate.fingerprint
@@ -58,7 +69,7 @@ def test_a_prefix_that_there_is_not_is_refused_before_anything_is_made(tmp_path:
     from harness.experiment.checks import check_lengths
 
     with pytest.raises(UserError, match="no token '<nothing>'"):
-        check_lengths(made(tmp_path / "a", "roles.sources.s.prefix=<nothing>"))
+        check_lengths(made(tmp_path / "a", "roles.sources.s.prefix=<nothing>"), [])
 
 
 @pytest.mark.slow

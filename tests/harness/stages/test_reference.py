@@ -190,8 +190,9 @@ def test_loss_and_gradient_are_those_of_the_plain_implementation(
         map_of, fuse = reference.map_of_bytes, reference.corrected_row
     image = map_of(source, target, method.get("map", "mined"))
     expected: dict[int, ExpectedTargets] = {}
-    assert rows.members == pack([len(r.tokens) for r in own], config.training.sequence_length)
-    for i, row in enumerate(rows.members):
+    members = [rows.members(i) for i in range(len(rows))]
+    assert members == pack([len(r.tokens) for r in own], config.training.sequence_length)
+    for i, row in enumerate(members):
         its_texts, ours, others = ([of[p] for p in row] for of in (texts, own, theirs))
         teaches = fuse(its_texts, target, source, ours, others, image, method.get("fusion", "mince"))
         assert_teaches(rows[i], teaches)

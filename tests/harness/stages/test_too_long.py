@@ -1,5 +1,6 @@
 """Passages that are too long for a model are left out, named and counted, and targets that cannot be packed train."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from harness.config.loading import load
 from harness.data.corpus import Document
 from harness.data.passages import Passages, write_passages
 from harness.data.sequences import PackedSequences
+from harness.data.tokens import write_tokens
 from harness.experiment import run
+from harness.experiment.checks import check_lengths
 from harness.experiment.headroom import audit
 from harness.experiment.pipeline import open_experiment, predict, read_predictions
+from harness.experiment.plan import plan_stages
 from harness.store.artifacts import read_manifest
 from tests.harness.tiny_models import save_model, sentences, tokenizer
 
@@ -33,8 +37,8 @@ def passages(tmp_path_factory: pytest.TempPathFactory) -> Passages:
 
 
 def packed(passages: Passages, sequence_length: int, context: int | None = None) -> PackedSequences:
-    tokens = tokenizer(300)
-    return PackedSequences(passages, tokens, Vocabulary.from_tokenizer(tokens), sequence_length, context=context)
+    own, tokens = tokenizer(300), write_tokens(passages._folder, passages, tokenizer(300))
+    return PackedSequences(passages, tokens, own, Vocabulary.from_tokenizer(own), sequence_length, context=context)
 
 
 @pytest.mark.parametrize(("sequence_length", "context"), [(100, None), (400, 100)])
@@ -44,7 +48,9 @@ def test_passages_that_do_not_fit_are_left_out_and_the_rest_is_trained_on(
     """Whether it is the sequence or the model's context that they do not fit."""
     rows = packed(passages, sequence_length, context)
     assert 0 < len(rows.skipped) < len(passages)
-    assert sorted([*rows.skipped, *(p for members in rows.members for p in members)]) == list(range(len(passages)))
+    assert sorted([*rows.skipped, *(p for i in range(len(rows)) for p in rows.members(i))]) == list(
+        range(len(passages))
+    )
     assert rows.n_tokens == sum(int((row["labels"] >= 0).sum()) for row in rows)
     sentence = str(rows.skipped_sentence())
     assert sentence.startswith(f"{len(rows.skipped)} of 6 passages (")
@@ -61,7 +67,7 @@ def test_one_passage_a_sequence_has_the_same_tokens_and_labels(passages: Passage
     rows = packed(passages, 400)
     alone = rows.one_passage_each()
     assert len(rows) < len(alone) == len(passages) and alone.n_tokens == rows.n_tokens
-    assert alone.sequence_length == max(rows._lengths.values())
+    assert alone.sequence_length == 1 + rows._tokens.counts.max()
     labels = [np.sort(np.concatenate([row["labels"][row["labels"] >= 0] for row in some])) for some in (rows, alone)]
     assert np.array_equal(*labels)
     for row in alone:
@@ -122,3 +128,20 @@ def test_a_target_that_cannot_be_packed_is_trained_and_what_is_too_long_stands_b
     assert len(trained) == 2 and trained[0]["info"]["skipped"] == trained[1]["info"]["skipped"] != []
     table = next(folder.glob("table*.md")).read_text(encoding="utf-8")
     assert table.count("are longer than 50 tokens and are not trained on") == 1
+
+
+def test_what_is_skipped_is_counted_over_all_passages(
+    experiment_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One passage of hundreds, which no sample need hold, is too long for the sequences."""
+    words = "seven wizards brew potent ale "
+    (tmp_path / "text").mkdir()
+    for n in range(700):
+        (tmp_path / "text" / f"{n:03d}.txt").write_text(f"{n} {words * (12 if n == 333 else 1)}", encoding="utf-8")
+    settings = [f"corpus.path={tmp_path / 'text'}", "passages.max_bytes=1000", "training.sequence_length=64"]
+    config = load(str(experiment_file), overrides=settings)
+    dry = open_experiment(config, tmp_path, dry=True)
+    check_lengths(open_experiment(config, tmp_path), plan_stages(dry))
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("333.txt (bytes from 0) is") == 1
+    assert re.search(r"exceeds training\.sequence_length, 64\. 1\.\d% of the text is too long and is skipped", said)
