@@ -12,7 +12,7 @@ from baselines.training import MixedParameters
 from fusion.alignment.pairing import ALIGNMENTS
 from fusion.alignment.selection import FUSIONS
 from fusion.docstrings import field_docstrings
-from fusion.errors import UserError, did_you_mean
+from fusion.errors import UnknownName, UserError
 from fusion.losses.fusion_loss import FusionLoss
 from fusion.losses.loss import check_map
 from fusion.registry import Registered, Registry
@@ -31,8 +31,7 @@ _PRESETS: Mapping[str, Mapping[str, Any]] = {name: {**_MAP_PRESETS[name], **PRES
 def _check_preset(preset: Any) -> Any:
     """Refuses an unknown preset with the nearest spelling."""
     if not isinstance(preset, str) or preset not in _PRESETS:
-        hint = did_you_mean(preset, _PRESETS)
-        raise UserError(f"there is no preset {preset!r}{hint}: presets are {', '.join(_PRESETS)}.")
+        raise UnknownName("preset", preset, _PRESETS)
     return preset
 
 

@@ -40,7 +40,7 @@ from fusion.vocabulary.token_bytes import Vocabulary
 STAGES = ("native", "aligned", "projected", "kept", "selected", "in_loss")
 FUSED = "fused"
 """The row of the distribution that the target is trained on."""
-LEAST_TAIL = 1e-6
+TAIL_ROUNDING = 1e-6
 """A tail is stored in float16; below this it is rounding and its logarithm means nothing."""
 
 
@@ -191,7 +191,7 @@ def _ahead(targets: Sparse, own: Predictions, *, has_tail: bool = True) -> tuple
     if has_tail:
         in_tail = ~(own.ids[rows, :, None] == ids[rows, None, :]).any(axis=2)
         of_target = own.tail[rows] + np.where(in_tail, np.exp(own.log_p[rows], dtype=np.float64), 0.0).sum(axis=1)
-        ahead[rows] = np.log(np.maximum(tail[rows], LEAST_TAIL) / np.maximum(of_target, LEAST_TAIL))
+        ahead[rows] = np.log(np.maximum(tail[rows], TAIL_ROUNDING) / np.maximum(of_target, TAIL_ROUNDING))
     else:
         ahead[rows] = -np.inf
     return ahead, listed

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from fusion.errors import UserError, did_you_mean
+from fusion.errors import UnknownName
 from harness.cli.console import prepare, print_rows
 from harness.cli.options import (
     CONFIGURATION,
@@ -93,10 +93,7 @@ def baseline_build(
     config = load(of, profile=profile, overrides=[*added, *settings], seeds=seeds)
     labels = config.rows_of(name)
     if not labels:
-        known = [*config.methods, *METHODS.names()]
-        raise UserError(
-            f"{of} has no row and there is no method {name!r}{did_you_mean(name, known)}: there are {', '.join(known)}."
-        )
+        raise UnknownName(f"row of {of} or method", name, [*config.methods, *METHODS.names()])
     prepare(root, config.device)
     from harness.experiment.candidates import build
 

@@ -25,7 +25,7 @@ from harness.runtime import distributed
 from harness.store.files import make_folder
 from harness.store.paths import TOOLCHAINS
 
-MULTIPL_E = "MultiPL-E"  # a help panel
+_MULTIPL_E_PANEL = "MultiPL-E"
 
 suites = typer.Typer(help="What models are measured on: list, show.", no_args_is_help=True)
 multipl_e = typer.Typer(help="MultiPL-E: execute generated programs in the sandbox.", no_args_is_help=True)
@@ -124,15 +124,19 @@ def evaluate(
     ] = [],  # noqa: B006
     samples: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Completions of each problem. Default: 20.", rich_help_panel=MULTIPL_E),
+        typer.Option(
+            min=1, metavar="N", help="Completions of each problem. Default: 20.", rich_help_panel=_MULTIPL_E_PANEL
+        ),
     ] = None,
     generate_only: Annotated[
         bool,
-        typer.Option("--generate-only", help="Write completions and execute none.", rich_help_panel=MULTIPL_E),
+        typer.Option("--generate-only", help="Write completions and execute none.", rich_help_panel=_MULTIPL_E_PANEL),
     ] = False,
     execute: Annotated[
         Path | None,
-        typer.Option("--execute", help="Execute completions that were written before.", rich_help_panel=MULTIPL_E),
+        typer.Option(
+            "--execute", help="Execute completions that were written before.", rich_help_panel=_MULTIPL_E_PANEL
+        ),
     ] = None,
     unsafe: Unsafe = False,
     revision: Annotated[

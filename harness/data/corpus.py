@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fusion.errors import UserError, did_you_mean
+from fusion.errors import UnknownName, UserError, did_you_mean
 from harness.config.schema import CorpusConfig
 from harness.data.hub import dataset_commit, dataset_fingerprint, offline_unless_reachable
 from harness.data.standard_library import SHARES, standard_library
@@ -126,10 +126,7 @@ def check_corpus(config: CorpusConfig, data_root: Path | None) -> None:
     for kind, wanted, known in (("split", [config.split], SHARES), ("domain", config.domains or [], domains)):
         for name in wanted:
             if name not in known:
-                raise UserError(
-                    f"The corpus {config.path} has no {kind} {name!r}{did_you_mean(name, known)}: it has "
-                    f"{', '.join(known)}."
-                )
+                raise UnknownName(f"{kind} of the corpus {config.path}", name, known)
 
 
 def _fold(config: CorpusConfig) -> str:
@@ -320,10 +317,7 @@ def _all_documents(
         given = True
         yield Document(name, domain, text, hashlib.sha256(raw).hexdigest())
     if absent := sorted(wanted.keys() - domains):
-        raise UserError(
-            f"The corpus {config.path} ({config.split}) has no domain {absent[0]!r}{did_you_mean(absent[0], domains)}: "
-            f"it has {', '.join(sorted(domains)) or 'none'}."
-        )
+        raise UnknownName(f"domain of the corpus {config.path} ({config.split})", absent[0], sorted(domains))
     if empty and not given:
         raise UserError(f"{empty} has no text: remove it, or choose text of which some has.")
 

@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from fusion.errors import UserError, did_you_mean
+from fusion.errors import UnknownName, UserError
 from harness.data.awkward_text import awkward_texts, long_line
 
 DOMAINS = ("code", "docstrings", "manual")
@@ -129,8 +129,7 @@ def standard_library(name: str) -> StandardLibrary:
     Raises UserError for another name.
     """
     if name not in CORPORA:
-        known = ", ".join(f"stdlib:{corpus}" for corpus in CORPORA)
-        raise UserError(f"There is no corpus 'stdlib:{name}'{did_you_mean(name, CORPORA)}: choose one of {known}.")
+        raise UnknownName("corpus", f"stdlib:{name}", [f"stdlib:{corpus}" for corpus in CORPORA])
     return CORPORA[name]
 
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from baselines.method import Artifact
-from fusion.errors import UserError, did_you_mean
+from fusion.errors import UnknownName, UserError
 from fusion.registry import Registry
 from harness.config.errors import ConfigurationError, problems_of
 from harness.data.corpus import Document
@@ -255,6 +255,5 @@ def chosen(wanted: Sequence[str] | None, known: Sequence[str], suite_name: str) 
     """
     for name in wanted or ():
         if name not in known:
-            hint = did_you_mean(name, known)
-            raise UserError(f"The suite {suite_name} has no task {name!r}{hint}: its tasks are {', '.join(known)}.")
+            raise UnknownName(f"task of the suite {suite_name}", name, known)
     return [name for name in known if wanted is None or name in wanted]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusion.errors import UserError, did_you_mean
+from fusion.errors import UnknownName, UserError
 from fusion.modeling.context import context_length
 from fusion.vocabulary.token_bytes import Vocabulary
 from harness.config.schema import Config, RoleConfig
@@ -52,8 +52,7 @@ class ModelPool:
     def role(self, name: str) -> RoleConfig:
         """The configuration of a role. Raises UserError for a role that the experiment does not have."""
         if name not in self._roles:
-            hint = did_you_mean(name, self._roles)
-            raise UserError(f"There is no role {name!r}{hint}: roles are {', '.join(self._roles)}.")
+            raise UnknownName("role", name, self._roles)
         return self._roles[name]
 
     def model(self, name: str) -> ResolvedModel:

@@ -16,7 +16,7 @@ from fusion.errors import UserError, message_line
 from fusion.modeling.loading import check_loading, code_was_refused
 from harness.models.checkpoints import control_tokens, load_tokenizer
 from harness.models.manifest import CONVERTER, read_model_manifest, refuse_old_conversion, write_model_manifest
-from harness.models.reproduction import SAMPLES, NotReproduced, as_resolved, save_checked, token_ids
+from harness.models.reproduction import SAMPLE_TEXTS, NotReproduced, as_resolved, save_checked, token_ids
 from harness.models.resolution import PICKLE_FILES, SLOW_TOKENIZER_FILES, check_config_file
 from harness.store.files import disk_errors, rename_durably
 from harness.store.fingerprint import file_sha256
@@ -270,7 +270,7 @@ def _folder_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
             )
         if exact:
             _spell_spaces_exactly(tokenizer, prefix=slow_tokenizer.encode("a", out_type=str)[0].startswith("▁"))
-        wrong = [text for text in SAMPLES if token_ids(tokenizer, text) != slow_tokenizer.encode(text)]
+        wrong = [text for text in SAMPLE_TEXTS if token_ids(tokenizer, text) != slow_tokenizer.encode(text)]
         if not wrong:
             fast: PreTrainedTokenizerFast = tokenizer
             return fast

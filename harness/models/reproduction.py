@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Texts on which tokenizers that look alike come apart: spaces at both ends, runs of spaces and line ends, digits,
 # scripts with and without spaces, combining marks, joined emoji, compatibility characters, control characters.
-SAMPLES = (
+SAMPLE_TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
     "  two spaces before, two after  ",
     " one before",
@@ -117,7 +117,7 @@ def save_checked(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast",
             f"The tokenizer has {len(tokenizer)} tokens and the model has fewer embeddings: they do not belong."
         )
     dtype = model.dtype
-    ids = torch.tensor([[token for text in SAMPLES[:6] for token in token_ids(tokenizer, text)][:128]])
+    ids = torch.tensor([[token for text in SAMPLE_TEXTS[:6] for token in token_ids(tokenizer, text)][:128]])
     expected = _logits(model, ids)
     stored = _exact_dtype(model) if dtype == torch.float32 else dtype
     model.to(stored)  # type: ignore[arg-type]
@@ -133,7 +133,7 @@ def save_checked(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast",
     gc.collect()
     again = load_tokenizer(as_resolved(out))
     same_roles = again.all_special_ids == tokenizer.all_special_ids and again.eos_token_id == tokenizer.eos_token_id
-    different = [text for text in SAMPLES if token_ids(again, text) != token_ids(tokenizer, text)]
+    different = [text for text in SAMPLE_TEXTS if token_ids(again, text) != token_ids(tokenizer, text)]
     if not same_roles or different:
         what = f"splits {different[0]!r} in another way" if different else "has other special tokens"
         raise NotReproduced(f"the tokenizer that was saved {what}")

@@ -125,7 +125,11 @@ FILES: list[tuple[Prepare, list[str], str]] = [
         "some/text .default, train. is neither a file or folder here nor can",
     ),
     (nothing, plan("corpus.path=stdlib:foo"), "There is no corpus 'stdlib:foo'"),
-    (nothing, plan("corpus.path=stdlib", "corpus.domains=[cod]"), "has no domain 'cod' .did you mean 'code'."),
+    (
+        nothing,
+        plan("corpus.path=stdlib", "corpus.domains=[cod]"),
+        "domain of the corpus stdlib 'cod' .did you mean 'code'.",
+    ),
     (nothing, plan("corpus.path=some/great/text"), "The corpus some/great/text does not exist: correct that path"),
     (
         nothing,

@@ -37,7 +37,7 @@ NAMES: list[tuple[list[str], str]] = [
     (setting("methods.FuseLLM.select_over=pasage"), "switch select_over is 'pasage' .did you mean 'passage'."),
     (
         setting("methods.FuseLLM.preset=correctd"),
-        "no preset 'correctd' .did you mean 'corrected'.*: presets are corrected, publish",
+        "no preset 'correctd' .did you mean 'corrected'.*: there are corrected, publish",
     ),
     (setting("methods.FuseLLM.tial=gold"), "unknown key tial .did you mean 'tail'."),
     (setting("methods.FuseLLM.sources=[Gemma-3-270m]"), "is no role .did you mean 'Gemma-3-270M'."),
@@ -57,7 +57,7 @@ NAMES: list[tuple[list[str], str]] = [
     (setting("methods.X.method=as_is", "methods.X.role=teacher"), "methods.X needs a teacher, and there is none"),
     (setting("roles.teacher=Llama"), "roles.teacher = 'Llama', which must hold keys and values"),
     (["baseline", "show", "mrege"], "There is no method 'mrege' .did you mean 'merge'."),
-    (["baseline", "build", "mrege"], "quickstart has no row and there is no method 'mrege' .did you mean 'merge'."),
+    (["baseline", "build", "mrege"], "There is no row of quickstart or method 'mrege' .did you mean 'merge'."),
     (["baseline", "build", "clm", "--experiment", "mian"], "There is no experiment 'mian' .did you mean 'main'."),
     (["quickstart", "--set", "roles.target.modle=x"], "unknown key roles.target.modle .did you mean 'model'."),
     (

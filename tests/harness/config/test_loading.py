@@ -207,7 +207,7 @@ def test_every_mistake_is_found_at_once(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_standard_library_has_what_is_asked_of_it(tmp_path: Path) -> None:
     _write(tmp_path, mine="extends: quickstart\nprofile: micro\ncorpus: {path: stdlib, domains: [cod], split: x}\n")
     (problem,) = validate([str(tmp_path / "mine.yaml")])[str(tmp_path / "mine.yaml")]
-    assert "has no split 'x'" in problem.sentence and problem.key == ("corpus", "path")
+    assert "no split of the corpus stdlib 'x'" in problem.sentence and problem.key == ("corpus", "path")
 
 
 def test_an_unknown_base_is_named_with_its_line(tmp_path: Path) -> None:

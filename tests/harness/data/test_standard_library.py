@@ -77,7 +77,7 @@ def test_a_python_without_the_manual_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_corpus_of_another_name_is_refused() -> None:
-    with pytest.raises(UserError, match=r"no corpus 'stdlib:mircro' .did you mean 'micro'"):
+    with pytest.raises(UserError, match=r"no corpus 'stdlib:mircro' .did you mean 'stdlib:micro'"):
         standard_library("mircro")
 
 

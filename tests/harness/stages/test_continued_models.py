@@ -206,7 +206,7 @@ def test_any_model_can_be_asked_for_by_name(finished: tuple[Config, Path, Path],
     config, root, _ = finished
     context = MethodContext(open_experiment(config, root), "row", 0)
     assert context.model(str(made / "neox")).folder == made / "neox"
-    with pytest.raises(UserError, match=r"no role 'on' .did you mean 'one'.*: roles are target, one, two"):
+    with pytest.raises(UserError, match=r"no role 'on' .did you mean 'one'.*: there are target, one, two"):
         context.model("on")
 
 
