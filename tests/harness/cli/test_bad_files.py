@@ -183,7 +183,7 @@ FILES: list[tuple[Prepare, list[str], str]] = [
         merge("models=[target,wide]", wide=True),
         r"M cannot merge target and wide, whose tokenizers differ .first in token \d+, '[xy]'.: choose",
     ),
-    (nothing, merge(), r"M merges at least two models with linear and not 1 .neox.: say which in its `models`"),
+    (nothing, merge(), r"M merges at least 2 models with linear and not 1 .neox.: say which in its `models`"),
     (nothing, merge("merge_method=slerp"), "M merges two models with slerp and not 1"),
     (nothing, merge("models=[target,neox]", "weights=[1]"), "weights has 1 numbers for 2 models"),
     (write("m.yaml", "models: ["), merge("mergekit=m.yaml"), "m.yaml is not valid YAML"),
