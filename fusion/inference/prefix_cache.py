@@ -168,10 +168,8 @@ class _DecodeAttention:
         if rows.cached is not None:
             cached = _scores(q.flatten(1, 2), rows.cached.keys[layer])
             scores = torch.cat([cached.unflatten(1, (group, n)), scores], 3)
-        scores = (scores * scale).masked_fill(self._hides(number, end, window), -torch.inf)
-        p = scores.softmax(-1).to(v.dtype)
-        own_p = p[..., rows.start :].permute(2, 0, 1, 3)
-        out = (own_p @ values[:n, :, :end]).permute(1, 2, 0, 3)
+        p = (scores * scale).masked_fill(self._hides(number, end, window), -torch.inf).softmax(-1).to(v.dtype)
+        out = (p[..., rows.start :].permute(2, 0, 1, 3) @ values[:n, :, :end]).permute(1, 2, 0, 3)
         if rows.cached is not None:
             of_prefix = p[..., : rows.start].flatten(1, 2) @ rows.cached.values[layer]
             out = out + of_prefix.unflatten(1, (group, n))
@@ -198,8 +196,7 @@ def _scores(q: Tensor, keys: Tensor) -> Tensor:
         return q @ keys.transpose(1, 2)
     if keys.is_cuda:
         return torch.bmm(q.to(keys.dtype), keys.transpose(1, 2), out_dtype=torch.float32)
-    some = max(1, _COPIED // keys[0].numel())
-    pairs = zip(q.split(some), keys.split(some), strict=True)
+    pairs = zip(*(x.split(max(1, _COPIED // keys[0].numel())) for x in (q, keys)), strict=True)
     return torch.cat([part.float() @ of_part.float().transpose(1, 2) for part, of_part in pairs])
 
 

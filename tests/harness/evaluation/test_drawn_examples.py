@@ -8,7 +8,7 @@ import pytest
 
 from harness.evaluation.lm_eval.examples import context_of
 from harness.evaluation.multipl_e.code_suite import MultiplE, MultiplEConfig
-from harness.evaluation.multipl_e.languages import LANGUAGES, original_name
+from harness.evaluation.multipl_e.languages import original_name
 from harness.evaluation.perplexity import Perplexity
 from harness.evaluation.suite import LimitedConfig, suite_config
 from harness.evaluation.vote import chosen_indices, voted
@@ -116,9 +116,8 @@ def test_a_draw_takes_the_same_problems_of_every_language(problems: Callable[...
 
 def test_a_model_continues_the_stripped_prompt_as_in_multipl_es_own_tools() -> None:
     problem = {"name": "HumanEval_0_f", "prompt": '\n\ndef f():\n    """Doc."""\n', "tests": "", "stop_tokens": []}
-    (requests,) = MultiplE(MultiplEConfig(samples=1), None)._requests("python", problem, {}).values()
-    assert requests[0].args[0] == 'def f():\n    """Doc."""'
-    assert set(LANGUAGES) >= {"python"} and requests[0].doc["prompt"] == problem["prompt"]
+    request = MultiplE(MultiplEConfig(samples=1), None)._request(problem, 0)
+    assert request.args[0] == 'def f():\n    """Doc."""' and request.doc["prompt"] == problem["prompt"]
 
 
 def test_a_vote_keeps_what_examples_share() -> None:
