@@ -18,6 +18,7 @@ from harness.experiment.headroom import audit
 from harness.experiment.pipeline import open_experiment, tokenise
 from harness.stages import tokenization
 from harness.store.artifacts import Store
+from harness.store.cleanup import leftovers
 
 # Encodes the corpus three passages at a time, and says before each part is written which it is, then waits.
 SLOW_WORKER = """
@@ -98,7 +99,7 @@ def test_two_processes_share_the_work_and_one_is_killed(alone: Path, experiment_
         finally:
             stuck.kill()
     assert files(whole) == files(alone)
-    assert not list(Store(root / "artifacts").leftovers())
+    assert not list(leftovers(Store(root / "artifacts")))
 
 
 @pytest.mark.slow
