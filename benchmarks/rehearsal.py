@@ -213,7 +213,8 @@ def rehearse(root: Path, ranks: int, names: Sequence[str], settings: Sequence[st
     rehearsal.fusellm("audit", "audit", audited, *PROFILE, *settings)
     with_paper = ["tables", *names, *PROFILE, "--with-paper", "--out", str(root / "tables")]
     rehearsal.fusellm("tables", *with_paper)
-    rehearsal.fusellm("report", "report", *names, *PROFILE, "--out", str(root / "report"))
+    reported = [name for name in names if name != "all"]  # of which the report has all unless it is given some
+    rehearsal.fusellm("report", "report", *reported, *PROFILE, "--out", str(root / "report"))
     rehearsal.fusellm("verify", "artifact", "verify")
     wrong += [f"`{step.name}` ended with status {step.status}." for step in rehearsal.steps if not step.expected]
     if not (checked := [check_tables(run) for run in runs(root)]):
