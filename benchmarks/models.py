@@ -211,7 +211,7 @@ def training(prepared: Prepared, *, quick: bool) -> list[Result]:
     """A FuseLLM step beside a CLM step on the same rows, and the data loader beside the step."""
     experiment, rows = prepared.experiment, prepared.rows
     target = experiment.models.model(TARGET)
-    batch = collate([rows[i] for i in range(min(experiment.config.training.micro_batch_size, len(rows)))])
+    batch = _tensors([rows[i] for i in range(min(experiment.config.training.micro_batch_size, len(rows)))])
     stepper = _Stepper(target)
     taken: dict[str, list[float]] = {kind: [] for kind in _KINDS}
     for turn in range(2 if quick else 4):  # in turns, so that what else the machine does falls on all
@@ -318,7 +318,14 @@ def _loader(prepared: Prepared, step_seconds: float) -> Result:
 
 
 def _load(rows: PackedSequences, index: int) -> dict[str, Tensor]:
-    return collate([rows[index]])
+    return _tensors([rows[index]])
+
+
+def _tensors(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """What `collate` makes of rows, without the lists of lengths that the model computes from positions, too."""
+    batch = collate(rows)
+    del batch["passage_lengths"]
+    return batch
 
 
 def extraction(prepared: Prepared, *, quick: bool) -> list[Result]:

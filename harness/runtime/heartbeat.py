@@ -109,11 +109,17 @@ class Heartbeat:
         """Says so where an error is that of a collective operation which another rank has left by dying."""
         wait = _SETTLE if isinstance(error, RuntimeError) else 0.0
         until = time.monotonic() + wait
-        while True:
-            self._look()
-            if self._judge(deaths_only=True) or time.monotonic() >= until:
-                return
-            time.sleep(_INTERVAL / 5)
+        while not self._death() and time.monotonic() < until:
+            try:
+                time.sleep(_INTERVAL / 5)
+            except BaseException:  # the launcher ends this rank because it has seen that another has died
+                self._death()
+                raise
+
+    def _death(self) -> bool:
+        """Looks at the others, and whether one of them has died."""
+        self._look()
+        return self._judge(deaths_only=True)
 
     def _watch(self) -> None:
         while not self._stopped.wait(_INTERVAL):

@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fusion.inference.decoding import pack_consecutive
 from harness.evaluation.suite import write_lines
 from harness.runtime.progress import track
 from harness.store.files import read_json, write_json
@@ -45,6 +44,8 @@ class AnswerParts:
     @cached_property
     def parts(self) -> list[list[str]]:
         """The examples of each part."""
+        from fusion.inference.decoding import pack_consecutive  # which needs torch
+
         sizes = self.sizes()
         names = list(sizes)
         return [[names[i] for i in part] for part in pack_consecutive(list(sizes.values()), REQUESTS)]

@@ -74,7 +74,7 @@ def test_every_seed_has_the_values_that_the_pilots_of_the_first_choose(
     }
     by_rate = {read_manifest(path)["params"]["learning_rate"]: path for path in pilots(root) if path.name[:3] == "CLM"}
     assert by_rate.keys() == set(RATES)
-    assert read_manifest(by_rate[1e30])["info"]["diverged"].startswith("the loss is not finite at step")
+    assert "is not finite at step" in read_manifest(by_rate[1e30])["info"]["diverged"]
     for (label, seed), candidate in rows.items():
         tuning = candidate.tuning
         nll = dict(tuning.tried)

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from fusion.errors import UserError
 from harness.models import manifest, reproduction
 from harness.models.checkpoints import load_model, load_tokenizer
-from harness.models.convert import SAMPLES, convert
+from harness.models.convert import convert
 from harness.models.manifest import read_model_manifest
+from harness.models.reproduction import SAMPLE_TEXTS
 from harness.models.resolution import ModelSpec, resolve
 from harness.store.fingerprint import fingerprint
 from tests.harness.models.test_checkpoints import make_llama
@@ -122,7 +123,7 @@ def test_gguf_gives_the_logits_and_tokens_of_the_original(llama: Path, tmp_path:
     from transformers import AutoTokenizer
 
     plain = AutoTokenizer.from_pretrained(out, local_files_only=True)
-    assert all(plain(text)["input_ids"] == tokenizer(text)["input_ids"] for text in SAMPLES)
+    assert all(plain(text)["input_ids"] == tokenizer(text)["input_ids"] for text in SAMPLE_TEXTS)
 
 
 def test_a_conversion_of_another_version_is_refused_with_the_remedy(
@@ -175,8 +176,8 @@ def test_another_conversion_has_another_version(llama: Path, tmp_path: Path) -> 
                 {key: value for key, value in decoding.items() if key != "transformers_version"},
                 {key: config[key] for key in ("vocab_size", "hidden_size", "tie_word_embeddings", "dtype")},
                 [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id],
-                [tokenizer(text)["input_ids"] for text in SAMPLES],
-                [tokenizer.decode(tokenizer(text)["input_ids"]) for text in SAMPLES],
+                [tokenizer(text)["input_ids"] for text in SAMPLE_TEXTS],
+                [tokenizer.decode(tokenizer(text)["input_ids"]) for text in SAMPLE_TEXTS],
                 sorted(file.name for file in out.iterdir()),
             ]
         )
@@ -316,7 +317,7 @@ def test_a_slow_tokenizer_becomes_a_fast_one_that_splits_alike(tmp_path: Path) -
     out = convert(folder, tmp_path / "out")
     slow = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     fast = load_tokenizer(resolve(ModelSpec(name=str(out)), tmp_path))
-    for text in (*SAMPLES, "the cat  sat", "   ", "\n the end"):
+    for text in (*SAMPLE_TEXTS, "the cat  sat", "   ", "\n the end"):
         assert fast(text, add_special_tokens=False)["input_ids"] == slow.encode(text)
     assert (fast.bos_token_id, fast.eos_token_id) == (1, 2)
 
