@@ -106,9 +106,10 @@ class Kill:
     """A file or folder of the artifact, as a pattern, that is there then."""
 
     def due(self, root: Path) -> bool:
-        """True once it is time."""
+        """True once it is time, or later, where an artifact was made between two looks."""
         folder = root / "artifacts" / self.kind
-        return len(list(folder.glob("[!.]*"))) >= self.after and any(folder.glob(f".*.partial/{self.part}"))
+        complete = len(list(folder.glob("[!.]*")))
+        return complete > self.after or (complete == self.after and any(folder.glob(f".*.partial/{self.part}")))
 
     def kill(self, process: "subprocess.Popen[bytes]") -> None:
         """Sends SIGKILL."""
@@ -194,7 +195,7 @@ def stage_times(root: Path) -> dict[str, tuple[int, float]]:
 
 
 KILLS = (
-    Kill("all processes", "predictions", 2, "shard-*"),
+    Kill("all processes", "predictions", 1, "shard-*"),
     Kill("one rank", "train", 2, "checkpoints/checkpoint-*/*"),
 )
 
